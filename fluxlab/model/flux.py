@@ -1,0 +1,146 @@
+"""FLUX.1's transformer (Black Forest Labs, 2024), written from its description and checked against its outputs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fluxlab.model.attention import additive_mask
+from fluxlab.model.layers import DoubleStreamBlock, LastLayer, MLPEmbedder, SingleStreamBlock, timestep_embedding
+from fluxlab.model.rope import Rotary, check_ids, rotary_table
+
+BlockTables = tuple[Rotary, Rotary]
+"""The rotary tables of one block: queries', keys'."""
+
+
+@dataclass(frozen=True)
+class FluxParams:
+    """Sizes of a FLUX transformer, named as in the original release.
+
+    in_channels, out_channels: of a packed token (latent channels × 4). vec_in_dim: pooled text. context_in_dim: text
+    tokens. axes_dim: the share of a head's width that each id axis turns; its sum is hidden_size / num_heads.
+    Raises `ValueError` for sizes that do not fit together.
+    """
+
+    in_channels: int
+    out_channels: int
+    vec_in_dim: int
+    context_in_dim: int
+    hidden_size: int
+    mlp_ratio: float
+    num_heads: int
+    depth: int
+    depth_single_blocks: int
+    axes_dim: tuple[int, ...]
+    theta: float
+    qkv_bias: bool
+    guidance_embed: bool
+
+    def __post_init__(self):
+        object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+        head = self.hidden_size // self.num_heads
+        if sum(self.axes_dim) != head or any(dim % 2 or dim < 2 for dim in self.axes_dim):
+            raise ValueError(f"axes_dim {self.axes_dim}: even numbers are needed that add up to the head's width, {head}")
+
+
+class Flux(nn.Module):
+    """The velocity field of FLUX.1. State-dict names are the original's, so that its files load `strict=True`."""
+
+    def __init__(self, params: FluxParams):
+        super().__init__()
+        p = self.params = params
+        self.img_in = nn.Linear(p.in_channels, p.hidden_size)
+        self.txt_in = nn.Linear(p.context_in_dim, p.hidden_size)
+        self.time_in = MLPEmbedder(256, p.hidden_size)
+        self.vector_in = MLPEmbedder(p.vec_in_dim, p.hidden_size)
+        if p.guidance_embed:
+            self.guidance_in = MLPEmbedder(256, p.hidden_size)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(p.hidden_size, p.num_heads, p.mlp_ratio, p.qkv_bias) for _ in range(p.depth)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(p.hidden_size, p.num_heads, p.mlp_ratio) for _ in range(p.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(p.hidden_size, p.out_channels)
+
+    def forward(
+        self,
+        img: Float[Tensor, "b n c"],
+        img_ids: Float[Tensor, "_ n a"] | None,
+        txt: Float[Tensor, "b l t"],
+        txt_ids: Float[Tensor, "_ l a"] | None,
+        timesteps: Float[Tensor, "b"],
+        y: Float[Tensor, "b v"],
+        guidance: Float[Tensor, "b"] | None = None,
+        *,
+        rotary: Rotary | Sequence[BlockTables] | None = None,
+        mask: Tensor | None = None,
+    ) -> Float[Tensor, "b n o"]:
+        """Velocity dx/dt of the packed latents `img` at time `timesteps` (1 = noise, 0 = image).
+
+        img `(B, N, in_channels)`, txt `(B, L, context_in_dim)`, y `(B, vec_in_dim)`, timesteps and guidance `(B,)` →
+        `(B, N, out_channels)`. img_ids `(B, N, A)` and txt_ids `(B, L, A)` are fp32 (fp64 for an fp64 model), per
+        sample (a batch of 1 serves all), fractional or negative at will.
+
+        `rotary` takes the ids' place (pass None for both): one table for the whole model, or a (queries, keys) pair of
+        tables a block, double blocks first; tables cover text, then image, and broadcast over batch and heads.
+        `mask`, boolean (True = may look) or additive, broadcasts to `(B, H, L + N, L + N)`.
+        `guidance` is the distilled guidance strength; a model without guidance embedding has no use for it.
+
+        Raises `ValueError` for ids of another shape or dtype, missing guidance, or a wrong number of tables.
+        """
+        tables = self._tables(img, img_ids, txt, txt_ids, rotary)
+        if mask is not None:
+            mask = additive_mask(mask, self.img_in.weight.dtype)
+
+        vec = self._vec(timesteps, y, guidance)
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block, pair in zip(self.double_blocks, tables[: self.params.depth], strict=True):
+            img, txt = block(img, txt, vec, pair, mask)
+
+        joint = torch.cat((txt, img), dim=1)
+        for block, pair in zip(self.single_blocks, tables[self.params.depth :], strict=True):
+            joint = block(joint, vec, pair, mask)
+        return self.final_layer(joint[:, txt.shape[1] :], vec)
+
+    def _vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        """The conditioning vector `(B, D)`: time, guidance if the model is distilled, pooled text."""
+        dtype = self.img_in.weight.dtype
+        vec = self.time_in(timestep_embedding(timesteps, 256, dtype))
+        if self.params.guidance_embed:
+            if guidance is None:
+                raise ValueError("guidance is missing: this model is guidance-distilled (FLUX.1 dev: 3.5)")
+            vec = vec + self.guidance_in(timestep_embedding(guidance, 256, dtype))
+        return vec + self.vector_in(y)
+
+    def _tables(
+        self,
+        img: Tensor,
+        img_ids: Tensor | None,
+        txt: Tensor,
+        txt_ids: Tensor | None,
+        rotary: Rotary | Sequence[BlockTables] | None,
+    ) -> Sequence[BlockTables]:
+        """One (queries, keys) pair of rotary tables a block, from the ids or from what was given in their place."""
+        p = self.params
+        blocks = p.depth + p.depth_single_blocks
+        if rotary is None:
+            if img_ids is None or txt_ids is None:
+                raise ValueError("img_ids and txt_ids are needed where no rotary tables are given")
+            dtype = torch.float64 if self.img_in.weight.dtype == torch.float64 else torch.float32
+            for name, ids, tokens in (("img_ids", img_ids, img), ("txt_ids", txt_ids, txt)):
+                check_ids(name, ids, batch=len(img), tokens=tokens.shape[1], axes=len(p.axes_dim), dtype=dtype)
+            batch = max(len(img_ids), len(txt_ids))
+            ids = torch.cat((txt_ids.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)), dim=1)
+            rotary = rotary_table(ids, p.axes_dim, p.theta)
+        elif img_ids is not None or txt_ids is not None:
+            raise ValueError("rotary tables take the place of img_ids and txt_ids: give one or the other")
+        if isinstance(rotary, Rotary):
+            return [(rotary, rotary)] * blocks
+        if len(rotary) != blocks:
+            raise ValueError(f"rotary has {len(rotary)} pairs of tables, the model has {blocks} blocks")
+        return rotary

@@ -1,0 +1,152 @@
+"""Captions: what is said of a scene, in several forms, and what a caption asks for.
+
+    [a | an] [colour] thing [place] [holding a sign that says word [word]]
+    [a | an] [colour] thing (above | below | left of | right of) [a | an] [colour] thing
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from fluxlab.scenes.font import WORDS
+from fluxlab.scenes.scene import COLOURS, RELATIONS, Scene, render, sample_scene
+from fluxlab.scenes.shapes import THINGS
+
+PLACE_PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom", "centre": "in the centre"}
+_HOLDING = "holding a sign that says"
+FORMS = ("full", "partial", "relation", "thing", "empty")
+EMPTY_SHARE = 0.1  # of captions, so that a guided sampler has an unconditional model to lean on
+VOCABULARY = tuple(
+    dict.fromkeys(
+        ["a", "an", *COLOURS, *THINGS, *" ".join(PLACE_PHRASES.values()).split(), *_HOLDING.split(), *" ".join(RELATIONS).split(), *WORDS]
+    )
+)
+"""Every word a caption can hold, in lower case; for building tokenizers."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a caption asks for; None where it leaves something open. No sign asked for means that there should be none.
+
+    second and second_colour belong to the other thing of a relation, which says where the first is, seen from the second.
+    The empty caption asks for nothing: thing is None.
+    """
+
+    thing: str | None = None
+    colour: str | None = None
+    place: str | None = None
+    sign: tuple[str, ...] | None = None
+    relation: str | None = None
+    second: str | None = None
+    second_colour: str | None = None
+
+
+def _noun(name: str, colour: str | None) -> str:
+    words = f"{colour} {name}" if colour else name
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def write(wanted: Wanted) -> str:
+    """The caption, in lower case, that asks for this: the inverse of `parse`."""
+    if wanted.thing is None:
+        return ""
+    text = _noun(wanted.thing, wanted.colour)
+    if wanted.relation:
+        return f"{text} {wanted.relation} {_noun(wanted.second, wanted.second_colour)}"
+    if wanted.place:
+        text += f" {PLACE_PHRASES[wanted.place]}"
+    if wanted.sign:
+        text += f" {_HOLDING} {' '.join(wanted.sign)}"
+    return text
+
+
+def wanted_of(scene: Scene) -> Wanted:
+    """Everything that a caption can say of a scene."""
+    first, sign = scene.things[0], scene.sign.words if scene.sign else None
+    if len(scene.things) == 2:
+        second = scene.things[1]
+        return Wanted(first.name, first.colour, None, None, scene.relation, second.name, second.colour)
+    return Wanted(first.name, first.colour, first.place, sign)
+
+
+def caption(scene: Scene, rng: np.random.Generator, form: str | None = None) -> str:
+    """A caption of a scene; None draws the form: 10 % empty, 50 % all there is to say, else colours and place left out at random.
+
+    form "full" says everything; "partial" leaves out colour, place or both (of a pair: both colours); "relation" is the full form of a pair and
+    "thing" of a lone thing without a sign; "empty" is "". Half of all captions begin with a capital.
+    Raises ValueError for an unknown form, and for "relation" or "thing" where the scene is not such.
+    """
+    if form is None:
+        draw = rng.random()
+        form = "empty" if draw < EMPTY_SHARE else "full" if draw < EMPTY_SHARE + 0.5 else "partial"
+    if form not in FORMS:
+        raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}")
+    if form == "empty":
+        return ""
+    everything = wanted_of(scene)
+    if form == "relation" and not everything.relation:
+        raise ValueError(f"form={form!r}: the scene has one thing, a relation takes two")
+    if form == "thing" and (everything.relation or everything.sign):
+        raise ValueError(f"form={form!r}: the scene holds more than one thing alone")
+    wanted = everything
+    if form == "partial" and everything.relation:
+        wanted = Wanted(everything.thing, relation=everything.relation, second=everything.second)
+    elif form == "partial":
+        kept = int(rng.random() * 3)  # colour, place or neither
+        wanted = Wanted(
+            everything.thing, everything.colour if kept == 0 else None, everything.place if kept == 1 else None, everything.sign
+        )
+    text = write(wanted)
+    return text[0].upper() + text[1:] if rng.random() < 0.5 else text
+
+
+def _any(words) -> str:
+    return "|".join(words)
+
+
+_CAPTION = re.compile(
+    rf"an? (?:(?P<colour>{_any(COLOURS)}) )?(?P<thing>{_any(THINGS)})"
+    rf"(?: (?P<relation>{_any(RELATIONS)}) an? (?:(?P<second_colour>{_any(COLOURS)}) )?(?P<second>{_any(THINGS)})"
+    rf"|(?: (?P<place>{_any(PLACE_PHRASES.values())}))?(?: {_HOLDING} (?P<sign>[a-z]+(?: [a-z]+)?))?)"
+)
+_PLACE_OF_PHRASE = {phrase: place for place, phrase in PLACE_PHRASES.items()}
+
+
+def parse(text: str) -> Wanted:
+    """What a caption asks for; case and spacing do not matter, nor a full stop at the end.
+
+    Raises ValueError for a caption outside the grammar at the head of this module, a word on the sign that is not in WORDS, or the wrong one of a and an.
+    """
+    plain = " ".join(text.lower().removesuffix(".").split())
+    if not plain:
+        return Wanted()
+    match = _CAPTION.fullmatch(plain)
+    if not match:
+        raise ValueError(f"caption={text!r}: expected '{write(Wanted('fox', 'red', 'left', ('hello', 'world')))}' or the like")
+    found = match.groupdict()
+    sign = tuple(found["sign"].split()) if found["sign"] else None
+    for word in sign or ():
+        if word not in WORDS:
+            raise ValueError(f"caption={text!r}: no sign says {word!r}; expected one of {', '.join(WORDS)}")
+    wanted = Wanted(**{**found, "sign": sign, "place": _PLACE_OF_PHRASE.get(found["place"])})
+    if write(wanted) != plain:
+        raise ValueError(f"caption={text!r}: expected {write(wanted)!r}")
+    return wanted
+
+
+def batch(
+    rng: np.random.Generator, n: int, size: tuple[int, int] = (64, 64), split: str = "train"
+) -> tuple[np.ndarray, list[str]]:
+    """n scenes and a caption of each: uint8 (n, height, width, 3) and n strings, from `sample_scene`, `render` and `caption`.
+
+    Raises ValueError as they do, and for n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"n={n!r}: expected at least 1")
+    images, captions = [], []
+    for _ in range(n):
+        scene = sample_scene(rng, size, split)
+        images.append(render(scene))
+        captions.append(caption(scene, rng))
+    return np.stack(images), captions
