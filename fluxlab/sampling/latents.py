@@ -1,0 +1,29 @@
+"""Latent images as token sequences, and the ids FLUX.1 gives them."""
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+
+
+def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c4"]:
+    """Each 2 × 2 patch of the latent image becomes a token: `(B, C, 2h, 2w)` → `(B, h·w, 4·C)`, channel order (c, ph, pw)."""
+    return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
+
+
+def unpack(tokens: Float[Tensor, "b n c4"], rows: int, cols: int) -> Float[Tensor, "b c h w"]:
+    """The inverse of `pack` for a grid of `rows` × `cols` tokens."""
+    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=cols, ph=2, pw=2)
+
+
+def image_ids(batch: int, rows: int, cols: int, axes: int = 3) -> Float[Tensor, "b n a"]:
+    """FLUX.1's ids of an image: (0, row, col) for each token in raster order, fp32."""
+    ids = torch.zeros(rows, cols, axes)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(cols)[None, :]
+    return rearrange(ids, "h w a -> 1 (h w) a").repeat(batch, 1, 1)
+
+
+def text_ids(batch: int, tokens: int, axes: int = 3) -> Float[Tensor, "b l a"]:
+    """FLUX.1's ids of a text: zeros, fp32. The order of words is T5's business."""
+    return torch.zeros(batch, tokens, axes)
