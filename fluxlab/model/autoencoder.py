@@ -1,6 +1,8 @@
 """FLUX.1's convolutional autoencoder (the latent-diffusion VAE without quantisation), with the original's names."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +73,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
@@ -142,7 +144,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h)), inplace=True))
 
 
 class Decoder(nn.Module):
@@ -166,7 +168,7 @@ class Decoder(nn.Module):
         """From the middle's output to the image: the part that tiles share nothing in."""
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
 
 
 class AutoEncoder(nn.Module):
@@ -194,6 +196,55 @@ class AutoEncoder(nn.Module):
             mean = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.to(mean.device)
         return (mean - self.params.shift_factor) * self.params.scale_factor
 
-    def decode(self, z: Float[Tensor, "b z i j"]) -> Float[Tensor, "b c h w"]:
-        """Image `(B, 3, H·f, W·f)`, about -1 … 1, of scaled latents."""
-        return self.decoder(z / self.params.scale_factor + self.params.shift_factor)
+    def decode(
+        self, z: Float[Tensor, "b z i j"], tile: int | Literal["auto"] | None = "auto"
+    ) -> Float[Tensor, "b c h w"]:
+        """Image `(B, 3, i·f, j·f)`, about -1 … 1, of scaled latents `(B, z_channels, i, j)`.
+
+        Decoding needs memory in proportion to the pixels. `tile` latent pixels a side bound it: the middle, with its
+        attention, still sees the whole image, the rest runs in tiles that overlap by a quarter and are blended. Group
+        norms then see a tile's statistics, so pixels move a little; `None` never tiles, "auto" tiles (by 64) only where
+        the whole would need more than 4 GB. Raises `ValueError` for a tile under 8.
+        """
+        if tile == "auto":
+            tile = 64 if self._decode_bytes(z) > 4e9 else None
+        z = z / self.params.scale_factor + self.params.shift_factor
+        if tile is None:
+            return self.decoder(z)
+        if tile < 8:
+            raise ValueError(f"tile {tile}: at least 8 latent pixels are needed")
+        return torch.cat([self._decode_tiled(one, tile) for one in z.split(1)])
+
+    def _decode_bytes(self, z: Tensor) -> int:
+        """About what `decode` needs: three feature maps as wide as the last upsampling leaves them, at full size."""
+        p = self.params
+        width = p.ch * p.ch_mult[min(1, len(p.ch_mult) - 1)]
+        return 3 * width * len(z) * z.shape[-2] * z.shape[-1] * p.factor**2 * z.element_size()
+
+    def _decode_tiled(self, z: Tensor, tile: int) -> Tensor:
+        f, overlap = self.params.factor, tile // 4
+        h = self.decoder.mid(self.decoder.conv_in(z))
+        size = (h.shape[-2] * f, h.shape[-1] * f)
+        image = h.new_zeros(1, self.params.out_ch, *size)
+        total = h.new_zeros(1, 1, *size)
+        for top, bottom in _spans(h.shape[-2], tile, overlap):
+            for left, right in _spans(h.shape[-1], tile, overlap):
+                part = self.decoder.rise(h[..., top:bottom, left:right])
+                rows, cols = (_ramp(n, overlap * f).to(part) for n in part.shape[-2:])
+                weight = rows[:, None] * cols
+                image[..., top * f : bottom * f, left * f : right * f] += weight * part
+                total[..., top * f : bottom * f, left * f : right * f] += weight
+        return image / total
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """Spans of at most `tile` that cover `length`, neighbours sharing at least `overlap`."""
+    count = max(1, math.ceil((length - overlap) / (tile - overlap)))
+    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
+    return [(start, min(start + tile, length)) for start in starts]
+
+
+def _ramp(length: int, overlap: int) -> Tensor:
+    """Blending weights of a tile: rising over `overlap` pixels from each end, never zero."""
+    steps = torch.arange(1, length + 1, dtype=torch.float32)
+    return torch.minimum(steps, steps.flip(0)).clamp(max=overlap + 1)
