@@ -12,9 +12,12 @@ if TYPE_CHECKING:
 
 
 def words_cut(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> str:
-    """The end of `prompt` that does not fit into `length` tokens, "" if all of it does."""
-    ids = tokenizer(prompt, truncation=False, verbose=False).input_ids
-    return "" if len(ids) <= length else tokenizer.decode(ids[length - 1 : -1]).strip()  # the last id is the end mark
+    """The end of `prompt` that does not fit into `length` tokens, from the start of a word; "" if all of it fits."""
+    spans = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True).offset_mapping
+    if len(spans) <= length:
+        return ""
+    kept = prompt[: spans[length - 1][0]]  # the end mark takes the last place
+    return prompt[len(kept) if prompt[len(kept)].isspace() else kept.rfind(" ") + 1 :].strip()
 
 
 @dataclass(frozen=True)

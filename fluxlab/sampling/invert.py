@@ -8,7 +8,7 @@ from fluxlab.sampling.denoise import OnStep, Velocity
 
 
 def invert(
-    velocity: Velocity, x: Tensor, sigmas: Sequence[float], iterations: int = 5, on_step: OnStep | None = None
+    velocity: Velocity, x: Tensor, sigmas: Sequence[float], iterations: int = 3, on_step: OnStep | None = None
 ) -> Tensor:
     """The noise from which `euler(velocity, noise, sigmas)` returns to `x`.
 

@@ -1,6 +1,7 @@
 """Starting noise, one generator a seed."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -16,11 +17,11 @@ def noise(
     device (EDM's rule, arXiv 2206.00364; the draw is Diffusers'). Raises `ValueError` for a seed that is not 0 … 2^64-1.
     """
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < 2**64:
             raise ValueError(f"seed {seed!r}: a whole number from 0 to 2^64 - 1 is needed")
     return torch.cat(
         [
-            torch.randn(1, channels, height, width, dtype=dtype, generator=torch.Generator("cpu").manual_seed(seed))
+            torch.randn(1, channels, height, width, dtype=dtype, generator=torch.Generator("cpu").manual_seed(int(seed)))
             for seed in seeds
         ]
     )

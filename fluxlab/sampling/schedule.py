@@ -42,7 +42,7 @@ class Schedule:
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         mu = self.base_shift + slope * (image_seq_len - self.base_image_seq_len)
         pull = math.exp(mu) if self.time_shift_type == "exponential" else mu
-        return [pull / (pull + 1 / t - 1) if t > 0 else 0.0 for t in times]
+        return [pull / (pull + (1 / t - 1)) if t > 0 else 0.0 for t in times]
 
     def config(self) -> dict:
         """What a Diffusers folder's `scheduler_config.json` holds for these settings."""

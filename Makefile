@@ -1,0 +1,37 @@
+# `make run` and `make test` do all the set-up they need, in .venv. Use another Python with PYTHON=python3.12.
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+
+.PHONY: run test lint soak clean
+
+run: $(VENV)/.core
+	$(PY) -m fluxlab.run +exp=hello
+
+test: $(VENV)/.dev
+	$(PY) -m pytest tests/unit tests/numerics tests/integration tests/gpu -m "not soak"
+
+soak: $(VENV)/.dev
+	$(PY) -m pytest tests -m soak
+
+lint: $(VENV)/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=<a newer one>")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: pyproject.toml constraints.txt | $(PY)
+	@echo "installing fluxlab and its dependencies into $(VENV) (a few minutes the first time)"
+	$(PY) -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(PY)
+	@echo "installing fluxlab with its development tools into $(VENV) (a few minutes the first time)"
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.core
+
+clean:
+	rm -rf $(VENV) runs dist build

@@ -1,0 +1,67 @@
+"""Where the configs lie, and the schema of what they hold."""
+
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One file of `configs/model`: where a model is, and the settings it was made for (None: told by its files).
+
+    path: a Diffusers folder, a BFL single file or a hub id; `fluxlab/…` lies inside the package. autoencoder, text: for
+    a single file, what it lacks. size: (height, width) in pixels.
+    """
+
+    name: str
+    path: str
+    variant: str | None = None
+    autoencoder: str | None = None
+    text: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    max_sequence_length: int | None = None
+    size: tuple[int, int] | None = None
+
+
+def config_folder() -> Path:
+    """The folder of `config.yaml`: inside the package in a wheel, beside it in a checkout."""
+    for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no configs/config.yaml in {PACKAGE} or {PACKAGE.parent}: the installation is incomplete")
+
+
+def model_names() -> list[str]:
+    return sorted(file.stem for file in (config_folder() / "model").glob("*.yaml"))
+
+
+def find_row(name: str | PathLike[str]) -> ModelRow:
+    """The row called `name`, or for anything else a row that holds nothing but that path."""
+    if str(name) not in model_names():
+        return ModelRow(name=str(name), path=str(name))
+    from omegaconf import OmegaConf
+
+    file = config_folder() / "model" / f"{name}.yaml"
+    return model_row(OmegaConf.to_container(OmegaConf.load(file)), str(file))
+
+
+def model_row(values: dict, where: str) -> ModelRow:
+    """A row from its YAML keys. Raises `ValueError` naming `where`, the key and its value for one that makes no sense."""
+    known = [f.name for f in fields(ModelRow)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}, expected some of {', '.join(known)}")
+    if not values.get("path"):
+        raise ValueError(f"{where}: path is missing (a folder, a file or a hub id)")
+    size = values.get("size")
+    if size is not None and not (
+        isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    ):
+        raise ValueError(f"{where}: size {size!r}, expected [height, width] in pixels")
+    path = values["path"]
+    if path.startswith("fluxlab/"):
+        path = str(PACKAGE.parent / path)
+    return ModelRow(**{**values, "path": path, "size": tuple(size) if size else None})

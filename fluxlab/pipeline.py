@@ -1,0 +1,302 @@
+"""Text and image ends around the transformer: prompts and seeds in, images out."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fluxlab import sampling
+from fluxlab.model import AutoEncoder, Flux, rotary_table
+from fluxlab.model.text import TextEncoders
+from fluxlab.config import ModelRow, find_row
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+T = TypeVar("T")
+
+
+@dataclass
+class Pipeline:
+    """A FLUX model with all its parts, and the settings it was made for.
+
+    `size` is (height, width) in pixels; `guidance` is the distilled guidance strength, None for a model without.
+    """
+
+    transformer: Flux
+    autoencoder: AutoEncoder
+    text: TextEncoders
+    schedule: sampling.Schedule
+    steps: int
+    guidance: float | None
+    max_sequence_length: int
+    size: tuple[int, int]
+    name: str = ""
+    _encoded: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.img_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.transformer.img_in.weight.dtype
+
+    @property
+    def pixels_per_token(self) -> int:
+        return 2 * self.autoencoder.params.factor
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        true_cfg: float | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
+        latents: Tensor | None = None,
+        output: str = "pil",
+        *,
+        max_sequence_length: int | None = None,
+        truncate: bool = False,
+        timestep_rounding: str | None = None,
+        on_step: sampling.OnStep | None = None,
+    ) -> "list[Image.Image] | Tensor":
+        """One image for each (prompt, seed), in one batch; a list of length one serves all. None means the model's own.
+
+        height and width in pixels; `latents` packed noise `(B, N, C)` in the seeds' place. `true_cfg` > 1 guides away
+        from `negative_prompts` ("" unless given) with a second forward a step. `truncate` lets a prompt of more than
+        `max_sequence_length` T5 tokens lose its end. `timestep_rounding` ("bfl", "diffusers") feeds the model the
+        timesteps that a bf16 run of that implementation would. `on_step(i, t, x)` sees the latents after each step.
+
+        Returns PIL images, or with output="latent" the packed latents `(B, N, C)` in fp32, or with output="pt" images
+        `(B, 3, H, W)` in 0 … 1. Raises `ValueError` for whatever does not fit together.
+        """
+        if output not in ("pil", "latent", "pt"):
+            raise ValueError(f"output {output!r}: expected pil, latent or pt")
+        rows, cols = self._grid(height, width)
+        batch = _zip(prompts=prompts, seeds=seeds, negative_prompts=negative_prompts, latents=latents)
+        x = self._start(batch["seeds"], latents, len(batch["prompts"]), rows, cols)
+        sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
+        velocity = self._velocity(
+            batch["prompts"],
+            batch["negative_prompts"],
+            (rows, cols),
+            guidance=guidance,
+            true_cfg=true_cfg,
+            length=max_sequence_length,
+            truncate=truncate,
+            rounding=timestep_rounding,
+        )
+        x = sampling.euler(velocity, x, sigmas, on_step)
+        return x if output == "latent" else self.decode(x, rows, cols, output)
+
+    @torch.inference_mode()
+    def invert(
+        self,
+        images: "Image.Image | Sequence[Image.Image] | Tensor",
+        prompts: str | Sequence[str],
+        steps: int | None = None,
+        guidance: float | None = None,
+        *,
+        iterations: int = 3,
+        truncate: bool = False,
+        on_step: sampling.OnStep | None = None,
+    ) -> Tensor:
+        """Packed noise `(B, N, C)`, fp32, from which `generate(prompts, latents=noise)` returns to the images.
+
+        `images` are PIL images or a tensor `(B, 3, H, W)` in 0 … 1; `iterations` as in `sampling.invert`.
+        """
+        x, rows, cols = self.encode(images)
+        batch = _zip(prompts=prompts, latents=x)
+        sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
+        velocity = self._velocity(batch["prompts"], None, (rows, cols), guidance=guidance, truncate=truncate)
+        return sampling.invert(velocity, x.expand(len(batch["prompts"]), -1, -1), sigmas, iterations, on_step)
+
+    @torch.inference_mode()
+    def encode(self, images: "Image.Image | Sequence[Image.Image] | Tensor") -> tuple[Tensor, int, int]:
+        """Packed latents `(B, N, C)`, fp32, of images of one size, and their token grid (rows, cols)."""
+        if not isinstance(images, Tensor):
+            images = _to_tensor([images] if isinstance(images, Image.Image) else images)
+        rows, cols = self._grid(*images.shape[-2:])
+        weight = self.autoencoder.encoder.conv_in.weight
+        z = self.autoencoder.encode(2 * images.to(weight.device, weight.dtype) - 1)
+        return sampling.pack(z).float().to(self.device), rows, cols
+
+    @torch.inference_mode()
+    def decode(self, x: Tensor, rows: int, cols: int, output: str = "pil") -> "list[Image.Image] | Tensor":
+        """Images of packed latents `(B, rows · cols, C)`: PIL, or a tensor `(B, 3, H, W)` in 0 … 1 for output="pt"."""
+        weight = self.autoencoder.decoder.conv_in.weight
+        z = sampling.unpack(x, rows, cols).to(weight.device, weight.dtype)
+        images = (self.autoencoder.decode(z).float() / 2 + 0.5).clamp(0, 1)
+        return images if output == "pt" else _to_pil(images)
+
+    def encode_prompt(self, prompt: str, length: int | None = None, truncate: bool = False) -> tuple[Tensor, Tensor]:
+        """`(txt, y)` of a prompt, `(1, L, C)` and `(1, V)`; encoded once and kept."""
+        length = self.max_sequence_length if length is None else length
+        if (prompt, length) not in self._encoded:
+            txt, y = self.text.encode(prompt, length, truncate)
+            self._encoded[prompt, length] = tuple(part.to(self.device, self.dtype) for part in (txt, y))
+        return self._encoded[prompt, length]
+
+    def _velocity(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        grid: tuple[int, int],
+        *,
+        guidance: float | None = None,
+        true_cfg: float | None = None,
+        length: int | None = None,
+        truncate: bool = False,
+        rounding: str | None = None,
+    ) -> sampling.Velocity:
+        """The velocity field of a batch: everything but x and t is settled here, once."""
+        p = self.transformer.params
+        if p.in_channels != 4 * self.autoencoder.params.z_channels:
+            raise ValueError(
+                f"{self.name or 'this model'} reads {p.in_channels} channels a token, latents have "
+                f"{4 * self.autoencoder.params.z_channels}: Fill, Canny and Depth need an image as condition, "
+                "which generate() does not take"
+            )
+        if guidance is not None and not p.guidance_embed:
+            raise ValueError(f"guidance={guidance}: this model is not guidance-distilled; leave it out or use true_cfg")
+        if true_cfg is None and negative_prompts is not None:
+            raise ValueError("negative_prompts act through true_cfg: give it too, for instance true_cfg=4")
+        batch = len(prompts)
+        strength = None
+        if p.guidance_embed:
+            strength = torch.full((batch,), float(self.guidance if guidance is None else guidance), device=self.device)
+            strength = sampling.round_timesteps(strength, rounding and "bfl")
+
+        def conditioned(texts: Sequence[str]) -> sampling.Velocity:
+            encoded = [self.encode_prompt(text, length, truncate) for text in texts]
+            txt, y = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+            ids = torch.cat(
+                (sampling.text_ids(1, txt.shape[1], len(p.axes_dim)), sampling.image_ids(1, *grid, len(p.axes_dim))), 1
+            )
+            table = rotary_table(ids.to(self.device), p.axes_dim, p.theta)
+
+            def velocity(x: Tensor, t: float) -> Tensor:
+                times = sampling.round_timesteps(torch.full((batch,), t, device=self.device), rounding)
+                return self.transformer(x.to(self.dtype), None, txt, None, times, y, strength, rotary=table)
+
+            return velocity
+
+        if true_cfg is None or true_cfg == 1:  # v⁻ + 1 · (v⁺ - v⁻) is v⁺
+            return conditioned(prompts)
+        negatives = [""] * batch if negative_prompts is None else negative_prompts
+        return sampling.with_negative(conditioned(prompts), conditioned(negatives), true_cfg)
+
+    def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Token rows and columns of an image size; `ValueError` with the nearest sizes for one that does not divide."""
+        step = self.pixels_per_token
+        for key, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (pixels < step or pixels % step):
+                below = max(step, pixels // step * step)
+                raise ValueError(f"{key}={pixels}: must be a multiple of {step}, for instance {below} or {below + step}")
+        height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
+        return height // step, width // step
+
+    def _start(self, seeds: Sequence[int], latents: Tensor | None, batch: int, rows: int, cols: int) -> Tensor:
+        """Packed starting noise `(B, N, C)` in fp32: drawn in the model's dtype, as both implementations do."""
+        z_channels = self.autoencoder.params.z_channels
+        if latents is None:
+            drawn = sampling.noise(seeds, z_channels, 2 * rows, 2 * cols, self.dtype)
+            return sampling.pack(drawn).float().to(self.device)
+        if latents.ndim != 3 or latents.shape[1:] != (rows * cols, 4 * z_channels):
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}: packed latents ({batch}, {rows * cols}, {4 * z_channels}) "
+                "are needed for this size"
+            )
+        return latents.float().to(self.device).expand(batch, -1, -1)
+
+
+def load_pipeline(
+    name: "str | PathLike[str]",
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    autoencoder: "str | PathLike[str] | None" = None,
+    text: "str | PathLike[str] | None" = None,
+    variant: str | None = None,
+) -> Pipeline:
+    """Load a model: a name under `configs/model`, a Diffusers folder, a BFL single file, or a hub id.
+
+    `dtype` None keeps each part as it is stored. A BFL file holds the transformer only: `autoencoder` names its
+    `ae.safetensors` (or a folder) and `text` a Diffusers folder or hub id with both text encoders. `variant` chooses
+    files such as `….fp16.safetensors`. Raises `ValueError` for what is missing, damaged or does not fit the device.
+    """
+    row = find_row(name)
+    given = {"autoencoder": autoencoder, "text": text, "variant": variant}
+    return load_row(replace(row, **{key: str(value) for key, value in given.items() if value is not None}), dtype, device)
+
+
+def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:
+    """As `load_pipeline`, for a row of `configs/model` or one made from the command line."""
+    from fluxlab import checkpoints
+
+    where = checkpoints.find(row.path, variant=row.variant)
+    autoencoder_at = checkpoints.find(row.autoencoder, variant=row.variant) if row.autoencoder else where
+    text_at = checkpoints.find(row.text, variant=row.variant) if row.text else where
+    transformer = checkpoints.load_transformer(where, dtype=dtype, device=device, variant=row.variant)
+    autoencoder = checkpoints.load_autoencoder(autoencoder_at, dtype=dtype, device=device, variant=row.variant)
+    text = TextEncoders(*checkpoints.load_text_encoders(text_at, dtype=dtype, device=device))
+    for module in (transformer, autoencoder, text.clip, text.t5):
+        module.eval().requires_grad_(False)
+    distilled = transformer.params.guidance_embed
+    schedule = sampling.Schedule(use_dynamic_shifting=distilled, shift=1.0)
+    side = 128 * autoencoder.params.factor  # 64 tokens, as FLUX.1 and Diffusers have it
+    # a folder does not say how many steps or how much guidance it wants: FLUX.1 dev's and schnell's, as it is distilled
+    return Pipeline(
+        transformer,
+        autoencoder,
+        text,
+        schedule,
+        steps=row.steps or (28 if distilled else 4),
+        guidance=(3.5 if row.guidance is None else row.guidance) if distilled else None,
+        max_sequence_length=row.max_sequence_length or 512,
+        size=row.size or (side, side),
+        name=row.name,
+    )
+
+
+def _zip(**columns: "T | Sequence[T] | None") -> "dict[str, list[T] | None]":
+    """Every column at the batch's length; a single value or a sequence of one is repeated, None stays."""
+    lists = {
+        key: [value] if isinstance(value, str | Integral) else list(value)
+        for key, value in columns.items()
+        if value is not None
+    }
+    sizes = {key: len(value) for key, value in lists.items()}
+    batch = max(sizes.values())
+    if any(size not in (1, batch) or size == 0 for size in sizes.values()):
+        counts = ", ".join(f"{size} {key}" for key, size in sizes.items())
+        raise ValueError(f"{counts}: equal numbers are needed, or one that serves all")
+    for key in {"prompts", "negative_prompts"} & set(lists):
+        wrong = [value for value in lists[key] if not isinstance(value, str)]
+        if wrong:
+            raise ValueError(f"{key} holds {wrong[0]!r}: strings are needed")
+    return {key: lists[key] * (batch // sizes[key]) if key in lists else None for key in columns}
+
+
+def _to_pil(images: Tensor) -> list[Image.Image]:
+    array = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(one) for one in array]
+
+
+def _to_tensor(images: Sequence[Image.Image]) -> Tensor:
+    import numpy as np
+
+    sizes = {image.size for image in images}
+    if len(sizes) != 1:
+        raise ValueError(f"images of one size are needed, these have {sorted(sizes)} (width, height)")
+    arrays = [np.asarray(image.convert("RGB")) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
