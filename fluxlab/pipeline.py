@@ -146,6 +146,12 @@ class Pipeline:
             self._encoded[prompt, length] = tuple(part.to(self.device, self.dtype) for part in (txt, y))
         return self._encoded[prompt, length]
 
+    def save(self, folder: "str | PathLike[str]") -> None:
+        """Write a Diffusers folder: fluxlab and Diffusers' `FluxPipeline.from_pretrained` both load it."""
+        from fluxlab.checkpoints import save_pipeline
+
+        save_pipeline(folder, self.transformer, self.autoencoder, self.text, self.schedule)
+
     def _velocity(
         self,
         prompts: Sequence[str],

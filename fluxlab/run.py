@@ -1,6 +1,7 @@
 """`python -m fluxlab.run +exp=<name> [overrides]`: compose the configs, check them, run."""
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ def compose(arguments: list[str]) -> RunConfig:
             config = hydra_compose("config", overrides=arguments)
         return RunConfig(**OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_short(str(error))) from error
+        raise ValueError(_hydra_line(str(error))) from error
 
 
 def seed_list(seeds: Any) -> list[int]:
@@ -117,6 +118,17 @@ def _usage() -> str:
     return "\n".join(
         ["python -m fluxlab.run +exp=<name> [key=value …]", "", "Experiments:", *lines, "", "Keys: see configs/config.yaml"]
     )
+
+
+def _hydra_line(text: str) -> str:
+    """Hydra's message, which can take dozens of lines, in one or two."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    missing = re.search(r"Could not find '(\w+)/(\S+)'", lines[0])
+    if missing:
+        options = [line for line in lines[1:] if not line.startswith("Available options")]
+        return f"{missing[1]}={missing[2]}: there is none; available: {', '.join(options)}"
+    key = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
+    return f"{key[0]}: {lines[0]}" if key else _short(text)
 
 
 def _short(text: str) -> str:
