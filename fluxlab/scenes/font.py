@@ -1,7 +1,8 @@
 """The lettering of the signs: a 3 x 7 pixel font in a 4 x 8 pixel cell, and the words it is used for.
 
-Every cell spans exactly one token column and two token rows at the embedded model's 4 px tokens, and signs put their text on that grid, so that a
-letter always looks the same to the model. A 3 x 5 font is as legible to the eye but leaves the model half as many pixels to tell letters by.
+Every cell spans exactly one token column and two token rows at the embedded model's 4 px tokens, and signs put their
+text on that grid, so that a letter always looks the same to the model. A 3 x 5 font is as legible to the eye but leaves
+the model fewer pixels to tell letters by.
 """
 
 from functools import lru_cache
@@ -17,17 +18,17 @@ _ROWS = {
     "b": "##. #.# #.# ##. #.# #.# ##.",
     "c": "### #.. #.. #.. #.. #.. ###",
     "d": "..# ..# ### #.# #.# #.# ###",
-    "e": "### #.. #.. ##. #.. #.. ###",
+    "e": "### #.. #.. ### #.. #.. ###",
     "f": "### #.. #.. ##. #.. #.. #..",
     "g": "### #.. #.. #.# #.# #.# ###",
     "h": "#.# #.# #.# ### #.# #.# #.#",
     "i": "### .#. .#. .#. .#. .#. ###",
     "j": "..# ..# ..# ..# ..# #.# .#.",
-    "k": "#.# #.# #.# ##. #.# #.# #.#",
+    "k": "#.# #.# ##. #.. ##. #.# #.#",
     "l": "#.. #.. #.. #.. #.. #.. ###",
     "m": "#.# ### ### ### #.# #.# #.#",
     "n": "##. #.# #.# #.# #.# #.# #.#",
-    "o": "### #.# #.# #.# #.# #.# ###",
+    "o": ".#. #.# #.# #.# #.# #.# .#.",
     "p": "### #.# #.# ### #.. #.. #..",
     "q": "### #.# #.# ### ..# ..# ..#",
     "r": "##. #.# #.# ##. ##. #.# #.#",
