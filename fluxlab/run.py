@@ -65,7 +65,8 @@ def compose(arguments: list[str]) -> RunConfig:
             config = hydra_compose("config", overrides=arguments)
         return RunConfig(**OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_hydra_line(str(error))) from error
+        # the cause says what is wrong where Hydra only says which override it was merging
+        raise ValueError(_hydra_line(str(error.__cause__ or error))) from error
 
 
 def seed_list(seeds: Any) -> list[int]:
@@ -122,12 +123,12 @@ def _usage() -> str:
 
 def _hydra_line(text: str) -> str:
     """Hydra's message, which can take dozens of lines, in one or two."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     missing = re.search(r"Could not find '(\w+)/(\S+)'", lines[0])
     if missing:
-        options = [line for line in lines[1:] if not line.startswith("Available options")]
+        options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]
         return f"{missing[1]}={missing[2]}: there is none; available: {', '.join(options)}"
-    key = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
+    key = [line.strip().removeprefix("full_key: ") for line in lines if "full_key: " in line]
     return f"{key[0]}: {lines[0]}" if key else _short(text)
 
 

@@ -1,6 +1,6 @@
 """From noise to latents and back: plain functions around a velocity field `v(x, t)`."""
 
-from fluxlab.sampling.denoise import euler, round_timesteps, with_negative
+from fluxlab.sampling.denoise import OnStep, Velocity, euler, round_timesteps, with_negative
 from fluxlab.sampling.invert import invert
 from fluxlab.sampling.latents import image_ids, pack, text_ids, unpack
 from fluxlab.sampling.noise import noise
@@ -8,7 +8,9 @@ from fluxlab.sampling.schedule import FLUX_SCHEDULE, Schedule, read_schedule, sc
 
 __all__ = [
     "FLUX_SCHEDULE",
+    "OnStep",
     "Schedule",
+    "Velocity",
     "euler",
     "image_ids",
     "invert",
