@@ -1,4 +1,4 @@
-"""Captioned images drawn by program, on which the embedded model is trained: see `scene`, `captions`, `shapes` and `font`."""
+"""Captioned images drawn by program, on which the embedded model is trained."""
 
 from fluxlab.scenes.captions import FORMS, VOCABULARY, Wanted, batch, caption, parse, wanted_of, write
 from fluxlab.scenes.font import WORDS, text_mask
@@ -20,7 +20,29 @@ from fluxlab.scenes.scene import (
 from fluxlab.scenes.shapes import THINGS, thing_mask
 
 __all__ = [
-    "BACKGROUNDS", "COLOURS", "FORMS", "PLACES", "RELATIONS", "SIZES", "THINGS", "VOCABULARY", "WORDS",
-    "Scene", "Sign", "Thing", "Wanted",
-    "batch", "caption", "held_out", "parse", "place_of", "relation_of", "render", "sample_scene", "text_mask", "thing_mask", "wanted_of", "write",
-]  # fmt: skip
+    "BACKGROUNDS",
+    "COLOURS",
+    "FORMS",
+    "PLACES",
+    "RELATIONS",
+    "SIZES",
+    "THINGS",
+    "VOCABULARY",
+    "WORDS",
+    "Scene",
+    "Sign",
+    "Thing",
+    "Wanted",
+    "batch",
+    "caption",
+    "held_out",
+    "parse",
+    "place_of",
+    "relation_of",
+    "render",
+    "sample_scene",
+    "text_mask",
+    "thing_mask",
+    "wanted_of",
+    "write",
+]

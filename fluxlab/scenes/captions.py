@@ -1,11 +1,11 @@
 """Captions: what is said of a scene, in several forms, and what a caption asks for.
 
-    [a | an] [colour] thing [place] [holding a sign that says word [word]]
-    [a | an] [colour] thing (above | below | left of | right of) [a | an] [colour] thing
+[a | an] [colour] thing [place] [holding a sign that says word [word]]
+[a | an] [colour] thing (above | below | left of | right of) [a | an] [colour] thing
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,13 +13,28 @@ from fluxlab.scenes.font import WORDS
 from fluxlab.scenes.scene import COLOURS, RELATIONS, Scene, render, sample_scene
 from fluxlab.scenes.shapes import THINGS
 
-PLACE_PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom", "centre": "in the centre"}
+PLACE_PHRASES = {
+    "left": "on the left",
+    "right": "on the right",
+    "top": "at the top",
+    "bottom": "at the bottom",
+    "centre": "in the centre",
+}
 _HOLDING = "holding a sign that says"
 FORMS = ("full", "partial", "relation", "thing", "empty")
 EMPTY_SHARE = 0.1  # of captions, so that a guided sampler has an unconditional model to lean on
 VOCABULARY = tuple(
     dict.fromkeys(
-        ["a", "an", *COLOURS, *THINGS, *" ".join(PLACE_PHRASES.values()).split(), *_HOLDING.split(), *" ".join(RELATIONS).split(), *WORDS]
+        [
+            "a",
+            "an",
+            *COLOURS,
+            *THINGS,
+            *" ".join(PLACE_PHRASES.values()).split(),
+            *_HOLDING.split(),
+            *" ".join(RELATIONS).split(),
+            *WORDS,
+        ]
     )
 )
 """Every word a caption can hold, in lower case; for building tokenizers."""
@@ -29,7 +44,7 @@ VOCABULARY = tuple(
 class Wanted:
     """What a caption asks for; None where it leaves something open. No sign asked for means that there should be none.
 
-    second and second_colour belong to the other thing of a relation, which says where the first is, seen from the second.
+    second and second_colour belong to the other thing of a relation, which says where the first is, seen from it.
     The empty caption asks for nothing: thing is None.
     """
 
@@ -71,10 +86,10 @@ def wanted_of(scene: Scene) -> Wanted:
 
 
 def caption(scene: Scene, rng: np.random.Generator, form: str | None = None) -> str:
-    """A caption of a scene; None draws the form: 10 % empty, 50 % all there is to say, else colours and place left out at random.
+    """A caption of a scene, in a form; None draws one: 10 % empty, 50 % full, 40 % partial.
 
-    form "full" says everything; "partial" leaves out colour, place or both (of a pair: both colours); "relation" is the full form of a pair and
-    "thing" of a lone thing without a sign; "empty" is "". Half of all captions begin with a capital.
+    "full" says everything; "partial" leaves out colour, place or both (of a pair: both colours); "relation" is the full
+    form of a pair and "thing" of a lone thing without a sign; "empty" is "". Half of all captions begin with a capital.
     Raises ValueError for an unknown form, and for "relation" or "thing" where the scene is not such.
     """
     if form is None:
@@ -94,9 +109,7 @@ def caption(scene: Scene, rng: np.random.Generator, form: str | None = None) -> 
         wanted = Wanted(everything.thing, relation=everything.relation, second=everything.second)
     elif form == "partial":
         kept = int(rng.random() * 3)  # colour, place or neither
-        wanted = Wanted(
-            everything.thing, everything.colour if kept == 0 else None, everything.place if kept == 1 else None, everything.sign
-        )
+        wanted = replace(everything, **{("colour", "place")[k]: None for k in (0, 1) if k != kept})
     text = write(wanted)
     return text[0].upper() + text[1:] if rng.random() < 0.5 else text
 
@@ -116,14 +129,16 @@ _PLACE_OF_PHRASE = {phrase: place for place, phrase in PLACE_PHRASES.items()}
 def parse(text: str) -> Wanted:
     """What a caption asks for; case and spacing do not matter, nor a full stop at the end.
 
-    Raises ValueError for a caption outside the grammar at the head of this module, a word on the sign that is not in WORDS, or the wrong one of a and an.
+    Raises ValueError for a caption outside the grammar at the head of this module, a word on the sign that is not in
+    WORDS, or the wrong one of a and an.
     """
     plain = " ".join(text.lower().removesuffix(".").split())
     if not plain:
         return Wanted()
     match = _CAPTION.fullmatch(plain)
     if not match:
-        raise ValueError(f"caption={text!r}: expected '{write(Wanted('fox', 'red', 'left', ('hello', 'world')))}' or the like")
+        example = write(Wanted("fox", "red", "left", ("hello", "world")))
+        raise ValueError(f"caption={text!r}: expected {example!r} or the like")
     found = match.groupdict()
     sign = tuple(found["sign"].split()) if found["sign"] else None
     for word in sign or ():
@@ -138,9 +153,9 @@ def parse(text: str) -> Wanted:
 def batch(
     rng: np.random.Generator, n: int, size: tuple[int, int] = (64, 64), split: str = "train"
 ) -> tuple[np.ndarray, list[str]]:
-    """n scenes and a caption of each: uint8 (n, height, width, 3) and n strings, from `sample_scene`, `render` and `caption`.
+    """n scenes and a caption of each: uint8 (n, height, width, 3) and n strings.
 
-    Raises ValueError as they do, and for n < 1.
+    Raises ValueError as `sample_scene` does, and for n < 1.
     """
     if n < 1:
         raise ValueError(f"n={n!r}: expected at least 1")

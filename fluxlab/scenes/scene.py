@@ -1,7 +1,7 @@
 """Scenes: what is in a picture, drawn at random from a seeded generator, and its rendering.
 
-A scene holds one thing, with or without a sign, or two things in a relation. Positions lie on a 2 px lattice and lettering on a 4 px one: variation the
-model has to learn but nobody asks about is kept small on purpose.
+A scene holds one thing, with or without a sign, or two things in a relation. Positions lie on a 2 px lattice and
+lettering on a 4 px one: variation that the model has to learn but nobody asks about is kept small on purpose.
 """
 
 import hashlib
@@ -51,7 +51,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A sign: its words, one to a line, the (row, col) in pixels of the lettering's top left corner, and its stick as (top, bottom, left), 2 px wide."""
+    """A sign: its words, one to a line, the lettering's top left corner (row, col) in pixels, and its stick as
+    (top, bottom, left) in pixels, 2 px wide."""
 
     words: tuple[str, ...]
     row: int
@@ -67,7 +68,8 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content; size is (height, width) in pixels and relation says where the first of two things is, seen from the second."""
+    """A picture's content; size is (height, width) in pixels and relation says where the first of two things is, seen
+    from the second."""
 
     size: tuple[int, int]
     background: str
@@ -88,9 +90,10 @@ def _hashed_out(*words: str) -> bool:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether a scene is kept from training: one in eight of (colour, thing, first word of the sign) and of the two (colour, thing) of a pair.
+    """Whether a scene is kept from training: one in eight of (colour, thing, first word of the sign), and of the pairs.
 
-    A pure function of those words, so that it never changes with seeds or versions. A lone thing without a sign is never held out.
+    A pure function of those words (of both colours and things in a pair), so that it never changes with seeds or
+    versions. A lone thing without a sign is never held out.
     """
     first = scene.things[0]
     if scene.sign:
@@ -102,7 +105,7 @@ def held_out(scene: Scene) -> bool:
 
 
 def place_of(row: float, col: float, size: tuple[int, int]) -> str:
-    """The named place of a point in pixels: centre within an eighth of both sides, else the side it leans to most, in fractions of the frame."""
+    """The named place of a point in pixels: centre within an eighth of the frame, else the side it leans to most."""
     down, right = row / size[0] - 0.5, col / size[1] - 0.5
     if max(abs(down), abs(right)) <= 0.125:
         return "centre"
@@ -142,8 +145,10 @@ def _boxes(size: tuple[int, int], place: str, side: int) -> tuple[tuple[int, int
 
 
 @lru_cache(maxsize=65536)
-def _layouts(size: tuple[int, int], place: str, side: int, lines: int, letters: int) -> tuple[tuple[int, int, int, int, tuple], ...]:
-    """All (box row, box col, text row, text col, stick) of a thing and its sign at a place; text rows and columns are multiples of 4."""
+def _layouts(
+    size: tuple[int, int], place: str, side: int, lines: int, letters: int
+) -> tuple[tuple[int, int, int, int, tuple], ...]:
+    """All (box row, box col, text row, text col, stick) of a thing and its sign at a place, text on a 4 px grid."""
     height, width = size
     text_h, text_w = 8 * lines - 1, 4 * letters - 1
     found = []
@@ -167,8 +172,10 @@ def _layouts(size: tuple[int, int], place: str, side: int, lines: int, letters: 
 
 
 @lru_cache(maxsize=4096)
-def _pair_boxes(size: tuple[int, int], axis: int, side: int) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """Corners for the first and the second half of an axis (0 rows, 1 columns), with at least 2 px between any two of them."""
+def _pair_boxes(
+    size: tuple[int, int], axis: int, side: int
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Corners for the first and the second half of an axis (0 rows, 1 columns), with at least 2 px in between."""
     along, across = size[axis], size[1 - axis]
     free = (along - 2 * side - 2) // 2  # px each half has to spare
     steps = [d for d in (0, 2, 4, 6) if d <= free]
@@ -200,7 +207,10 @@ def _sample_pair(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
     names, colours = [_pick(rng, THINGS)], [_pick(rng, _COLOUR_NAMES)]
     names.append(_pick(rng, [n for n in THINGS if n != names[0]]))
     colours.append(_pick(rng, [c for c in _COLOUR_NAMES if c != colours[0]]))
-    things = tuple(Thing(n, k, None, r + side / 2, c + side / 2, side) for n, k, (r, c) in zip(names, colours, corners))
+    things = tuple(
+        Thing(n, k, None, r + side / 2, c + side / 2, side)
+        for n, k, (r, c) in zip(names, colours, corners, strict=True)
+    )
     return Scene(size, _pick(rng, _BACKGROUND_NAMES), things, relation)
 
 
@@ -230,9 +240,10 @@ def _sample_one(rng: np.random.Generator, size: tuple[int, int], words: tuple[st
 
 
 def sample_scene(rng: np.random.Generator, size: tuple[int, int] = (64, 64), split: str = "train") -> Scene:
-    """A scene at random: 52 % a sign of one word, 25 % of two (of these 40 % "hello world"), 9 % a lone thing, 14 % two things in a relation.
+    """A scene at random: 52 % a thing with a one-word sign, 25 % with two words (of these 40 % "hello world"), 9 % a
+    lone thing, 14 % two things in a relation.
 
-    size is (height, width) in pixels. split is "train" (nothing held out), "heldout" (only what is held out, see `held_out`) or "all".
+    size is (height, width) in pixels; split is "train" (nothing held out), "heldout" (nothing else) or "all".
     Raises ValueError for a size that is not a multiple of 4 from 48 to 80 and for an unknown split.
     """
     size = (int(size[0]), int(size[1])) if len(size) == 2 else size

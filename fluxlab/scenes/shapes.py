@@ -1,6 +1,7 @@
 """The things in the scenes, as binary masks at any size in pixels.
 
-A thing is a function of unit coordinates (x to the right, y down, both in -1 ... 1); a mask is it, averaged over 4 x 4 points a pixel and cut at half.
+A thing is a function of unit coordinates (x to the right, y down, both in -1 ... 1); its mask is the function averaged
+over 4 x 4 points a pixel and cut at half.
 """
 
 from functools import lru_cache
@@ -16,7 +17,7 @@ def _disc(x, y, cx, cy, rx, ry=None):
 
 def _polygon(x, y, points):
     inside = np.zeros(np.broadcast(x, y).shape, dtype=bool)
-    for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]]):
+    for (x0, y0), (x1, y1) in zip(points, [*points[1:], points[0]], strict=True):
         if y0 != y1:
             inside ^= ((y0 <= y) != (y1 <= y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
     return inside
@@ -45,7 +46,7 @@ def _ring(x, y):
 def _star(x, y):
     angles = np.pi * np.arange(10) / 5
     radii = np.where(np.arange(10) % 2, 0.45, 1.08)
-    return _polygon(x, y, list(zip(radii * np.sin(angles), 0.08 - radii * np.cos(angles))))
+    return _polygon(x, y, list(zip(radii * np.sin(angles), 0.08 - radii * np.cos(angles), strict=True)))
 
 
 def _cross(x, y):
@@ -59,14 +60,15 @@ def _heart(x, y):
 
 def _cat(x, y):
     """A face from the front: round, two ears, two eyes."""
-    ears = _polygon(x, y, [(-0.95, -1), (-0.2, -0.5), (-0.9, 0.2)]) | _polygon(x, y, [(0.95, -1), (0.2, -0.5), (0.9, 0.2)])
+    ears = _polygon(abs(x), y, [(0.95, -1), (0.2, -0.5), (0.9, 0.2)])
     eyes = _disc(x, y, -0.4, 0.08, 0.16, 0.2) | _disc(x, y, 0.4, 0.08, 0.16, 0.2)
     return (ears | _disc(x, y, 0, 0.22, 1, 0.76)) & ~eyes
 
 
 def _fox(x, y):
     """From the side, standing: bushy tail raised on the left, four legs drawn as two, pointed snout on the right."""
-    tail = _disc(x, y, -0.72, -0.42, 0.27, 0.5) | _polygon(x, y, [(-0.98, -0.4), (-0.5, -0.4), (-0.25, 0.4), (-0.6, 0.3)])
+    tail = _disc(x, y, -0.72, -0.42, 0.27, 0.5)
+    tail |= _polygon(x, y, [(-0.98, -0.4), (-0.5, -0.4), (-0.25, 0.4), (-0.6, 0.3)])
     body = _box(x, y, -0.6, 0.02, 0.5, 0.5)
     legs = _box(x, y, -0.6, 0.4, -0.3, 1) | _box(x, y, 0.2, 0.4, 0.5, 1)
     head = _polygon(x, y, [(0.1, -0.98), (0.4, -0.55), (0.62, -0.55), (1, -0.1), (0.5, 0.2), (0.1, 0.1)])
@@ -82,9 +84,17 @@ def _bird(x, y):
 
 
 _SHAPES = {
-    "circle": _circle, "square": _square, "triangle": _triangle, "ring": _ring, "star": _star, "cross": _cross, "heart": _heart,
-    "cat": _cat, "fox": _fox, "bird": _bird,
-}  # fmt: skip
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "ring": _ring,
+    "star": _star,
+    "cross": _cross,
+    "heart": _heart,
+    "cat": _cat,
+    "fox": _fox,
+    "bird": _bird,
+}
 THINGS = tuple(_SHAPES)
 
 
