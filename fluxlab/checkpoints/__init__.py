@@ -1,0 +1,20 @@
+"""Checkpoints: found, checked, mapped, read and written. Formats: BFL single file, Diffusers folder, hub id."""
+
+from fluxlab.checkpoints.errors import CheckpointError
+from fluxlab.checkpoints.finding import Found, find
+from fluxlab.checkpoints.memory import check_fits
+from fluxlab.checkpoints.read import load_autoencoder, load_transformer
+from fluxlab.checkpoints.text import load_text_encoders
+from fluxlab.checkpoints.write import save_autoencoder, save_transformer
+
+__all__ = [
+    "CheckpointError",
+    "Found",
+    "check_fits",
+    "find",
+    "load_autoencoder",
+    "load_text_encoders",
+    "load_transformer",
+    "save_autoencoder",
+    "save_transformer",
+]

@@ -1,0 +1,96 @@
+"""Checkpoints on the Hugging Face hub: what is needed of one is fetched into the hub's cache, or found there."""
+
+import re
+from pathlib import Path
+
+from fluxlab.checkpoints.errors import CheckpointError
+
+_HUB_ID = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>[\w./-]+\.safetensors))?"
+)
+_WEIGHTS = {"transformer": "transformer", "autoencoder": "vae"}
+_ORIGINALS = {"transformer": "flux1-*.safetensors", "autoencoder": "ae.safetensors"}
+
+
+def is_hub_id(text: str) -> bool:
+    """owner/name, owner/name@revision, or owner/name/file.safetensors."""
+    found = _HUB_ID.fullmatch(text)
+    return bool(found) and not text.endswith((".", "/")) and not found["repo"].endswith(".safetensors")
+
+
+def fetch(hub_id: str, parts: tuple[str, ...], variant: str | None = None) -> Path:
+    """The folder (or the file) of a hub id in the local cache, holding at least `parts`.
+
+    parts: of "transformer", "autoencoder", "text", "settings". Of a repository that has both Diffusers folders and
+    original files, only the folders are fetched. The library shows progress, resumes, and works offline from its
+    cache. Raises `CheckpointError` with what to do where that fails.
+    """
+    found = _HUB_ID.fullmatch(hub_id)
+    if found["file"]:
+        return _download(found["repo"], found["revision"], [found["file"]]) / found["file"]
+    root = _download(found["repo"], found["revision"], [p for part in parts for p in _patterns(part, variant)])
+    nets = [part for part in parts if part in _WEIGHTS]
+    if any((root / _WEIGHTS[part] / "config.json").is_file() for part in nets):
+        return root
+    patterns = ["config.json", *_weights("", "diffusion_pytorch_model", variant), *(_ORIGINALS[part] for part in nets)]
+    return _download(found["repo"], found["revision"], patterns) if nets else root
+
+
+def _patterns(part: str, variant: str | None) -> list[str]:
+    if part in _WEIGHTS:
+        folder = _WEIGHTS[part]
+        return [f"{folder}/config.json", *_weights(f"{folder}/", "diffusion_pytorch_model", variant)]
+    if part == "text":
+        encoders = ("text_encoder", "text_encoder_2")
+        weights = [name for folder in encoders for name in _weights(f"{folder}/", "model", variant)]
+        tokenizers = [
+            f"{folder}/*.{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("json", "txt", "model")
+        ]
+        return [*(f"{folder}/config.json" for folder in encoders), *weights, *tokenizers]
+    return ["model_index.json", "scheduler/*.json"]
+
+
+def _weights(folder: str, stem: str, variant: str | None) -> list[str]:
+    dot = f".{variant}" if variant else ""
+    return [
+        f"{folder}{stem}{dot}.safetensors",
+        f"{folder}{stem}{dot}-[0-9]*-of-[0-9]*.safetensors",
+        f"{folder}{stem}.safetensors.index{dot}.json",
+    ]
+
+
+def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    local = "or download it elsewhere and pass the local folder."
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{repo}: a gated repository: its owner asks you to accept the licence first\n"
+            f"Accept it at https://huggingface.co/{repo}, then run `hf auth login`, {local}"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{repo}: no such folder here, and no such repository on the Hugging Face hub (or it is private)\n"
+            f"Check the spelling; for a private one run `hf auth login` with an account that has access, {local}"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{repo}: the hub has no revision {revision!r} of it; see its list of branches") from None
+    except errors.HFValidationError as error:
+        raise CheckpointError(f"{repo}: no such folder here, and no hub id ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # the library's connection errors come from whichever http client it uses
+        from huggingface_hub import constants
+
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _reason(error)
+        raise CheckpointError(
+            f"{repo}: no such folder here, not (completely) in the hub's cache, and the hub cannot be reached ({why})\n"
+            f"Connect and run again: what was fetched is kept. For a gated model run `hf auth login` first, {local}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """A connection failure in a few words: the cause where the library wraps it."""
+    error = error.__cause__ or error
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}".rstrip(": ")

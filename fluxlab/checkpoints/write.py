@@ -1,0 +1,215 @@
+"""Checkpoints written: one tensor at a time, and never a file that is half there."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from fluxlab.checkpoints.errors import CheckpointError
+from fluxlab.checkpoints.files import DTYPES
+from fluxlab.checkpoints.finding import STEM
+from fluxlab.checkpoints.keys import Piece, autoencoder_pieces, their_shapes, to_theirs, transformer_pieces
+from fluxlab.checkpoints.memory import ALIGN, as_bytes
+from fluxlab.checkpoints.params import METADATA_KEY, autoencoder_config, to_metadata, transformer_config
+from fluxlab.model import AutoEncoder, Flux
+
+MAX_SHARD_SIZE = 10 * 10**9
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_Tensors = dict[str, tuple[torch.dtype, tuple[int, ...], list[Tensor]]]
+"""Of each tensor to write: dtype, shape, and the blocks of rows that it is made of."""
+
+
+def save_transformer(
+    model: Flux, path: "str | PathLike[str]", layout: str = "bfl", *, max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
+    """Write a transformer as one file of the original layout ("bfl") or as a "diffusers" folder.
+
+    path: a `.safetensors` file, or the folder that gets config.json and weights (for a pipeline: its `transformer/`).
+    Dtypes are kept. A bfl file carries the sizes in its metadata. max_shard_size: bytes a file, of a folder. An
+    interrupted write leaves no file that looks complete. Raises `CheckpointError` for a path of the other layout,
+    sizes that Diffusers does not have, and a full disk.
+    """
+    _save(model, path, layout, max_shard_size, transformer_pieces, transformer_config)
+
+
+def save_autoencoder(
+    model: AutoEncoder, path: "str | PathLike[str]", layout: str = "bfl", *, max_shard_size: int = MAX_SHARD_SIZE
+) -> None:
+    """Write an autoencoder; as `save_transformer` (a pipeline's folder for it is `vae/`)."""
+    _save(model, path, layout, max_shard_size, autoencoder_pieces, autoencoder_config)
+
+
+def _save(
+    model: nn.Module,
+    path: "str | PathLike[str]",
+    layout: str,
+    max_shard_size: int,
+    pieces: Callable[[Any], list[Piece]],
+    config: Callable[[Any], dict[str, Any]],
+) -> None:
+    path = Path(path).expanduser()
+    if layout not in ("bfl", "diffusers"):
+        raise CheckpointError(f"layout {layout!r}: expected 'bfl' (one file) or 'diffusers' (a folder)")
+    if max_shard_size <= 0:
+        raise CheckpointError(f"max_shard_size {max_shard_size}: a positive number of bytes is needed")
+    _check_target(path, layout)
+    state = model.state_dict()
+    odd = [f"{name} is {t.dtype} on {t.device}" for name, t in state.items() if t.dtype not in _NAMES or t.is_meta]
+    if odd:
+        raise CheckpointError(f"{path}: cannot write this model: {odd[0]}")
+    try:
+        if layout == "bfl":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {name: (t.dtype, tuple(t.shape), [t]) for name, t in state.items()}
+            with _atomic(path) as file:
+                _write_tensors(file, tensors, {METADATA_KEY: to_metadata(model.params)})
+        else:
+            settings = config(model.params)
+            path.mkdir(parents=True, exist_ok=True)
+            _write_folder(path, _their_tensors(state, pieces(model.params)), settings, max_shard_size)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); nothing was replaced") from error
+
+
+def _check_target(path: Path, layout: str) -> None:
+    if layout == "bfl" and (path.suffix != ".safetensors" or path.is_dir()):
+        raise CheckpointError(f"{path}: layout 'bfl' is one file; give a path that ends in .safetensors")
+    if layout == "diffusers" and (path.suffix == ".safetensors" or path.is_file()):
+        raise CheckpointError(f"{path}: layout 'diffusers' is a folder; give a path that does not end in .safetensors")
+
+
+def _their_tensors(state: Mapping[str, Tensor], pieces: list[Piece]) -> _Tensors:
+    shapes = their_shapes(pieces, {name: tuple(tensor.shape) for name, tensor in state.items()})
+    return {
+        theirs: (
+            state[parts[0][0]].dtype,
+            shapes[theirs],
+            [state[ours] if rows is None else state[ours][slice(*rows)] for ours, rows in parts],
+        )
+        for theirs, parts in to_theirs(pieces).items()
+    }
+
+
+def _write_folder(folder: Path, tensors: _Tensors, settings: dict[str, Any], max_shard_size: int) -> None:
+    """Weights under temporary names first; then, in one go, out with the old ones and in with the new, config last.
+
+    Whoever looks in between finds a folder without config.json, never a mixture of two models.
+    """
+    shards = _split(tensors, max_shard_size)
+    names = [f"{STEM}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    made: list[tuple[Path, Path]] = []
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            with _temporary(folder / name) as (file, temporary):
+                _write_tensors(file, shard, {})
+            made.append((temporary, folder / name))
+        for name, value in _json_files(shards, names, settings).items():
+            with _temporary(folder / name) as (file, temporary):
+                file.write(json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
+            made.append((temporary, folder / name))
+        for old in [folder / "config.json", *folder.glob(f"{STEM}*")]:
+            if re.fullmatch(rf"config\.json|{STEM}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name):
+                old.unlink(missing_ok=True)
+        for temporary, name in made:
+            os.replace(temporary, name)
+    finally:
+        for temporary, _ in made:
+            temporary.unlink(missing_ok=True)
+    _sync(folder)
+
+
+def _json_files(shards: list[_Tensors], names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    if len(shards) > 1:
+        total = sum(_size(dtype, shape) for shard in shards for dtype, shape, _ in shard.values())
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        files[f"{STEM}.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return {**files, "config.json": settings}
+
+
+def _split(tensors: _Tensors, max_shard_size: int) -> list[_Tensors]:
+    shards: list[_Tensors] = [{}]
+    size = 0
+    for name, (dtype, shape, parts) in tensors.items():
+        more = _size(dtype, shape)
+        if shards[-1] and size + more > max_shard_size:
+            shards.append({})
+            size = 0
+        shards[-1][name] = (dtype, shape, parts)
+        size += more
+    return shards
+
+
+def _write_tensors(file: BinaryIO, tensors: _Tensors, metadata: dict[str, str]) -> None:
+    """A safetensors file. Large alignments come first and the header is padded, so that mapped tensors are aligned."""
+    order = sorted(tensors, key=lambda name: (_size(*tensors[name][:2]) % ALIGN != 0, -tensors[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    at = 0
+    for name in order:
+        dtype, shape, _ = tensors[name]
+        end = at + _size(dtype, shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        for part in tensors[name][2]:
+            file.write(as_bytes(part))
+
+
+def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[BinaryIO]:
+    with _temporary(path) as (file, temporary):
+        yield file
+    try:
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A file beside `path`, on the disk once the block is left, gone if it is left by an error."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file, temporary
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp's 0600 would hide a shared checkpoint from colleagues
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
