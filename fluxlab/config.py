@@ -1,5 +1,6 @@
 """Where the configs lie, and the schema of what they hold."""
 
+import re
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -39,8 +40,13 @@ def model_names() -> list[str]:
 
 
 def find_row(name: str | PathLike[str]) -> ModelRow:
-    """The row called `name`, or for anything else a row that holds nothing but that path."""
+    """The row called `name`, or for a path or hub id a row that holds nothing else. `ValueError` for an unknown word."""
     if str(name) not in model_names():
+        if re.fullmatch(r"[\w-]+", str(name)) and not Path(name).exists():
+            raise ValueError(
+                f"model {name!r}: there is none; known: {', '.join(model_names())}. Or pass a folder, a .safetensors file, "
+                "or a hub id such as owner/name"
+            )
         return ModelRow(name=str(name), path=str(name))
     from omegaconf import OmegaConf
 

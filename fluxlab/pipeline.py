@@ -249,16 +249,25 @@ def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torc
     """As `load_pipeline`, for a row of `configs/model` or one made from the command line."""
     from fluxlab import checkpoints
 
-    where = checkpoints.find(row.path, variant=row.variant)
-    autoencoder_at = checkpoints.find(row.autoencoder, variant=row.variant) if row.autoencoder else where
-    text_at = checkpoints.find(row.text, variant=row.variant) if row.text else where
-    transformer = checkpoints.load_transformer(where, dtype=dtype, device=device, variant=row.variant)
-    autoencoder = checkpoints.load_autoencoder(autoencoder_at, dtype=dtype, device=device, variant=row.variant)
-    text = TextEncoders(*checkpoints.load_text_encoders(text_at, dtype=dtype, device=device))
+    found = checkpoints.find(row.path, variant=row.variant)
+    if found.kind == "autoencoder":
+        raise ValueError(f"{row.path}: an autoencoder; pass the transformer's file, and this one as autoencoder=")
+    lacks = {"pipeline": (), "originals": ("text",), "transformer": ("autoencoder", "text")}[found.kind]
+    for part in lacks:
+        if getattr(row, part) is None:
+            what = {"autoencoder": "ae.safetensors or a folder", "text": "a Diffusers folder or hub id of FLUX.1"}[part]
+            raise ValueError(f"{row.path}: holds no {part}; pass {part}=, {what}")
+    common = {"dtype": dtype, "device": device, "variant": row.variant}
+    transformer = checkpoints.load_transformer(found.path, **common)
+    autoencoder = checkpoints.load_autoencoder(row.autoencoder or found.path, **common)
+    text = TextEncoders(*checkpoints.load_text_encoders(row.text or found.path, **common))
     for module in (transformer, autoencoder, text.clip, text.t5):
         module.eval().requires_grad_(False)
     distilled = transformer.params.guidance_embed
-    schedule = sampling.Schedule(use_dynamic_shifting=distilled, shift=1.0)
+    if found.kind == "pipeline":
+        schedule = sampling.read_schedule(found.path / "scheduler")
+    else:  # the original release shifts for every model but schnell
+        schedule = replace(sampling.FLUX_SCHEDULE, use_dynamic_shifting=distilled, shift=1.0)
     side = 128 * autoencoder.params.factor  # 64 tokens, as FLUX.1 and Diffusers have it
     # a folder does not say how many steps or how much guidance it wants: FLUX.1 dev's and schnell's, as it is distilled
     return Pipeline(

@@ -7,5 +7,6 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 from jaxtyping import install_import_hook
 
-# where shapes are the contract; elsewhere the hook would turn our own errors about wrong types into its own
-install_import_hook(["fluxlab.model", "fluxlab.sampling.latents"], "beartype.beartype")
+import tests.shapes  # noqa: F401 (the hook takes an attribute of what is imported)
+
+install_import_hook("fluxlab", "tests.shapes.check")

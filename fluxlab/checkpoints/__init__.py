@@ -2,6 +2,7 @@
 
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.finding import Found, find
+from fluxlab.checkpoints.folder import save_pipeline
 from fluxlab.checkpoints.memory import check_fits
 from fluxlab.checkpoints.read import load_autoencoder, load_transformer
 from fluxlab.checkpoints.text import load_text_encoders
@@ -16,5 +17,6 @@ __all__ = [
     "load_text_encoders",
     "load_transformer",
     "save_autoencoder",
+    "save_pipeline",
     "save_transformer",
 ]

@@ -1,0 +1,51 @@
+"""A whole pipeline in the Diffusers folder layout, so that Diffusers' `FluxPipeline.from_pretrained` loads it too."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fluxlab.checkpoints.write import save_autoencoder, save_transformer
+from fluxlab.sampling import Schedule
+
+if TYPE_CHECKING:
+    from fluxlab.model import AutoEncoder, Flux
+    from fluxlab.model.text import TextEncoders
+
+_INDEX = {
+    "_class_name": "FluxPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def save_pipeline(
+    folder: str | Path,
+    transformer: "Flux",
+    autoencoder: "AutoEncoder",
+    text: "TextEncoders",
+    schedule: Schedule,
+) -> None:
+    """Write `transformer/`, `vae/`, both text encoders and tokenizers, `scheduler/` and `model_index.json`.
+
+    Weights keep their dtype; safetensors only. The index is written last, so a folder that has one is complete.
+    """
+    folder = Path(folder)
+    save_transformer(transformer, folder / "transformer", layout="diffusers")
+    save_autoencoder(autoencoder, folder / "vae", layout="diffusers")
+    text.clip.save_pretrained(folder / "text_encoder")
+    text.t5.save_pretrained(folder / "text_encoder_2")
+    text.clip_tokenizer.save_pretrained(folder / "tokenizer")
+    text.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
+    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule.config(), indent=2) + "\n")
+    # Diffusers looks the class up in transformers, where a fast tokenizer has one of several names
+    classes = {
+        "tokenizer": ["transformers", type(text.clip_tokenizer).__name__],
+        "tokenizer_2": ["transformers", type(text.t5_tokenizer).__name__],
+    }
+    (folder / "model_index.json").write_text(json.dumps({**_INDEX, **classes}, indent=2, sort_keys=True) + "\n")
