@@ -1,4 +1,4 @@
-"""How well does inversion return? image → noise → image on a random model, PSNR of the latents by fixed-point iterations.
+"""How well does inversion return? image → noise → image on a random model: PSNR of the latents by velocities a step.
 
 python benchmarks/inversion.py [--steps 50]
 """

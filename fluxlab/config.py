@@ -40,12 +40,12 @@ def model_names() -> list[str]:
 
 
 def find_row(name: str | PathLike[str]) -> ModelRow:
-    """The row called `name`, or for a path or hub id a row that holds nothing else. `ValueError` for an unknown word."""
+    """The row called `name`, or for a path or hub id a row that holds just that. `ValueError` for an unknown word."""
     if str(name) not in model_names():
         if re.fullmatch(r"[\w-]+", str(name)) and not Path(name).exists():
             raise ValueError(
-                f"model {name!r}: there is none; known: {', '.join(model_names())}. Or pass a folder, a .safetensors file, "
-                "or a hub id such as owner/name"
+                f"model {name!r}: there is none; known: {', '.join(model_names())}.\n"
+                "Or pass a folder, a .safetensors file, or a hub id such as owner/name."
             )
         return ModelRow(name=str(name), path=str(name))
     from omegaconf import OmegaConf
@@ -55,7 +55,7 @@ def find_row(name: str | PathLike[str]) -> ModelRow:
 
 
 def model_row(values: dict, where: str) -> ModelRow:
-    """A row from its YAML keys. Raises `ValueError` naming `where`, the key and its value for one that makes no sense."""
+    """A row from its YAML keys. Raises `ValueError` naming `where`, the key and its value."""
     known = [f.name for f in fields(ModelRow)]
     unknown = sorted(set(values) - set(known))
     if unknown:

@@ -1,6 +1,6 @@
 """Text and image ends around the transformer: prompts and seeds in, images out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, TypeVar
@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from fluxlab import sampling
+from fluxlab.config import ModelRow, find_row
 from fluxlab.model import AutoEncoder, Flux, rotary_table
 from fluxlab.model.text import TextEncoders
-from fluxlab.config import ModelRow, find_row
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -207,7 +207,9 @@ class Pipeline:
         for key, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < step or pixels % step):
                 below = max(step, pixels // step * step)
-                raise ValueError(f"{key}={pixels}: must be a multiple of {step}, for instance {below} or {below + step}")
+                raise ValueError(
+                    f"{key}={pixels}: must be a multiple of {step}, for instance {below} or {below + step}"
+                )
         height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
         return height // step, width // step
 
@@ -242,7 +244,9 @@ def load_pipeline(
     """
     row = find_row(name)
     given = {"autoencoder": autoencoder, "text": text, "variant": variant}
-    return load_row(replace(row, **{key: str(value) for key, value in given.items() if value is not None}), dtype, device)
+    return load_row(
+        replace(row, **{key: str(value) for key, value in given.items() if value is not None}), dtype, device
+    )
 
 
 def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:

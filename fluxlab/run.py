@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compose(arguments: list[str]) -> RunConfig:
-    """The configs under `configs/` with `arguments` as overrides. Raises `ValueError` for what Hydra does not accept."""
+    """The configs under `configs/` with `arguments` as overrides. Raises `ValueError` for what Hydra refuses."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -117,7 +117,14 @@ def _usage() -> str:
     files = sorted((config_folder() / "exp").glob("*.yaml"))
     lines = [f"  {file.stem:<16}{OmegaConf.load(file).get('caption', '')}" for file in files]
     return "\n".join(
-        ["python -m fluxlab.run +exp=<name> [key=value …]", "", "Experiments:", *lines, "", "Keys: see configs/config.yaml"]
+        [
+            "python -m fluxlab.run +exp=<name> [key=value …]",
+            "",
+            "Experiments:",
+            *lines,
+            "",
+            "Keys: see configs/config.yaml",
+        ]
     )
 
 

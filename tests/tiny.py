@@ -4,7 +4,28 @@ from pathlib import Path
 
 import torch
 
-WORDS = "a an the red green blue cat fox dog sign that says hello world holding on left right of and".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "fox",
+    "dog",
+    "sign",
+    "that",
+    "says",
+    "hello",
+    "world",
+    "holding",
+    "on",
+    "left",
+    "right",
+    "of",
+    "and",
+]
 
 
 def tokenizers(length: int = 77, eos_token_id: int | None = None):

@@ -1,5 +1,6 @@
 """FLUX.1's convolutional autoencoder (the latent-diffusion VAE without quantisation), with the original's names."""
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AutoEncoderParams:
-    """Sizes of the autoencoder, named as in the original release. Each entry of ch_mult but the last halves the image."""
+    """Sizes of the autoencoder, named as in the original release. Each entry of ch_mult but the last halves the size."""
 
     resolution: int
     in_channels: int
@@ -113,7 +114,7 @@ class Level(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, blocks: int, resample: str | None):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in itertools.pairwise(widths))
         if resample == "down":
             self.downsample = Downsample(out_channels)
         elif resample == "up":
@@ -180,9 +181,7 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(params)
         self.decoder = Decoder(params)
 
-    def encode(
-        self, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b z i j"]:
+    def encode(self, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None) -> Float[Tensor, "b z i j"]:
         """The posterior's mean, or with a `generator` a sample of it, as latents ready for the transformer.
 
         H and W must be divisible by `params.factor`; raises `ValueError` otherwise.

@@ -1,5 +1,6 @@
 """The sampler loop, and what wraps a velocity field. A velocity is a function `(x, t) -> dx/dt` of packed latents."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +16,7 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnSte
     `x` keeps its dtype; give fp32, whatever the model runs in, and no rounding builds up. After step i,
     `on_step(i, t_next, x)` is called.
     """
-    for i, (t, t_next) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
         x = x + (t_next - t) * velocity(x, t).to(x.dtype)
         if on_step is not None:
             on_step(i, t_next, x)
@@ -33,7 +34,7 @@ def with_negative(positive: Velocity, negative: Velocity, scale: float) -> Veloc
 
 
 def round_timesteps(values: Tensor, like: str | None) -> Tensor:
-    """Timesteps (or guidance strengths), fp32 `(B,)`, as a bf16 run of another implementation feeds them to its sinusoids.
+    """Timesteps (or guidance strengths), fp32 `(B,)`, as a bf16 run of another implementation feeds them on.
 
     `None` leaves them alone. "bfl": bf16(1000 · bf16(t)) / 1000. "diffusers": t goes through bf16(bf16(1000 t) / 1000)
     first. Both multiply by 1000 in bf16, so a guidance of 3.5 acts as 3.504. Raises `ValueError` for another word.

@@ -1,5 +1,6 @@
 """Image → noise along the path that sampling takes back."""
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -19,7 +20,7 @@ def invert(
     """
     if iterations < 1:
         raise ValueError(f"iterations {iterations}: at least 1 is needed")
-    steps = list(zip(sigmas, sigmas[1:], strict=False))
+    steps = list(itertools.pairwise(sigmas))
     for i, (t, t_next) in enumerate(reversed(steps)):
         origin = x
         for _ in range(iterations):

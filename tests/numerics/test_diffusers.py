@@ -113,10 +113,13 @@ def test_what_fluxlab_writes_diffusers_loads(ours, theirs, tmp_path):
         before, after = getattr(theirs, name).state_dict(), getattr(again, name).state_dict()
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
-    assert pixel_gap(
-        diffusers_images(again, PROMPTS[0], 1, 32, 32, 3)[0],
-        ours.generate(PROMPTS[0], 1, 32, 32, steps=3, max_sequence_length=LENGTH)[0],
-    ) <= 1
+    assert (
+        pixel_gap(
+            diffusers_images(again, PROMPTS[0], 1, 32, 32, 3)[0],
+            ours.generate(PROMPTS[0], 1, 32, 32, steps=3, max_sequence_length=LENGTH)[0],
+        )
+        <= 1
+    )
 
 
 def test_inversion_round_trip(ours):
@@ -125,7 +128,7 @@ def test_inversion_round_trip(ours):
     ours.max_sequence_length, kept = LENGTH, ours.max_sequence_length
     image = ours.generate(PROMPTS[0], 5, 32, 32, output="pt", steps=6)
     noise = ours.invert(image, PROMPTS[0], steps=50)
-    x, rows, cols = ours.encode(image)
+    x, _rows, _cols = ours.encode(image)
     back = ours.generate(PROMPTS[0], height=32, width=32, latents=noise, output="latent", **common)
     ours.max_sequence_length = kept
     psnr = 20 * torch.log10((x.max() - x.min()) / (x - back).square().mean().sqrt())

@@ -46,8 +46,13 @@ def test_misuse_is_named(pipe, change, message):
 
 def test_the_words_that_would_be_cut_are_shown(pipe):
     with pytest.raises(ValueError, match="'the dog says hello' would be cut"):
-        pipe.generate(**{**GOOD, "prompts": "a red cat and a green fox on the left of the dog says hello",
-                         "max_sequence_length": 12})
+        pipe.generate(
+            **{
+                **GOOD,
+                "prompts": "a red cat and a green fox on the left of the dog says hello",
+                "max_sequence_length": 12,
+            }
+        )
     assert pipe.generate(**{**GOOD, "prompts": "a cat " * 20, "truncate": True})
 
 

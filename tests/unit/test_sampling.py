@@ -1,5 +1,6 @@
 """Schedules, packing, noise and the sampler loop."""
 
+import itertools
 import json
 
 import pytest
@@ -33,7 +34,7 @@ def test_schedule_falls_from_one_to_zero(steps, tokens, shift):
     assert len(times) == steps + 1
     assert times[0] == 1
     assert times[-1] == 0
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(times))
 
 
 def test_schedule_without_steps_is_refused():
