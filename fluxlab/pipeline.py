@@ -253,6 +253,7 @@ def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torc
     """As `load_pipeline`, for a row of `configs/model` or one made from the command line."""
     from fluxlab import checkpoints
 
+    device = checkpoints.check_device(device)
     found = checkpoints.find(row.path, variant=row.variant)
     if found.kind == "autoencoder":
         raise ValueError(f"{row.path}: an autoencoder; pass the transformer's file, and this one as autoencoder=")

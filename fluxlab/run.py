@@ -65,8 +65,9 @@ def compose(arguments: list[str]) -> RunConfig:
             config = hydra_compose("config", overrides=arguments)
         return RunConfig(**OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     except (HydraException, OmegaConfBaseException) as error:
-        # the cause says what is wrong where Hydra only says which override it was merging
-        raise ValueError(_hydra_line(str(error.__cause__ or error))) from error
+        # where Hydra only says which override it was merging, the cause says what is wrong
+        told = error.__cause__ if error.__cause__ and str(error).startswith("Error merging override") else error
+        raise ValueError(_hydra_line(str(told))) from error
 
 
 def seed_list(seeds: Any) -> list[int]:
@@ -86,7 +87,7 @@ def run(config: RunConfig, row: ModelRow, seeds: list[int]) -> None:
 
     if not config.prompts:
         raise ValueError("prompts=[]: at least one prompt is needed")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_row(row, dtype=_dtype(config.dtype), device=device)
     out = Path(config.out or f"runs/{config.name}")
     out.mkdir(parents=True, exist_ok=True)

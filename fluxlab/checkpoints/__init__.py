@@ -3,7 +3,7 @@
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.finding import Found, find
 from fluxlab.checkpoints.folder import save_pipeline
-from fluxlab.checkpoints.memory import check_fits
+from fluxlab.checkpoints.memory import check_device, check_fits
 from fluxlab.checkpoints.read import load_autoencoder, load_transformer
 from fluxlab.checkpoints.text import load_text_encoders
 from fluxlab.checkpoints.write import save_autoencoder, save_transformer
@@ -11,6 +11,7 @@ from fluxlab.checkpoints.write import save_autoencoder, save_transformer
 __all__ = [
     "CheckpointError",
     "Found",
+    "check_device",
     "check_fits",
     "find",
     "load_autoencoder",

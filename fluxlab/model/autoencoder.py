@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class AutoEncoderParams:
-    """Sizes of the autoencoder, named as in the original release. Each entry of ch_mult but the last halves the size."""
+    """Sizes of the autoencoder, named as in the original release. Each entry of ch_mult but the last halves it."""
 
     resolution: int
     in_channels: int

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c4"]:
-    """Each 2 × 2 patch of a latent image as a token: `(B, C, 2h, 2w)` → `(B, h·w, 4·C)`, channels in (c, ph, pw) order."""
+    """Each 2 × 2 patch of a latent image as a token: `(B, C, 2h, 2w)` → `(B, h·w, 4·C)`, order (c, ph, pw)."""
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
 
 
