@@ -67,7 +67,8 @@ def compose(arguments: list[str]) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         # where Hydra only says which override it was merging, the cause says what is wrong
         told = error.__cause__ if error.__cause__ and str(error).startswith("Error merging override") else error
-        raise ValueError(_hydra_line(str(told))) from error
+        override = getattr(error, "override", None)  # what a parse error is about
+        raise ValueError((f"{override}: " if override else "") + _hydra_line(str(told))) from error
 
 
 def seed_list(seeds: Any) -> list[int]:
