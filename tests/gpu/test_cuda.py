@@ -1,0 +1,42 @@
+"""The same on a GPU. Skipped where there is none: CUDA kernels cannot be run without one."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fluxlab
+from fluxlab.checkpoints import load_transformer
+from tests import tiny
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def exact_matmul():
+    kept = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = kept
+
+
+@pytest.mark.parametrize("name", ["dev_like", "schnell_like"])
+def test_golden_transformer(name):
+    params = fluxlab.model.FluxParams(**json.loads((GOLDEN / name / "params.json").read_text()))
+    model = load_transformer(GOLDEN / name / "flux.safetensors", params=params, device="cuda")
+    io = {key: value.cuda() for key, value in load_file(GOLDEN / name / "io.safetensors").items()}
+    expected = io.pop("output")
+    with torch.inference_mode():
+        assert (model(**io) - expected).abs().max() <= 1e-5 * expected.std()
+
+
+def test_images_equal_the_cpus(tmp_path):
+    folder = tiny.save(tmp_path, guidance=True)
+    common = {"prompts": "a cat", "height": 32, "width": 32, "steps": 4, "max_sequence_length": 24}
+    cpu, cuda = (fluxlab.load_pipeline(folder, device=device).generate(**common)[0] for device in ("cpu", "cuda"))
+    assert np.abs(np.asarray(cpu).astype(int) - np.asarray(cuda).astype(int)).max() <= 1
