@@ -1,0 +1,1 @@
+"""Measures on images: what a scene shows (`oracle`)."""
