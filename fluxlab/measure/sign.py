@@ -123,8 +123,15 @@ def _read(pixels: np.ndarray, box: Box) -> FoundSign:
 
 def find_sign(pixels: np.ndarray, labels: np.ndarray) -> FoundSign | None:
     """The board, read: of the two ways to look for one, that which reads better; a grey block must read like words."""
-    light, solid = _light_board(labels), _solid_board(pixels, labels)
+    light = _light_board(labels)
     signs = [_read(pixels, light)] if light else []
+    if signs and min(signs[0].correlations) >= 0.99:  # as crisp as drawn
+        return signs[0]
+    solid = _solid_board(pixels, labels)
     if solid and solid != light:
         signs += [sign for sign in [_read(pixels, solid)] if max(sign.correlations) >= MIN_CORRELATION - 0.1]
-    return max(signs, key=lambda sign: sum(sign.correlations) / len(sign.correlations), default=None)
+
+    def quality(sign: FoundSign) -> tuple[int, float]:
+        return sum(w is not None for w in sign.words), sum(sign.correlations) / len(sign.correlations)
+
+    return max(signs, key=quality, default=None)

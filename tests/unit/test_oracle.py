@@ -39,10 +39,10 @@ def box_blur(image):
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_right_on_renders(split):
-    made = [s for i, size in enumerate(scenes.SIZES) for s in sample(i, 30, size, split)]
+    made = [s for i, size in enumerate(scenes.SIZES) for s in sample(i, 15, size, split)]
     reports = [inspect(scenes.render(s), full(s)) for s in made]
     for name, (right, of) in tally(reports).items():
-        assert of > 20, name
+        assert of > 5, name
         assert right / of >= 0.995, name
     letters = [r.letter_accuracy for r in reports if r.letter_accuracy is not None]
     assert np.mean(letters) >= 0.995
@@ -51,7 +51,7 @@ def test_right_on_renders(split):
 @pytest.mark.parametrize("spoil", ["noise", "blur"])
 def test_right_on_mildly_spoilt_renders(spoil):
     rng = np.random.default_rng(0)
-    made = sample(1, 150)
+    made = sample(1, 80)
     images = [scenes.render(s) for s in made]
     images = [
         np.clip(x + rng.normal(0, 12, x.shape), 0, 255).astype(np.uint8) if spoil == "noise" else box_blur(x)
@@ -115,7 +115,7 @@ def other_place(scene, rng):
 )
 def test_one_change_is_named_and_nothing_else(change, keep, expected):
     rng, right = np.random.default_rng(0), 0
-    made = sample(2, 60, keep=keep)
+    made = sample(2, 40, keep=keep)
     for scene in made:
         report = inspect(scenes.render(change(scene, rng)), full(scene))
         right += set(report.wrong) == expected
@@ -179,8 +179,8 @@ def test_nothing_is_found_in_blank_and_noisy_pictures():
     caption = "a red cat on the left holding a sign that says hello world"
     pictures = [np.full((64, 64, 3), v, np.uint8) for v in (0, 128, 255)]
     pictures += [np.broadcast_to(np.array(c, np.uint8), (48, 80, 3)) for c in scenes.COLOURS.values()]
-    pictures += [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(10)]
-    pictures += [rng.normal(0.5, 0.15, (64, 80, 3)).astype(np.float32) for _ in range(10)]
+    pictures += [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(5)]
+    pictures += [rng.normal(0.5, 0.15, (64, 80, 3)).astype(np.float32) for _ in range(5)]
     pictures += [np.full((64, 64, 3), np.nan, np.float32), np.zeros((1, 1, 3), np.uint8), np.zeros((5, 9, 3), np.uint8)]
     for picture in pictures:
         report = inspect(picture, caption)

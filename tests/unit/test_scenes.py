@@ -58,7 +58,7 @@ def test_palette_is_well_apart():
 
 @pytest.mark.parametrize("size", scenes.SIZES)
 def test_everything_is_inside_the_frame_and_apart(size):
-    for scene in some("all", 150, size):
+    for scene in some("all", 80, size):
         image = scenes.render(scene)
         assert image.shape == (*size, 3)
         for thing in scene.things:
@@ -80,7 +80,7 @@ def test_everything_is_inside_the_frame_and_apart(size):
 
 
 def test_what_is_held_out_is_never_trained_on():
-    train, heldout = some("train", 1500), some("heldout", 500)
+    train, heldout = some("train", 800), some("heldout", 200)
     assert not any(map(scenes.held_out, train))
     assert all(map(scenes.held_out, heldout))
 
@@ -88,24 +88,25 @@ def test_what_is_held_out_is_never_trained_on():
         return tuple((t.colour, t.name) for t in scene.things), scene.sign.words[0] if scene.sign else None
 
     assert not {key(s) for s in train} & {key(s) for s in heldout}
-    everything = some("all", 1500)
+    everything = some("all", 800)
     assert 0.08 < sum(map(scenes.held_out, everything)) / len(everything) < 0.16
 
 
 def test_the_prompt_of_the_article_is_in_distribution():
     rng = np.random.default_rng(0)
-    found = {scenes.caption(s, rng, "partial").lower() for s in some(n=6000)}
+    cats = (s for s in some(n=4000) if s.sign and s.sign.words == ("hello", "world") and s.things[0].name == "cat")
+    found = {scenes.caption(s, rng, "partial").lower() for s in cats}
     assert "a cat holding a sign that says hello world" in found
 
 
 def test_a_tenth_of_captions_is_empty_and_capitals_vary():
-    _, captions = scenes.batch(np.random.default_rng(0), 3000)
+    _, captions = scenes.batch(np.random.default_rng(0), 2000)
     assert 0.08 < captions.count("") / len(captions) < 0.12
     said = [c for c in captions if c]
     assert 0.45 < sum(c.startswith("A") for c in said) / len(said) < 0.55
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 2**32 - 1), st.sampled_from(["train", "heldout", "all"]), st.sampled_from([None, "full", "partial"])
 )
