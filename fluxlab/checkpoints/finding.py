@@ -1,6 +1,6 @@
 """What a path or hub id holds: a Diffusers pipeline folder, one network's folder, or a file of the original release."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,9 +13,12 @@ from fluxlab.checkpoints.params import AUTOENCODER_CLASS, TRANSFORMER_CLASS, che
 STEM = "diffusion_pytorch_model"
 FOLDERS = {"transformer": "transformer", "autoencoder": "vae"}
 CLASSES = {"transformer": TRANSFORMER_CLASS, "autoencoder": AUTOENCODER_CLASS}
-PREFIXES = {"transformer": ("", "model.diffusion_model."), "autoencoder": ("", "vae.", "first_stage_model.")}
+_PREFIXES = {"transformer": ("", "model.diffusion_model."), "autoencoder": ("", "vae.", "first_stage_model.")}
 """Before a tensor's name: nothing in the original files, a prefix in all-in-one files that other tools write."""
-_SIGNS = {"transformer": "img_in.weight", "autoencoder": "encoder.conv_in.weight"}
+_SIGNS = {
+    "transformer": ("double_blocks.", "single_blocks.", "img_in."),
+    "autoencoder": ("encoder.down.", "decoder.up."),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,11 @@ def find(path: "str | PathLike[str]", variant: str | None = None) -> Found:
     """
     root = resolve(path, ("transformer", "autoencoder", "text", "settings"), variant)
     if root.is_file():
-        return Found(classify(root) or _no_network(root), root)
+        names = open_tensors([root])[0]
+        held = networks(names)
+        if not held:
+            raise no_network(root, "transformer", names)
+        return Found(next(iter(held)), root)
     if (root / "config.json").is_file() and not (root / "model_index.json").is_file():
         name = read_json(root / "config.json").get("_class_name")
         for part, class_name in CLASSES.items():
@@ -52,7 +59,7 @@ def find(path: "str | PathLike[str]", variant: str | None = None) -> Found:
         check_class({"_class_name": name}, TRANSFORMER_CLASS, root / "config.json")
     if (root / "transformer" / "config.json").is_file():
         return Found("pipeline", root)
-    if not (root / "model_index.json").is_file() and any(kind for _, kind in _originals(root)):
+    if not (root / "model_index.json").is_file() and any(_originals(root).values()):
         return Found("originals", root)
     raise _no_checkpoint(root, "transformer")
 
@@ -68,7 +75,11 @@ def find_network(path: "str | PathLike[str]", part: str, variant: str | None = N
             return Network("diffusers", folder, weight_files(folder, STEM, variant))
     if (root / FOLDERS[part]).is_dir():
         raise CheckpointError(f"{root / FOLDERS[part]}: no config.json beside its weights; download or copy it again")
-    fitting = [] if (root / "model_index.json").is_file() else [f for f, kind in _originals(root) if kind == part]
+    fitting = (
+        []
+        if (root / "model_index.json").is_file()
+        else [file for file, held in _originals(root).items() if part in held]
+    )
     if len(fitting) > 1:
         raise CheckpointError(
             f"{root}: {len(fitting)} {part} files: {few([f.name for f in fitting])}\nPass one of them."
@@ -99,35 +110,43 @@ def resolve(path: "str | PathLike[str]", parts: tuple[str, ...], variant: str | 
     )
 
 
-def classify(file: Path) -> str | None:
-    """Which network a file of the original release holds, by its tensors' names; None for neither."""
-    return classify_names(open_tensors([file])[0])
-
-
-def classify_names(names: Collection[str]) -> str | None:
-    return next((part for part, sign in _SIGNS.items() if any(p + sign in names for p in PREFIXES[part])), None)
-
-
-def _originals(root: Path) -> list[tuple[Path, str | None]]:
-    """The safetensors files of a folder and what each holds. A damaged one counts only where there is no other."""
-    found, errors = [], []
-    for file in sorted(file for file in root.glob("*.safetensors") if file.is_file()):
-        try:
-            found.append((file, classify(file)))
-        except CheckpointError as error:
-            errors.append(error)
-    if errors and not any(kind for _, kind in found):
-        raise errors[0]
+def networks(names: Iterable[str]) -> dict[str, str]:
+    """Which networks a file in the original layout holds, and the prefix of each one's names."""
+    found: dict[str, str] = {}
+    for name in names:
+        for part, signs in _SIGNS.items():
+            for prefix in _PREFIXES[part]:
+                if name.startswith(prefix) and name.removeprefix(prefix).startswith(signs):
+                    found[part] = prefix
     return found
 
 
-def _no_network(file: Path) -> str:
+def no_network(file: Path, part: str, names: Iterable[str]) -> CheckpointError:
+    """What to say of a file in the original layout that does not hold the network asked for."""
+    others = networks(names)
+    if others:
+        other = next(iter(others))
+        return CheckpointError(f"{file}: holds FLUX.1's {other}, not its {part}\nload_{other} reads this one.")
     if (file.parent / "config.json").is_file():
-        raise CheckpointError(f"{file}: one file of a Diffusers folder\nPass the folder: {file.parent}")
-    raise CheckpointError(
-        f"{file}: neither FLUX.1's transformer nor its autoencoder (looked for {' and '.join(_SIGNS.values())})\n"
+        return CheckpointError(f"{file}: one file of a Diffusers folder\nPass the folder: {file.parent}")
+    return CheckpointError(
+        f"{file}: holds neither FLUX.1's transformer nor its autoencoder; looked for tensors named double_blocks.…, "
+        "single_blocks.…, encoder.down.…, decoder.up.…\n"
         "Pass flux1-….safetensors or ae.safetensors of the original release, or a Diffusers folder."
     )
+
+
+def _originals(root: Path) -> dict[Path, dict[str, str]]:
+    """The safetensors files of a folder and what each holds. A damaged one counts only where there is no other."""
+    found, errors = {}, []
+    for file in sorted(file for file in root.glob("*.safetensors") if file.is_file()):
+        try:
+            found[file] = networks(open_tensors([file])[0])
+        except CheckpointError as error:
+            errors.append(error)
+    if errors and not any(found.values()):
+        raise errors[0]
+    return found
 
 
 def _no_checkpoint(root: Path, part: str) -> CheckpointError:

@@ -85,8 +85,9 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
 
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _reason(error)
         raise CheckpointError(
-            f"{repo}: no such folder here, not (completely) in the hub's cache, and the hub cannot be reached ({why})\n"
-            f"Connect and run again: what was fetched is kept. For a gated model run `hf auth login` first, {local}"
+            f"{repo}: no such folder here, and it could not be fetched from the Hugging Face hub ({why})\n"
+            "Connect and run again (what has arrived is kept; a gated model needs `hf auth login` first), "
+            "or pass a local folder."
         ) from error
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import quantised
-from fluxlab.model import AUTOENCODERS, AutoEncoderParams, FluxParams
+from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoderParams, FluxParams
 
 TRANSFORMER_CLASS, AUTOENCODER_CLASS = "FluxTransformer2DModel", "AutoencoderKL"
 METADATA_KEY = "fluxlab_params"
+Shapes = Mapping[str, tuple[int, ...]]
 
 # Diffusers' own defaults: a config.json may leave out what equals them
 _TRANSFORMER = {
@@ -100,6 +101,8 @@ def autoencoder_params(config: Mapping[str, Any], where: Path) -> AutoEncoderPar
     """`AutoEncoderParams` of a Diffusers config. Raises `CheckpointError` naming the key for what FLUX.1 lacks."""
     c = _complete(config, _AUTOENCODER, where)
     widths, levels = c["block_out_channels"], len(c["block_out_channels"])
+    if not widths or any(width < 1 or width % widths[0] for width in widths):
+        raise CheckpointError(f"{where}: block_out_channels {widths}: each must be a multiple of the first")
     _need(
         c,
         where,
@@ -114,8 +117,6 @@ def autoencoder_params(config: Mapping[str, Any], where: Path) -> AutoEncoderPar
         use_post_quant_conv=False,
         mid_block_add_attention=True,
     )
-    if not widths or any(width % widths[0] for width in widths):
-        raise CheckpointError(f"{where}: block_out_channels {widths}: each must be a multiple of the first")
     size = c["sample_size"]
     with _Naming(where):
         return AutoEncoderParams(
@@ -188,56 +189,67 @@ def from_metadata(cls: type, text: str, where: Path) -> Any:
         raise CheckpointError(f"{where}: metadata {METADATA_KEY} is no {cls.__name__}: {error}") from None
 
 
-def transformer_params_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> FluxParams:
-    """Sizes of a BFL transformer file. Heads' axes are split as FLUX.1's (1/8, 7/16, 7/16), theta is its 10000."""
-    hidden, in_channels = _shape(shapes, "img_in.weight", where, 2)
-    depth, singles = _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
-    norm = "double_blocks.0.img_attn.norm" if depth else "single_blocks.0.norm"
-    mlp = 4 * hidden
-    if depth:
-        mlp = _shape(shapes, "double_blocks.0.img_mlp.0.weight", where, 2)[0]
-    elif singles:
-        mlp = _shape(shapes, "single_blocks.0.linear1.weight", where, 2)[0] - 3 * hidden
-    head = _shape(shapes, f"{norm}.query_norm.scale", where, 1)[0] if depth or singles else 0
-    if not head or head % 32 or hidden % head:
+def transformer_params_from_shapes(shapes: Shapes, where: Path) -> FluxParams:
+    """Sizes of a BFL transformer file. Heads' axes are split as FLUX.1's (1/8, 7/16, 7/16), theta is its 10000.
+
+    A size that only one tensor tells is FLUX.1's where that is missing: all that is missing is then counted together.
+    """
+    flux1, depth, singles = TRANSFORMERS["dev"], _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
+    streams = ("img_in", "txt_in", "time_in.out_layer", "vector_in.out_layer")
+    hidden = _size(shapes, *((f"{name}.{kind}", 0) for name in streams for kind in ("weight", "bias")))
+    norms = (name for name in shapes if name.endswith(("query_norm.scale", "key_norm.scale")))
+    head = _size(shapes, *((name, 0) for name in norms))
+    if not hidden or not head or head % 32 or hidden % head:
         raise CheckpointError(
-            f"{where}: how its heads share {hidden} channels and three id axes cannot be told from the tensors' shapes "
-            f"(a head's width: {head or 'unknown'})\nPass params=FluxParams(…)."
+            f"{where}: how its heads share {hidden or 'its'} channels and three id axes cannot be told from the "
+            f"tensors' shapes (a head's width: {head or 'unknown'})\nPass params=FluxParams(…)."
         )
+    doubles = [f"double_blocks.{i}.{stream}_mlp.0" for i in range(depth) for stream in ("img", "txt")]
+    mlp = _size(shapes, *((f"{name}.{kind}", 0) for name in doubles for kind in ("weight", "bias")))
+    if not mlp:
+        places = ((f"single_blocks.{i}.linear1.{kind}", 0) for i in range(singles) for kind in ("weight", "bias"))
+        mlp = (_size(shapes, *places) or 7 * hidden) - 3 * hidden
+    qkv = [name for name in shapes if name.startswith("double_blocks.") and "_attn.qkv." in name]
     return FluxParams(
-        in_channels=in_channels,
-        out_channels=_shape(shapes, "final_layer.linear.weight", where, 2)[0],
-        vec_in_dim=_shape(shapes, "vector_in.in_layer.weight", where, 2)[1],
-        context_in_dim=_shape(shapes, "txt_in.weight", where, 2)[1],
+        in_channels=_size(shapes, ("img_in.weight", 1)) or flux1.in_channels,
+        out_channels=_size(shapes, ("final_layer.linear.weight", 0), ("final_layer.linear.bias", 0)) or hidden,
+        vec_in_dim=_size(shapes, ("vector_in.in_layer.weight", 1)) or flux1.vec_in_dim,
+        context_in_dim=_size(shapes, ("txt_in.weight", 1)) or flux1.context_in_dim,
         hidden_size=hidden,
         mlp_ratio=_ratio(mlp, hidden),
         num_heads=hidden // head,
         depth=depth,
         depth_single_blocks=singles,
         axes_dim=(head // 8, head * 7 // 16, head * 7 // 16),
-        theta=10000,
-        qkv_bias=not depth or "double_blocks.0.img_attn.qkv.bias" in shapes,
-        guidance_embed="guidance_in.in_layer.weight" in shapes,
+        theta=flux1.theta,
+        qkv_bias=not qkv or any(name.endswith(".bias") for name in qkv),
+        guidance_embed=any(name.startswith("guidance_in.") for name in shapes),
     )
 
 
-def autoencoder_params_from_shapes(shapes: Mapping[str, tuple[int, ...]], where: Path) -> AutoEncoderParams:
+def autoencoder_params_from_shapes(shapes: Shapes, where: Path) -> AutoEncoderParams:
     """Sizes of a BFL autoencoder file. The latents' scale and shift, which no tensor tells, are FLUX.1's."""
-    flux1 = AUTOENCODERS["flux1"]
-    ch, in_channels = _shape(shapes, "encoder.conv_in.weight", where, 4)[:2]
-    levels = _count(shapes, "encoder.down")
-    widths = [_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", where, 4)[0] for i in range(levels)]
-    if not widths or any(width % ch for width in widths):
-        raise CheckpointError(f"{where}: levels of {widths} channels are no multiples of {ch}; pass params=")
+    flux1, levels = AUTOENCODERS["flux1"], range(_count(shapes, "encoder.down"))
+    both = ("weight", "bias")
+    ch = _size(shapes, *((f"encoder.conv_in.{kind}", 0) for kind in both))
+    layers = [f"block.0.{layer}.{kind}" for layer in ("conv1", "norm2", "conv2") for kind in both]
+    widths = [_size(shapes, *((f"encoder.down.{i}.{layer}", 0) for layer in layers)) for i in levels]
+    if not ch or not widths or any(not width or width % ch for width in widths):
+        raise CheckpointError(
+            f"{where}: the autoencoder's levels cannot be told from the tensors' shapes (channels: {ch or 'unknown'}, "
+            f"then {', '.join(str(width or 'unknown') for width in widths) or 'none'})\n"
+            "Pass params=AutoEncoderParams(…)."
+        )
     with _Naming(where):
         return AutoEncoderParams(
             resolution=flux1.resolution,
-            in_channels=in_channels,
+            in_channels=_size(shapes, ("encoder.conv_in.weight", 1)) or flux1.in_channels,
             ch=ch,
-            out_ch=_shape(shapes, "decoder.conv_out.weight", where, 4)[0],
+            out_ch=_size(shapes, *((f"decoder.conv_out.{kind}", 0) for kind in both)) or flux1.out_ch,
             ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=_count(shapes, "encoder.down.0.block"),
-            z_channels=_shape(shapes, "decoder.conv_in.weight", where, 4)[1],
+            num_res_blocks=max(_count(shapes, f"encoder.down.{i}.block") for i in levels),
+            z_channels=_size(shapes, ("decoder.conv_in.weight", 1))
+            or (_size(shapes, *((f"encoder.conv_out.{kind}", 0) for kind in both)) or 2 * flux1.z_channels) // 2,
             scale_factor=flux1.scale_factor,
             shift_factor=flux1.shift_factor,
         )
@@ -265,15 +277,18 @@ def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any], where: Pat
         )
     values = dict(defaults) | {key: value for key, value in config.items() if key in defaults}
     for key, value in values.items():
-        usual = defaults[key]
-        numbers = isinstance(usual, int) and not isinstance(usual, bool) and key != "sample_size"
-        if (numbers and (type(value) is not int or value < 0)) or (isinstance(usual, tuple) and not _is_list(value)):
-            raise CheckpointError(f"{where}: {key} is {value!r}; expected something like {usual!r}")
+        if not _like(value, defaults[key]) and key != "sample_size":
+            raise CheckpointError(f"{where}: {key} is {value!r}; expected something like {defaults[key]!r}")
     return values
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
+def _like(value: Any, usual: Any) -> bool:
+    """Whether a setting has the type of its default, lists for tuples; sizes are not negative."""
+    if isinstance(usual, tuple):
+        return isinstance(value, list | tuple) and all(_like(one, usual[0]) for one in value)
+    if isinstance(usual, float):
+        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return usual is None or (type(value) is type(usual) and (not isinstance(value, int) or value >= 0))
 
 
 def _need(config: Mapping[str, Any], where: Path, what: str, **needed: Any) -> None:
@@ -283,15 +298,12 @@ def _need(config: Mapping[str, Any], where: Path, what: str, **needed: Any) -> N
             raise CheckpointError(f"{where}: {key} is {found!r}; {what} has {value!r} and nothing else can be read")
 
 
-def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, where: Path, dims: int) -> tuple[int, ...]:
-    if name not in shapes:
-        raise CheckpointError(f"{where}: tensor {name} is missing, and the sizes cannot be told without it")
-    if len(shapes[name]) != dims:
-        raise CheckpointError(f"{where}: tensor {name} has shape {shapes[name]}; {dims} dimensions are needed")
-    return shapes[name]
+def _size(shapes: Shapes, *places: tuple[str, int]) -> int | None:
+    """The size of the first (tensor, dimension) that is there."""
+    return next((shapes[name][dim] for name, dim in places if len(shapes.get(name, ())) > dim), None)
 
 
-def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
+def _count(shapes: Shapes, prefix: str) -> int:
     """How many numbered modules there are; a gap is found later, as missing tensors."""
     numbers = [int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
     return max(numbers, default=-1) + 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fluxlab.checkpoints.errors import CheckpointError, few
 from fluxlab.checkpoints.files import DTYPES, Entry, open_tensors, read_json
-from fluxlab.checkpoints.finding import PREFIXES, classify_names, find_network
+from fluxlab.checkpoints.finding import find_network, networks, no_network
 from fluxlab.checkpoints.keys import (
     Piece,
     Recipe,
@@ -117,7 +117,7 @@ def _load(
     if net.layout == "diffusers":
         params = params or part.from_config(read_json(net.path / "config.json"), net.path / "config.json")
     else:
-        entries = _strip_prefix(entries, part.name, net.path)
+        entries = _out_of_file(entries, part.name, net.path)
         if params is None and METADATA_KEY in metadata:
             params = from_metadata(part.params, metadata[METADATA_KEY], net.path)
         shapes = {name: entry.shape for name, entry in entries.items()}
@@ -140,16 +140,13 @@ def _load(
     return model.eval()
 
 
-def _strip_prefix(entries: dict[str, Entry], part: str, path: Path) -> dict[str, Entry]:
-    """The tensors of one network, out of a file that may hold more under prefixes."""
-    kind = classify_names(entries)
-    if kind and kind != part and not any(p and any(n.startswith(p) for n in entries) for p in PREFIXES[part]):
-        raise CheckpointError(f"{path}: holds FLUX.1's {kind}, not its {part}\nload_{kind} reads this one.")
-    for prefix in PREFIXES[part][1:]:
-        inner = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
-        if inner:
-            return inner
-    return entries
+def _out_of_file(entries: Mapping[str, Entry], part: str, path: Path) -> dict[str, Entry]:
+    """One network's tensors, out of a file in the original layout that may hold more, under prefixes."""
+    held = networks(entries)
+    if part not in held:
+        raise no_network(path, part, entries)
+    prefix = held[part]
+    return {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
 
 
 def _check_tensors(entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
