@@ -1,12 +1,12 @@
 """`python -m fluxlab.run +exp=<name> [overrides]`: compose the configs, check them, run."""
 
 import os
-import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fluxlab.compose import compose, guarded
 from fluxlab.config import ModelRow, config_folder, model_row
 
 
@@ -29,46 +29,26 @@ class RunConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when done, 2 for what the user can mend (said in at most three lines on stderr)."""
+    """0 when done, 2 for what the user can mend, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not any(argument.startswith("+exp=") for argument in arguments):
         print(_usage())
         return 0
-    try:
-        config = compose(arguments)
+
+    def work() -> None:
+        config = load_config(arguments)
         row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
-        seeds = seed_list(config.seeds)
-        run(config, row, seeds)
-    except KeyboardInterrupt:
-        print("interrupted; finished images are kept", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(_short(str(error)), file=sys.stderr)
-        return 2
-    return 0
+        run(config, row, seed_list(config.seeds))
+
+    return guarded(work, "interrupted; finished images are kept")
 
 
-def compose(arguments: list[str]) -> RunConfig:
-    """The configs under `configs/` with `arguments` as overrides. Raises `ValueError` for what Hydra refuses."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
+def load_config(arguments: list[str]) -> RunConfig:
+    """`configs/config.yaml` with `arguments` as overrides. Raises `ValueError` for what Hydra refuses."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name="schema", node=RunConfig)
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = hydra_compose("config", overrides=arguments)
-        return RunConfig(**OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-    except (HydraException, OmegaConfBaseException) as error:
-        # where Hydra only says which override it was merging, the cause says what is wrong
-        told = error.__cause__ if error.__cause__ and str(error).startswith("Error merging override") else error
-        override = getattr(error, "override", None)  # what a parse error is about
-        raise ValueError((f"{override}: " if override else "") + _hydra_line(str(told))) from error
+    config = compose("config", {"schema": RunConfig}, arguments)
+    return RunConfig(**OmegaConf.to_container(config))
 
 
 def seed_list(seeds: Any) -> list[int]:
@@ -128,22 +108,6 @@ def _usage() -> str:
             "Keys: see configs/config.yaml",
         ]
     )
-
-
-def _hydra_line(text: str) -> str:
-    """Hydra's message, which can take dozens of lines, in one or two."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    missing = re.search(r"Could not find '(\w+)/(\S+)'", lines[0])
-    if missing:
-        options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]
-        return f"{missing[1]}={missing[2]}: there is none; available: {', '.join(options)}"
-    key = [line.strip().removeprefix("full_key: ") for line in lines if "full_key: " in line]
-    return f"{key[0]}: {lines[0]}" if key else _short(text)
-
-
-def _short(text: str) -> str:
-    """At most three non-empty lines."""
-    return "\n".join([line for line in text.splitlines() if line.strip()][:3])
 
 
 if __name__ == "__main__":
