@@ -4,19 +4,19 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TypeVar
 
 from fluxlab.config import config_folder
 
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+T = TypeVar("T")
 
 
-def compose(name: str, schemas: dict[str, type], arguments: list[str]) -> "DictConfig":
-    """The config `name` under `configs/` with `arguments` as overrides, resolved.
+def compose(name: str, schema: type[T], schema_name: str, arguments: list[str]) -> T:
+    """The config `name` under `configs/` with `arguments` as overrides, as an object of the dataclass `schema`.
 
-    `schemas` are dataclasses by the name that configs call them by; a key or type they do not know is an error. Raises
-    `ValueError`, of one to three lines, for whatever Hydra refuses and for a value left open.
+    Configs call the schema `schema_name` in their defaults lists. Raises `ValueError`, of one to three lines, for a key
+    or type that the schema does not know, a value left open, and whatever else Hydra refuses.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -25,8 +25,7 @@ def compose(name: str, schemas: dict[str, type], arguments: list[str]) -> "DictC
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    for key, schema in schemas.items():
-        ConfigStore.instance().store(name=key, node=schema)
+    ConfigStore.instance().store(name=schema_name, node=schema)
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             config = hydra_compose(name, overrides=arguments)
@@ -36,10 +35,14 @@ def compose(name: str, schemas: dict[str, type], arguments: list[str]) -> "DictC
         told = error.__cause__ if error.__cause__ and str(error).startswith("Error merging override") else error
         override = getattr(error, "override", None)  # what a parse error is about
         raise ValueError((f"{override}: " if override else "") + _hydra_line(str(told))) from error
+    known = [f.name for f in fields(schema)]
+    unknown = sorted(set(config) - set(known))  # Hydra lets +key=value past the schema
+    if unknown:
+        raise ValueError(f"{unknown[0]}: there is no such key; known: {', '.join(known)}")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(f"{missing[0]} is missing: add {missing[0]}=… to the command line")
-    return config
+    return OmegaConf.to_object(config)
 
 
 def guarded(work: Callable[[], None], interrupted: str) -> int:

@@ -36,19 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     def work() -> None:
-        config = load_config(arguments)
+        config = compose("config", RunConfig, "schema", arguments)
         row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
         run(config, row, seed_list(config.seeds))
 
     return guarded(work, "interrupted; finished images are kept")
-
-
-def load_config(arguments: list[str]) -> RunConfig:
-    """`configs/config.yaml` with `arguments` as overrides. Raises `ValueError` for what Hydra refuses."""
-    from omegaconf import OmegaConf
-
-    config = compose("config", {"schema": RunConfig}, arguments)
-    return RunConfig(**OmegaConf.to_container(config))
 
 
 def seed_list(seeds: Any) -> list[int]:

@@ -51,7 +51,8 @@ def test_without_an_experiment_it_explains_itself(tmp_path):
     [
         (["+exp=helo"], "exp=helo: there is none; available: hello"),
         (["+exp=hello", "model=dve"], "model=dve: there is none; available: "),
-        (["+exp=hello", "model=dev", "stepz=3"], "stepz"),
+        (["+exp=hello", "model=dev", "stepz=3"], "stepz: there is no such key"),
+        (["+exp=hello", "model=dev", "+stepz=3"], "stepz: there is no such key"),
         (["+exp=hello", "model=dev", "steps=many"], "steps: Value 'many'"),
         (["+exp=hello", "model=dev", "seeds=0"], "seeds=0: expected a count"),
         (["+exp=hello", "model=dev", "seeds=[a]"], "seeds="),
