@@ -74,12 +74,14 @@ def check_fits(bytes_by_dtype: dict[torch.dtype, int], device: torch.device, wha
 
 class Scratch:
     """Memory on the pages of an unlinked file, so that weights put together here are dropped and re-read like mapped
-    ones, and do not count as the process's own. Freed with the last tensor. The folder is `FLUXLAB_SCRATCH`, else the
-    system's temporary one. A private mapping: writing to a tensor never reaches the file, nor a forked process.
+    ones, and do not count as the process's own. Freed with the last tensor. The folder is `FLUXLAB_SCRATCH`, else
+    `TMPDIR`, else `/var/tmp`, which lies on a disk where `/tmp` may be memory. A private mapping: writing to a tensor
+    never reaches the file, nor a forked process.
     """
 
     def __init__(self, size: int):
-        folder = os.environ.get("FLUXLAB_SCRATCH") or tempfile.gettempdir()
+        disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
+        folder = os.environ.get("FLUXLAB_SCRATCH") or os.environ.get("TMPDIR") or disk
         self._help = f"{folder}: no room for {_gb(size)} of scratch, needed to join a Diffusers folder's tensors"
         try:
             if shutil.disk_usage(folder).free < size:

@@ -1,8 +1,6 @@
-"""A network's sizes: from a Diffusers config.json, from a file's metadata, or from its tensors' shapes; and back."""
+"""A network's sizes: from a Diffusers config.json or a file's metadata, and back."""
 
 import json
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -10,11 +8,10 @@ from typing import Any
 
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import quantised
-from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoderParams, FluxParams
+from fluxlab.model import AutoEncoderParams, FluxParams
 
 TRANSFORMER_CLASS, AUTOENCODER_CLASS = "FluxTransformer2DModel", "AutoencoderKL"
 METADATA_KEY = "fluxlab_params"
-Shapes = Mapping[str, tuple[int, ...]]
 
 # Diffusers' own defaults: a config.json may leave out what equals them
 _TRANSFORMER = {
@@ -56,7 +53,7 @@ def transformer_params(config: Mapping[str, Any], where: Path) -> FluxParams:
     """`FluxParams` of a Diffusers config. Raises `CheckpointError` naming the key for what FLUX.1 does not have."""
     c = _complete(config, _TRANSFORMER, where)
     _need(c, where, "FLUX.1's transformer", patch_size=1)
-    with _Naming(where):
+    with Naming(where):
         return FluxParams(
             in_channels=c["in_channels"],
             out_channels=c["out_channels"] or c["in_channels"],
@@ -118,7 +115,7 @@ def autoencoder_params(config: Mapping[str, Any], where: Path) -> AutoEncoderPar
         mid_block_add_attention=True,
     )
     size = c["sample_size"]
-    with _Naming(where):
+    with Naming(where):
         return AutoEncoderParams(
             resolution=size if isinstance(size, int) else max(size),
             in_channels=c["in_channels"],
@@ -189,73 +186,7 @@ def from_metadata(cls: type, text: str, where: Path) -> Any:
         raise CheckpointError(f"{where}: metadata {METADATA_KEY} is no {cls.__name__}: {error}") from None
 
 
-def transformer_params_from_shapes(shapes: Shapes, where: Path) -> FluxParams:
-    """Sizes of a BFL transformer file. Heads' axes are split as FLUX.1's (1/8, 7/16, 7/16), theta is its 10000.
-
-    A size that only one tensor tells is FLUX.1's where that is missing: all that is missing is then counted together.
-    """
-    flux1, depth, singles = TRANSFORMERS["dev"], _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
-    streams = ("img_in", "txt_in", "time_in.out_layer", "vector_in.out_layer")
-    hidden = _size(shapes, *((f"{name}.{kind}", 0) for name in streams for kind in ("weight", "bias")))
-    norms = (name for name in shapes if name.endswith(("query_norm.scale", "key_norm.scale")))
-    head = _size(shapes, *((name, 0) for name in norms))
-    if not hidden or not head or head % 32 or hidden % head:
-        raise CheckpointError(
-            f"{where}: how its heads share {hidden or 'its'} channels and three id axes cannot be told from the "
-            f"tensors' shapes (a head's width: {head or 'unknown'})\nPass params=FluxParams(…)."
-        )
-    doubles = [f"double_blocks.{i}.{stream}_mlp.0" for i in range(depth) for stream in ("img", "txt")]
-    mlp = _size(shapes, *((f"{name}.{kind}", 0) for name in doubles for kind in ("weight", "bias")))
-    if not mlp:
-        places = ((f"single_blocks.{i}.linear1.{kind}", 0) for i in range(singles) for kind in ("weight", "bias"))
-        mlp = (_size(shapes, *places) or 7 * hidden) - 3 * hidden
-    qkv = [name for name in shapes if name.startswith("double_blocks.") and "_attn.qkv." in name]
-    return FluxParams(
-        in_channels=_size(shapes, ("img_in.weight", 1)) or flux1.in_channels,
-        out_channels=_size(shapes, ("final_layer.linear.weight", 0), ("final_layer.linear.bias", 0)) or hidden,
-        vec_in_dim=_size(shapes, ("vector_in.in_layer.weight", 1)) or flux1.vec_in_dim,
-        context_in_dim=_size(shapes, ("txt_in.weight", 1)) or flux1.context_in_dim,
-        hidden_size=hidden,
-        mlp_ratio=_ratio(mlp, hidden),
-        num_heads=hidden // head,
-        depth=depth,
-        depth_single_blocks=singles,
-        axes_dim=(head // 8, head * 7 // 16, head * 7 // 16),
-        theta=flux1.theta,
-        qkv_bias=not qkv or any(name.endswith(".bias") for name in qkv),
-        guidance_embed=any(name.startswith("guidance_in.") for name in shapes),
-    )
-
-
-def autoencoder_params_from_shapes(shapes: Shapes, where: Path) -> AutoEncoderParams:
-    """Sizes of a BFL autoencoder file. The latents' scale and shift, which no tensor tells, are FLUX.1's."""
-    flux1, levels = AUTOENCODERS["flux1"], range(_count(shapes, "encoder.down"))
-    both = ("weight", "bias")
-    ch = _size(shapes, *((f"encoder.conv_in.{kind}", 0) for kind in both))
-    layers = [f"block.0.{layer}.{kind}" for layer in ("conv1", "norm2", "conv2") for kind in both]
-    widths = [_size(shapes, *((f"encoder.down.{i}.{layer}", 0) for layer in layers)) for i in levels]
-    if not ch or not widths or any(not width or width % ch for width in widths):
-        raise CheckpointError(
-            f"{where}: the autoencoder's levels cannot be told from the tensors' shapes (channels: {ch or 'unknown'}, "
-            f"then {', '.join(str(width or 'unknown') for width in widths) or 'none'})\n"
-            "Pass params=AutoEncoderParams(…)."
-        )
-    with _Naming(where):
-        return AutoEncoderParams(
-            resolution=flux1.resolution,
-            in_channels=_size(shapes, ("encoder.conv_in.weight", 1)) or flux1.in_channels,
-            ch=ch,
-            out_ch=_size(shapes, *((f"decoder.conv_out.{kind}", 0) for kind in both)) or flux1.out_ch,
-            ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=max(_count(shapes, f"encoder.down.{i}.block") for i in levels),
-            z_channels=_size(shapes, ("decoder.conv_in.weight", 1))
-            or (_size(shapes, *((f"encoder.conv_out.{kind}", 0) for kind in both)) or 2 * flux1.z_channels) // 2,
-            scale_factor=flux1.scale_factor,
-            shift_factor=flux1.shift_factor,
-        )
-
-
-class _Naming:
+class Naming:
     """Puts the file's name before a complaint about sizes that do not fit together."""
 
     def __init__(self, where: Path):
@@ -296,20 +227,3 @@ def _need(config: Mapping[str, Any], where: Path, what: str, **needed: Any) -> N
         found = list(config[key]) if isinstance(config[key], tuple) else config[key]
         if found != value:
             raise CheckpointError(f"{where}: {key} is {found!r}; {what} has {value!r} and nothing else can be read")
-
-
-def _size(shapes: Shapes, *places: tuple[str, int]) -> int | None:
-    """The size of the first (tensor, dimension) that is there."""
-    return next((shapes[name][dim] for name, dim in places if len(shapes.get(name, ())) > dim), None)
-
-
-def _count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered modules there are; a gap is found later, as missing tensors."""
-    numbers = [int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
-    return max(numbers, default=-1) + 1
-
-
-def _ratio(mlp: int, hidden: int) -> float:
-    """The ratio whose product with `hidden` truncates to `mlp`: a plain quotient can fall just short of it."""
-    ratio = mlp / hidden
-    return ratio if int(hidden * ratio) == mlp else math.nextafter(ratio, math.inf)

@@ -5,12 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fluxlab.checkpoints.errors import CheckpointError, few
+from fluxlab.checkpoints.errors import CheckpointError, few, first_line
 from fluxlab.checkpoints.files import DTYPES, Entry, open_tensors, read_json
 from fluxlab.checkpoints.finding import find_network, networks, no_network
 from fluxlab.checkpoints.keys import (
@@ -23,17 +22,10 @@ from fluxlab.checkpoints.keys import (
     transformer_pieces,
 )
 from fluxlab.checkpoints.memory import Scratch, check_device, check_fits
-from fluxlab.checkpoints.params import (
-    METADATA_KEY,
-    autoencoder_params,
-    autoencoder_params_from_shapes,
-    from_metadata,
-    transformer_params,
-    transformer_params_from_shapes,
-)
+from fluxlab.checkpoints.params import METADATA_KEY, autoencoder_params, from_metadata, transformer_params
+from fluxlab.checkpoints.shapes import autoencoder_params_from_shapes, transformer_params_from_shapes
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
 
-Net = TypeVar("Net", bound=nn.Module)
 JOIN_IN_MEMORY = 64 * 2**20
 """Joined tensors of up to so many bytes are not worth a scratch file."""
 
@@ -122,8 +114,7 @@ def _load(
             params = from_metadata(part.params, metadata[METADATA_KEY], net.path)
         shapes = {name: entry.shape for name, entry in entries.items()}
         params = params or part.from_shapes(shapes, net.path)
-    with torch.device("meta"):
-        model = part.build(params)
+    model = _on_meta(part, params, net.path)
 
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if net.layout == "diffusers":
@@ -138,6 +129,14 @@ def _load(
         _check_memory(entries, dtype, device, net.path)
     model.load_state_dict(_assemble(recipe, entries, ours, dtype, device, net.path), strict=True, assign=True)
     return model.eval()
+
+
+def _on_meta(part: _Part, params: FluxParams | AutoEncoderParams, path: Path) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return part.build(params)
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: no {part.name} can have these sizes: {params} ({first_line(error)})") from None
 
 
 def _out_of_file(entries: Mapping[str, Entry], part: str, path: Path) -> dict[str, Entry]:

@@ -146,6 +146,34 @@ def test_transformer_round_trip_is_bit_equal(tmp_path, name, dtype):
     assert dict(loaded.config)["axes_dims_rope"] == [*again.params.axes_dim]
 
 
+@pytest.mark.parametrize("guidance", [True, False])
+def test_the_published_transformers_have_these_names_and_shapes(guidance):
+    from fluxlab.checkpoints.keys import their_shapes, to_ours, to_theirs, transformer_pieces
+    from fluxlab.model import TRANSFORMERS as PUBLISHED
+
+    params = PUBLISHED["dev" if guidance else "schnell"]
+    with torch.device("meta"):
+        ours = {name: tuple(t.shape) for name, t in Flux(params).state_dict().items()}
+        theirs = diffusers.FluxTransformer2DModel(guidance_embeds=guidance).state_dict()
+    pieces = transformer_pieces(params)
+    assert their_shapes(pieces, ours) == {name: tuple(t.shape) for name, t in theirs.items()}
+    assert to_ours(pieces).keys() == ours.keys()
+    assert to_theirs(pieces).keys() == theirs.keys()
+    assert len(ours) == (780 if guidance else 776)
+
+
+def test_the_published_autoencoder_has_these_names_and_shapes():
+    from fluxlab.checkpoints.keys import autoencoder_pieces, their_shapes
+    from fluxlab.checkpoints.params import autoencoder_config
+    from fluxlab.model import AUTOENCODERS as PUBLISHED
+
+    with torch.device("meta"):
+        ours = {name: tuple(t.shape) for name, t in AutoEncoder(PUBLISHED["flux1"]).state_dict().items()}
+        theirs = diffusers.AutoencoderKL.from_config(autoencoder_config(PUBLISHED["flux1"])).state_dict()
+    shapes = their_shapes(autoencoder_pieces(PUBLISHED["flux1"]), ours)
+    assert shapes == {name: tuple(t.shape) for name, t in theirs.items()}
+
+
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_autoencoder_computes_what_diffusers_computes(tmp_path, name):
     model = their_autoencoder(**AUTOENCODERS[name])
@@ -248,7 +276,7 @@ def test_unusual_sizes_are_told_by_shapes_alone(tmp_path, changes):
 
 
 def test_the_ratio_gives_back_the_width():
-    from fluxlab.checkpoints.params import _ratio
+    from fluxlab.checkpoints.shapes import _ratio
 
     assert all(int(d * _ratio(mlp, d)) == mlp for d in (96, 192, 3072) for mlp in range(1, 15000))
 
