@@ -44,7 +44,9 @@ class FluxParams:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         head = self.hidden_size // self.num_heads
         if sum(self.axes_dim) != head or any(dim % 2 or dim < 2 for dim in self.axes_dim):
-            raise ValueError(f"axes_dim {self.axes_dim}: even numbers are needed that add up to the head's width, {head}")
+            raise ValueError(
+                f"axes_dim {self.axes_dim}: even numbers are needed that add up to the head's width, {head}"
+            )
 
 
 class Flux(nn.Module):
@@ -110,11 +112,11 @@ class Flux(nn.Module):
     def _vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """The conditioning vector `(B, D)`: time, guidance if the model is distilled, pooled text."""
         dtype = self.img_in.weight.dtype
-        vec = self.time_in(timestep_embedding(timesteps, 256, dtype))
+        vec = self.time_in(timestep_embedding(timesteps, dtype))
         if self.params.guidance_embed:
             if guidance is None:
                 raise ValueError("guidance is missing: this model is guidance-distilled (FLUX.1 dev: 3.5)")
-            vec = vec + self.guidance_in(timestep_embedding(guidance, 256, dtype))
+            vec = vec + self.guidance_in(timestep_embedding(guidance, dtype))
         return vec + self.vector_in(y)
 
     def _tables(
