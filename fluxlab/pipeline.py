@@ -1,23 +1,27 @@
 """Text and image ends around the transformer: prompts and seeds in, images out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxlab import sampling
+from fluxlab import positions, sampling
 from fluxlab.config import ModelRow, find_row
-from fluxlab.model import AutoEncoder, Flux, rotary_table
+from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
+from fluxlab.positions import Program
 
 if TYPE_CHECKING:
     from os import PathLike
 
 T = TypeVar("T")
+
+Programs = Program | Mapping[str, Any] | Sequence[Program | Mapping[str, Any] | None] | None
+"""One program for all samples, or one a sample: a `Program`, a config of edits, or None for untouched ids."""
 
 
 @dataclass
@@ -64,13 +68,17 @@ class Pipeline:
         latents: Tensor | None = None,
         output: str = "pil",
         *,
+        programs: Programs = None,
         max_sequence_length: int | None = None,
         truncate: bool = False,
         timestep_rounding: str | None = None,
         on_step: sampling.OnStep | None = None,
     ) -> "list[Image.Image] | Tensor":
-        """One image for each (prompt, seed), in one batch; a list of length one serves all. None means the model's own.
+        """One image for each (prompt, seed, program), in one batch; a list of length one serves all. None means the
+        model's own.
 
+        `programs` edit position ids and attention (`fluxlab.positions`); a program that names words finds them in its
+        sample's prompt, and leaves a negative prompt's words alone.
         height and width in pixels; `latents` packed noise `(B, N, C)` in the seeds' place. `true_cfg` > 1 guides away
         from `negative_prompts` ("" unless given) with a second forward a step. `truncate` lets a prompt of more than
         `max_sequence_length` T5 tokens lose its end. `timestep_rounding` ("bfl", "diffusers") feeds the model the
@@ -82,13 +90,21 @@ class Pipeline:
         if output not in ("pil", "latent", "pt"):
             raise ValueError(f"output {output!r}: expected pil, latent or pt")
         rows, cols = self._grid(height, width)
-        batch = _zip(prompts=prompts, seeds=seeds, negative_prompts=negative_prompts, latents=latents)
+        batch = _zip(
+            prompts=prompts,
+            seeds=seeds,
+            negative_prompts=negative_prompts,
+            latents=latents,
+            programs=_programs(programs),
+        )
         x = self._start(batch["seeds"], latents, len(batch["prompts"]), rows, cols)
         sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
         velocity = self._velocity(
             batch["prompts"],
             batch["negative_prompts"],
             (rows, cols),
+            sigmas,
+            programs=batch["programs"],
             guidance=guidance,
             true_cfg=true_cfg,
             length=max_sequence_length,
@@ -106,18 +122,28 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         *,
+        programs: Programs = None,
         iterations: int = 3,
         truncate: bool = False,
         on_step: sampling.OnStep | None = None,
     ) -> Tensor:
         """Packed noise `(B, N, C)`, fp32, from which `generate(prompts, latents=noise)` returns to the images.
 
-        `images` are PIL images or a tensor `(B, 3, H, W)` in 0 … 1; `iterations` as in `sampling.invert`.
+        `images` are PIL images or a tensor `(B, 3, H, W)` in 0 … 1; `iterations` as in `sampling.invert`, `programs` as
+        in `generate`.
         """
         x, rows, cols = self.encode(images)
-        batch = _zip(prompts=prompts, latents=x)
+        batch = _zip(prompts=prompts, latents=x, programs=_programs(programs))
         sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
-        velocity = self._velocity(batch["prompts"], None, (rows, cols), guidance=guidance, truncate=truncate)
+        velocity = self._velocity(
+            batch["prompts"],
+            None,
+            (rows, cols),
+            sigmas,
+            programs=batch["programs"],
+            guidance=guidance,
+            truncate=truncate,
+        )
         return sampling.invert(velocity, x.expand(len(batch["prompts"]), -1, -1), sigmas, iterations, on_step)
 
     @torch.inference_mode()
@@ -157,7 +183,9 @@ class Pipeline:
         prompts: Sequence[str],
         negative_prompts: Sequence[str] | None,
         grid: tuple[int, int],
+        sigmas: Sequence[float],
         *,
+        programs: Sequence[Program] | None = None,
         guidance: float | None = None,
         true_cfg: float | None = None,
         length: int | None = None,
@@ -182,24 +210,60 @@ class Pipeline:
             strength = torch.full((batch,), float(self.guidance if guidance is None else guidance), device=self.device)
             strength = sampling.round_timesteps(strength, rounding and "bfl")
 
-        def conditioned(texts: Sequence[str]) -> sampling.Velocity:
+        length = self.max_sequence_length if length is None else length
+        compiled = self._compile(programs, prompts, length, grid, sigmas)
+
+        def conditioned(texts: Sequence[str], compiled: positions.Compiled) -> sampling.Velocity:
             encoded = [self.encode_prompt(text, length, truncate) for text in texts]
             txt, y = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-            ids = torch.cat(
-                (sampling.text_ids(1, txt.shape[1], len(p.axes_dim)), sampling.image_ids(1, *grid, len(p.axes_dim))), 1
-            )
-            table = rotary_table(ids.to(self.device), p.axes_dim, p.theta)
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 times = sampling.round_timesteps(torch.full((batch,), t, device=self.device), rounding)
-                return self.transformer(x.to(self.dtype), None, txt, None, times, y, strength, rotary=table)
+                rotary, mask = compiled.at(t)
+                return self.transformer(x.to(self.dtype), None, txt, None, times, y, strength, rotary=rotary, mask=mask)
 
             return velocity
 
         if true_cfg is None or true_cfg == 1:  # v⁻ + 1 · (v⁺ - v⁻) is v⁺
-            return conditioned(prompts)
+            return conditioned(prompts, compiled)
         negatives = [""] * batch if negative_prompts is None else negative_prompts
-        return sampling.with_negative(conditioned(prompts), conditioned(negatives), true_cfg)
+        without = compiled  # a negative prompt's words are others: edits of words leave them alone
+        if any(program.names_words for program in programs or ()):
+            without = self._compile(programs, None, length, grid, sigmas)
+        return sampling.with_negative(conditioned(prompts, compiled), conditioned(negatives, without), true_cfg)
+
+    def _compile(
+        self,
+        programs: Sequence[Program] | None,
+        prompts: Sequence[str] | None,
+        length: int,
+        grid: tuple[int, int],
+        sigmas: Sequence[float],
+    ) -> positions.Compiled:
+        """Rotary tables and masks of a batch of programs; `prompts` None for texts that have none of their words."""
+        p, programs = self.transformer.params, programs or [Program()]
+        axes = len(p.axes_dim)
+        ids = torch.cat((sampling.text_ids(1, length, axes), sampling.image_ids(1, *grid, axes)), 1)
+        named = None
+        if any(program.names_words for program in programs):
+            named = [None] if prompts is None else [self._prompt(prompt, length) for prompt in prompts]
+        context = positions.Context(
+            ids=ids.to(self.device),
+            layout=positions.Layout(length, grid, pixels_per_token=self.pixels_per_token),
+            axes_dim=p.axes_dim,
+            theta=p.theta,
+            double=p.depth,
+            single=p.depth_single_blocks,
+            heads=p.num_heads,
+            sigmas=sigmas,
+            prompts=named,
+        )
+        return positions.compile_programs(programs, context)
+
+    def _prompt(self, prompt: str, length: int) -> positions.Prompt:
+        """A prompt with the characters that each of its T5 tokens stands for."""
+        spans = self.text.t5_tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
+        return positions.Prompt(prompt, tuple(map(tuple, spans.offset_mapping)))
 
     def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Token rows and columns of an image size; `ValueError` with the nearest sizes for one that does not divide."""
@@ -286,6 +350,15 @@ def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torc
         size=row.size or (side, side),
         name=row.name,
     )
+
+
+def _programs(programs: Programs) -> list[Program] | None:
+    """Read one program or a list of them; errors name `programs` and, in a list, which."""
+    if programs is None:
+        return None
+    if isinstance(programs, str | Program | Mapping) or not isinstance(programs, Sequence):
+        return [Program.from_config(programs, "programs")]
+    return [Program.from_config(program, f"programs[{i}]") for i, program in enumerate(programs)]
 
 
 def _zip(**columns: "T | Sequence[T] | None") -> "dict[str, list[T] | None]":

@@ -1,0 +1,33 @@
+"""What to do to position ids, and where: ops, edits and programs (README, "Programs"). No networks in here."""
+
+from fluxlab.positions import attention_ops, ops
+from fluxlab.positions.compiled import Compiled, Placement, compile_programs
+from fluxlab.positions.layout import IMAGE, REFERENCE, TEXT, Context, Layout, Scope
+from fluxlab.positions.oracle import noise_floor, shifted
+from fluxlab.positions.program import Edit, Program
+from fluxlab.positions.registry import OPS, Op, load_plugins, op
+from fluxlab.positions.words import Prompt, find_word
+
+__all__ = [
+    "IMAGE",
+    "OPS",
+    "REFERENCE",
+    "TEXT",
+    "Compiled",
+    "Context",
+    "Edit",
+    "Layout",
+    "Op",
+    "Placement",
+    "Program",
+    "Prompt",
+    "Scope",
+    "attention_ops",
+    "compile_programs",
+    "find_word",
+    "load_plugins",
+    "noise_floor",
+    "op",
+    "ops",
+    "shifted",
+]

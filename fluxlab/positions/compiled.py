@@ -1,0 +1,238 @@
+"""Programs compiled: one rotary table for each distinct (samples, block, side, head, query group), built once."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluxlab.model.groups import KeyGroups
+from fluxlab.model.rope import Rotary, rotary_table
+from fluxlab.positions.apply import Placed, Resolved, apply_edits, blocked, check_masks, resolve
+from fluxlab.positions.layout import Context
+
+if TYPE_CHECKING:
+    from fluxlab.positions.program import Program
+
+Keys = Rotary | KeyGroups
+
+
+class Placement(NamedTuple):
+    """What the model takes at one step: `rotary=` and `mask=` of `Flux.forward`.
+
+    rotary: one table for all, or (queries, keys) a block. mask: None, or an additive `(B or 1, H or 1, N, N)` or None a
+    block. Whatever is equal is the same object.
+    """
+
+    rotary: Rotary | list[tuple[Rotary, Keys]]
+    mask: list[Tensor | None] | None
+
+
+class _Kept:
+    """Values by key, of which only those asked for since the last `turn` but one are kept."""
+
+    def __init__(self):
+        self._now: dict[Any, Any] = {}
+        self._before: dict[Any, Any] = {}
+
+    def turn(self) -> None:
+        self._now, self._before = {}, self._now
+
+    def get(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._now:
+            self._now[key] = self._before[key] if key in self._before else make()
+        return self._now[key]
+
+    def of_kind(self, kind: str) -> list:
+        return [value for part in (self._now, self._before) for key, value in part.items() if key[0] == kind]
+
+
+class Compiled:
+    """The programs of a batch, one a sample, for one sequence, model and schedule. `at(t)` is all one needs."""
+
+    def __init__(
+        self, samples: Sequence[tuple[Resolved, ...]], ids: Sequence[Tensor], of: Sequence[int], context: Context
+    ):
+        self._samples = samples  # the distinct ones: their edits
+        self._ids = ids  # and their untouched ids (N, A)
+        self._of = of  # which of them each sample of the batch is
+        self._context = context
+        self._state: tuple | None = None
+        self._placement: Placement | None = None
+        self._kept = _Kept()
+
+    def step(self, t: float) -> int:
+        """The step whose σ is t, or in whose interval t lies."""
+        sigmas = self._context.sigmas
+        return max((i for i in range(len(sigmas) - 1) if sigmas[i] >= t), default=0)
+
+    def at(self, t: float) -> Placement:
+        """Tables and masks for time t (1 = noise, 0 = image); the same object as before where nothing changes."""
+        step = self.step(t)
+        state = tuple(tuple(edit.strength_at(step, t) for edit in edits) for edits in self._samples)
+        if state != self._state:
+            self._kept.turn()
+            self._state = state
+            self._placement = self._build()
+        return self._placement
+
+    def ids(self, t: float = 1.0, block: int = 0, side: str = "queries", head: int = 0, sample: int = 0) -> Tensor:
+        """The positions `(N, A)` that one block works with, rotation dropped counted as position 0."""
+        self.at(t)
+        which = self._of[sample]
+        edits = [n for n in self._active(block)[which] if self._samples[which][n].touches(side, head)]
+        return self._placed(which, tuple(edits)).ids
+
+    def _active(self, block: int) -> tuple[tuple[int, ...], ...]:
+        """For each distinct sample, the edits at work in a block now."""
+        return tuple(
+            tuple(n for n, edit in enumerate(edits) if strengths[n] > 0 and block in edit.blocks)
+            for edits, strengths in zip(self._samples, self._state, strict=True)
+        )
+
+    def _build(self) -> Placement:
+        pairs: dict[Any, tuple] = {}
+        blocks = []
+        for block in range(self._context.blocks):
+            active = self._active(block)
+            if active not in pairs:
+                pairs[active] = (self._queries(active), self._keys(active)), self._mask(active)
+            blocks.append(pairs[active])
+        tables, masks = [pair for pair, _ in blocks], [mask for _, mask in blocks]
+        first = tables[0][0]
+        single = all(queries is first and keys is first for queries, keys in tables)
+        return Placement(first if single else tables, masks if any(mask is not None for mask in masks) else None)
+
+    def _queries(self, active: tuple) -> Rotary:
+        return self._table("queries", active, None)
+
+    def _keys(self, active: tuple) -> Keys:
+        """One table, or one for each group of queries that sees the keys alike."""
+        limited = [
+            edits[n].seen_by
+            for edits, now in zip(self._samples, active, strict=True)
+            for n in now
+            if edits[n].touches("keys")
+        ]
+        limited = [seen_by for seen_by in limited if seen_by is not None]
+        if not limited:
+            return self._table("keys", active, None)
+        _, group = torch.stack(limited, 1).unique(dim=0, return_inverse=True)
+        queries = [(group == g).nonzero()[:, 0] for g in range(int(group.max()) + 1)]
+        tables = [self._table("keys", active, int(members[0])) for members in queries]
+        if all(table is tables[0] for table in tables):
+            return tables[0]
+        key = ("groups", active, *map(id, tables))
+        return self._kept.get(key, lambda: KeyGroups(tuple(queries), tuple(tables)))
+
+    def _table(self, side: str, active: tuple, query: int | None) -> Rotary:
+        """The batch's table of one side, as seen by the token `query`: `(B or 1, H or 1, N, d/2)`."""
+        rows = []
+        for which, now in enumerate(active):
+            edits = self._samples[which]
+            now = [n for n in now if edits[n].touches(side) and edits[n].is_seen_by(query)]
+            by_head = any(edits[n].heads is not None for n in now)
+            heads = range(self._context.heads) if by_head else (0,)
+            rows.append([self._one(which, tuple(n for n in now if edits[n].touches(side, h))) for h in heads])
+        rows = [row[:1] if all(table is row[0] for table in row) else row for row in rows]
+        rows = [rows[which] for which in self._of]
+        if all(_same(row, rows[0]) for row in rows):
+            rows = rows[:1]
+        if len(rows) == 1 and len(rows[0]) == 1:
+            return rows[0][0]
+        key = tuple(tuple(id(table) for table in row) for row in rows)
+        return self._kept.get(("joined", key), lambda: _join(rows))
+
+    def _strengths(self, which: int, edits: tuple[int, ...]) -> tuple:
+        return tuple((n, self._state[which][n]) for n in edits)
+
+    def _placed(self, which: int, edits: tuple[int, ...]) -> Placed:
+        strengths = self._strengths(which, edits)
+        return self._kept.get(
+            ("ids", which, strengths),
+            lambda: apply_edits(self._ids[which], self._samples[which], strengths, self._context),
+        )
+
+    def _one(self, which: int, edits: tuple[int, ...]) -> Rotary:
+        """The table `(1, 1, N, d/2)` of some edits of one sample; ids that come out equal share one."""
+        key = ("table", which, self._strengths(which, edits))
+        return self._kept.get(key, lambda: self._shared(self._placed(which, edits)))[1]
+
+    def _shared(self, placed: Placed) -> tuple[Placed, Rotary]:
+        for known, table in self._kept.of_kind("table"):
+            if known.equals(placed):
+                return known, table
+        table = rotary_table(placed.ids[None], self._context.axes_dim, self._context.theta)
+        if placed.scales is not None:
+            table = Rotary(*(part * placed.scales[:, None] for part in table))
+        return placed, table
+
+    def _mask(self, active: tuple) -> Tensor | None:
+        """The batch's additive mask `(B or 1, H or 1, N, N)`, or None."""
+        rows = []
+        for which, now in enumerate(active):
+            edits = self._samples[which]
+            now = [n for n in now if edits[n].acts_on == "attention"]
+            by_head = any(edits[n].heads is not None for n in now)
+            heads = range(self._context.heads) if by_head else (0,)
+            rows.append([self._blocked(which, tuple(n for n in now if edits[n].in_head(h))) for h in heads])
+        if all(part is None for row in rows for part in row):
+            return None
+        rows = [rows[which] for which in self._of]
+        if all(_same(row, rows[0]) for row in rows):
+            rows = rows[:1]
+        key = ("mask", tuple(tuple(id(part) for part in row) for row in rows))
+        return self._kept.get(key, lambda: _join_masks(rows, self._ids[0]))
+
+    def _blocked(self, which: int, edits: tuple[int, ...]) -> Tensor | None:
+        strengths = self._strengths(which, edits)
+        if not edits:
+            return None
+        make = lambda: blocked(self._samples[which], strengths, self._ids[which])  # noqa: E731
+        return self._kept.get(("blocked", which, strengths), make)
+
+
+def _same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _join(rows: list[list[Rotary]]) -> Rotary:
+    heads = max(len(row) for row in rows)
+    parts = []
+    for part in (0, 1):
+        joined = [torch.cat([table[part] for table in row], 1).expand(-1, heads, -1, -1) for row in rows]
+        parts.append(torch.cat(joined, 0))
+    return Rotary(*parts)
+
+
+def _join_masks(rows: list[list[Tensor | None]], like: Tensor) -> Tensor:
+    heads = max(len(row) for row in rows)
+    nothing = like.new_zeros(len(like), len(like))
+    joined = [torch.stack([nothing if part is None else part for part in row]).expand(heads, -1, -1) for row in rows]
+    return torch.stack(joined)
+
+
+def compile_programs(programs: "Sequence[Program]", context: Context) -> Compiled:
+    """Compile one program a sample, or one for all. Samples that come out equal share everything.
+
+    Raises `ValueError` naming the path of what the context does not have.
+    """
+    ids = context.ids
+    tokens, axes = context.layout.tokens, len(context.axes_dim)
+    if ids.ndim != 3 or ids.shape[1:] != (tokens, axes) or not ids.is_floating_point():
+        raise ValueError(f"ids have shape {tuple(ids.shape)}: (B, {tokens}, {axes}) floating point is needed")
+    batch = max(len(programs), len(ids), len(context.prompts or ()))
+    sizes = {"programs": len(programs), "ids": len(ids), "prompts": len(context.prompts or [None])}
+    if any(n not in (1, batch) for n in sizes.values()):
+        raise ValueError(", ".join(f"{n} {key}" for key, n in sizes.items()) + ": equal numbers are needed, or one")
+    samples, sources, of = [], [], []
+    for b in range(batch):
+        program = programs[b % len(programs)]
+        prompt = b % len(context.prompts) if context.prompts else 0
+        source = (b % len(ids), program, context.prompts[prompt] if context.prompts and program.names_words else None)
+        if source not in sources:
+            sources.append(source)
+            samples.append(tuple(resolve(edit, context, prompt) for edit in program.edits))
+            check_masks(samples[-1], context)
+        of.append(sources.index(source))
+    return Compiled(samples, [ids[source[0]] for source in sources], of, context)

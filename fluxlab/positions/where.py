@@ -1,0 +1,196 @@
+"""Where an edit acts besides its tokens: axes, steps, blocks, heads, side, strength. Parsed without a model, resolved
+against one."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fluxlab.positions.arguments import AXES, axis, choice, integer, is_list, number
+from fluxlab.positions.spelling import join, unknown_key, wrong
+
+SIDES = ("both", "queries", "keys")
+
+
+def parse_axes(value: Any, path: str) -> str | list[str]:
+    if value == "all":
+        return "all"
+    if is_list(value):
+        if not value:
+            raise wrong(path, [], "at least one axis, or all")
+        named = {axis(part, f"{path}[{i}]") for i, part in enumerate(value)}
+    else:
+        named = {axis(value, path)}
+    return "all" if len(named) == len(AXES) else [name for name in AXES if name in named]
+
+
+def _numbers(value: Any, path: str, accepted: str) -> list[int]:
+    """Whole numbers, ascending, from one, a text such as "0, 3-7" (ranges hold both ends), or a list of these."""
+    if is_list(value):
+        if not value:
+            raise wrong(path, [], accepted)
+        return sorted({n for i, part in enumerate(value) for n in _numbers(part, f"{path}[{i}]", accepted)})
+    if isinstance(value, str):
+        ranges = [re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part) for part in value.split(",")]
+        if any(ends is None or int(ends[1]) > int(ends[2] or ends[1]) for ends in ranges):
+            raise wrong(path, value, accepted)
+        return sorted({n for ends in ranges for n in range(int(ends[1]), int(ends[2] or ends[1]) + 1)})
+    return [integer(value, path, accepted)]
+
+
+def parse_steps(value: Any, path: str) -> str | list[int] | dict:
+    """ "all", indices, `{fraction: [a, b]}` of the schedule, or `{sigma: [low, high]}`."""
+    accepted = "all, indices such as [0, 1] or '0-3', {fraction: [0, 0.5]} or {sigma: [0.7, 1]}"
+    if value == "all":
+        return "all"
+    if not isinstance(value, Mapping):
+        if isinstance(value, str) and not re.search(r"\d", value):
+            raise wrong(path, value, accepted, ("all", "fraction", "sigma"))
+        return _numbers(value, path, accepted)
+    for key in value:
+        if key not in ("fraction", "sigma"):
+            raise unknown_key(path, key, value[key], ("fraction", "sigma"), "key")
+    if len(value) != 1:
+        raise wrong(path, dict(value), "one of fraction and sigma")
+    ((key, ends),) = value.items()
+    here = join(path, key)
+    if not is_list(ends) or len(ends) != 2:
+        raise wrong(here, ends, "two numbers from 0 to 1")
+    low, high = (number(n, f"{here}[{i}]") for i, n in enumerate(ends))
+    low, high = min(low, high), max(low, high)
+    if low < 0 or high > 1 or low == high:
+        raise wrong(here, list(ends), "two different numbers from 0 to 1")
+    return {key: [low, high]}
+
+
+def resolve_steps(steps: str | list[int] | dict, sigmas: Sequence[float], path: str) -> tuple[bool, ...]:
+    """For each step, whether the edit acts. `ValueError` for a step that is not there, or none at all."""
+    count = len(sigmas) - 1
+    if steps == "all":
+        return (True,) * count
+    if isinstance(steps, list):
+        for n in steps:
+            if not -count <= n < count:
+                raise wrong(path, n, f"a step of this run, 0 … {count - 1} (-1 is the last)")
+        chosen = {n % count for n in steps}
+    elif "fraction" in steps:
+        low, high = steps["fraction"]
+        chosen = {i for i in range(count) if low <= i / count < high}
+    else:
+        low, high = steps["sigma"]
+        chosen = {i for i in range(count) if low <= sigmas[i] <= high}
+    if not chosen:
+        starts = ", ".join(f"{s:.3g}" for s in sigmas[:-1][:8]) + (" …" if count > 8 else "")
+        raise ValueError(f"{path}: {steps} selects none of the {count} steps, which start at σ = {starts}")
+    return tuple(i in chosen for i in range(count))
+
+
+def parse_blocks(value: Any, path: str) -> str | dict:
+    """ "all", or `{through: [...], double: [...] or "all", single: ...}` with the keys that are needed."""
+    accepted = "all, double, single, numbers through all blocks such as [0, 1] or '0-18', or {double: …, single: …}"
+    if value == "all":
+        return "all"
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in ("through", "double", "single"):
+                raise unknown_key(path, key, value[key], ("through", "double", "single"), "key")
+        if not value:
+            raise wrong(path, {}, accepted)
+        keys = [key for key in ("through", "double", "single") if key in value]
+        return {k: "all" if value[k] == "all" else _numbers(value[k], join(path, k), accepted) for k in keys}
+    found: dict[str, str | list[int]] = {}
+    for i, part in enumerate(value if is_list(value) else [value]):
+        here = f"{path}[{i}]" if is_list(value) else path
+        if part in ("double", "single"):
+            found[part] = "all"
+        elif isinstance(part, str) and not re.search(r"\d", part):
+            raise wrong(here, part, accepted, ("all", "double", "single"))
+        else:
+            found["through"] = sorted({*found.get("through", ()), *_numbers(part, here, accepted)})
+    if not found:
+        raise wrong(path, value, accepted)
+    return {key: found[key] for key in ("through", "double", "single") if key in found}
+
+
+def resolve_blocks(blocks: str | dict, double: int, single: int, path: str) -> frozenset[int]:
+    """Block numbers through the model, double blocks first. `ValueError` for one that the model lacks."""
+    if blocks == "all":
+        return frozenset(range(double + single))
+    chosen = set()
+    for key, numbers in blocks.items():
+        first, count = {"through": (0, double + single), "double": (0, double), "single": (double, single)}[key]
+        for n in range(count) if numbers == "all" else numbers:
+            if not 0 <= n < count:
+                of = f"0-{double + single - 1} through: {double} double, {single} single"
+                raise wrong(path, n, f"a {key + ' ' if key != 'through' else ''}block below {count} (this model: {of})")
+            chosen.add(first + n)
+    if not chosen:
+        raise ValueError(f"{path}: {blocks} selects none of this model's {double} double and {single} single blocks")
+    return frozenset(chosen)
+
+
+def parse_heads(value: Any, path: str) -> str | list[int]:
+    return "all" if value == "all" else _numbers(value, path, "all, or heads such as [0, 1] or '0-3'")
+
+
+def resolve_heads(heads: str | list[int], count: int, path: str) -> frozenset[int] | None:
+    """Head numbers, None for all. `ValueError` for one that the model lacks."""
+    if heads == "all":
+        return None
+    for n in heads:
+        if not 0 <= n < count:
+            raise wrong(path, n, f"a head below {count}")
+    return None if len(heads) == count else frozenset(heads)
+
+
+parse_side = choice(*SIDES)
+
+
+def parse_strength(value: Any, path: str) -> float | list[list[float]]:
+    """A number from 0 to 1, or points [σ, strength] in falling σ; `{from, to}` stands for the ends, σ = 1 and 0."""
+    accepted = "a number from 0 to 1, {from: 1, to: 0}, or points [[sigma, strength], …]"
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in ("from", "to"):
+                raise unknown_key(path, key, value[key], ("from", "to"), "key")
+        if len(value) != 2:
+            raise wrong(path, dict(value), accepted)
+        return _points([[1.0, value["from"]], [0.0, value["to"]]], path, accepted)
+    if is_list(value):
+        return _points(value, path, accepted)
+    return _share(value, path, accepted)
+
+
+def _points(value: Sequence, path: str, accepted: str) -> list[list[float]]:
+    if not value or any(not is_list(point) or len(point) != 2 for point in value):
+        raise wrong(path, list(value), accepted)
+    points = [[_share(n, f"{path}[{i}]", accepted) for n in point] for i, point in enumerate(value)]
+    if len({sigma for sigma, _ in points}) != len(points):
+        raise wrong(path, list(value), "points of different sigma")
+    return sorted(points, reverse=True)
+
+
+def _share(value: Any, path: str, accepted: str) -> float:
+    if not 0 <= number(value, path, accepted) <= 1:
+        raise wrong(path, value, accepted)
+    return float(value) + 0.0
+
+
+def strength_at(strength: float | list[list[float]], sigma: float) -> float:
+    """Linear between the points, constant beyond them."""
+    if not isinstance(strength, list):
+        return strength
+    if sigma >= strength[0][0]:
+        return strength[0][1]
+    for (s0, v0), (s1, v1) in itertools.pairwise(strength):
+        if sigma >= s1:
+            return v1 + (v0 - v1) * (sigma - s1) / (s0 - s1)
+    return strength[-1][1]
+
+
+def parse_plugins(plugins: Any, path: str = "plugins") -> list[str]:
+    """Module names. `ValueError` for anything else."""
+    names = [plugins] if isinstance(plugins, str) else plugins
+    if not is_list(names) or any(not isinstance(name, str) or not name for name in names):
+        raise wrong(path, plugins, "a list of module names")
+    return list(names)
