@@ -45,7 +45,7 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 class AttnBlock(nn.Module):
     """One head of self-attention over all pixels."""
 
-    query_chunk = 4096  # at most this many rows of the score matrix at once: some kernels materialise it
+    scores = 2**26  # of the score matrix at once: a head this wide has no flash kernel on most devices
 
     def __init__(self, channels: int):
         super().__init__()
@@ -58,7 +58,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
         q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
-        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(self.query_chunk, dim=2)]
+        rows = max(1, self.scores // k.shape[2])
+        parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)]
         h = rearrange(torch.cat(parts, dim=2), "b 1 (h w) c -> b c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
