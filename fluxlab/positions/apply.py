@@ -110,9 +110,7 @@ class Placed:
         return torch.equal(self.ids, other.ids) and (self.scales is None or torch.equal(self.scales, other.scales))
 
 
-def apply_edits(
-    ids: Tensor, edits: Sequence[Resolved], strengths: Sequence[tuple[int, float]], context: Context
-) -> Placed:
+def apply_edits(ids: Tensor, edits: Sequence[Resolved], strengths: Sequence[tuple[int, float]]) -> Placed:
     """Edits (number, strength) in turn. An angle is id · ω, so a share of the angle is that share of the id."""
     shares = scales = None
     for n, strength in strengths:
@@ -158,8 +156,11 @@ def blocked(edits: Sequence[Resolved], strengths: Sequence[tuple[int, float]], i
     return bias
 
 
-def check_masks(edits: Sequence[Resolved], context: Context) -> None:
-    """Meet the errors of `blocked` now, not in the middle of a run."""
+def try_out(edits: Sequence[Resolved], ids: Tensor, context: Context) -> None:
+    """Meet the errors of ops and of `blocked` now, not in the middle of a run."""
+    for n, edit in enumerate(edits):
+        if len(edit.tokens):
+            apply_edits(ids.detach(), edits, [(n, 1.0)])
     masks = [n for n, edit in enumerate(edits) if edit.acts_on == "attention"]
     heads = range(context.heads) if any(edits[n].heads is not None for n in masks) else (None,)
     full = {
@@ -169,4 +170,4 @@ def check_masks(edits: Sequence[Resolved], context: Context) -> None:
         for head in heads
     }
     for together in full if masks else ():
-        blocked(edits, [(n, 1.0) for n in together], context.ids[0])
+        blocked(edits, [(n, 1.0) for n in together], ids)

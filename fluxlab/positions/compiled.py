@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary, rotary_table
-from fluxlab.positions.apply import Placed, Resolved, apply_edits, blocked, check_masks, resolve
+from fluxlab.positions.apply import Placed, Resolved, apply_edits, blocked, resolve, try_out
 from fluxlab.positions.layout import Context
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Compiled:
         strengths = self._strengths(which, edits)
         return self._kept.get(
             ("ids", which, strengths),
-            lambda: apply_edits(self._ids[which], self._samples[which], strengths, self._context),
+            lambda: apply_edits(self._ids[which], self._samples[which], strengths),
         )
 
     def _one(self, which: int, edits: tuple[int, ...]) -> Rotary:
@@ -233,6 +233,6 @@ def compile_programs(programs: "Sequence[Program]", context: Context) -> Compile
         if source not in sources:
             sources.append(source)
             samples.append(tuple(resolve(edit, context, prompt) for edit in program.edits))
-            check_masks(samples[-1], context)
+            try_out(samples[-1], ids[b % len(ids)], context)
         of.append(sources.index(source))
     return Compiled(samples, [ids[source[0]] for source in sources], of, context)

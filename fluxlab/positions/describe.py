@@ -35,7 +35,7 @@ def _value(value: Any) -> str:
     if isinstance(value, dict):
         if any(key in value for key in ("words", "indices", "reference")) or ("mask" in value and "to" not in value):
             return _tokens(value)
-        return " ".join(f"{key} {_value(part)}" for key, part in value.items())
+        return " ".join(part if key == "unit" else f"{key} {_value(part)}" for key, part in value.items())
     if isinstance(value, list):
         text = "[" + ", ".join(_value(part) for part in value) + "]"
         return text if len(text) <= 60 else f"{text[:28]} … {text[-28:]}"

@@ -92,9 +92,9 @@ def op(name: str, kinds: Mapping[str, Kind] | None = None, *, acts_on: str = "id
 
 def find_op(name: Any, path: str) -> Op:
     if name is None:
-        raise ValueError(f"{path}: missing, expected one of {', '.join(OPS)}")
+        raise ValueError(f"{path}: missing, expected one of {', '.join(sorted(OPS))}")
     if not isinstance(name, str) or name not in OPS:
-        raise wrong(path, name, f"one of {', '.join(OPS)}", OPS)
+        raise wrong(path, name, f"one of {', '.join(sorted(OPS))}", OPS)
     return OPS[name]
 
 

@@ -63,7 +63,7 @@ def _parse_indices(value: Any, path: str) -> list[int]:
         return [integer(value, path, "a token's index or a list of them")]
     if not value:
         raise wrong(path, [], "at least one index")
-    return [integer(n, f"{path}[{i}]") for i, n in enumerate(value)]
+    return [integer(n, f"{path}[{i}]", "a token's index") for i, n in enumerate(value)]
 
 
 _PARSE = {
