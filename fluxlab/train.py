@@ -1,0 +1,54 @@
+"""`python -m fluxlab.train +train=<name> [overrides]`: train an embedded model, or go on with a run that was stopped"""
+
+import sys
+from pathlib import Path
+
+from fluxlab.compose import compose, guarded
+from fluxlab.config import config_folder
+from fluxlab.training.recipe import Recipe, check
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when done, 2 for what the user can mend (said in at most three lines on stderr), 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not any(argument.startswith("+train=") for argument in arguments):
+        print(_usage())
+        return 0
+
+    def work() -> None:
+        recipe = compose("train_schema", Recipe, "train_schema", arguments)
+        check(recipe)
+        run(recipe, arguments)
+
+    return guarded(work, "interrupted; the same command goes on from the last checkpoint")
+
+
+def run(recipe: Recipe, arguments: list[str]) -> None:
+    """Train into `out` (default `runs/train-<name>`) and write the Diffusers folder `pipeline/` in it, or `export`."""
+    import torch
+
+    from fluxlab.training.export import export, facts
+    from fluxlab.training.stages import train
+
+    device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: torch sees no CUDA device here; leave device out or set device=cpu")
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    folder = Path(recipe.out or f"runs/train-{recipe.name}")
+    pipe = train(recipe, folder, device)
+    training = facts(recipe, folder / "curve.csv", arguments)
+    made = export(pipe, Path(recipe.export) if recipe.export else folder / "pipeline", training)
+    print(f"{made}: a Diffusers folder; python -m fluxlab.run +exp=hello model=local model.path={made}")
+
+
+def _usage() -> str:
+    lines = []
+    for file in sorted((config_folder() / "train").glob("*.yaml")):
+        said = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+        lines.append(f"  {file.stem:<10}{said[0] if said else ''}")
+    return "\n".join(["python -m fluxlab.train +train=<name> [key=value …]", "", "Recipes:", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""The first stage: a small FLUX autoencoder of the scenes, so that the transformer works on latents as FLUX.1's."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fluxlab import scenes
+from fluxlab.model import AutoEncoder
+from fluxlab.training.seeds import numpy_rng
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """uint8 `(B, H, W, 3)` → fp32 `(B, 3, H, W)` in -1 … 1."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def busiest_crops(images: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
+    """Of three random crops of every image, the one with most detail: flat background is learned from anything."""
+    height, width = images.shape[1:3]
+    crops = []
+    for image in images:
+        corners = [
+            (int(rng.integers(0, (height - side) // 4 + 1)) * 4, int(rng.integers(0, (width - side) // 4 + 1)) * 4)
+            for _ in range(3)
+        ]
+        cut = [image[r : r + side, c : c + side] for r, c in corners]
+        crops.append(max(cut, key=lambda part: part.std()))
+    return np.stack(crops)
+
+
+def reconstruction_loss(made: Tensor, wanted: Tensor) -> Tensor:
+    """Mean absolute error of the pixels, and of their differences to the right and below: lettering is all edges."""
+    loss = (made - wanted).abs().mean()
+    for axis in (-1, -2):
+        loss = loss + 0.5 * (made.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean()
+    return loss
+
+
+def step_loss(
+    model: AutoEncoder, pixels: Tensor, generator: torch.Generator, kl_weight: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, mean absolute error in -1 … 1) of one batch, on a sample of the posterior."""
+    mean, logvar = model.encoder(pixels).float().chunk(2, dim=1)
+    logvar = logvar.clamp(-30, 20)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    made = model.decoder(mean + (0.5 * logvar).exp() * noise).float()
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return reconstruction_loss(made, pixels) + kl_weight * kl, (made.detach() - pixels).abs().mean()
+
+
+def polish_loss(model: AutoEncoder, pixels: Tensor, generator: torch.Generator, noise: float) -> tuple[Tensor, Tensor]:
+    """As `step_loss`, for the decoder alone: from the mean, off by `noise` standard deviations as samples are."""
+    with torch.no_grad():
+        mean = model.encoder(pixels)[:, : model.params.z_channels].float()
+    drawn = torch.randn(mean.shape, generator=generator).to(mean.device)
+    made = model.decoder(mean + noise * mean.std() * drawn).float()
+    return reconstruction_loss(made, pixels), (made.detach() - pixels).abs().mean()
+
+
+def batch_of(seed: int, step: int, count: int, crop: int | None) -> Tensor:
+    """The pixels of one step: a pure function of the seed and the step."""
+    rng = numpy_rng(seed, "autoencoder", step)
+    size = (64, 64) if crop or rng.random() < 0.75 else scenes.SIZES[int(rng.integers(len(scenes.SIZES)))]
+    images, _ = scenes.batch(rng, count, size)
+    return to_pixels(busiest_crops(images, crop, rng) if crop else images)
+
+
+def normalised(model: AutoEncoder, seed: int, device: str) -> AutoEncoder:
+    """The model with shift_factor and scale_factor set so that latents of scenes have mean 0 and variance 1 over all
+    channels.
+    """
+    with torch.no_grad():
+        images, _ = scenes.batch(numpy_rng(seed, "statistics", 0), 64)
+        mean, _ = model.encoder(to_pixels(images).to(device)).float().chunk(2, dim=1)
+    params = replace(
+        model.params, shift_factor=round(mean.mean().item(), 4), scale_factor=round(1 / mean.std().item(), 4)
+    )
+    model.params = params
+    return model

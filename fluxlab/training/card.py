@@ -1,0 +1,137 @@
+"""The model card, made from what `benchmarks/embedded.py` measured: no number in it is typed by hand."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+ATTRIBUTES = ("object", "colour", "shape", "place", "sign", "word")
+_MEANINGS = {
+    "object": "one thing is there",
+    "colour": "its colour",
+    "shape": "it is the thing asked for",
+    "place": "its place",
+    "sign": "a sign is there",
+    "word": "the sign's words, all letters right",
+    "letters": "share of letters right",
+    "ssim": "SSIM to its own baseline",
+    "edges": "edge energy (mean neighbour difference, 0 … 1)",
+    "size": "size of the thing (px)",
+}
+
+_TEXT = """# tiny: the FLUX that ships with fluxlab
+
+A text-to-image model of {parameters:.1f} million parameters with FLUX.1's architecture: {hidden} wide,
+{double} double and {single} single blocks, heads of 64 split {axes} over (index, row, col) as FLUX.1 splits its 128, an
+autoencoder of factor 2 with {z} channels, and a small CLIP and T5 of its own. It draws 64 × 64 pixels on a 16 × 16
+token grid: a coloured thing, or two, with or without a sign that says a word or two. It is an instrument: small enough
+to run anywhere, and its pictures can be judged by a program.
+
+## Making
+| | |
+|---|---|
+| command | `{command}` |
+| commit | `{commit}` |
+| data | drawn by `fluxlab.scenes`, no files; one in eight combinations of colour, thing and word is held out |
+| training | {steps} steps of flow matching, {samples} samples; Muon on the blocks' matrices, AdamW on the rest; EMA |
+| weights | bf16 safetensors, {megabytes:.1f} MB; sha256 of every file in `manifest.json` |
+| licence | Apache-2.0 |
+
+Loss (mean squared error of the velocity, over 50 steps):
+
+{curve}
+
+## What it can do
+{cells} cells of a held-out caption and a seed, {sampling_steps} steps, judged by the scene oracle
+(`fluxlab.measure.oracle`); in brackets bootstrap 95 % intervals over cells.
+
+{ability}
+
+## What the article's edits of `img_ids` do to it
+The edits are findings: nothing was tuned for them. Same captions, seeds and steps. `letters` counts each letter on
+its own; chance is about one in twenty.
+
+{edits}
+
+What the article saw on FLUX.1 schnell:
+
+{sentences}
+
+## Limits
+It knows {words} words, all of which are in `fluxlab.scenes.VOCABULARY`; any other is one unknown word to it. It was
+trained
+at 48 to 80 pixels a side, with flat colours and one font. Nothing that it shows is evidence about FLUX.1 by itself: it
+says what position ids do in this model, and what is worth trying on the large one.
+"""
+
+
+def _shown(value: Sequence[float] | None, percent: bool) -> str:
+    if value is None:
+        return "–"
+    mean, low, high = value
+    if percent:
+        return f"{100 * mean:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    digits = 1 if mean >= 5 else 3
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(scores: dict, names: Sequence[str]) -> list[str]:
+    return [_shown(scores[name], percent=name in (*ATTRIBUTES, "letters")) for name in names]
+
+
+def curve_points(file: Path, count: int = 8) -> list[tuple[int, float]]:
+    """(step, mean plain loss of the 50 steps up to it), evenly spaced, of a run's `curve.csv`."""
+    with open(file, newline="") as handle:
+        losses = [float(row["plain_loss"]) for row in csv.DictReader(handle)]
+    stops = [round(len(losses) * (i + 1) / count) for i in range(count)]
+    return [(stop, sum(losses[max(0, stop - 50) : stop]) / len(losses[max(0, stop - 50) : stop])) for stop in stops]
+
+
+def card(results: dict, training: dict, folder: Path) -> str:
+    """The card's text. results: `benchmarks/embedded.py`'s; training: a run's `training.json`; folder: the shipped
+    one.
+    """
+    transformer = json.loads((folder / "transformer" / "config.json").read_text())
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    weights = list(folder.rglob("*.safetensors"))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    base = results["edits"]["as trained"]
+    names = (*ATTRIBUTES, "letters")
+    effects = (*names, "ssim", "edges", "size")
+    return _TEXT.format(
+        parameters=sum(file.stat().st_size for file in weights) / 2e6,
+        hidden=transformer["num_attention_heads"] * transformer["attention_head_dim"],
+        double=transformer["num_layers"],
+        single=transformer["num_single_layers"],
+        axes=" + ".join(str(n) for n in transformer["axes_dims_rope"]),
+        z=vae["latent_channels"],
+        command=training["command"],
+        commit=training["commit"],
+        steps=training["steps"],
+        samples=f"{training['samples']:,}",
+        megabytes=size / 1e6,
+        curve=_table(
+            ["step", *(str(step) for step, _ in training["curve"])],
+            [["loss", *(f"{loss:.3f}" for _, loss in training["curve"])]],
+        ),
+        cells=results["cells"],
+        sampling_steps=results["steps"],
+        ability=_table(["", "right"], [[_MEANINGS[n], _shown(base[n], True)] for n in names]),
+        edits=_table(
+            ["edit", *effects], [[f"`{edit}`", *_row(scores, effects)] for edit, scores in results["edits"].items()]
+        ),
+        sentences="\n".join(f"- {edit}: {text}" for edit, text in results["sentences"].items() if edit != "as trained"),
+        words=training["words"],
+    )
+
+
+def write_card(results: dict, folder: Path) -> Path:
+    """Write `README.md` into a shipped folder that has a `training.json`; returns its path."""
+    file = folder / "README.md"
+    file.write_text(card(results, json.loads((folder / "training.json").read_text()), folder))
+    return file

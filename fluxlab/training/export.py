@@ -1,0 +1,69 @@
+"""The last stage: bf16 weights in the Diffusers folder layout, and a manifest of their hashes."""
+
+import json
+import subprocess
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+from fluxlab.checkpoints.manifest import write_manifest
+from fluxlab.model.text import TextEncoders
+from fluxlab.pipeline import Pipeline
+from fluxlab.scenes import VOCABULARY
+from fluxlab.training.card import curve_points
+from fluxlab.training.recipe import Recipe
+
+
+def commit() -> str:
+    """The commit of this checkout, with a + if files differ from it; "unknown" outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.returncode else "")
+
+
+def facts(recipe: Recipe, curve: Path, arguments: Sequence[str]) -> dict:
+    """What a model card says of the making of a model; `curve` is the run's `curve.csv`."""
+    early = round(recipe.early * recipe.steps)
+    return {
+        "command": " ".join(["python -m fluxlab.train", *arguments]),
+        "commit": commit(),
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "samples": early * recipe.early_batch + (recipe.steps - early) * recipe.batch,
+        "curve": curve_points(curve),
+        "words": len(VOCABULARY),
+    }
+
+
+def export(pipe: Pipeline, folder: Path, training: dict) -> Path:
+    """Write a trained pipeline, in bf16, as a folder that fluxlab and Diffusers load; returns the folder.
+
+    `training`, what `facts` says, lies beside the weights as `training.json`.
+    """
+
+    def shipped(module):
+        return deepcopy(module).to("cpu", torch.bfloat16)
+
+    text = TextEncoders(
+        pipe.text.clip_tokenizer, shipped(pipe.text.clip), pipe.text.t5_tokenizer, shipped(pipe.text.t5)
+    )
+    whole = Pipeline(
+        shipped(pipe.transformer),
+        shipped(pipe.autoencoder),
+        text,
+        pipe.schedule,
+        pipe.steps,
+        pipe.guidance,
+        pipe.max_sequence_length,
+        pipe.size,
+    )
+    whole.save(folder)
+    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    write_manifest(folder)
+    return folder

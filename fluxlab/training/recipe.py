@@ -1,0 +1,108 @@
+"""The schema of `configs/train/*.yaml`: a key that is not here, or a value of another type, is an error."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class AutoencoderRecipe:
+    """The first stage.
+
+    steps: of `batch` crops of `crop` pixels, then, from `whole_from` (a share) on, of `whole_batch` whole scenes. After
+    them the encoder stays as it is, and the decoder alone learns for `polish` steps, from means off by `polish_noise`
+    standard deviations, as sampled latents are.
+    """
+
+    ch: int = 64
+    ch_mult: list[int] = field(default_factory=lambda: [1, 1])
+    num_res_blocks: int = 0
+    z_channels: int = 8
+    steps: int = 750
+    polish: int = 600
+    polish_lr: float = 1e-3
+    polish_noise: float = 0.05
+    batch: int = 10
+    crop: int = 32
+    whole_from: float = 0.75
+    whole_batch: int = 4
+    lr: float = 2e-3
+    kl_weight: float = 2e-3
+
+
+@dataclass
+class Recipe:
+    """One training run.
+
+    Widths and depths have FLUX.1's names; `lr` is Muon's, for the blocks' matrices, `adam_lr` is for all the rest.
+
+    For the first `early` share of the steps most batches are 48 × 48 pixels instead of 64 × 64, which costs half as
+    much and teaches the same lettering. `native_share` of the batches have the phase's own size, the others any.
+    `t_mean` is the mean of the logit of the times, from a step on.
+    """
+
+    name: str = "???"
+    out: str | None = None
+    device: str | None = None
+    tracking: str = "wandb"
+    seed: int = 0
+    threads: int | None = None
+    autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
+    hidden_size: int = 192
+    depth: int = 2
+    depth_single_blocks: int = 4
+    max_sequence_length: int = 24
+    t5_width: int = 128
+    clip_width: int = 96
+    text_layers: int = 2
+    pool: int = 20000
+    pool_early: int = 12000
+    pool_other: int = 600
+    early: float = 0.65
+    early_batch: int = 24
+    native_share: float = 0.75
+    t_mean: dict[int, float] = field(default_factory=lambda: {0: 0.0, 600: 0.6})
+    sign_weight: float = 3.0
+    unknown_share: float = 0.05
+    full_share: float = 0.75
+    steps: int = 2100
+    batch: int = 20
+    warmup: int = 200
+    decay: float = 0.35
+    lr: float = 2e-3
+    adam_lr: float = 1e-3
+    text_lr: float = 3e-4
+    ema: float = 0.999
+    clip: float = 1.0
+    compile: bool = False
+    save_every: int = 200
+    sample_every: int = 300
+    sample_steps: int = 20
+    export: str | None = None
+
+
+def check(recipe: Recipe) -> None:
+    """Raise `ValueError` naming the key, its value and what would be accepted."""
+    for key in (
+        "steps",
+        "batch",
+        "warmup",
+        "pool",
+        "pool_other",
+        "save_every",
+        "sample_every",
+        "sample_steps",
+        "depth",
+    ):
+        value = getattr(recipe, key)
+        if value < 1:
+            raise ValueError(f"{key}={value}: at least 1 is needed")
+    if recipe.hidden_size % 64:
+        raise ValueError(f"hidden_size={recipe.hidden_size}: heads are 64 wide, a multiple of 64 is needed")
+    for key in ("t5_width", "clip_width"):
+        if getattr(recipe, key) % 32:
+            raise ValueError(f"{key}={getattr(recipe, key)}: heads are 32 wide, a multiple of 32 is needed")
+    if recipe.tracking not in ("wandb", "none"):
+        raise ValueError(f"tracking={recipe.tracking}: expected wandb or none")
+    if not 0 < recipe.native_share <= 1:
+        raise ValueError(f"native_share={recipe.native_share}: a share above 0, at most 1, is needed")
+    if 0 not in recipe.t_mean:
+        raise ValueError(f"t_mean={recipe.t_mean}: a mean from step 0 on is needed")

@@ -1,0 +1,252 @@
+"""A training run from nothing to a Diffusers folder: autoencoder, pool of latents, transformer, export."""
+
+import copy
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from fluxlab import sampling, scenes
+from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from fluxlab.model.text import TextEncoders
+from fluxlab.pipeline import Pipeline
+from fluxlab.training import autoencoder as ae
+from fluxlab.training.pool import Pool, build_pool
+from fluxlab.training.recipe import Recipe
+from fluxlab.training.seeds import derived, torch_rng
+from fluxlab.training.show import Progress, Tracker, write_curve, write_grid
+from fluxlab.training.state import (
+    load_optimizers,
+    load_parameters,
+    optimizer_tensors,
+    parameter_tensors,
+    read_tensors,
+    write_tensors,
+)
+from fluxlab.training.text import text_encoders
+from fluxlab.training.transformer import (
+    Batches,
+    Nets,
+    Phase,
+    flow_loss,
+    learning_rate,
+    move_average,
+    optimizers,
+    start_at_identity,
+    table_for,
+)
+
+NATIVE_SIZE, EARLY_SIZE = (64, 64), (48, 48)
+LOOK = (
+    "A cat holding a sign that says hello world",
+    "a red fox on the left holding a sign that says hello world",
+    "a blue bird at the top holding a sign that says jazz",
+    "a green heart on the right holding a sign that says open cafe",
+    "a yellow star in the centre holding a sign that says milk",
+    "a purple ring at the bottom holding a sign that says stop book",
+    "a blue ring above a green square",
+    "an orange circle on the left",
+)
+
+
+def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
+    """Run or resume a recipe in its folder; the trained pipeline, whose weights are the EMA, is also written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker = Tracker(recipe.tracking, folder, asdict(recipe))
+    try:
+        model = train_autoencoder(recipe, folder, device, tracker)
+        pools = load_pools(recipe, folder, model, device)
+        return train_transformer(recipe, folder, device, model, pools, tracker)
+    finally:
+        tracker.close()
+
+
+def train_autoencoder(recipe: Recipe, folder: Path, device: str, tracker: Tracker) -> AutoEncoder:
+    """The first stage; `autoencoder.safetensors` in the folder says how far it is."""
+    r, file = recipe.autoencoder, folder / "autoencoder.safetensors"
+    torch.manual_seed(derived(recipe.seed, "autoencoder weights", 0))
+    params = AutoEncoderParams(64, 3, r.ch, 3, tuple(r.ch_mult), r.num_res_blocks, r.z_channels, 1.0, 0.0)
+    model = AutoEncoder(params).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=r.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    start = 0
+    if file.is_file():
+        tensors, notes = read_tensors(file)
+        model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        start = notes["step"]
+        if start < r.steps + r.polish:
+            load_optimizers([optimizer], tensors)
+    total = r.steps + r.polish
+    progress = Progress("autoencoder", total, start)
+    for step in range(start, total):
+        polishing = step >= r.steps
+        crop = r.crop if step < r.whole_from * r.steps else None
+        pixels = ae.batch_of(recipe.seed, step, r.batch if crop else r.whole_batch, crop)
+        pixels = pixels.to(device, memory_format=torch.channels_last)
+        at = (step - r.steps, r.polish, 20) if polishing else (step, r.steps, 60)
+        for group in optimizer.param_groups:
+            group["lr"] = (r.polish_lr if polishing else r.lr) * learning_rate(*at, decay=0.9)
+        generator = torch_rng(recipe.seed, "posterior", step)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            if polishing:
+                loss, error = ae.polish_loss(model, pixels, generator, r.polish_noise)
+            else:
+                loss, error = ae.step_loss(model, pixels, generator, r.kl_weight)
+        optimizer.zero_grad()
+        loss.backward()  # while polishing the encoder has no gradients, and the optimizer leaves it alone
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        progress(step + 1, f"error {error.item():.4f}")
+        if (step + 1) % recipe.save_every == 0 or step + 1 in (r.steps, total):
+            tracker.log({"autoencoder/loss": loss.item(), "autoencoder/error": error.item()}, step + 1)
+            states = {f"model.{k}": v for k, v in model.state_dict().items()} | optimizer_tensors([optimizer])
+            write_tensors(file, states, {"step": step + 1})
+    progress.close()
+    return ae.normalised(model.eval().requires_grad_(False), recipe.seed, device)
+
+
+def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) -> list[Pool]:
+    """A pool for every size. Latents lie in the folder, so that a resumed run has the very same."""
+    counts = dict.fromkeys(scenes.SIZES, recipe.pool_other)
+    counts |= {NATIVE_SIZE: recipe.pool, EARLY_SIZE: recipe.pool_early}
+    pools = []
+    progress = Progress("pools", len(counts))
+    for done, (size, count) in enumerate(counts.items()):
+        file = folder / f"pool-{size[0]}x{size[1]}.safetensors"
+        common = {"seed": recipe.seed, "sign_weight": recipe.sign_weight}
+        if file.is_file():
+            tensors, _ = read_tensors(file)
+            pools.append(build_pool(None, size, count, latents=tensors["latents"], **common))
+        else:
+            pools.append(build_pool(model, size, count, device=device, **common))
+            write_tensors(file, {"latents": pools[-1].latents}, {"size": size})
+        progress(done + 1)
+    progress.close()
+    return pools
+
+
+def new_nets(recipe: Recipe) -> tuple[Nets, TextEncoders]:
+    """Untrained networks: a pure function of the recipe."""
+    torch.manual_seed(derived(recipe.seed, "weights", 0))
+    text = text_encoders(
+        length=recipe.max_sequence_length,
+        t5_width=recipe.t5_width,
+        clip_width=recipe.clip_width,
+        layers=recipe.text_layers,
+    )
+    params = FluxParams(
+        in_channels=4 * recipe.autoencoder.z_channels,
+        out_channels=4 * recipe.autoencoder.z_channels,
+        vec_in_dim=recipe.clip_width,
+        context_in_dim=recipe.t5_width,
+        hidden_size=recipe.hidden_size,
+        mlp_ratio=4.0,
+        num_heads=recipe.hidden_size // 64,
+        depth=recipe.depth,
+        depth_single_blocks=recipe.depth_single_blocks,
+        axes_dim=(8, 28, 28),  # 1/8, 7/16, 7/16 of a head, as FLUX.1 splits it
+        theta=10000,
+        qkv_bias=True,
+        guidance_embed=False,
+    )
+    return Nets(start_at_identity(Flux(params)), text), text
+
+
+def train_transformer(
+    recipe: Recipe, folder: Path, device: str, model: AutoEncoder, pools: list[Pool], tracker: Tracker
+) -> Pipeline:
+    """The second stage; `state.safetensors` in the folder says how far it is."""
+    nets, text = new_nets(recipe)
+    nets.to(device)
+    average = copy.deepcopy(nets).eval().requires_grad_(False)
+    chosen = optimizers(nets, muon_lr=recipe.lr, adam_lr=recipe.adam_lr, text_lr=recipe.text_lr)
+    file, start, curve = folder / "state.safetensors", 0, []
+    if file.is_file():
+        tensors, notes = read_tensors(file)
+        load_parameters("net.", nets, tensors)
+        load_parameters("ema.", average, tensors)
+        load_optimizers(chosen, tensors)
+        start, curve = notes["step"], notes["curve"]
+    averaged_text = TextEncoders(text.clip_tokenizer, average.clip, text.t5_tokenizer, average.t5)
+    pipe = Pipeline(
+        average.transformer,
+        model,
+        averaged_text,
+        sampling.Schedule(),
+        recipe.sample_steps,
+        None,
+        recipe.max_sequence_length,
+        (64, 64),
+        recipe.name,
+    )
+    turn = round(recipe.early * recipe.steps)
+    phases = [
+        Phase(0, EARLY_SIZE, recipe.native_share, recipe.early_batch),
+        Phase(turn, NATIVE_SIZE, recipe.native_share, recipe.batch),
+    ]
+    batches = Batches(
+        pools,
+        phases,
+        text,
+        seed=recipe.seed,
+        length=recipe.max_sequence_length,
+        unknown=recipe.unknown_share,
+        t_mean=recipe.t_mean,
+        full_share=recipe.full_share,
+    )
+    tables = {
+        pool.size: table_for(nets.transformer.params, recipe.max_sequence_length, pool.grid, device) for pool in pools
+    }
+    step_nets = torch.compile(nets, dynamic=False) if recipe.compile else nets
+    parameters, averages = list(nets.parameters()), list(average.parameters())
+    progress = Progress("transformer", recipe.steps, start)
+    for step in range(start, recipe.steps):
+        pool, batch = batches(step, device)
+        share = learning_rate(step, recipe.steps, recipe.warmup, recipe.decay)
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            loss, plain = flow_loss(step_nets, batch, tables[pool.size])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * share
+            optimizer.step()
+            optimizer.zero_grad()
+        move_average(averages, parameters, recipe.ema, step)
+        curve.append([step + 1, *(round(v, 5) for v in (loss.item(), plain.item(), norm.item(), share))])
+        if not math.isfinite(curve[-1][1]):
+            raise ValueError(
+                f"the loss is {curve[-1][1]} at step {step + 1}: lower lr={recipe.lr} or adam_lr={recipe.adam_lr}"
+            )
+        recent = curve[-50:]
+        progress(step + 1, f"loss {sum(row[2] for row in recent) / len(recent):.4f}")
+        if (step + 1) % 10 == 0:
+            tracker.log(
+                {"loss": curve[-1][1], "plain_loss": curve[-1][2], "grad_norm": curve[-1][3]},
+                recipe.autoencoder.steps + step + 1,
+            )
+        last = step + 1 == recipe.steps
+        if (step + 1) % recipe.sample_every == 0 or last:
+            shown = folder / f"samples-{step + 1:06}.png"
+            write_grid(shown, look(pipe), columns=len(LOOK))
+            tracker.log({}, recipe.autoencoder.steps + step + 1, {"samples": shown})
+        if (step + 1) % recipe.save_every == 0 or last:
+            states = parameter_tensors("net.", nets) | parameter_tensors("ema.", average) | optimizer_tensors(chosen)
+            write_tensors(file, states, {"step": step + 1, "curve": curve})
+            write_curve(folder / "curve.csv", curve)
+    progress.close()
+    return pipe
+
+
+def look(pipe: Pipeline, seeds: int = 2):
+    """uint8 `(seeds · prompts, 64, 64, 3)`: the fixed prompts, a row a seed. bf16, as sampling in training need not be
+    exact.
+    """
+    parts = []
+    pipe._encoded.clear()  # the encoders have moved on
+    device = pipe.device.type
+    for seed in range(seeds):
+        with torch.autocast(device, torch.bfloat16):
+            images = pipe.generate(list(LOOK), seed, output="pt")
+        parts.append((images.float().cpu() * 255).round().byte().permute(0, 2, 3, 1))
+    return torch.cat(parts).numpy()

@@ -1,0 +1,78 @@
+"""Checkpoints of a training run: one safetensors file each, what is not a tensor as JSON in its header. No pickle.
+
+Random draws are functions of (seed, step), so tensors and the step are all that an exact resume needs.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], notes: dict) -> None:
+    """Write a file that is either the old one or the whole new one, whenever the process or the machine stops."""
+    partial = file.with_name(f".{file.name}.part")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {"notes": json.dumps(notes)})
+    with open(partial, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(partial, file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, notes) of `write_tensors`. Raises `ValueError` naming a file that cannot be read."""
+    try:
+        with safe_open(file, "pt") as handle:
+            names = list(handle.keys())
+            return {name: handle.get_tensor(name) for name in names}, json.loads(handle.metadata()["notes"])
+    except Exception as error:  # safetensors raises its own, and a bare Exception for some files
+        raise ValueError(f"{file}: not a checkpoint of a training run ({error}); delete it to start again") from error
+
+
+def parameter_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter once, by name: T5 ties its embedding to a second name."""
+    return {prefix + name: parameter for name, parameter in module.named_parameters()}
+
+
+@torch.no_grad()
+def load_parameters(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `parameter_tensors`. Raises `ValueError` if the tensors are another recipe's."""
+    own = dict(module.named_parameters())
+    given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    wrong = sorted(set(own) ^ set(given)) or [name for name in own if own[name].shape != given[name].shape]
+    if wrong:
+        raise ValueError(
+            f"the checkpoint is of another recipe ({wrong[0]} differs): choose another out=, or delete its folder"
+        )
+    for name, parameter in own.items():
+        parameter.copy_(given[name])
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state under flat names: `opt.<optimizer>.<parameter>.<key>`. All of it is tensors."""
+    return {
+        f"opt.{i}.{index}.{key}": value
+        for i, optimizer in enumerate(optimizers)
+        for index, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def load_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`; learning rates are set at every step and need no place."""
+    for i, optimizer in enumerate(optimizers):
+        whole = optimizer.state_dict()
+        whole["state"] = {}
+        for name, value in tensors.items():
+            kind, which, *rest = name.split(".")
+            if kind == "opt" and int(which) == i:
+                whole["state"].setdefault(int(rest[0]), {})[rest[1]] = value
+        optimizer.load_state_dict(whole)

@@ -1,0 +1,152 @@
+"""The second stage: the transformer and both text encoders, by flow matching on the latents."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fluxlab.model import Flux, FluxParams, Rotary, rotary_table
+from fluxlab.model.text import TextEncoders
+from fluxlab.sampling import image_ids, text_ids
+from fluxlab.training.pool import Pool, captions
+from fluxlab.training.seeds import numpy_rng, torch_rng
+from fluxlab.training.text import token_ids
+
+
+class Nets(nn.Module):
+    """Everything that the second stage trains."""
+
+    def __init__(self, transformer: Flux, text: TextEncoders):
+        super().__init__()
+        self.transformer = transformer
+        self.clip = text.clip
+        self.t5 = text.t5
+
+    def forward(self, x: Tensor, t: Tensor, t5_ids: Tensor, clip_ids: Tensor, table: Rotary) -> Tensor:
+        """Velocity of the packed latents x `(B, N, C)` at the times t `(B,)`, given both tokenizers' ids `(B, L)`."""
+        txt = self.t5(t5_ids)[0]
+        y = self.clip(clip_ids).pooler_output
+        return self.transformer(x, None, txt, None, t, y, rotary=table)
+
+
+def start_at_identity(transformer: Flux) -> Flux:
+    """Zero the modulations and the last layer, so that every block begins as the identity (adaLN-Zero, arXiv
+    2212.09748).
+    """
+    for name, parameter in transformer.named_parameters():
+        if ".lin." in name or name.startswith("final_layer."):
+            nn.init.zeros_(parameter)
+    return transformer
+
+
+def table_for(params: FluxParams, length: int, grid: tuple[int, int], device: str = "cpu") -> Rotary:
+    """The rotary table of `length` text tokens and an image of `grid` tokens: fp32 ids, fp64 angles, whatever autocast
+    does.
+    """
+    axes = len(params.axes_dim)
+    ids = torch.cat((text_ids(1, length, axes), image_ids(1, *grid, axes)), dim=1)
+    return rotary_table(ids.to(device), params.axes_dim, params.theta)
+
+
+def optimizers(nets: Nets, *, muon_lr: float, adam_lr: float, text_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon on the blocks' matrices, AdamW on all the rest: in a trial, AdamW alone never got the lettering legible.
+
+    The encoders learn slower than the transformer: at its rate CLIP's pooled output collapses while the transformer
+    still learns what all pictures have in common, and colours come much later.
+    """
+    in_blocks = [p for n, p in nets.transformer.named_parameters() if "_blocks." in n and p.ndim == 2]
+    chosen = {id(p) for p in in_blocks}
+    rest = [p for p in nets.transformer.parameters() if id(p) not in chosen]
+    text = [*nets.clip.parameters(), *nets.t5.parameters()]
+    muon = torch.optim.Muon(in_blocks, lr=muon_lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(
+        [{"params": rest}, {"params": text, "lr": text_lr}],
+        lr=adam_lr,
+        betas=(0.9, 0.99),
+        weight_decay=0.01,
+        fused=True,
+    )
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["base_lr"] = group["lr"]
+    return [muon, adam]
+
+
+def learning_rate(step: int, steps: int, warmup: int, decay: float) -> float:
+    """The share of the full rate at a step: a linear warm-up, level, then over the last `decay` share straight to 2 %.
+
+    Until the decay begins nothing depends on `steps`, so how long to train can be settled while a run is going.
+    """
+    left = (steps - step) / max(1.0, decay * steps)
+    return min(1.0, (step + 1) / warmup) * max(0.02, min(1.0, left))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From a step on: `share` of the batches are `count` scenes of `size`, the others of any other size."""
+
+    start: int
+    size: tuple[int, int]
+    share: float
+    count: int
+
+
+class Batches:
+    """What a step trains on, a pure function of (seed, step)."""
+
+    def __init__(
+        self,
+        pools: list[Pool],
+        phases: list[Phase],
+        text: TextEncoders,
+        *,
+        seed: int,
+        length: int,
+        unknown: float,
+        t_mean: dict[int, float],
+        full_share: float,
+    ):
+        self.pools, self.phases, self.text = {pool.size: pool for pool in pools}, phases, text
+        self.seed, self.length, self.unknown, self.t_mean = seed, length, unknown, t_mean
+        self.full_share = full_share
+
+    def __call__(self, step: int, device: str) -> tuple[Pool, dict[str, Tensor]]:
+        """The pool of this step's size, and x0, noise `(B, N, C)`, t `(B,)`, weights `(B, N)` and both ids `(B, L)`."""
+        rng = numpy_rng(self.seed, "batch", step)
+        phase = [phase for phase in self.phases if phase.start <= step][-1]
+        others = [size for size in self.pools if size != phase.size]
+        size = phase.size if rng.random() < phase.share else others[int(rng.integers(len(others)))]
+        pool, count = self.pools[size], phase.count
+        chosen = rng.integers(len(pool.scenes), size=count)
+        texts = captions([pool.scenes[i] for i in chosen], rng, self.unknown, self.full_share)
+        generator = torch_rng(self.seed, "noise", step)
+        x0 = pool.latents[torch.from_numpy(chosen)].float()
+        # stratified: every batch sees all times, which quiets the loss
+        u = (torch.rand(count, generator=generator) + torch.arange(count)) / count
+        mean = [mean for start, mean in sorted(self.t_mean.items()) if start <= step][-1]
+        t = torch.sigmoid(mean + torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
+        parts = {
+            "x0": x0,
+            "noise": torch.randn(x0.shape, generator=generator),
+            "t": t,
+            "weights": pool.weights[torch.from_numpy(chosen)],
+            "t5_ids": token_ids(self.text.t5_tokenizer, texts, self.length),
+            "clip_ids": token_ids(self.text.clip_tokenizer, texts, self.text.clip_tokenizer.model_max_length),
+        }
+        return pool, {key: part.to(device) for key, part in parts.items()}
+
+
+def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary) -> tuple[Tensor, Tensor]:
+    """(weighted, plain) mean squared error of the velocity noise - x0 at x_t = (1 - t)·x0 + t·noise."""
+    t = batch["t"][:, None, None]
+    x = (1 - t) * batch["x0"] + t * batch["noise"]
+    velocity = nets(x, batch["t"], batch["t5_ids"], batch["clip_ids"], table)
+    error = (velocity.float() - (batch["noise"] - batch["x0"])).square().mean(dim=-1)
+    weights = batch["weights"]
+    return (weights * error).sum() / weights.sum(), error.detach().mean()
+
+
+@torch.no_grad()
+def move_average(average: list[Tensor], parameters: list[Tensor], decay: float, step: int) -> None:
+    """EMA in place, with a shorter memory at the start, so that early samples are not those of the initial weights."""
+    torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + step) / (10 + step)))

@@ -1,0 +1,235 @@
+"""The trainer's parts: what a step trains on, what is kept between two sittings, what a user can get wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fluxlab import scenes
+from fluxlab.checkpoints import CheckpointError
+from fluxlab.checkpoints.manifest import verify_manifest, write_manifest
+from fluxlab.compose import compose
+from fluxlab.model import AutoEncoder, AutoEncoderParams
+from fluxlab.training.pool import NOISE_WORD, build_pool, captions, sign_weights
+from fluxlab.training.recipe import Recipe, check
+from fluxlab.training.seeds import numpy_rng, torch_rng
+from fluxlab.training.state import (
+    load_optimizers,
+    load_parameters,
+    optimizer_tensors,
+    parameter_tensors,
+    read_tensors,
+    write_tensors,
+)
+from fluxlab.training.text import PAD, UNK, text_encoders, token_ids
+from fluxlab.training.transformer import Batches, Phase, flow_loss, learning_rate, table_for
+
+
+@pytest.fixture(scope="module")
+def text():
+    return text_encoders(length=24, t5_width=32, clip_width=32, layers=1)
+
+
+@pytest.fixture(scope="module")
+def pools():
+    model = AutoEncoder(AutoEncoderParams(64, 3, 32, 3, (1, 1), 0, 4, 1.0, 0.0)).eval()
+    return [build_pool(model, size, 6, seed=0, sign_weight=3.0) for size in ((48, 48), (48, 64))]
+
+
+def batches(pools, text, **changes):
+    settings = {"seed": 0, "length": 24, "unknown": 0.0, "t_mean": {0: 0.0}, "full_share": 0.7} | changes
+    return Batches(pools, [Phase(0, (48, 48), 0.5, 4), Phase(9, (48, 64), 1.0, 3)], text, **settings)
+
+
+def test_a_seed_a_purpose_and_a_step_settle_a_draw():
+    draws = [numpy_rng(0, "a", 0).random(), numpy_rng(0, "a", 1).random(), numpy_rng(0, "b", 0).random()]
+    assert draws[0] == numpy_rng(0, "a", 0).random()
+    assert len({*draws, numpy_rng(1, "a", 0).random()}) == 4
+    assert torch.equal(torch.rand(3, generator=torch_rng(0, "a", 0)), torch.rand(3, generator=torch_rng(0, "a", 0)))
+
+
+def test_learning_rate_rises_stays_and_falls():
+    share = [learning_rate(step, 100, 10, 0.3) for step in range(101)]
+    assert share[0] == pytest.approx(0.1)
+    assert share[9:71] == [1.0] * 62
+    assert share[85] == pytest.approx(0.5)
+    assert share[100] == 0.02
+    assert share[:60] == [learning_rate(step, 200, 10, 0.3) for step in range(60)]  # the end may be settled later
+
+
+def test_sign_weights_cover_the_board_and_nothing_else():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        scene = scenes.sample_scene(rng, (48, 64))
+        weights = sign_weights(scene, 3.0).reshape(12, 16)
+        assert (weights == 3).any() == (scene.sign is not None)
+        if scene.sign:
+            top, left, bottom, right = scene.sign.box
+            assert weights[top // 4, left // 4] == weights[(bottom - 1) // 4, (right - 1) // 4] == 3
+            assert weights.sum() <= 192 + 2 * ((bottom - top) // 4 + 2) * ((right - left) // 4 + 2)
+
+
+def test_unknown_words_never_come_between_the_sign_s_words():
+    rng = np.random.default_rng(0)
+    drawn = [scenes.sample_scene(rng) for _ in range(60)]
+    texts = captions(drawn, np.random.default_rng(1), 1.0, 0.7)
+    assert all(not text or NOISE_WORD in text for text in texts)
+    for scene, text in zip(drawn, texts, strict=True):
+        if text and scene.sign:
+            assert text.lower().endswith("says " + " ".join(scene.sign.words))
+
+
+def test_tokenizers_know_every_word_and_one_mark_for_all_others(text):
+    ids = token_ids(text.t5_tokenizer, [" ".join(scenes.VOCABULARY[:20]), 'A  "Red" fox.', "zebra"], 24)
+    assert ids.shape == (3, 24)
+    assert UNK not in ids[0]
+    assert ids[1].tolist() == token_ids(text.t5_tokenizer, ["a red fox"], 24)[0].tolist()
+    assert ids[2, 0] == UNK
+    assert (ids[2, 2:] == PAD).all()
+    pooled = [text.clip(token_ids(text.clip_tokenizer, [p], 24)).pooler_output for p in ("a fox", "a red fox")]
+    assert pooled[0].shape == (1, 32)
+    assert not torch.allclose(*pooled)
+
+
+def test_order_of_words_reaches_the_transformer(text):
+    """Text ids are all zero, so that T5 alone can tell "hello world" from "world hello"."""
+    one, two = (text.t5(token_ids(text.t5_tokenizer, [p], 24))[0] for p in ("hello world", "world hello"))
+    assert (one[0, 0] - two[0, 1]).abs().max() > 1e-3
+
+
+def test_batches_are_a_function_of_seed_and_step(pools, text):
+    make = batches(pools, text, unknown=0.5)
+    for step in (0, 3, 12):
+        (one, a), (two, b) = make(step, "cpu"), batches(pools, text, unknown=0.5)(step, "cpu")
+        assert one.size == two.size
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(make(12, "cpu")[1]["noise"], make(13, "cpu")[1]["noise"])
+    assert {make(step, "cpu")[0].size for step in range(9)} == {(48, 48), (48, 64)}
+    assert make(9, "cpu")[1]["x0"].shape == (3, 192, 16)
+
+
+def test_times_follow_their_mean(pools, text):
+    make = batches(pools, text, t_mean={0: 0.0, 100: 1.0})
+    early, late = (torch.cat([make(start + i, "cpu")[1]["t"] for i in range(60)]) for start in (0, 100))
+    assert early.logit().mean() == pytest.approx(0.0, abs=0.1)
+    assert late.logit().mean() == pytest.approx(1.0, abs=0.1)
+
+
+def test_flow_loss_of_the_true_velocity_is_zero(pools, text):
+    _, batch = batches(pools, text)(0, "cpu")
+
+    def true(x, t, t5_ids, clip_ids, table):
+        return batch["noise"] - batch["x0"]
+
+    weighted, plain = flow_loss(true, batch, None)
+    assert weighted == plain == 0
+
+
+def test_tables_stay_exact_under_autocast():
+    recipe = Recipe(name="x", hidden_size=64, depth=1, depth_single_blocks=1)
+    from fluxlab.training.stages import new_nets
+
+    params = new_nets(recipe)[0].transformer.params
+    table = table_for(params, 24, (16, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        again = table_for(params, 24, (16, 16))
+    assert table.cos.dtype == torch.float32
+    assert torch.equal(table.cos, again.cos)
+
+
+def test_state_comes_back_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    net, twin = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def both(module):
+        return [torch.optim.Muon([module.weight], lr=0.1), torch.optim.AdamW([module.bias], lr=0.1)]
+
+    optimizers = both(net)
+
+    def step(module, chosen):
+        module(torch.ones(2, 4)).square().sum().backward()
+        for optimizer in chosen:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step(net, optimizers)
+    write_tensors(tmp_path / "s.safetensors", parameter_tensors("net.", net) | optimizer_tensors(optimizers), {"n": 1})
+    tensors, notes = read_tensors(tmp_path / "s.safetensors")
+    assert notes == {"n": 1}
+    load_parameters("net.", twin, tensors)
+    others = both(twin)
+    load_optimizers(others, tensors)
+    step(net, optimizers)
+    step(twin, others)
+    assert torch.equal(net.weight, twin.weight)
+    assert torch.equal(net.bias, twin.bias)
+    with pytest.raises(ValueError, match="another recipe"):
+        load_parameters("net.", torch.nn.Linear(4, 5), tensors)
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    (tmp_path / "state.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(ValueError, match=r"state\.safetensors.*delete it"):
+        read_tensors(tmp_path / "state.safetensors")
+
+
+def test_manifest_names_a_flipped_bit_and_a_lost_file(tmp_path):
+    (tmp_path / "vae").mkdir()
+    weights = tmp_path / "vae" / "w.safetensors"
+    weights.write_bytes(bytes(range(200)))
+    (tmp_path / "model_index.json").write_text("{}")
+    verify_manifest(tmp_path)  # none yet: nothing to hold it to
+    write_manifest(tmp_path)
+    (tmp_path / "README.md").write_text("not weighed")
+    verify_manifest(tmp_path)
+    flipped = bytearray(weights.read_bytes())
+    flipped[100] ^= 1
+    weights.write_bytes(flipped)
+    with pytest.raises(CheckpointError, match=r"vae/w\.safetensors"):
+        verify_manifest(tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"vae/w\.safetensors"):
+        verify_manifest(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({"other": 1}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        verify_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_recipes_compose_and_open_with_their_command(name):
+    from fluxlab.config import config_folder
+
+    recipe = compose("train_schema", Recipe, "train_schema", [f"+train={name}"])
+    check(recipe)
+    assert recipe.name == name
+    assert f"python -m fluxlab.train +train={name}" in (config_folder() / "train" / f"{name}.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 0),
+        ("hidden_size", 100),
+        ("t5_width", 40),
+        ("tracking", "tensorboard"),
+        ("native_share", 0.0),
+        ("t_mean", {5: 0.0}),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_names_its_key(key, value):
+    with pytest.raises(ValueError, match=key):
+        check(Recipe(name="x", **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["+train=nope"], "nope"), (["+train=tiny", "stepz=3"], "stepz"), (["+train=tiny", "steps=soon"], "steps")],
+)
+def test_errors_of_use_take_at_most_three_lines_and_exit_2(arguments, said):
+    done = subprocess.run([sys.executable, "-m", "fluxlab.train", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert 1 <= len(done.stderr.splitlines()) <= 3
