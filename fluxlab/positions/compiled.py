@@ -76,12 +76,32 @@ class Compiled:
             self._placement = self._build()
         return self._placement
 
-    def ids(self, t: float = 1.0, block: int = 0, side: str = "queries", head: int = 0, sample: int = 0) -> Tensor:
-        """The positions `(N, A)` that one block works with, rotation dropped counted as position 0."""
+    def ids(
+        self,
+        t: float = 1.0,
+        block: int = 0,
+        side: str = "queries",
+        head: int = 0,
+        sample: int = 0,
+        query: int | None = None,
+    ) -> Tensor:
+        """The positions `(N, A)` that one block and head work with, of the keys as the token `query` sees them.
+
+        Rotation that was dropped counts as position 0.
+        """
+        return self._whole(t, block, side, head, sample, query).ids
+
+    def scales(self, t: float = 1.0, block: int = 0, head: int = 0, sample: int = 0) -> Tensor:
+        """What the scores of each query `(N,)` are multiplied by."""
+        placed = self._whole(t, block, "queries", head, sample, None)
+        return torch.ones_like(placed.ids[:, 0]) if placed.scales is None else placed.scales
+
+    def _whole(self, t: float, block: int, side: str, head: int, sample: int, query: int | None) -> Placed:
         self.at(t)
         which = self._of[sample]
-        edits = [n for n in self._active(block)[which] if self._samples[which][n].touches(side, head)]
-        return self._placed(which, tuple(edits)).ids
+        edits = self._samples[which]
+        now = self._active(block)[which]
+        return self._placed(which, tuple(n for n in now if edits[n].touches(side, head) and edits[n].is_seen_by(query)))
 
     def _active(self, block: int) -> tuple[tuple[int, ...], ...]:
         """For each distinct sample, the edits at work in a block now."""
