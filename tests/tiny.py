@@ -4,50 +4,14 @@ from pathlib import Path
 
 import torch
 
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "fox",
-    "dog",
-    "sign",
-    "that",
-    "says",
-    "hello",
-    "world",
-    "holding",
-    "on",
-    "left",
-    "right",
-    "of",
-    "and",
-]
+from fluxlab.checkpoints.random import tokenizers
 
-
-def tokenizers(length: int = 77, eos_token_id: int | None = None):
-    """A byte-level CLIP tokenizer and a word-level Unigram T5 tokenizer, made from nothing."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import CLIPTokenizer, T5Tokenizer, T5TokenizerFast  # noqa: F401
-
-    letters = [chr(i) for i in range(ord("a"), ord("z") + 1)]
-    vocab = letters + [f"{c}</w>" for c in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    clip = CLIPTokenizer(vocab={t: i for i, t in enumerate(vocab)}, merges=[], model_max_length=length)
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
-    pieces += [(f"▁{word}", -2.0) for word in WORDS] + [(c, -6.0) for c in letters]
-    t5 = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
-    t5.normalizer = normalizers.Lowercase()
-    t5.pre_tokenizer = pre_tokenizers.Metaspace()
-    t5.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    from transformers import PreTrainedTokenizerFast
-
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=t5, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
-    return clip, fast
+# fmt: off
+WORDS = (
+    "a", "an", "the", "red", "green", "blue", "cat", "fox", "dog", "sign", "that", "says", "hello", "world",
+    "holding", "on", "left", "right", "of", "and",
+)
+# fmt: on
 
 
 def diffusers_pipeline(
@@ -58,7 +22,7 @@ def diffusers_pipeline(
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    clip_tokenizer, t5_tokenizer = tokenizers()
+    clip_tokenizer, t5_tokenizer = tokenizers(WORDS)
     transformer = FluxTransformer2DModel(
         in_channels=16,
         num_layers=2,

@@ -37,8 +37,14 @@ def save_pipeline(
     folder = Path(folder)
     save_transformer(transformer, folder / "transformer", layout="diffusers")
     save_autoencoder(autoencoder, folder / "vae", layout="diffusers")
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar of one step a file
     text.clip.save_pretrained(folder / "text_encoder")
     text.t5.save_pretrained(folder / "text_encoder_2")
+    if shown:
+        logging.enable_progress_bar()
     text.clip_tokenizer.save_pretrained(folder / "tokenizer")
     text.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)

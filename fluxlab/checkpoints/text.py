@@ -80,7 +80,10 @@ def _check_encoder(
 def _encoder(folder: Path, kind: str, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
     """A transformers model. Their loader maps files and assigns, as ours does, but only warns of what is missing."""
     import transformers
+    from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # weights are mapped: there is nothing to wait for
     try:
         model, info = getattr(transformers, kind).from_pretrained(
             folder,
@@ -92,6 +95,9 @@ def _encoder(folder: Path, kind: str, dtype: torch.dtype | None, variant: str | 
         )
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder}: no {kind} that can be loaded ({first_line(error)})") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     if any(wrong.values()):
         told = "; ".join(f"{len(names)} {kind} ({few(names, 3)})" for kind, names in wrong.items() if names)
