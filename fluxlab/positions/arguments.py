@@ -99,6 +99,11 @@ def is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def plain(value: Any) -> Any:
+    """Arrays and tensors as nested lists, all else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def per_axis(value: Any, path: str) -> list[float | None]:
     """One number for all axes, one an axis, two for (row, col), or a mapping `{row: 2}`. None: that axis stays."""
     accepted = "a number, [index, row, col], [row, col], or a mapping such as {row: 2}"
@@ -131,6 +136,7 @@ def bitmap(value: Any, path: str) -> list[str]:
     """Rows of a mask, `#` chosen and `.` not, from such rows, 0s and 1s, or an image file (bright = chosen)."""
     if isinstance(value, str):
         return _read_bitmap(value, path)
+    value = plain(value)
     accepted = "rows of equal length of '#' and '.', or of 0 and 1, or an image file"
     if not is_list(value) or not value:
         raise wrong(path, value, accepted)

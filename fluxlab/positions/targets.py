@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxlab.positions.arguments import UNITS, bitmap, box, choice, is_list, number, per_axis
+from fluxlab.positions.arguments import UNITS, bitmap, box, choice, is_list, number, per_axis, plain
 from fluxlab.positions.layout import Layout, Scope
 from fluxlab.positions.spelling import join, unknown_key, wrong
 from fluxlab.positions.tokens import box_in_tokens, mask_on_grid
@@ -43,6 +43,7 @@ def _line(value: Any, path: str) -> list[list[float]]:
 
 def grid_field(value: Any, path: str) -> list[list[list[float]]]:
     """A displacement field `(h, w, 2)` as nested lists."""
+    value = plain(value)
     accepted = "rows of points [row, col], all rows of equal length"
     if not is_list(value) or not value or any(not is_list(row) or not row for row in value):
         raise wrong(path, value, accepted)

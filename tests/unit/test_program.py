@@ -188,6 +188,7 @@ FIRST = TEXT  # of the image
         ({"box": [0.4, 0, 1.6, 1]}, [FIRST, FIRST + 4]),  # tokens whose middle lies inside
         ({"mask": ["#...", "....", "....", "...#"], "unit": "tokens"}, [FIRST, FIRST + 15]),
         ({"mask": [[0, 1], [0, 0]]}, [FIRST + i for i in (2, 3, 6, 7)]),
+        ({"mask": torch.tensor([[False, True], [False, False]])}, [FIRST + i for i in (2, 3, 6, 7)]),
         ({"indices": [0, -1]}, [FIRST, FIRST + 15]),
         ({"indices": 3, "of": "text"}, [3]),
         ({"indices": [TEXT], "of": "all"}, [FIRST]),
@@ -502,14 +503,29 @@ def test_a_word_that_was_cut_off():
 
 
 def test_presets():
-    """Every op has one, and each is a program as it stands."""
+    """Every op has one, and each is a program as it stands, but for what has to be given.
+
+    A mapping in a preset cannot be overridden by another form (Hydra merges), so none has one.
+    """
     files = {file.stem: file for file in (config_folder() / "op").glob("*.yaml")}
     assert set(files) == {name for name, op in OPS.items() if op.function.__module__.startswith("fluxlab.")}
     for name, file in files.items():
         edit = OmegaConf.to_container(OmegaConf.load(file))
         assert edit["op"] == name
+        assert not any(isinstance(value, dict) for value in edit.values())
+        assert [key for key, value in edit.items() if value == "???"] == (["to"] if name == "relocate" else [])
+        edit = {key: [1, 1] if value == "???" else value for key, value in edit.items()}
         Program.from_config({"a": edit}).compile(context())
         assert file.read_text().startswith("# "), f"{file} says nothing of itself"
+
+
+def test_the_readmes_program():
+    text = (Path(fluxlab.__file__).parents[1] / "README.md").read_text()
+    yaml = text.partition("```yaml\n")[2].partition("```")[0]
+    p = Program.from_config(OmegaConf.to_container(OmegaConf.create(yaml)))
+    assert len(p.edits) == 4
+    p.compile(context(Layout(text=len(WORDS.spans), grid=(8, 8)), double=4, heads=12))
+    assert all(f"`{name}`" in text for name in OPS)
 
 
 def test_every_op_is_documented():
