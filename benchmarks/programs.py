@@ -1,6 +1,6 @@
 """What a program costs, as a share of a forward: 1,152 tokens, hidden 1024, every program new at every step.
 
-python benchmarks/programs.py [--rounds 9] [--depth 4 8] [--dtype float32]
+python benchmarks/programs.py [--rounds 9] [--depth 1 2] [--dtype float32]
 
 Two shares of the untouched forward's time, medians of interleaved rounds: building the step's tables and masks (anew at
 every step, as for a strength that is scheduled), and the forward that uses them on top of an untouched one. On a busy
@@ -46,7 +46,7 @@ def median(times: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--depth", type=int, nargs=2, default=(4, 8), metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--depth", type=int, nargs=2, default=(1, 2), metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true")
