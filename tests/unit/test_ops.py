@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxlab.positions import OPS, Context, Layout, Program, attention_ops, ops
@@ -231,12 +231,14 @@ SOME = [
 ]
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from(SOME), max_size=4), st.integers(0, 4))
 def test_order_of_composition(edits, cut):
     """A program acts as its first part, then its second."""
     assert torch.equal(run(edits), run(edits[cut:], run(edits[:cut])[None]))
 
 
+@settings(deadline=None, max_examples=40)
 @given(axes3, axes3)
 def test_offsets_add_up(a, b):
     assert torch.allclose(
@@ -250,6 +252,7 @@ def test_order_matters():
     assert not torch.equal(run(edits), run(edits[::-1]))
 
 
+@settings(deadline=None, max_examples=40)
 @given(factors, axes3, st.floats(-720, 720, width=32), st.sampled_from(["corner", "centre"]))
 def test_inverse_pairs(factor, by, degrees, origin):
     pairs = [
@@ -267,6 +270,7 @@ def test_inverse_pairs(factor, by, degrees, origin):
         assert torch.allclose(run(pair), run([]), atol=1e-9), pair
 
 
+@settings(deadline=None, max_examples=40)
 @given(st.sampled_from(SOME), st.floats(0, 1))
 def test_strength_interpolates(edit, s):
     whole, none, some = run([edit]), run([]), run([{**edit, "strength": s}])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -650,6 +650,7 @@ junk_edits = st.dictionaries(keys, junk, max_size=5).flatmap(
 )
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.dictionaries(st.sampled_from("ab"), junk_edits | junk, max_size=2) | junk)
 def test_junk_is_refused_or_read_never_an_accident(config):
     before = copy.deepcopy(config)
