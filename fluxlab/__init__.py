@@ -7,7 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("checkpoints", "model", "pipeline", "positions", "sampling")
+_SUBMODULES = ("checkpoints", "measure", "model", "pipeline", "positions", "sampling", "scenes")
 _FUNCTIONS = {"load_pipeline": "pipeline", "Pipeline": "pipeline"}
 
 __all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]
