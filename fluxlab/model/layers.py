@@ -12,17 +12,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fluxlab.model.attention import attend
+from fluxlab.model.attention import attend, heads_inside
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 
 _onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_DTYPES = {torch.float32: _onednn, torch.bfloat16: _onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
 """What oneDNN can multiply on this CPU: bf16 takes AVX-512 or better."""
-
-
-def in_place_allowed() -> bool:
-    """Whether fresh tensors may be overwritten: no gradients are recorded and no compiler plans the memory."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def onednn_takes(x: Tensor, weight: Tensor) -> bool:
@@ -69,7 +64,7 @@ class LinearGELU(nn.Linear):
 
 
 class ParallelLinear(nn.Linear):
-    """One projection that feeds attention and MLP: returns the first `attention_width` channels, and GELU of the rest."""
+    """One projection for attention and MLP: returns its first `attention_width` channels, and GELU of the rest."""
 
     def __init__(self, dim: int, attention_width: int, mlp_width: int):
         super().__init__(dim, attention_width + mlp_width)
@@ -83,8 +78,8 @@ class ParallelLinear(nn.Linear):
         return linear(x, w_qkv, b_qkv), linear(x, w_mlp, b_mlp, gelu=True)
 
 
-# As in both public implementations in fp32 (at t = 1 an exact table would differ by 6e-5 rad), and not in a function that
-# is compiled: inductor's own exp differs in the last bit, 4e-4 rad at guidance 4.
+# In fp32 as in both public implementations (at t = 1 an exact table would differ by 6e-5 rad), and outside of what is
+# compiled: inductor's own exp differs in the last bit, which is 4e-4 rad at guidance 4.
 TIMESTEP_FREQUENCIES = torch.exp(-math.log(10000.0) * torch.arange(128, dtype=torch.float32, device="cpu") / 128)
 
 
@@ -152,6 +147,11 @@ class Modulation(nn.Module):
         return [Affine(*parts[i : i + 3]) for i in range(0, self.multiplier, 3)]
 
 
+def clip_fp16(x: Tensor) -> Tensor:
+    """Keep fp16 finite; other dtypes have no need of it."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(1 + scale) · LN(x) + shift."""
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
@@ -167,33 +167,36 @@ def query_key_value(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fused projections `(B, L, 3·D)` of one stream or several → joint normed, turned q and k, and v: `(B, H, N, d)`.
 
-    q and k come in the tables' dtype, fp32 unless the model is fp64. Overwrites the projections where that is allowed.
+    q and k come in the tables' dtype, fp32 unless the model is fp64.
     """
-    if in_place_allowed():
-        return query_key_value_in_place(qkvs, norms, num_heads, tables)
-    qkvs = [rearrange(qkv, "B L (K H D) -> K B H L D", K=3, H=num_heads) for qkv in qkvs]
-    q = torch.cat([norm.query_norm(qkv[0]) for qkv, norm in zip(qkvs, norms, strict=True)], dim=2)
-    k = torch.cat([norm.key_norm(qkv[1]) for qkv, norm in zip(qkvs, norms, strict=True)], dim=2)
-    v = torch.cat([qkv[2] for qkv in qkvs], dim=2)
-    return apply_rotary(q, tables[0]), apply_rotary(k, tables[1]), v
-
-
-def query_key_value_in_place(
-    qkvs: Sequence[Tensor], norms: Sequence[QKNorm], num_heads: int, tables: tuple[Rotary, Rotary]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, queries and keys together in one buffer; 1/rms comes last, for a rotation does not change lengths."""
     joint = qkvs[0] if len(qkvs) == 1 else torch.cat(list(qkvs), dim=1)
-    qkv = rearrange(joint, "B N (K H D) -> K B H N D", K=3, H=num_heads)
-    qk = qkv[:2].to(tables[0].cos.dtype)  # (2, B, H, N, d)
-    rms = torch.linalg.vector_norm(qk, dim=-1, keepdim=True).square_().div_(qk.shape[-1]).add_(1e-6).sqrt_()
-    for norm, part in zip(norms, qk.split([qkv.shape[1] for qkv in qkvs], dim=3), strict=True):
-        part.mul_(torch.stack((norm.query_norm.scale, norm.key_norm.scale))[:, None, None, None])
-    if tables[0] is tables[1]:
-        apply_rotary_(qk, tables[0])
-    else:
-        apply_rotary_(qk[0], tables[0]), apply_rotary_(qk[1], tables[1])
-    q, k = qk.div_(rms)
-    return q, k, qkv[2]
+    lengths = [qkv.shape[1] for qkv in qkvs]
+    q, k, v = rearrange(joint, "B N (K H D) -> K B H N D", K=3, H=num_heads)
+    if torch.is_grad_enabled():
+        q = torch.cat([n.query_norm(x) for n, x in zip(norms, q.split(lengths, dim=2), strict=True)], dim=2)
+        k = torch.cat([n.key_norm(x) for n, x in zip(norms, k.split(lengths, dim=2), strict=True)], dim=2)
+        return apply_rotary(q, tables[0]), apply_rotary(k, tables[1]), v
+    turn = _normed_turned_op if torch.compiler.is_compiling() else _normed_turned
+    q = turn(q, [norm.query_norm.scale for norm in norms], lengths, *tables[0])
+    k = turn(k, [norm.key_norm.scale for norm in norms], lengths, *tables[1])
+    return q, k, v
+
+
+def _normed_turned(x: Tensor, scales: list[Tensor], lengths: list[int], cos: Tensor, sin: Tensor) -> Tensor:
+    """RMSNorm and rotation of `(B, H, N, d)` without gradients, in one buffer of the table's dtype.
+
+    1/rms comes last, for a rotation does not change lengths. `scales` belong to stretches of `lengths` tokens.
+    """
+    out = heads_inside(x, cos.dtype).copy_(x)
+    rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(1e-6).sqrt_()
+    for scale, part in zip(scales, out.split(lengths, dim=2), strict=True):
+        part.mul_(scale)
+    return apply_rotary_(out, Rotary(cos, sin)).div_(rms)
+
+
+# One operator to torch.compile too: inductor's code for interleaved pairs takes 2.5 times as long.
+_normed_turned_op = torch.library.custom_op("fluxlab::normed_turned", _normed_turned, mutates_args=())
+_normed_turned_op.register_fake(lambda x, scales, lengths, cos, sin: heads_inside(x, cos.dtype))
 
 
 class DoubleStreamBlock(nn.Module):
@@ -226,11 +229,11 @@ class DoubleStreamBlock(nn.Module):
         img = torch.addcmul(img, img_mod2.gate, self.img_mlp(modulate(img, img_mod2.shift, img_mod2.scale)))
         txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_joint))
         txt = torch.addcmul(txt, txt_mod2.gate, self.txt_mlp(modulate(txt, txt_mod2.shift, txt_mod2.scale)))
-        return img, txt
+        return img, clip_fp16(txt)
 
 
 class SingleStreamBlock(nn.Module):
-    """Text and image as one sequence; attention and MLP side by side behind one projection (ViT-22B, arXiv 2302.05442)."""
+    """Text and image as one sequence; attention and MLP in parallel, one projection (ViT-22B, arXiv 2302.05442)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -246,7 +249,7 @@ class SingleStreamBlock(nn.Module):
         qkv, mlp = self.linear1(modulate(x, mod.shift, mod.scale))
         q, k, v = query_key_value((qkv,), (self.norm,), self.num_heads, tables)
         attn = rearrange(attend(q, k, v, mask), "B H L D -> B L (H D)")
-        return torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, mlp), dim=-1)))
+        return clip_fp16(torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, mlp), dim=-1))))
 
 
 class LastLayer(nn.Module):

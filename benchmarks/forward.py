@@ -1,0 +1,166 @@
+"""One forward of the transformer against Diffusers': same weights, one process, turn about.
+
+python benchmarks/forward.py [--quick] [--device cuda] [--json FILE]
+
+Prints the median times, the median of the ratios fluxlab / Diffusers (each of a pair of neighbouring runs, so that a
+machine's other work falls on both), and the share of the machine's own matmul rate, measured in the same run. Three
+minutes for `--quick` (no batch of 16 at the large size), ten for all, on two quiet cores.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fluxlab.checkpoints import save_transformer
+from fluxlab.model import Flux, FluxParams
+
+SMALL = FluxParams(64, 64, 768, 512, 192, 4.0, 3, 2, 4, (16, 24, 24), 10000, True, True)
+LARGE = replace(SMALL, hidden_size=1024, num_heads=8, axes_dim=(16, 56, 56))
+SIZES = {"small": (SMALL, 16, 16), "large": (LARGE, 128, 32)}  # sizes, text tokens, side of the image in tokens
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+AIMS = {"fp32": 0.9, "bf16": 0.75}
+AGREE = {"fp32": 1e-4, "bf16": 0.1}  # largest difference over the output's spread
+
+
+def pair_of_models(params: FluxParams, dtype: torch.dtype, device: str) -> tuple[nn.Module, nn.Module]:
+    """A random fluxlab model, and Diffusers' with the same weights."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    flux = Flux(params).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        save_transformer(flux, folder, layout="diffusers")
+        theirs = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype).eval()
+    return flux.to(device, dtype), theirs.to(device)
+
+
+def calls(
+    flux: nn.Module, theirs: nn.Module, params: FluxParams, text: int, side: int, batch: int, dtype, device: str
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """The two forwards, on the same inputs. Time and guidance are such that Diffusers' bf16 holds them exactly."""
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(batch, *shape, generator=g).to(device, dtype)  # noqa: E731
+    img, txt, y = draw(side * side, params.in_channels), draw(text, params.context_in_dim), draw(params.vec_in_dim)
+    rows, columns = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
+    img_ids = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3).to(device)
+    txt_ids = torch.zeros(text, 3, device=device)
+    t, guidance = torch.full((batch,), 0.5, device=device), torch.full((batch,), 4.0, device=device)
+
+    def ours() -> Tensor:
+        return flux(img, img_ids[None], txt, txt_ids[None], t, y, guidance)
+
+    def reference() -> Tensor:
+        return theirs(img, txt, y, t, img_ids, txt_ids, guidance, return_dict=False)[0]
+
+    return ours, reference
+
+
+def flops(params: FluxParams, text: int, side: int, batch: int) -> float:
+    """Multiplications and additions of the matrix products over tokens: the linear layers and attention."""
+    tokens, image, width = text + side * side, side * side, params.hidden_size
+    block = 4 + 2 * params.mlp_ratio  # q, k, v, output and MLP, in units of width²; the same in both kinds of block
+    depth = params.depth + params.depth_single_blocks
+    ends = image * (params.in_channels + params.out_channels) + text * params.context_in_dim
+    return batch * (2 * tokens * block * depth * width**2 + 2 * ends * width + 4 * tokens**2 * width * depth)
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def take_turns(a: Callable, b: Callable, device: str, seconds: float) -> tuple[float, float, float, int]:
+    """Median seconds of a and of b, median of their ratios, pairs. Which of the two starts alternates."""
+    times: list[tuple[float, float]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 2 or (time.perf_counter() < end and len(times) < 200):
+        if len(times) % 2:
+            later = timed(b, device)
+            times.append((timed(a, device), later))
+        else:
+            times.append((timed(a, device), timed(b, device)))
+    median = statistics.median
+    return median(t for t, _ in times), median(t for _, t in times), median(x / y for x, y in times), len(times)
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a large square product: the best of several, what the machine can do."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(10))
+
+
+def measure(
+    batches: dict[str, Sequence[int]], modes: Sequence[str], dtypes: Sequence[str], device: str, seconds: float
+) -> list[dict]:
+    """One row a case, printed as it comes."""
+    print(f"{'case':26} {'fluxlab':>11} {'Diffusers':>11} {'ratio':>6} {'aim':>5}  {'of matmul':>9} {'pairs':>5}")
+    rows = []
+    for size, dtype in product(batches, dtypes):
+        params, text, side = SIZES[size]
+        flux, theirs = pair_of_models(params, DTYPES[dtype], device)
+        rate = matmul_rate(DTYPES[dtype], device)
+        for mode, batch in product(modes, batches[size]):
+            torch.compiler.reset()  # a new batch would otherwise compile for any batch
+            models = [torch.compile(m, fullgraph=True) if mode == "compiled" else m for m in (flux, theirs)]
+            ours, reference = calls(*models, params, text, side, batch, DTYPES[dtype], device)
+            a, b = ours().double(), reference().double()  # compiles, and warms up
+            error = ((a - b).abs().max() / b.std()).item()
+            if error > AGREE[dtype]:
+                raise SystemExit(f"{size} {dtype} {mode} batch {batch}: outputs differ by {error:.1e} of their spread")
+            time_a, time_b, ratio, pairs = take_turns(ours, reference, device, seconds)
+            share = flops(params, text, side, batch) / time_a / rate
+            row = {"size": size, "dtype": dtype, "mode": mode, "batch": batch, "device": device}
+            row |= {"seconds": time_a, "diffusers_seconds": time_b, "ratio": ratio, "aim": AIMS[dtype]}
+            row |= {"share_of_matmul": share, "matmul_flops": rate, "pairs": pairs, "error": error}
+            rows.append(row)
+            print(
+                f"{size:5} {dtype} {mode:8} batch {batch:<3} {time_a * 1e3:8.1f} ms {time_b * 1e3:8.1f} ms {ratio:6.3f}"
+                f" {AIMS[dtype]:5}  {share:9.0%} {pairs:5}",
+                flush=True,
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="without batch 16 at the large size, and fewer runs")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
+    parser.add_argument("--seconds", type=float, help="measuring time a case")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    options = parser.parse_args()
+
+    batches = {size: (1,) if options.quick and size == "large" else (1, 16) for size in options.sizes}
+    seconds = options.seconds or (2 if options.quick else 6)
+    with torch.inference_mode():
+        rows = measure(batches, options.modes, options.dtypes, options.device, seconds)
+    for dtype in options.dtypes:
+        rates = [row["matmul_flops"] for row in rows if row["dtype"] == dtype]
+        missed = [row for row in rows if row["dtype"] == dtype and row["ratio"] > row["aim"]]
+        names = ", ".join(f"{r['size']} {r['mode']} batch {r['batch']} by {r['ratio'] - r['aim']:.2f}" for r in missed)
+        print(
+            f"{dtype}: ratio <= {AIMS[dtype]} " + (f"missed: {names}" if missed else "met everywhere"),
+            f"(matmul {max(rates) / 1e9:.0f} GFLOP/s)",
+        )
+    if options.json:
+        machine = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""The transformer: sizes, ids, rotary tables, masks, and that every way of running it computes the same."""
+
+import math
+from dataclasses import replace
+from shutil import which
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import config as jaxtyping_config
+
+from fluxlab.model import TRANSFORMERS, Flux, FluxParams, rotary_table
+from fluxlab.model.attention import attend
+from fluxlab.model.rope import apply_rotary, apply_rotary_
+
+PARAMS = FluxParams(8, 6, 12, 10, 32, 4.0, 2, 2, 2, (4, 6, 6), 10000, True, True)
+BATCH, TEXT, IMAGE = 4, 5, 12
+BLOCKS = PARAMS.depth + PARAMS.depth_single_blocks
+
+
+@pytest.fixture(scope="module")
+def flux() -> Flux:
+    torch.manual_seed(0)
+    model = Flux(PARAMS).eval()
+    with torch.no_grad():  # weights large enough for every part to matter
+        for name, weight in model.named_parameters():
+            weight.normal_(0, 0.25 if weight.ndim > 1 else 0.1)
+            if name.endswith("norm.scale"):
+                weight.add_(1.5)
+    return model
+
+
+@pytest.fixture
+def unchecked():
+    """As a user runs it, without the shape checks of our own tests."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def inputs(batch: int = BATCH, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(batch, *shape, generator=g, dtype=torch.float64)  # noqa: E731
+    rows = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(3.0), torch.arange(4.0), indexing="ij"), -1)
+    ids = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "img": draw(IMAGE, 8).to(dtype),
+        "img_ids": (rows.reshape(1, IMAGE, 3) + draw(IMAGE, 3)).to(ids),
+        "txt": draw(TEXT, 10).to(dtype),
+        "txt_ids": draw(TEXT, 3).to(ids),
+        "timesteps": torch.linspace(1, 0.2, batch, dtype=ids),
+        "y": draw(12).to(dtype),
+        "guidance": torch.linspace(1, 4, batch, dtype=ids),
+    }
+
+
+def joint_ids(x: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat((x["txt_ids"], x["img_ids"]), dim=1)
+
+
+def with_tables(x, rotary, **more):
+    return {**x, "img_ids": None, "txt_ids": None, "rotary": rotary, **more}
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest error in units of b's spread."""
+    return ((a.double() - b.double()).abs().max() / b.double().std()).item()
+
+
+@pytest.mark.parametrize(("name", "count", "tensors"), [("dev", 11_901_408_320, 780), ("schnell", 11_891_178_560, 776)])
+def test_sizes_of_flux1(name, count, tensors):
+    with torch.device("meta"):
+        state = Flux(TRANSFORMERS[name]).state_dict()
+    assert (sum(t.numel() for t in state.values()), len(state)) == (count, tensors)
+
+
+@pytest.mark.parametrize("name", ["img_ids", "txt_ids"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda ids: ids[0],
+        lambda ids: ids.bfloat16(),
+        lambda ids: ids.long(),
+        lambda ids: ids.double(),
+        lambda ids: ids[:, :-1],
+        lambda ids: ids[..., :2],
+        lambda ids: ids[:3],
+    ],
+    ids=["2-D", "bf16", "integers", "fp64", "tokens", "axes", "batch"],
+)
+def test_wrong_ids_raise(flux, name, spoil, unchecked):
+    x = inputs()
+    with pytest.raises(ValueError, match=name) as error:
+        flux(**{**x, name: spoil(x[name])})
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_wrong_arguments_raise(flux, unchecked):
+    x = inputs()
+    table = rotary_table(joint_ids(x), PARAMS.axes_dim, PARAMS.theta)
+    wrong = [
+        ({**x, "guidance": None}, "guidance is missing"),
+        ({**x, "img_ids": None}, "are needed"),
+        ({**x, "rotary": table}, "one or the other"),
+        (with_tables(x, [(table, table)] * 3), "3 pairs of tables, the model has 4 blocks"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            flux(**arguments)
+
+
+@torch.inference_mode()
+def test_positions_are_relative(flux):
+    x = inputs()
+    shift = torch.tensor([3.0, -7.25, 40.0])
+    all_shifted = {**x, "img_ids": x["img_ids"] + shift, "txt_ids": x["txt_ids"] + shift}
+    assert difference(flux(**all_shifted), flux(**x)) <= 1e-4
+    assert difference(flux(**{**x, "img_ids": x["img_ids"] + shift}), flux(**x)) > 1e-2
+
+
+@torch.inference_mode()
+def test_batch_equals_one_at_a_time(flux):
+    x = inputs()
+    one_by_one = [flux(**{name: value[i : i + 1] for name, value in x.items()}) for i in range(BATCH)]
+    assert difference(flux(**x), torch.cat(one_by_one)) <= 1e-5
+    swapped = flux(**{**x, "img_ids": x["img_ids"].flip(0)})
+    assert difference(swapped, flux(**x)) > 1e-2
+    shared = flux(**{**x, "img_ids": x["img_ids"][:1], "txt_ids": x["txt_ids"][:1]})
+    assert torch.equal(shared[0], flux(**x)[0])
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad"])
+def test_tables_in_place_of_ids(flux, grad):
+    x = inputs()
+    table = rotary_table(joint_ids(x), PARAMS.axes_dim, PARAMS.theta)
+    other = rotary_table(joint_ids(x) * 1.7, PARAMS.axes_dim, PARAMS.theta)
+    per_head = type(table)(*(part.expand(-1, PARAMS.num_heads, -1, -1).contiguous() for part in table))
+    split = type(table)(*(torch.cat((a, b), dim=1) for a, b in zip(table, other, strict=True)))
+    with torch.set_grad_enabled(grad):
+        expected = flux(**x)
+        for rotary in (table, [(table, table)] * BLOCKS, [(per_head, table)] * BLOCKS):
+            assert torch.equal(flux(**with_tables(x, rotary)), expected)
+        outputs = [expected, flux(**with_tables(x, other))]
+        for pairs in ((other, table), (table, other), (split, split)):
+            outputs += [flux(**with_tables(x, [pairs] * BLOCKS))]
+        outputs += [flux(**with_tables(x, [(table, table)] * (BLOCKS - 1) + [(other, other)]))]
+    for i, a in enumerate(outputs):
+        for b in outputs[:i]:
+            assert difference(a, b) > 1e-3
+
+
+@torch.inference_mode()
+def test_masks(flux):
+    x = inputs()
+    mask = torch.rand(BATCH, 1, TEXT + IMAGE, TEXT + IMAGE, generator=torch.Generator().manual_seed(2)) > 0.3
+    mask |= torch.eye(TEXT + IMAGE, dtype=torch.bool)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    assert torch.equal(flux(**x, mask=mask), flux(**x, mask=additive))
+    assert difference(flux(**x, mask=mask), flux(**x)) > 1e-2
+    assert difference(flux(**x, mask=torch.ones(1, 1, TEXT + IMAGE, TEXT + IMAGE) > 0), flux(**x)) <= 1e-5
+
+    unseen = torch.ones(1, 1, 1, TEXT + IMAGE, dtype=torch.bool)
+    unseen[..., TEXT - 1] = False
+    changed = {**x, "txt": x["txt"].clone()}
+    changed["txt"][:, TEXT - 1] += 5
+    assert torch.equal(flux(**changed, mask=unseen), flux(**x, mask=unseen))
+    assert difference(flux(**changed), flux(**x)) > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 33, 33, 16), (1, 5, 700, 1100, 8), (1, 2, 1, 1100, 64), (2, 3, 256, 256, 64)])
+@torch.inference_mode()
+def test_attention_against_dense_softmax(shape):
+    B, H, queries, keys, d = shape
+    g = torch.Generator().manual_seed(3)
+    q = torch.randn(B, H, queries, d, generator=g).bfloat16()
+    k, v = (torch.randn(B, H, keys, d, generator=g).bfloat16() for _ in range(2))
+
+    def dense(mask=0):
+        scores = q.double() @ k.double().transpose(-1, -2) / math.sqrt(d) + mask
+        return scores.softmax(-1) @ v.double()
+
+    assert (attend(q.float(), k.float(), v.float()) - dense()).abs().max() <= 1e-6
+    flash = (F.scaled_dot_product_attention(q, k, v) - dense()).square().mean().sqrt()
+    assert (attend(q, k, v) - dense()).square().mean().sqrt() <= 1.1 * flash
+    mask = torch.randn(B, 1, queries, keys, generator=g)
+    assert (attend(q.float(), k.float(), v.float(), mask) - dense(mask)).abs().max() <= 1e-6
+
+
+def test_rotation_in_place_is_the_formula():
+    g = torch.Generator().manual_seed(4)
+    x, ids = torch.randn(2, 3, 7, 16, generator=g), torch.randn(2, 7, 3, generator=g) * 30
+    table = rotary_table(ids, (4, 6, 6), 10000)
+    assert (apply_rotary_(x.clone(), table) - apply_rotary(x, table)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_gradients_on_or_off(flux, dtype, bound):
+    model, x = Flux(PARAMS).to(dtype), inputs(dtype=dtype)
+    model.load_state_dict(flux.state_dict())
+    with torch.no_grad():
+        off = model(**x)
+    on = model(**x)
+    assert on.requires_grad
+    assert on.dtype == dtype
+    assert difference(on, off) <= bound
+
+
+def test_gradients_in_ids():
+    torch.manual_seed(5)
+    model = Flux(FluxParams(4, 4, 6, 5, 12, 2.0, 1, 1, 1, (4, 4, 4), 100, True, False)).double()
+    x = {"img": 3, "txt": 2}
+    img, txt = torch.randn(1, 3, 4, dtype=torch.float64), torch.randn(1, 2, 5, dtype=torch.float64)
+    ids = [torch.randn(1, n, 3, dtype=torch.float64, requires_grad=True) for n in x.values()]
+    t, y = torch.full((1,), 0.5, dtype=torch.float64), torch.randn(1, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: model(img, a, txt, b, t, y), ids)
+
+
+def test_fp64_model_takes_fp64_ids(flux):
+    model, x = Flux(PARAMS).double(), inputs(dtype=torch.float64)
+    assert model(**x).dtype == torch.float64
+    with pytest.raises(ValueError, match="img_ids has dtype"):
+        model(**{**x, "img_ids": x["img_ids"].float()})
+
+
+def test_fp16_stays_finite(flux):
+    model, x = Flux(PARAMS).half(), inputs(dtype=torch.float16)
+    model.load_state_dict(flux.state_dict())
+    with torch.no_grad():
+        assert difference(model(**x), flux(**inputs())) <= 0.05
+        block = model.single_blocks[0]  # one whose residual sum, 60000 + 1 · 60000, overflows
+        block.modulation.lin.bias.fill_(1)
+        block.modulation.lin.weight.zero_()
+        block.linear2.bias.fill_(60000)
+        block.linear2.weight.zero_()
+        table = rotary_table(inputs()["img_ids"], PARAMS.axes_dim, PARAMS.theta)
+        x = torch.full((BATCH, IMAGE, PARAMS.hidden_size), 60000.0).half()
+        vec = torch.zeros(BATCH, PARAMS.hidden_size).half()
+        assert block(x, vec, (table, table), None).eq(65504).all()
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad"])
+def test_autocast_keeps_positions(flux, grad):
+    """bf16 would round 501.25 to 502: what autocast computes must still tell these from each other."""
+    x = inputs()
+    far = {**x, "img_ids": x["img_ids"] + 500, "txt_ids": x["txt_ids"] + 500}
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        output = flux(**x)
+        assert rotary_table(x["img_ids"], PARAMS.axes_dim, PARAMS.theta).cos.dtype == torch.float32
+        assert difference(flux(**far), output) <= 0.05
+        with pytest.raises(ValueError, match="bf16"):
+            flux(**{**x, "img_ids": x["img_ids"].bfloat16()})
+    assert difference(output, flux(**x)) <= 0.1
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "grad"),
+    [
+        pytest.param("inductor", torch.float32, False, marks=pytest.mark.skipif(not which("g++"), reason="no g++")),
+        ("aot_eager", torch.float32, True),
+        ("aot_eager", torch.bfloat16, False),
+        ("aot_eager", torch.bfloat16, True),
+    ],
+)
+def test_compiled_equals_eager(backend, dtype, grad, unchecked):
+    """One graph, whatever the backend makes of it. The sequence is long enough for every kernel of `attend`."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Flux(replace(PARAMS, depth=1, depth_single_blocks=1)).to(dtype), inputs(2, dtype)
+    for name in ("img", "img_ids"):
+        x[name] = x[name].repeat(1, 25, 1)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with torch.set_grad_enabled(grad):
+        output, expected = compiled(**x), model(**x)
+    assert difference(output, expected) <= (1e-5 if dtype == torch.float32 else 0.05)
+    if grad:
+        mine, theirs = (torch.autograd.grad(o.square().mean(), model.img_in.weight)[0] for o in (output, expected))
+        assert difference(mine, theirs) <= (1e-4 if dtype == torch.float32 else 0.1)

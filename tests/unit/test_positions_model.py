@@ -1,0 +1,417 @@
+"""Programs inside a model: exact in a batch, over blocks and steps, against dense attention; and their gradients."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fluxlab
+from fluxlab.model import Flux, FluxParams
+from fluxlab.model.groups import KeyGroups, attend_in_groups
+from fluxlab.model.rope import rotary_table
+from fluxlab.positions import Context, Layout, Program, Prompt, compile_programs, noise_floor
+from fluxlab.sampling import euler, image_ids, text_ids
+from tests import tiny
+
+TEXT, GRID = 5, (4, 3)
+PARAMS = FluxParams(8, 8, 12, 10, 32, 2.0, 2, 2, 2, (4, 6, 6), 10000, True, False)
+WORDS = Prompt("a cat says hi", ((0, 1), (2, 5), (6, 10), (11, 13), (0, 0)))
+
+
+def sharp(flux: Flux) -> Flux:
+    """Random weights hardly notice positions: sharper attention, and more of it."""
+    with torch.no_grad():
+        for name, weight in flux.named_parameters():
+            weight.normal_(0, 0.3 if weight.ndim > 1 else 0.1)
+            if name.endswith("norm.scale"):
+                weight.add_(2)
+    return flux.eval()
+
+
+@pytest.fixture(scope="module")
+def flux() -> Flux:
+    torch.manual_seed(0)
+    return sharp(Flux(PARAMS)).requires_grad_(False)
+
+
+def inputs(batch: int = 1, dtype=torch.float32, seed: int = 0) -> dict:
+    g = torch.Generator().manual_seed(seed)
+    n = GRID[0] * GRID[1]
+    shapes = {"img": (n, 8), "txt": (TEXT, 10), "y": (12,)}
+    drawn = {
+        name: torch.randn(1, *shape, generator=g, dtype=dtype).expand(batch, *shape) for name, shape in shapes.items()
+    }
+    return {**drawn, "timesteps": torch.full((batch,), 0.6, dtype=dtype)}
+
+
+def context(dtype=torch.float32, **more) -> Context:
+    ids = torch.cat((text_ids(1, TEXT), image_ids(1, *GRID)), 1).to(dtype)
+    p = PARAMS
+    sizes = (p.axes_dim, p.theta, p.depth, p.depth_single_blocks, p.num_heads)
+    return Context(ids, Layout(TEXT, GRID), *sizes, **{"sigmas": (1.0, 0.6, 0.2, 0.0), "prompts": [WORDS], **more})
+
+
+def velocity(flux, programs, t=0.6, dtype=torch.float32, **more):
+    programs = [Program.from_config(p) for p in programs]
+    rotary, mask = compile_programs(programs, context(dtype, **more)).at(t)
+    x = inputs(len(programs), dtype)
+    return flux(x["img"], None, x["txt"], None, x["timesteps"], x["y"], rotary=rotary, mask=mask)
+
+
+PROGRAMS = {
+    "identity": {},
+    "double": {"a": {"op": "scale", "factor": 2}},
+    "keys": {"a": {"op": "zero", "side": "keys", "blocks": [1, 3]}},
+    "head": {"a": {"op": "rotate", "degrees": 40, "heads": [1]}, "b": {"op": "offset", "by": 0.3, "blocks": "single"}},
+    "word": {"a": {"op": "relocate", "tokens": {"words": "cat"}, "to": [2, 1]}},
+    "fading": {"a": {"op": "shuffle", "strength": {"from": 1, "to": 0}}},
+    "temperature": {"a": {"op": "temperature", "factor": 2, "tokens": "all", "blocks": "double"}},
+    "drop": {"a": {"op": "drop", "axes": "row", "side": "queries"}},
+    "mask": {"a": {"op": "mask", "from": "image", "to": {"words": "cat"}, "blocks": [0, 2]}},
+    "mask_head": {"a": {"op": "mask", "from": "text", "to": "image", "heads": 0, "strength": 0.9}},
+    "group": {
+        "a": {"op": "scale", "factor": 0.5, "side": "keys", "seen_by": {"box": [0, 0, 2, 3]}, "blocks": "single"}
+    },
+    "groups": {
+        "a": {"op": "zero", "side": "keys", "seen_by": "text"},
+        "b": {"op": "offset", "by": [0, 1, 1], "side": "keys", "seen_by": {"box": [0, 0, 4, 1]}, "heads": 1},
+        "c": {"op": "mask", "from": "image", "to": {"indices": [0]}},
+    },
+}
+
+
+def test_identity_is_bit_equal(flux):
+    x = inputs()
+    ids = context().ids
+    plain = flux(x["img"], ids[:, TEXT:], x["txt"], ids[:, :TEXT], x["timesteps"], x["y"])
+    nothing = {"a": {"op": "zero", "strength": 0}, "b": {"op": "scale", "factor": 1}, "c": {"op": "zero", "steps": [0]}}
+    for program in ({}, nothing):
+        assert torch.equal(velocity(flux, [program]), plain)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "recording"])
+def test_a_batch_equals_one_at_a_time(flux, grad):
+    with torch.set_grad_enabled(grad):  # other kernels
+        together = velocity(flux, PROGRAMS.values())
+        for one, program in zip(together, PROGRAMS.values(), strict=True):
+            alone = velocity(flux, [program])[0]
+            assert (one - alone).abs().max() <= 1e-5 * alone.std()
+
+
+def test_each_program_shows(flux):
+    outputs = [velocity(flux, [program]) for program in PROGRAMS.values()]
+    for i, a in enumerate(outputs):
+        for b in outputs[:i]:
+            assert (a - b).abs().max() > 1e-3 * a.std()
+
+
+def block_outputs(flux, program, t=0.6) -> list:
+    seen = []
+    hooks = [
+        block.register_forward_hook(lambda _, __, out: seen.append(out if isinstance(out, tuple) else (out,)))
+        for block in [*flux.double_blocks, *flux.single_blocks]
+    ]
+    try:
+        velocity(flux, [program], t)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+EDITS = {
+    "ids": {"op": "scale", "factor": 2},
+    "keys": {"op": "zero", "side": "keys"},
+    "mask": {"op": "mask", "from": "image", "to": "text"},
+    "temperature": {"op": "temperature", "factor": 2},
+    "group": {"op": "zero", "side": "keys", "seen_by": "text"},
+}
+
+
+@pytest.mark.parametrize("k", range(4))
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_block_acts_from_itself_on(flux, k, edit):
+    plain, changed = block_outputs(flux, {}), block_outputs(flux, {"a": {**edit, "blocks": [k]}})
+    for block, (a, b) in enumerate(zip(plain, changed, strict=True)):
+        assert all(map(torch.equal, a, b)) == (block < k), block
+
+
+@pytest.mark.parametrize("s", range(3))
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_a_step_acts_from_itself_on(flux, s, edit):
+    def path(program):
+        ctx = context()
+        compiled, x, states = Program.from_config(program).compile(ctx), inputs(), []
+
+        def field(img, t):
+            rotary, mask = compiled.at(t)
+            return flux(img, None, x["txt"], None, torch.full((1,), t), x["y"], rotary=rotary, mask=mask)
+
+        euler(field, x["img"], ctx.sigmas, lambda i, t, img: states.append(img))
+        return states
+
+    plain, changed = path({}), path({"a": {**edit, "steps": [s]}})
+    assert [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)] == [step < s for step in range(3)]
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.permutations(range(GRID[0] * GRID[1])), st.sampled_from(["double", "head", "drop", "fading"]))
+def test_equivariance(permutation, name):
+    """Tokens and ids permuted together: the output is permuted, nothing else."""
+    torch.manual_seed(0)
+    flux = sharp(Flux(PARAMS)).double().requires_grad_(False)
+    x, ctx = inputs(dtype=torch.float64), context(torch.float64)
+    ids = Program.from_config(PROGRAMS[name]).compile(ctx).ids(0.6, head=1)[None]
+    rest = (x["txt"], ids[:, :TEXT], x["timesteps"], x["y"])
+    plain = flux(x["img"], ids[:, TEXT:], *rest)
+    moved = flux(x["img"][:, permutation], ids[:, TEXT:][:, permutation], *rest)
+    assert torch.allclose(moved, plain[:, permutation], atol=1e-10)
+
+
+def turned(x, ids):
+    """RoPE written out: `(H, N, d)` turned by angles id · ω."""
+    out = torch.empty_like(x)
+    start = 0
+    for a, dim in enumerate(PARAMS.axes_dim):
+        for k in range(dim // 2):
+            angle = ids[..., a] * PARAMS.theta ** (-2 * k / dim)
+            x0, x1 = x[..., start + 2 * k], x[..., start + 2 * k + 1]
+            out[..., start + 2 * k] = angle.cos() * x0 - angle.sin() * x1
+            out[..., start + 2 * k + 1] = angle.sin() * x0 + angle.cos() * x1
+        start += dim
+    return out
+
+
+def test_groups_against_dense_attention():
+    """Every query with keys at positions of its own, all scores written out."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 7, 16, generator=g, dtype=torch.float64) for _ in range(3))
+    parts = (torch.tensor([5, 0, 3]), torch.tensor([1]), torch.tensor([2, 4, 6]))
+    ids = [torch.randn(2, 7, 3, generator=g, dtype=torch.float64) * 5 for _ in parts]
+    mask = torch.randn(2, 1, 7, 7, generator=g, dtype=torch.float64)
+    groups = KeyGroups(parts, tuple(rotary_table(i, PARAMS.axes_dim, PARAMS.theta) for i in ids))
+    expected = torch.empty_like(v)
+    for queries, group_ids in zip(parts, ids, strict=True):
+        for b in range(2):
+            keys = turned(k[b], group_ids[b])
+            for n in queries.tolist():
+                scores = (q[b, :, n, None] * keys).sum(-1) / 4 + mask[b, :, n]
+                expected[b, :, n] = (scores.softmax(-1)[..., None] * v[b]).sum(1)
+    assert torch.allclose(attend_in_groups(q, k, v, groups, mask), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_group_is_plain_attention(dtype):
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 2, 9, 16, generator=g) for _ in range(2))
+    v = torch.randn(2, 2, 9, 16, generator=g).to(dtype)
+    table = rotary_table(torch.randn(1, 9, 3, generator=g), PARAMS.axes_dim, PARAMS.theta)
+    one = KeyGroups((torch.arange(9),), (table,))
+    three = KeyGroups(tuple(torch.arange(9).split(4)), (table,) * 3)
+    with torch.no_grad():
+        a, b = (attend_in_groups(q, k, v, groups) for groups in (one, three))
+    assert a.dtype == dtype
+    assert torch.allclose(a.float(), b.float(), atol=1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def dense_model(flux, program, monkeypatch):
+    """The model with its attention replaced by one that asks `Compiled` for the ids of each query, key and head."""
+    from fluxlab.model import layers
+
+    compiled = Program.from_config(program).compile(context(torch.float64))
+    block = iter(range(4))
+
+    def attention(q, k, v, keys, mask):
+        n_block, out = next(block), torch.empty_like(v)
+        for h in range(2):
+            at = compiled.ids(0.6, n_block, "queries", h)
+            scales = compiled.scales(0.6, n_block, h)
+            for n in range(q.shape[2]):
+                seen = turned(k[0, h], compiled.ids(0.6, n_block, "keys", h, query=n))
+                scores = (turned(q[0, h, n], at[n]) * scales[n] * seen).sum(-1) / 4
+                if mask is not None:
+                    scores = scores + mask.expand(1, 2, *mask.shape[2:])[0, h, n]
+                out[0, h, n] = scores.softmax(-1) @ v[0, h]
+        return out
+
+    def untouched(qkvs, norms, heads, tables):
+        qkvs = [qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4) for qkv in qkvs]
+        q = torch.cat([norm.query_norm(qkv[0]) for qkv, norm in zip(qkvs, norms, strict=True)], 2)
+        k = torch.cat([norm.key_norm(qkv[1]) for qkv, norm in zip(qkvs, norms, strict=True)], 2)
+        return q, k, torch.cat([qkv[2] for qkv in qkvs], 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "query_key_value", untouched)
+        patch.setattr(layers, "joint_attention", attention)
+        return velocity(flux, [program], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_against_dense_attention(flux, name, monkeypatch):
+    """The whole model with every score written out, for every kind of program."""
+    double = Flux(PARAMS).double().eval()
+    double.load_state_dict(flux.state_dict())
+    with torch.no_grad():
+        expected = dense_model(double, PROGRAMS[name], monkeypatch)
+        found = velocity(double, [PROGRAMS[name]], dtype=torch.float64)
+    assert torch.allclose(found, expected, atol=1e-9)
+
+
+def test_a_mask_hides(flux):
+    """What image tokens may not look at cannot reach them."""
+    program = {"a": {"op": "mask", "from": "image", "to": "text"}}
+    rotary, mask = Program.from_config(program).compile(context()).at(0.6)
+    x = inputs()
+    outputs = [
+        flux(x["img"], None, txt, None, x["timesteps"], x["y"], rotary=rotary, mask=mask)
+        for txt in (x["txt"], -x["txt"])
+    ]
+    assert torch.equal(*outputs)
+    assert not torch.equal(velocity(flux, [program]), velocity(flux, [{}]))
+
+
+def test_gradcheck():
+    """Through program, table and model, in fp64."""
+    torch.manual_seed(0)
+    small = FluxParams(4, 4, 3, 3, 12, 1.0, 1, 1, 1, (4, 4, 4), 100, True, False)
+    flux = sharp(Flux(small)).double().requires_grad_(False)
+    layout = Layout(2, (2, 2))
+    ids = torch.cat((text_ids(1, 2), image_ids(1, 2, 2)), 1).double() + 0.1 * torch.rand(1, 6, 3).double()
+    img, txt, y = torch.randn(1, 4, 4).double(), torch.randn(1, 2, 3).double(), torch.randn(1, 3).double()
+    edits = {
+        "a": {"op": "scale", "factor": 1.3, "origin": "centre", "strength": 0.7},
+        "b": {"op": "rotate", "degrees": 20, "side": "keys", "blocks": [0]},
+        "c": {"op": "warp", "field": [[[0, 0], [0, 1]], [[1, 0], [1, 1]]], "side": "keys", "seen_by": "text"},
+        "d": {"op": "drop", "axes": "row", "blocks": [1], "strength": 0.5},
+        "e": {"op": "temperature", "factor": 1.5},
+    }
+
+    def out(ids):
+        ctx = Context(ids, layout, small.axes_dim, small.theta, 1, 1, 1)
+        rotary, mask = Program.from_config(edits).compile(ctx).at(1.0)
+        return flux(img, None, txt, None, torch.ones(1).double(), y, rotary=rotary, mask=mask)
+
+    assert torch.autograd.gradcheck(out, (ids.requires_grad_(),))
+
+
+def test_a_position_found_by_gradient_descent(flux):
+    """One token was moved; its place is found again by lowering the change that it makes to the output."""
+    x = inputs()
+
+    def run(where):
+        ids = context().ids.index_put((torch.tensor([0]), torch.tensor([TEXT + 4])), where[None])
+        rotary, _ = Program().compile(context_of(ids)).at(0.6)
+        return flux(x["img"], None, x["txt"], None, x["timesteps"], x["y"], rotary=rotary)
+
+    def context_of(ids):
+        return dataclasses.replace(context(), ids=ids)
+
+    target = run(torch.tensor([0.0, 1.5, 0.5])).detach()
+    where = torch.tensor([0.0, 1.0, 1.0], requires_grad=True)
+    optimiser = torch.optim.Adam([where], lr=0.05)
+    losses = []
+    for _ in range(80):
+        loss = (run(where) - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.02 * losses[0]
+    assert (where.detach() - torch.tensor([0.0, 1.5, 0.5])).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "drop"])
+def test_noise_floor(flux, name):
+    """A shift of all ids changes nothing but the last digits."""
+    assert noise_floor(lambda program: velocity(flux, [program]), Program.from_config(PROGRAMS[name])) < 1e-4
+
+
+def test_noise_floor_of_a_lost_rotation(flux):
+    """Keys without rotation do not shift along: this program depends on where the image begins."""
+    assert noise_floor(lambda program: velocity(flux, [program]), Program.from_config(PROGRAMS["drop"])) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return fluxlab.load_pipeline(tiny.save(tmp_path_factory.mktemp("folder"), guidance=False, dynamic_shift=False))
+
+
+CALL = {
+    "prompts": "a cat and a dog",
+    "height": 16,
+    "width": 24,
+    "steps": 3,
+    "max_sequence_length": 12,
+    "output": "latent",
+}
+
+
+def test_generate_takes_a_program_a_sample(pipe):
+    programs = [
+        None,
+        {"a": {"op": "scale", "factor": 2}},
+        Program.from_config({"a": {"op": "zero", "tokens": {"words": ["cat"]}}, "b": {"op": "offset", "by": 1}}),
+        {"a": {"op": "mask", "from": "image", "to": {"words": "dog"}, "steps": [1]}},
+    ]
+    together = pipe.generate(**CALL, programs=programs)
+    for one, program in zip(together, programs, strict=True):
+        alone = pipe.generate(**CALL, programs=program)
+        assert (one - alone[0]).abs().max() <= 1e-5 * alone.std()
+    assert torch.equal(pipe.generate(**CALL), pipe.generate(**CALL, programs=[{}]))
+    assert pipe.generate(**{**CALL, "seeds": [1, 2, 3]}, programs=[programs[1]]).shape[0] == 3
+
+
+def test_words_are_found_in_each_prompt(pipe):
+    words = {"a": {"op": "relocate", "tokens": {"words": ["dog"]}, "to": [3, 3]}}
+    call = {**CALL, "prompts": ["a cat and a dog", "the dog"], "seeds": [0, 0]}
+    together = pipe.generate(**call, programs=[words])
+    for i, prompt in enumerate(call["prompts"]):
+        alone = pipe.generate(**{**call, "prompts": prompt, "seeds": 0}, programs=words)
+        assert (together[i] - alone[0]).abs().max() <= 1e-5 * alone.std()
+        assert not torch.equal(alone, pipe.generate(**{**call, "prompts": prompt, "seeds": 0}))
+
+
+def test_true_guidance_with_words(pipe):
+    words = {"a": {"op": "zero", "tokens": {"words": "dog"}, "axes": "row"}, "b": {"op": "offset", "by": 1}}
+    assert pipe.generate(**CALL, programs=words, true_cfg=3.0, negative_prompts="a cat").isfinite().all()
+
+
+def test_inversion_with_a_program(pipe):
+    """Noise found at spacing 2 leads back at spacing 2, and nowhere near at spacing 1."""
+    double = {"a": {"op": "scale", "factor": 2}}
+    call = {**{k: v for k, v in CALL.items() if k != "output"}, "steps": 12}
+    pipe.max_sequence_length, kept = CALL["max_sequence_length"], pipe.max_sequence_length
+    image = pipe.generate(**call, output="pt", programs=double)
+    noise = pipe.invert(image, CALL["prompts"], steps=12, programs=double, iterations=5)
+    pipe.max_sequence_length = kept
+    x, _, _ = pipe.encode(image)
+    back, other = (pipe.generate(**call, output="latent", latents=noise, programs=p) for p in (double, None))
+    assert (back - x).abs().mean() < 0.2 * (other - x).abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("programs", "message"),
+    [
+        ({"a": {"op": "scael"}}, r"^programs\.a\.op: 'scael', .*did you mean scale\?$"),
+        ([{}, {"a": {"op": "scale", "factor": "x"}}], r"^programs\[1\]\.a\.factor: 'x', expected a number"),
+        (
+            [{"a": {"op": "zero", "tokens": {"words": ["fox"]}}}],
+            r"^programs\[0\]\.a\.tokens\.words: 'fox' is not in the prompt",
+        ),
+        ([{"a": {"op": "zero", "blocks": [4]}}], r"^programs\[0\]\.a\.blocks: 4, expected a block below 4"),
+        ([{"a": {"op": "zero", "steps": [3]}}], r"^programs\[0\]\.a\.steps: 3, expected a step of this run, 0 … 2"),
+        ("scale", r"^programs: 'scale', expected a mapping of edits"),
+        (3, r"^programs: 3, expected a mapping of edits"),
+        ([], "0 programs: equal numbers are needed"),
+    ],
+)
+def test_misuse_is_named(pipe, programs, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.generate(**CALL, programs=programs)
+
+
+def test_numbers_must_agree(pipe):
+    with pytest.raises(ValueError, match="3 seeds, 2 programs: equal numbers"):
+        pipe.generate(**{**CALL, "seeds": [1, 2, 3]}, programs=[{}, {}])
