@@ -8,11 +8,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fluxlab.model.attention import additive_mask
-from fluxlab.model.layers import DoubleStreamBlock, LastLayer, MLPEmbedder, SingleStreamBlock, timestep_embedding
+from fluxlab.model.layers import (
+    BlockTables,
+    DoubleStreamBlock,
+    LastLayer,
+    MLPEmbedder,
+    SingleStreamBlock,
+    timestep_embedding,
+)
 from fluxlab.model.rope import Rotary, check_ids, rotary_table
-
-BlockTables = tuple[Rotary, Rotary]
-"""The rotary tables of one block: queries', keys'."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Flux(nn.Module):
         guidance: Float[Tensor, "b"] | None = None,
         *,
         rotary: Rotary | Sequence[BlockTables] | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | Sequence[Tensor | None] | None = None,
     ) -> Float[Tensor, "b n o"]:
         """Velocity dx/dt of the packed latents `img` at time `timesteps` (1 = noise, 0 = image).
 
@@ -89,23 +93,23 @@ class Flux(nn.Module):
         sample (a batch of 1 serves all), fractional or negative at will.
 
         `rotary` takes the ids' place (pass None for both): one table for the whole model, or a (queries, keys) pair of
-        tables a block, double blocks first; tables cover text, then image, and broadcast over batch and heads.
-        `mask`, boolean (True = may look) or additive, broadcasts to `(B, H, L + N, L + N)`.
+        tables a block, double blocks first; tables cover text, then image, and broadcast over batch and heads. Keys may
+        have `KeyGroups` instead: a table for each group of queries.
+        `mask`, boolean (True = may look) or additive, broadcasts to `(B, H, L + N, L + N)`; one for all or one a block.
         `guidance` is the distilled guidance strength; a model without guidance embedding has no use for it.
 
-        Raises `ValueError` for ids of another shape or dtype, missing guidance, or a wrong number of tables.
+        Raises `ValueError` for ids of another shape or dtype, missing guidance, or a wrong number of tables or masks.
         """
         tables = self._tables(img, img_ids, txt, txt_ids, rotary)
-        if mask is not None:
-            mask = additive_mask(mask, self.img_in.weight.dtype)
+        masks = self._masks(mask)
 
-        vec = self._vec(timesteps, y, guidance)
+        depth, vec = self.params.depth, self._vec(timesteps, y, guidance)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for block, pair in zip(self.double_blocks, tables[: self.params.depth], strict=True):
+        for block, pair, mask in zip(self.double_blocks, tables[:depth], masks[:depth], strict=True):
             img, txt = block(img, txt, vec, pair, mask)
 
         joint = torch.cat((txt, img), dim=1)
-        for block, pair in zip(self.single_blocks, tables[self.params.depth :], strict=True):
+        for block, pair, mask in zip(self.single_blocks, tables[depth:], masks[depth:], strict=True):
             joint = block(joint, vec, pair, mask)
         return self.final_layer(joint[:, txt.shape[1] :], vec)
 
@@ -118,6 +122,16 @@ class Flux(nn.Module):
                 raise ValueError("guidance is missing: this model is guidance-distilled (FLUX.1 dev: 3.5)")
             vec = vec + self.guidance_in(timestep_embedding(guidance, dtype))
         return vec + self.vector_in(y)
+
+    def _masks(self, mask: Tensor | Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
+        """One additive mask a block, in the model's dtype; what was one tensor stays one."""
+        blocks, dtype = self.params.depth + self.params.depth_single_blocks, self.img_in.weight.dtype
+        if mask is None or isinstance(mask, Tensor):
+            return [mask if mask is None else additive_mask(mask, dtype)] * blocks
+        if len(mask) != blocks:
+            raise ValueError(f"mask has {len(mask)} entries, the model has {blocks} blocks")
+        converted = {id(one): additive_mask(one, dtype) for one in mask if one is not None}
+        return [converted.get(id(one)) for one in mask]
 
     def _tables(
         self,

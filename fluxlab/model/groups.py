@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fluxlab.model.attention import attend
-from fluxlab.model.rope import Rotary, apply_rotary
+from fluxlab.model.attention import attend, heads_inside
+from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 
 
 class KeyGroups(NamedTuple):
@@ -15,12 +15,29 @@ class KeyGroups(NamedTuple):
     queries: tuple[Tensor, ...]
     tables: tuple[Rotary, ...]
 
+    @property
+    def waiting(self) -> Rotary:
+        """A table that turns nothing: the keys wait for each group's own."""
+        cos = self.tables[0].cos[:1, :1]
+        return Rotary(torch.ones_like(cos), torch.zeros_like(cos))
+
+
+def joint_attention(q: Tensor, k: Tensor, v: Tensor, keys: Rotary | KeyGroups, mask: Tensor | None) -> Tensor:
+    """A block's attention: at once where all queries see the (turned) keys alike, else once a group."""
+    return attend_in_groups(q, k, v, keys, mask) if isinstance(keys, KeyGroups) else attend(q, k, v, mask)
+
 
 def attend_in_groups(q: Tensor, k: Tensor, v: Tensor, groups: KeyGroups, mask: Tensor | None = None) -> Tensor:
     """As `attend`, for turned queries and keys not yet turned, `(B, H, N, d)`; the mask is `(B or 1, H or 1, N, N)`."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
     parts = []
     for queries, table in zip(*groups, strict=True):
+        keys = apply_rotary(k, table) if plain else apply_rotary_(k.clone(), table)
         rows = None if mask is None else mask.expand(*mask.shape[:2], q.shape[2], -1)[:, :, queries]
-        parts.append(attend(q[:, :, queries], apply_rotary(k, table), v, rows))
-    order = torch.cat(groups.queries).argsort()
-    return torch.cat(parts, dim=2)[:, :, order]
+        parts.append(attend(q.index_select(2, queries), keys, v, rows))
+    if plain:
+        return torch.cat(parts, dim=2)[:, :, torch.cat(groups.queries).argsort()]
+    out = heads_inside(q, v.dtype)
+    for queries, part in zip(groups.queries, parts, strict=True):
+        out.index_copy_(2, queries, part)
+    return out

@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fluxlab.model.attention import attend, heads_inside
+from fluxlab.model.attention import heads_inside
+from fluxlab.model.groups import KeyGroups, joint_attention
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
+
+BlockTables = tuple[Rotary, Rotary | KeyGroups]
+"""The rotary tables of one block: the queries', and the keys' or one for each group of queries that sees them alike."""
 
 _onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_DTYPES = {torch.float32: _onednn, torch.bfloat16: _onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
@@ -163,22 +167,24 @@ def mlp(dim: int, hidden: int) -> nn.Sequential:
 
 
 def query_key_value(
-    qkvs: Sequence[Tensor], norms: Sequence[QKNorm], num_heads: int, tables: tuple[Rotary, Rotary]
+    qkvs: Sequence[Tensor], norms: Sequence[QKNorm], num_heads: int, tables: BlockTables
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fused projections `(B, L, 3·D)` of one stream or several → joint normed, turned q and k, and v: `(B, H, N, d)`.
 
-    q and k come in the tables' dtype, fp32 unless the model is fp64.
+    q and k come in the tables' dtype, fp32 unless the model is fp64. Keys that groups of queries see differently are
+    turned later, by each group.
     """
+    q_table, k_table = tables[0], tables[1].waiting if isinstance(tables[1], KeyGroups) else tables[1]
     joint = qkvs[0] if len(qkvs) == 1 else torch.cat(list(qkvs), dim=1)
     lengths = [qkv.shape[1] for qkv in qkvs]
     q, k, v = rearrange(joint, "B N (K H D) -> K B H N D", K=3, H=num_heads)
     if torch.is_grad_enabled():
         q = torch.cat([n.query_norm(x) for n, x in zip(norms, q.split(lengths, dim=2), strict=True)], dim=2)
         k = torch.cat([n.key_norm(x) for n, x in zip(norms, k.split(lengths, dim=2), strict=True)], dim=2)
-        return apply_rotary(q, tables[0]), apply_rotary(k, tables[1]), v
+        return apply_rotary(q, q_table), apply_rotary(k, k_table), v
     turn = _normed_turned_op if torch.compiler.is_compiling() else _normed_turned
-    q = turn(q, [norm.query_norm.scale for norm in norms], lengths, *tables[0])
-    k = turn(k, [norm.key_norm.scale for norm in norms], lengths, *tables[1])
+    q = turn(q, [norm.query_norm.scale for norm in norms], lengths, *q_table)
+    k = turn(k, [norm.key_norm.scale for norm in norms], lengths, *k_table)
     return q, k, v
 
 
@@ -213,7 +219,7 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden_size, mlp_hidden)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, tables: tuple[Rotary, Rotary], mask: Tensor | None
+        self, img: Tensor, txt: Tensor, vec: Tensor, tables: BlockTables, mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
@@ -222,7 +228,7 @@ class DoubleStreamBlock(nn.Module):
         txt_qkv = self.txt_attn.qkv(modulate(txt, txt_mod1.shift, txt_mod1.scale))
         norms = (self.txt_attn.norm, self.img_attn.norm)
         q, k, v = query_key_value((txt_qkv, img_qkv), norms, self.img_attn.num_heads, tables)
-        joint = rearrange(attend(q, k, v, mask), "B H L D -> B L (H D)")
+        joint = rearrange(joint_attention(q, k, v, tables[1], mask), "B H L D -> B L (H D)")
         txt_joint, img_joint = joint.split((txt.shape[1], img.shape[1]), dim=1)
 
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_joint))
@@ -244,11 +250,11 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, double=False)
 
-    def forward(self, x: Tensor, vec: Tensor, tables: tuple[Rotary, Rotary], mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, tables: BlockTables, mask: Tensor | None) -> Tensor:
         (mod,) = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, mod.shift, mod.scale))
         q, k, v = query_key_value((qkv,), (self.norm,), self.num_heads, tables)
-        attn = rearrange(attend(q, k, v, mask), "B H L D -> B L (H D)")
+        attn = rearrange(joint_attention(q, k, v, tables[1], mask), "B H L D -> B L (H D)")
         return clip_fp16(torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, mlp), dim=-1))))
 
 
