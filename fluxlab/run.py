@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     """0 when done, 2 for what the user can mend, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not any(argument.startswith("+exp=") for argument in arguments):
+        if set(arguments) - {"-h", "--help"}:  # a forgotten + must not look like a run that is done
+            print(f"{' '.join(arguments)}: no experiment named; add +exp=<name>", file=sys.stderr)
+            return 2
         print(_usage())
         return 0
 

@@ -49,6 +49,7 @@ def test_without_an_experiment_it_explains_itself(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["exp=hello", "model=dev"], "exp=hello model=dev: no experiment named"),
         (["+exp=helo"], "exp=helo: there is none; available: hello"),
         (["+exp=hello", "model=dve"], "model=dve: there is none; available: "),
         (["+exp=hello", "model=dev", "stepz=3"], "stepz: there is no such key"),

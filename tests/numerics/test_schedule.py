@@ -39,3 +39,9 @@ def test_diffusers_scheduler(tmp_path, options):
         mu = calculate_shift(tokens, c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
         theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
         assert ours.times(steps, tokens) == pytest.approx(theirs.sigmas.tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "4", True])
+def test_steps_are_counted(steps):
+    with pytest.raises(ValueError, match=f"steps {steps!r}: a whole number"):
+        schedule(steps, 256)

@@ -25,7 +25,7 @@ GOOD = {"prompts": "a cat", "height": 16, "width": 16, "steps": 1, "max_sequence
     [
         ({"height": 18}, "height=18: must be a multiple of 4, for instance 16 or 20"),
         ({"width": 0}, "width=0: must be a multiple of 4"),
-        ({"steps": 0}, "steps 0: at least 1"),
+        ({"steps": 0}, "steps 0: a whole number, at least 1"),
         ({"seeds": -1}, "seed -1"),
         ({"seeds": [1, 2, 3], "prompts": ["a", "b"]}, "2 prompts, 3 seeds: equal numbers are needed"),
         ({"prompts": []}, "0 prompts, 1 seeds"),
