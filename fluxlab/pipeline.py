@@ -248,7 +248,7 @@ class Pipeline:
         if any(program.names_words for program in programs):
             named = [None] if prompts is None else [self._prompt(prompt, length) for prompt in prompts]
         context = positions.Context(
-            ids=ids.to(self.device),
+            ids=ids.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32),
             layout=positions.Layout(length, grid, pixels_per_token=self.pixels_per_token),
             axes_dim=p.axes_dim,
             theta=p.theta,

@@ -114,8 +114,8 @@ def one_batch(ours, settings):
     images = ours.generate(
         [PROMPT],
         [1],
-        settings["height"],
-        settings["width"],
+        height=settings["height"],
+        width=settings["width"],
         steps=settings["steps"],
         max_sequence_length=settings["length"],
         programs=programs,
@@ -129,8 +129,8 @@ def test_same_pixels(name, ours, settings, by_diffusers, one_batch):
     (alone,) = ours.generate(
         PROMPT,
         1,
-        settings["height"],
-        settings["width"],
+        height=settings["height"],
+        width=settings["width"],
         steps=settings["steps"],
         max_sequence_length=settings["length"],
         programs=edit and {"a": edit},

@@ -1,5 +1,6 @@
 """Programs inside a model: exact in a batch, over blocks and steps, against dense attention; and their gradients."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -389,6 +390,13 @@ def test_inversion_with_a_program(pipe):
     x, _, _ = pipe.encode(image)
     back, other = (pipe.generate(**call, output="latent", latents=noise, programs=p) for p in (double, None))
     assert (back - x).abs().mean() < 0.2 * (other - x).abs().mean()
+
+
+def test_an_fp64_model_takes_fp64_tables(pipe):
+    double = dataclasses.replace(pipe, transformer=copy.deepcopy(pipe.transformer).double(), _encoded={})
+    program = {"a": {"op": "scale", "factor": 1.2}}
+    a, b = (p.generate(**CALL, seeds=0, latents=torch.ones(1, 24, 16), programs=program) for p in (double, pipe))
+    assert (a - b).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
