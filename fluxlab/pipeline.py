@@ -1,8 +1,9 @@
 """Text and image ends around the transformer: prompts and seeds in, images out."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -59,16 +60,16 @@ class Pipeline:
         self,
         prompts: str | Sequence[str],
         seeds: int | Sequence[int] = 0,
+        programs: Programs = None,
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         true_cfg: float | None = None,
         negative_prompts: str | Sequence[str] | None = None,
+        *,
         latents: Tensor | None = None,
         output: str = "pil",
-        *,
-        programs: Programs = None,
         max_sequence_length: int | None = None,
         truncate: bool = False,
         timestep_rounding: str | None = None,
@@ -90,6 +91,10 @@ class Pipeline:
         if output not in ("pil", "latent", "pt"):
             raise ValueError(f"output {output!r}: expected pil, latent or pt")
         rows, cols = self._grid(height, width)
+        _check_numbers(guidance=guidance, true_cfg=true_cfg)
+        length = self.max_sequence_length if max_sequence_length is None else max_sequence_length
+        if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
+            raise ValueError(f"max_sequence_length={max_sequence_length!r}: a whole number from 1 is needed")
         batch = _zip(
             prompts=prompts,
             seeds=seeds,
@@ -107,7 +112,7 @@ class Pipeline:
             programs=batch["programs"],
             guidance=guidance,
             true_cfg=true_cfg,
-            length=max_sequence_length,
+            length=length,
             truncate=truncate,
             rounding=timestep_rounding,
         )
@@ -269,6 +274,8 @@ class Pipeline:
         """Token rows and columns of an image size; `ValueError` with the nearest sizes for one that does not divide."""
         step = self.pixels_per_token
         for key, pixels in (("height", height), ("width", width)):
+            if pixels is not None and (isinstance(pixels, bool) or not isinstance(pixels, Integral)):
+                raise ValueError(f"{key}={pixels!r}: a whole number of pixels is needed")
             if pixels is not None and (pixels < step or pixels % step):
                 below = max(step, pixels // step * step)
                 raise ValueError(
@@ -363,11 +370,9 @@ def _programs(programs: Programs) -> list[Program] | None:
 
 def _zip(**columns: "T | Sequence[T] | None") -> "dict[str, list[T] | None]":
     """Every column at the batch's length; a single value or a sequence of one is repeated, None stays."""
-    lists = {
-        key: [value] if isinstance(value, str | Integral) else list(value)
-        for key, value in columns.items()
-        if value is not None
-    }
+    if columns["prompts"] is None:
+        raise ValueError("prompts=None: a prompt or a list of them is needed")
+    lists = {key: _as_list(key, value) for key, value in columns.items() if value is not None}
     sizes = {key: len(value) for key, value in lists.items()}
     batch = max(sizes.values())
     if any(size not in (1, batch) or size == 0 for size in sizes.values()):
@@ -378,6 +383,22 @@ def _zip(**columns: "T | Sequence[T] | None") -> "dict[str, list[T] | None]":
         if wrong:
             raise ValueError(f"{key} holds {wrong[0]!r}: strings are needed")
     return {key: lists[key] * (batch // sizes[key]) if key in lists else None for key in columns}
+
+
+def _as_list(key: str, value: "T | Sequence[T]") -> "list[T]":
+    if isinstance(value, str | Integral):
+        return [value]
+    if not hasattr(value, "__iter__"):
+        raise ValueError(f"{key}={value!r}: one value or a list of them is needed, of strings or whole numbers")
+    return list(value)
+
+
+def _check_numbers(**values: float | None) -> None:
+    for key, value in values.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"{key}={value!r}: a finite number is needed")
 
 
 def _to_pil(images: Tensor) -> list[Image.Image]:

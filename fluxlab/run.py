@@ -70,7 +70,7 @@ def run(config: RunConfig, row: ModelRow, seeds: list[int]) -> None:
     for i, prompt in enumerate(config.prompts):
         for seed in seeds:
             (image,) = pipe.generate(
-                prompt, seed, config.height, config.width, steps=config.steps, guidance=config.guidance
+                prompt, seed, height=config.height, width=config.width, steps=config.steps, guidance=config.guidance
             )
             file = out / f"{i}-{seed}.png"
             partial = file.with_suffix(".part")

@@ -114,6 +114,12 @@ def _load(
             params = from_metadata(part.params, metadata[METADATA_KEY], net.path)
         shapes = {name: entry.shape for name, entry in entries.items()}
         params = params or part.from_shapes(shapes, net.path)
+    blocks = getattr(params, "depth", 0) + getattr(params, "depth_single_blocks", 0)
+    if blocks > len(entries):  # before a million blocks are built
+        raise CheckpointError(
+            f"{net.path}: {blocks} blocks by its sizes, but only {len(entries)} tensors\n"
+            "The config or params are wrong, or the file is incomplete."
+        )
     model = _on_meta(part, params, net.path)
 
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -11,9 +11,14 @@ SCORE_BYTES = 4 << 20
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True = may look) as an additive one: the CPU flash kernel takes no booleans."""
-    if mask.dtype != torch.bool:
+    """A boolean mask (True = may look) as an additive one: the CPU flash kernel takes no booleans.
+
+    Raises `ValueError` for integers: 0 and 1 would be added to the scores, and mask nothing.
+    """
+    if mask.is_floating_point():
         return mask.to(dtype)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask has dtype {mask.dtype}: expected booleans (True = may look) or floats to add to scores")
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 

@@ -211,8 +211,8 @@ class AutoEncoder(nn.Module):
         z = z / self.params.scale_factor + self.params.shift_factor
         if tile is None:
             return self.decoder(z)
-        if tile < 8:
-            raise ValueError(f"tile {tile}: at least 8 latent pixels are needed")
+        if isinstance(tile, bool) or not isinstance(tile, int) or tile < 8:
+            raise ValueError(f"tile {tile!r}: expected a whole number of latent pixels from 8, auto or None")
         return torch.cat([self._decode_tiled(one, tile) for one in z.split(1)])
 
     def _decode_bytes(self, z: Tensor) -> int:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fluxlab.model.attention import additive_mask
+from fluxlab.model.groups import KeyGroups
 from fluxlab.model.layers import (
     BlockTables,
     DoubleStreamBlock,
@@ -44,6 +45,9 @@ class FluxParams:
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
+        for name in ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         head = self.hidden_size // self.num_heads
@@ -155,8 +159,26 @@ class Flux(nn.Module):
             rotary = rotary_table(ids, p.axes_dim, p.theta)
         elif img_ids is not None or txt_ids is not None:
             raise ValueError("rotary tables take the place of img_ids and txt_ids: give one or the other")
-        if isinstance(rotary, Rotary):
-            return [(rotary, rotary)] * blocks
-        if len(rotary) != blocks:
-            raise ValueError(f"rotary has {len(rotary)} pairs of tables, the model has {blocks} blocks")
-        return rotary
+        pairs = [(rotary, rotary)] * blocks if isinstance(rotary, Rotary) else rotary
+        if len(pairs) != blocks:
+            raise ValueError(f"rotary has {len(pairs)} pairs of tables, the model has {blocks} blocks")
+        changes = [pair for before, pair in zip([None, *pairs], pairs, strict=False) if pair is not before]
+        self._check_tables(changes, batch=len(img), tokens=txt.shape[1] + img.shape[1])
+        return pairs
+
+    def _check_tables(self, pairs: Sequence[BlockTables], batch: int, tokens: int) -> None:
+        """Raise `ValueError` for a table of another shape or dtype than this model's."""
+        p = self.params
+        dtype = torch.float64 if self.img_in.weight.dtype == torch.float64 else torch.float32
+        width = p.hidden_size // p.num_heads // 2
+        given = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
+        for table in [t for part in given for t in (part.tables if isinstance(part, KeyGroups) else (part,))]:
+            if not isinstance(table, Rotary):
+                raise ValueError(f"rotary holds a {type(table).__name__}: a Rotary, or a (queries, keys) pair a block")
+            for x in table:
+                fits = x.ndim == 4 and x.shape[0] in (1, batch) and x.shape[1] in (1, p.num_heads)
+                if not fits or x.shape[2:] != (tokens, width) or x.dtype != dtype:
+                    raise ValueError(
+                        f"rotary table of shape {tuple(x.shape)} and {x.dtype}: this input needs ({batch} or 1, "
+                        f"{p.num_heads} or 1, {tokens}, {width}) and {dtype}"
+                    )

@@ -163,6 +163,7 @@ def test_a_damaged_config(folder, text):
         ({"patch_size": 2}, "patch_size is 2"),
         ({"num_layers": "2"}, "num_layers is '2'"),
         ({"num_layers": -1}, "num_layers is -1"),
+        ({"num_layers": 1_000_000}, "blocks by its sizes, but only"),
         ({"axes_dims_rope": [4, 4, 4]}, "axes_dim (4, 4, 4)"),
         ({"axes_dims_rope": 4}, "axes_dims_rope is 4"),
         ({"num_attention_heads": 0}, "config.json"),

@@ -275,3 +275,32 @@ def test_compiled_equals_eager(backend, dtype, grad, unchecked):
     if grad:
         mine, theirs = (torch.autograd.grad(o.square().mean(), model.img_in.weight)[0] for o in (output, expected))
         assert difference(mine, theirs) <= (1e-4 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: type(t)(t.cos.bfloat16(), t.sin.bfloat16()), "torch.bfloat16: this input needs"),
+        (lambda t: type(t)(t.cos.double(), t.sin.double()), "torch.float64: this input needs"),
+        (lambda t: type(t)(t.cos[:, :, 1:], t.sin[:, :, 1:]), r"shape \(4, 1, 16, 8\)"),
+        (lambda t: type(t)(t.cos[..., 1:], t.sin[..., 1:]), r"shape \(4, 1, 17, 7\)"),
+        (lambda t: type(t)(t.cos[:3], t.sin[:3]), r"shape \(3, 1, 17, 8\)"),
+        (lambda t: [(t, t)], "1 pairs of tables, the model has 4 blocks"),
+        (lambda t: [tuple(t)] * BLOCKS, "rotary holds a Tensor"),
+    ],
+)
+def test_wrong_tables_raise(flux, unchecked, spoil, message):
+    x = inputs()
+    with pytest.raises(ValueError, match=message) as error:
+        flux(**with_tables(x, spoil(rotary_table(joint_ids(x), PARAMS.axes_dim, PARAMS.theta))))
+    assert len(str(error.value).splitlines()) <= 3
+
+
+def test_integer_masks_raise(flux, unchecked):
+    with pytest.raises(ValueError, match=r"torch.int64: expected booleans"):
+        flux(**inputs(), mask=torch.ones(TEXT + IMAGE, TEXT + IMAGE, dtype=torch.long))
+
+
+def test_sizes_of_nothing_raise():
+    with pytest.raises(ValueError, match="num_heads 0: at least 1"):
+        replace(PARAMS, num_heads=0)

@@ -30,6 +30,14 @@ GOOD = {"prompts": "a cat", "height": 16, "width": 16, "steps": 1, "max_sequence
         ({"seeds": [1, 2, 3], "prompts": ["a", "b"]}, "2 prompts, 3 seeds: equal numbers are needed"),
         ({"prompts": []}, "0 prompts, 1 seeds"),
         ({"prompts": [3]}, "prompts holds 3: strings are needed"),
+        ({"prompts": None}, "prompts=None"),
+        ({"seeds": 1.5}, "seeds=1.5"),
+        ({"height": 24.0}, "height=24.0: a whole number of pixels"),
+        ({"width": "24"}, "width='24': a whole number of pixels"),
+        ({"max_sequence_length": -1}, "max_sequence_length=-1: a whole number"),
+        ({"max_sequence_length": 20.5}, "max_sequence_length=20.5: a whole number"),
+        ({"true_cfg": float("nan")}, "true_cfg=nan: a finite number"),
+        ({"guidance": "x"}, "guidance='x': a finite number"),
         ({"guidance": 3.5}, "guidance=3.5: this model is not guidance-distilled"),
         ({"negative_prompts": "dog"}, "negative_prompts act through true_cfg"),
         ({"latents": torch.zeros(1, 15, 16)}, r"latents have shape \(1, 15, 16\)"),
@@ -86,3 +94,11 @@ def test_defaults_are_the_models(pipe):
 def test_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match="schnell"):
         fluxlab.load_pipeline("schnel")
+
+
+def test_arguments_stand_in_the_documented_order(pipe):
+    by_order = pipe.generate("a cat", 3, None, 16, 24, 2, None, None, None, max_sequence_length=16, output="latent")
+    by_name = pipe.generate(
+        prompts=["a cat"], seeds=[3], height=16, width=24, steps=2, max_sequence_length=16, output="latent"
+    )
+    assert torch.equal(by_order, by_name)
