@@ -1,7 +1,8 @@
 """What the embedded model can do, and what the article's edits of img_ids do to it. The model card is made from it.
 
-    python benchmarks/embedded.py              # about 10 min on 2 CPU cores; writes fluxlab/assets/tiny/README.md
-    python benchmarks/embedded.py --model runs/train-tiny/pipeline --json runs/train-tiny/embedded.json --no-card
+    python benchmarks/embedded.py --model runs/train-tiny/pipeline     # about 10 min on 2 CPU cores
+
+writes `embedded.json` and the card, `README.md`, into the model's folder (`--model tiny`: the one that ships).
 
 Cells are (held-out caption, seed) pairs: combinations that no training scene has. The edits are given to the
 transformer as img_ids, with nothing of fluxlab.positions in between; text and noise are the baseline's.
@@ -147,9 +148,8 @@ def main() -> int:
     parser.add_argument("--cells", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--json", type=Path, default=ROOT / "fluxlab/assets/tiny/embedded.json")
     parser.add_argument("--sheet", type=Path, help="also write a PNG of the first pictures of every edit")
-    parser.add_argument("--no-card", action="store_true", help="do not write the model card")
+    parser.add_argument("--no-card", action="store_true", help="only print: write neither embedded.json nor the card")
     parser.add_argument("--only-baseline", action="store_true", help="leave the edits out")
     arguments = parser.parse_args()
 
@@ -175,11 +175,12 @@ def main() -> int:
         if arguments.only_baseline:
             break
     print(table(results))
-    arguments.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     if arguments.sheet:
         sheet(arguments.sheet, rows)
-    if not arguments.no_card:
-        write_card(results, ROOT / "fluxlab/assets/tiny")
+    if not arguments.no_card and not arguments.only_baseline:
+        folder = ROOT / "fluxlab/assets/tiny" if arguments.model == "tiny" else Path(arguments.model)
+        (folder / "embedded.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_card(results, folder)
     return 0
 
 

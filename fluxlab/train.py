@@ -37,7 +37,7 @@ def run(recipe: Recipe, arguments: list[str]) -> None:
         torch.set_num_threads(recipe.threads)
     folder = Path(recipe.out or f"runs/train-{recipe.name}")
     pipe = train(recipe, folder, device)
-    training = facts(recipe, folder / "curve.csv", arguments)
+    training = facts(recipe, folder, arguments)
     made = export(pipe, Path(recipe.export) if recipe.export else folder / "pipeline", training)
     print(f"{made}: a Diffusers folder; python -m fluxlab.run +exp=hello model=local model.path={made}")
 

@@ -37,7 +37,7 @@ to run anywhere, and its pictures can be judged by a program.
 | weights | bf16 safetensors, {megabytes:.1f} MB; sha256 of every file in `manifest.json` |
 | licence | Apache-2.0 |
 
-Loss (mean squared error of the velocity, over 50 steps):
+{notes}Loss (mean squared error of the velocity, over 50 steps):
 
 {curve}
 
@@ -84,6 +84,12 @@ def _row(scores: dict, names: Sequence[str]) -> list[str]:
     return [_shown(scores[name], percent=name in (*ATTRIBUTES, "letters")) for name in names]
 
 
+def _notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    return "The run was changed by hand on its way:\n" + "\n".join(f"- {note}" for note in notes) + "\n\n"
+
+
 def curve_points(file: Path, count: int = 8) -> list[tuple[int, float]]:
     """(step, mean plain loss of the 50 steps up to it), evenly spaced, of a run's `curve.csv`."""
     with open(file, newline="") as handle:
@@ -119,6 +125,7 @@ def card(results: dict, training: dict, folder: Path) -> str:
             ["step", *(str(step) for step, _ in training["curve"])],
             [["loss", *(f"{loss:.3f}" for _, loss in training["curve"])]],
         ),
+        notes=_notes(training["notes"]),
         cells=results["cells"],
         sampling_steps=results["steps"],
         ability=_table(["", "right"], [[_MEANINGS[n], _shown(base[n], True)] for n in names]),

@@ -27,8 +27,12 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
-def facts(recipe: Recipe, curve: Path, arguments: Sequence[str]) -> dict:
-    """What a model card says of the making of a model; `curve` is the run's `curve.csv`."""
+def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
+    """What a model card says of the making of a model; `run` is the run's folder.
+
+    Whoever changes a run by hand says so in its `notes.txt`, a line a change: the card repeats it.
+    """
+    notes = run / "notes.txt"
     early = round(recipe.early * recipe.steps)
     return {
         "command": " ".join(["python -m fluxlab.train", *arguments]),
@@ -36,7 +40,8 @@ def facts(recipe: Recipe, curve: Path, arguments: Sequence[str]) -> dict:
         "seed": recipe.seed,
         "steps": recipe.steps,
         "samples": early * recipe.early_batch + (recipe.steps - early) * recipe.batch,
-        "curve": curve_points(curve),
+        "curve": curve_points(run / "curve.csv"),
+        "notes": notes.read_text().splitlines() if notes.is_file() else [],
         "words": len(VOCABULARY),
     }
 

@@ -172,7 +172,7 @@ def train_transformer(
         average.transformer,
         model,
         averaged_text,
-        sampling.Schedule(),
+        sampling.Schedule(base_shift=recipe.shift, max_shift=recipe.shift + 0.65),
         recipe.sample_steps,
         None,
         recipe.max_sequence_length,
@@ -193,6 +193,7 @@ def train_transformer(
         unknown=recipe.unknown_share,
         t_mean=recipe.t_mean,
         full_share=recipe.full_share,
+        t_std=recipe.t_std,
     )
     tables = {
         pool.size: table_for(nets.transformer.params, recipe.max_sequence_length, pool.grid, device) for pool in pools

@@ -105,10 +105,11 @@ class Batches:
         unknown: float,
         t_mean: dict[int, float],
         full_share: float,
+        t_std: float,
     ):
         self.pools, self.phases, self.text = {pool.size: pool for pool in pools}, phases, text
         self.seed, self.length, self.unknown, self.t_mean = seed, length, unknown, t_mean
-        self.full_share = full_share
+        self.full_share, self.t_std = full_share, t_std
 
     def __call__(self, step: int, device: str) -> tuple[Pool, dict[str, Tensor]]:
         """The pool of this step's size, and x0, noise `(B, N, C)`, t `(B,)`, weights `(B, N)` and both ids `(B, L)`."""
@@ -124,7 +125,7 @@ class Batches:
         # stratified: every batch sees all times, which quiets the loss
         u = (torch.rand(count, generator=generator) + torch.arange(count)) / count
         mean = [mean for start, mean in sorted(self.t_mean.items()) if start <= step][-1]
-        t = torch.sigmoid(mean + torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
+        t = torch.sigmoid(mean + self.t_std * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
         parts = {
             "x0": x0,
             "noise": torch.randn(x0.shape, generator=generator),

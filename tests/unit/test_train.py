@@ -40,7 +40,7 @@ def pools():
 
 
 def batches(pools, text, **changes):
-    settings = {"seed": 0, "length": 24, "unknown": 0.0, "t_mean": {0: 0.0}, "full_share": 0.7} | changes
+    settings = {"seed": 0, "length": 24, "unknown": 0.0, "t_mean": {0: 0.0}, "full_share": 0.7, "t_std": 1.0} | changes
     return Batches(pools, [Phase(0, (48, 48), 0.5, 4), Phase(9, (48, 64), 1.0, 3)], text, **settings)
 
 

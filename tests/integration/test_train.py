@@ -1,0 +1,171 @@
+"""A training run, whole: killed and resumed, exported, loaded by two libraries; and the model that ships."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fluxlab
+from fluxlab.checkpoints import CheckpointError
+from fluxlab.checkpoints.manifest import verify_manifest
+from fluxlab.train import main
+
+SHIPPED = Path(fluxlab.__file__).parent / "assets" / "tiny"
+MICRO = [
+    "+train=tiny", "tracking=none", "device=cpu", "threads=1", "hidden_size=64", "depth=1", "depth_single_blocks=1",
+    "t5_width=32", "clip_width=32", "text_layers=1", "pool=16", "pool_early=16", "pool_other=4", "batch=2",
+    "early_batch=2", "warmup=2", "sample_steps=1", "save_every=2", "autoencoder.crop=16", "sample_every=100", "autoencoder.ch=32",
+    "autoencoder.steps=3", "autoencoder.polish=1", "autoencoder.batch=2", "autoencoder.whole_batch=1",
+]  # fmt: skip
+
+
+def start(out: Path, steps: int) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fluxlab.train", *MICRO, f"out={out}", f"steps={steps}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    run = start(out, 8)
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    return out
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(undisturbed, tmp_path):
+    out = tmp_path / "killed"
+    run = start(out, 8)
+    deadline = time.monotonic() + 300
+    while not (out / "state.safetensors").is_file() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL, "the run was over before it could be killed"
+    assert not (out / "pipeline").exists()
+    again = start(out, 8)
+    _, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    for name in ("state.safetensors", "autoencoder.safetensors"):
+        one, two = load_file(undisturbed / name), load_file(out / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert (undisturbed / "curve.csv").read_text() == (out / "curve.csv").read_text()
+    files = [p.relative_to(undisturbed) for p in (undisturbed / "pipeline").rglob("*.safetensors")]
+    assert len(files) == 4
+    for file in files:
+        assert (undisturbed / file).read_bytes() == (out / file).read_bytes()
+
+
+def test_a_run_leaves_no_pickle_and_a_manifest(undisturbed):
+    kinds = {p.suffix for p in undisturbed.rglob("*") if p.is_file()}
+    assert kinds <= {".safetensors", ".json", ".csv", ".png"}
+    verify_manifest(undisturbed / "pipeline")
+    training = json.loads((undisturbed / "pipeline" / "training.json").read_text())
+    assert training["steps"] == 8
+    assert training["command"].startswith("python -m fluxlab.train +train=tiny")
+
+
+def test_another_recipe_in_the_same_folder_is_an_error_of_use(undisturbed, tmp_path, capsys):
+    out = tmp_path / "other"
+    shutil.copytree(undisturbed, out)
+    assert main([*MICRO, "threads=null", f"out={out}", "steps=8", "hidden_size=128"]) == 2
+    assert "another recipe" in capsys.readouterr().err
+
+
+def test_the_export_s_weights_are_the_average_in_bf16(undisturbed):
+    state = load_file(undisturbed / "state.safetensors")
+    pipe = fluxlab.load_pipeline(undisturbed / "pipeline")
+    average = state["ema.transformer.img_in.weight"]
+    assert torch.equal(pipe.transformer.img_in.weight, average.bfloat16())
+    assert not torch.equal(average, state["net.transformer.img_in.weight"])
+
+
+def test_a_flipped_bit_in_an_exported_folder_is_named(undisturbed, tmp_path):
+    copy = shutil.copytree(undisturbed / "pipeline", tmp_path / "pipeline")
+    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"vae/diffusion_pytorch_model\.safetensors: not what manifest"):
+        verify_manifest(copy)
+
+
+def test_any_trained_folder_can_be_measured(undisturbed, tmp_path):
+    copy = shutil.copytree(undisturbed / "pipeline", tmp_path / "pipeline")
+    script = Path(__file__).parents[2] / "benchmarks" / "embedded.py"
+    command = [sys.executable, script, "--model", copy, "--cells", "2", "--steps", "1", "--sheet", tmp_path / "s.png"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((copy / "embedded.json").read_text())
+    assert results["edits"]["as trained"]["ssim"] == [1.0, 1.0, 1.0]
+    assert set(results["edits"]) == {"as trained", "all zero", "× 0.5", "× 2", "× 1.2", "axis 0 = 1"}
+    assert "`axis 0 = 1`" in (copy / "README.md").read_text()
+    verify_manifest(copy)  # the card is no part of it
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    if not (SHIPPED / "model_index.json").is_file():
+        pytest.skip("no embedded model in this checkout")
+    return SHIPPED
+
+
+def test_diffusers_makes_the_same_images(shipped):
+    import diffusers
+
+    ours = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
+    theirs = diffusers.FluxPipeline.from_pretrained(shipped, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    prompts = ["A cat holding a sign that says hello world", "a blue ring above a green square", ""]
+    for seed, prompt in enumerate(prompts):
+        height, width = ours.size if seed else (48, 80)
+        (image,) = ours.generate(prompt, seed, height, width, steps=6)
+        other = theirs(
+            prompt,
+            height=height,
+            width=width,
+            num_inference_steps=6,
+            max_sequence_length=ours.max_sequence_length,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        ).images[0]
+        assert image.size == other.size == (width, height)
+        assert np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int)).max() <= 1
+
+
+def test_the_shipped_folder_is_what_its_manifest_says_and_small(shipped):
+    verify_manifest(shipped)
+    files = [p for p in shipped.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 32e6
+    assert not {p.suffix for p in files} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+    for file in shipped.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} <= {torch.bfloat16, torch.int64}
+
+
+def test_a_flipped_bit_is_reported_by_name_on_loading(shipped, tmp_path):
+    copy = shutil.copytree(shipped, tmp_path / "tiny")
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"transformer/diffusion_pytorch_model\.safetensors"):
+        fluxlab.load_pipeline(copy)
+
+
+def test_the_model_card_is_made_from_what_was_measured(shipped):
+    from fluxlab.training.card import card
+
+    results = json.loads((shipped / "embedded.json").read_text())
+    training = json.loads((shipped / "training.json").read_text())
+    assert card(results, training, shipped) == (shipped / "README.md").read_text()
+    assert results["cells"] >= 64
+    assert results["steps"] >= 20
