@@ -8,7 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = ("checkpoints", "measure", "model", "pipeline", "positions", "sampling", "scenes")
-_FUNCTIONS = {"load_pipeline": "pipeline", "Pipeline": "pipeline"}
+_FUNCTIONS = {"load_pipeline": "loading", "Pipeline": "pipeline"}
 
 __all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]
 

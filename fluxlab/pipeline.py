@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from fluxlab import positions, sampling
-from fluxlab.config import ModelRow, find_row
 from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
 from fluxlab.positions import Program
@@ -296,67 +295,6 @@ class Pipeline:
                 "are needed for this size"
             )
         return latents.float().to(self.device).expand(batch, -1, -1)
-
-
-def load_pipeline(
-    name: "str | PathLike[str]",
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    *,
-    autoencoder: "str | PathLike[str] | None" = None,
-    text: "str | PathLike[str] | None" = None,
-    variant: str | None = None,
-) -> Pipeline:
-    """Load a model: a name under `configs/model`, a Diffusers folder, a BFL single file, or a hub id.
-
-    `dtype` None keeps each part as it is stored. A BFL file holds the transformer only: `autoencoder` names its
-    `ae.safetensors` (or a folder) and `text` a Diffusers folder or hub id with both text encoders. `variant` chooses
-    files such as `….fp16.safetensors`. Raises `ValueError` for what is missing, damaged or does not fit the device.
-    """
-    row = find_row(name)
-    given = {"autoencoder": autoencoder, "text": text, "variant": variant}
-    return load_row(
-        replace(row, **{key: str(value) for key, value in given.items() if value is not None}), dtype, device
-    )
-
-
-def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:
-    """As `load_pipeline`, for a row of `configs/model` or one made from the command line."""
-    from fluxlab import checkpoints
-
-    device = checkpoints.check_device(device)
-    found = checkpoints.find(row.path, variant=row.variant)
-    if found.kind == "autoencoder":
-        raise ValueError(f"{row.path}: an autoencoder; pass the transformer's file, and this one as autoencoder=")
-    lacks = {"pipeline": (), "originals": ("text",), "transformer": ("autoencoder", "text")}[found.kind]
-    for part in lacks:
-        if getattr(row, part) is None:
-            what = {"autoencoder": "ae.safetensors or a folder", "text": "a Diffusers folder or hub id of FLUX.1"}[part]
-            raise ValueError(f"{row.path}: holds no {part}; pass {part}=, {what}")
-    common = {"dtype": dtype, "device": device, "variant": row.variant}
-    transformer = checkpoints.load_transformer(found.path, **common)
-    autoencoder = checkpoints.load_autoencoder(row.autoencoder or found.path, **common)
-    text = TextEncoders(*checkpoints.load_text_encoders(row.text or found.path, **common))
-    for module in (transformer, autoencoder, text.clip, text.t5):
-        module.eval().requires_grad_(False)
-    distilled = transformer.params.guidance_embed
-    if found.kind == "pipeline":
-        schedule = sampling.read_schedule(found.path / "scheduler")
-    else:  # the original release shifts for every model but schnell
-        schedule = replace(sampling.FLUX_SCHEDULE, use_dynamic_shifting=distilled, shift=1.0)
-    side = 128 * autoencoder.params.factor  # 64 tokens, as FLUX.1 and Diffusers have it
-    # a folder does not say how many steps or how much guidance it wants: FLUX.1 dev's and schnell's, as it is distilled
-    return Pipeline(
-        transformer,
-        autoencoder,
-        text,
-        schedule,
-        steps=row.steps or (28 if distilled else 4),
-        guidance=(3.5 if row.guidance is None else row.guidance) if distilled else None,
-        max_sequence_length=row.max_sequence_length or 512,
-        size=row.size or (side, side),
-        name=row.name,
-    )
 
 
 def _programs(programs: Programs) -> list[Program] | None:

@@ -59,7 +59,7 @@ def run(config: RunConfig, row: ModelRow, seeds: list[int]) -> None:
     """Generate every prompt × seed and write PNG files, each as soon as it is there."""
     import torch
 
-    from fluxlab.pipeline import load_row
+    from fluxlab.loading import load_row
 
     if not config.prompts:
         raise ValueError("prompts=[]: at least one prompt is needed")
