@@ -73,7 +73,7 @@ class Recipe:
     lr: float = 2e-3
     adam_lr: float = 1e-3
     text_lr: float = 3e-4
-    ema: float = 0.999
+    ema: float = 0.995
     clip: float = 1.0
     compile: bool = False
     save_every: int = 200
