@@ -39,7 +39,7 @@ def pair_of_models(params: FluxParams, dtype: torch.dtype, device: str) -> tuple
     flux = Flux(params).eval()
     with tempfile.TemporaryDirectory() as folder:
         save_transformer(flux, folder, layout="diffusers")
-        theirs = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype).eval()
+        theirs = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False).eval()
     return flux.to(device, dtype), theirs.to(device)
 
 
