@@ -3,8 +3,8 @@
 python benchmarks/forward.py [--quick] [--device cuda] [--json FILE]
 
 Prints the median times, the median of the ratios fluxlab / Diffusers (each of a pair of neighbouring runs, so that a
-machine's other work falls on both), and the share of the machine's own matmul rate, measured in the same run. Three
-minutes for `--quick` (no batch of 16 at the large size), ten for all, on two quiet cores.
+machine's other work falls on both), and the share of the machine's own matmul rate, measured in the same run. About
+twelve minutes on two quiet cores; `--quick`, without batch 16 at the large size, about four.
 """
 
 import argparse

@@ -200,7 +200,7 @@ def _normed_turned(x: Tensor, scales: list[Tensor], lengths: list[int], cos: Ten
     return apply_rotary_(out, Rotary(cos, sin)).div_(rms)
 
 
-# One operator to torch.compile too: inductor's code for interleaved pairs takes 2.5 times as long.
+# One operator to torch.compile too: inductor's code for interleaved pairs takes longer.
 _normed_turned_op = torch.library.custom_op("fluxlab::normed_turned", _normed_turned, mutates_args=())
 _normed_turned_op.register_fake(lambda x, scales, lengths, cos, sin: heads_inside(x, cos.dtype))
 
