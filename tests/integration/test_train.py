@@ -130,7 +130,7 @@ def test_diffusers_makes_the_same_images(shipped):
     prompts = ["A cat holding a sign that says hello world", "a blue ring above a green square", ""]
     for seed, prompt in enumerate(prompts):
         height, width = ours.size if seed else (48, 80)
-        (image,) = ours.generate(prompt, seed, height, width, steps=6)
+        (image,) = ours.generate(prompt, seed, height=height, width=width, steps=6)
         other = theirs(
             prompt,
             height=height,

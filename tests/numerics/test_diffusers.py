@@ -82,8 +82,8 @@ def test_latents_and_images(ours, theirs, size, steps, guidance):
         latents = diffusers_images(theirs, prompt, seed, *size, steps, "latent", **options)
         image = diffusers_images(theirs, prompt, seed, *size, steps, **options)[0]
         common = {"steps": steps, "max_sequence_length": LENGTH, "guidance": options.get("guidance_scale")}
-        our_latents = ours.generate(prompt, seed, *size, output="latent", **common)
-        (our_image,) = ours.generate(prompt, seed, *size, **common)
+        our_latents = ours.generate(prompt, seed, height=size[0], width=size[1], output="latent", **common)
+        (our_image,) = ours.generate(prompt, seed, height=size[0], width=size[1], **common)
         assert (our_latents - latents).abs().max() < 1e-4 * latents.std()
         assert shows_something(image)
         assert pixel_gap(our_image, image) <= 1
@@ -92,8 +92,8 @@ def test_latents_and_images(ours, theirs, size, steps, guidance):
 def test_true_guidance(ours, theirs):
     image = diffusers_images(theirs, PROMPTS[0], 3, 32, 32, 4, negative_prompt="a dog", true_cfg_scale=3.0)[0]
     common = {"steps": 4, "max_sequence_length": LENGTH}
-    (ours_image,) = ours.generate(PROMPTS[0], 3, 32, 32, true_cfg=3.0, negative_prompts="a dog", **common)
-    (without,) = ours.generate(PROMPTS[0], 3, 32, 32, **common)
+    (ours_image,) = ours.generate(PROMPTS[0], 3, height=32, width=32, true_cfg=3.0, negative_prompts="a dog", **common)
+    (without,) = ours.generate(PROMPTS[0], 3, height=32, width=32, **common)
     assert pixel_gap(ours_image, image) <= 1
     assert pixel_gap(without, image) > 10
 
@@ -116,7 +116,7 @@ def test_what_fluxlab_writes_diffusers_loads(ours, theirs, tmp_path):
     assert (
         pixel_gap(
             diffusers_images(again, PROMPTS[0], 1, 32, 32, 3)[0],
-            ours.generate(PROMPTS[0], 1, 32, 32, steps=3, max_sequence_length=LENGTH)[0],
+            ours.generate(PROMPTS[0], 1, height=32, width=32, steps=3, max_sequence_length=LENGTH)[0],
         )
         <= 1
     )
@@ -126,7 +126,7 @@ def test_inversion_round_trip(ours):
     """Image → noise → image over 50 steps comes back to 40 dB or better."""
     common = {"steps": 50, "max_sequence_length": LENGTH}
     ours.max_sequence_length, kept = LENGTH, ours.max_sequence_length
-    image = ours.generate(PROMPTS[0], 5, 32, 32, output="pt", steps=6)
+    image = ours.generate(PROMPTS[0], 5, height=32, width=32, output="pt", steps=6)
     noise = ours.invert(image, PROMPTS[0], steps=50)
     x, _rows, _cols = ours.encode(image)
     back = ours.generate(PROMPTS[0], height=32, width=32, latents=noise, output="latent", **common)
@@ -145,6 +145,6 @@ def test_bf16_follows_diffusers_with_its_timesteps(folder, guidance):
     ours = fluxlab.load_pipeline(folder, dtype=torch.bfloat16)
     image = diffusers_images(theirs, PROMPTS[0], 0, 32, 32, 4)[0]
     common = {"steps": 4, "max_sequence_length": LENGTH, "timestep_rounding": "diffusers"}
-    same, other = (ours.generate(PROMPTS[0], seed, 32, 32, **common)[0] for seed in (0, 1))
+    same, other = (ours.generate(PROMPTS[0], seed, height=32, width=32, **common)[0] for seed in (0, 1))
     gaps = [np.abs(np.asarray(a, float) - np.asarray(image, float)).mean() for a in (same, other)]
     assert gaps[0] < 0.1 * gaps[1]
