@@ -69,7 +69,7 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{repo}: a gated repository: its owner asks you to accept the licence first\n"
-            f"Accept it at https://huggingface.co/{repo}, then run `hf auth login`, {local}"
+            f"Accept it on the page of {repo} on the Hugging Face hub, then run `hf auth login`, {local}"
         ) from None
     except errors.RepositoryNotFoundError:
         raise CheckpointError(

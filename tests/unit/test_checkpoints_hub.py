@@ -206,7 +206,7 @@ def answer(kind, status):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        (errors.GatedRepoError, ["gated", "https://huggingface.co/owner/name", "hf auth login", "local folder"]),
+        (errors.GatedRepoError, ["gated", "the page of owner/name", "hf auth login", "local folder"]),
         (errors.RepositoryNotFoundError, ["no such folder here", "no such repository", "hf auth login"]),
         (errors.RevisionNotFoundError, ["no revision 'v9'"]),
         (errors.HfHubHTTPError, ["could not be fetched", "HfHubHTTPError"]),
