@@ -1,5 +1,6 @@
 """Scenes with their latents, drawn and encoded once: neither rendering nor encoding ever stalls a step."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,13 +32,23 @@ class Pool:
         return self.size[0] // TOKEN, self.size[1] // TOKEN
 
 
-def sign_weights(scene: scenes.Scene, weight: float) -> Tensor:
-    """`(tokens,)`: `weight` for tokens that the sign's board touches, 1 elsewhere."""
+def token_weights(scene: scenes.Scene, *, sign: float, thing: float) -> Tensor:
+    """`(tokens,)`: what a token's error counts for, where a thing's box touches it, where the sign's board does (the
+    board lies on top), and 1 elsewhere.
+    """
     rows, cols = scene.size[0] // TOKEN, scene.size[1] // TOKEN
     weights = torch.ones(rows, cols)
+
+    def fill(box: tuple[float, float, float, float], weight: float) -> None:
+        top, left = (max(0, math.floor(edge / TOKEN)) for edge in box[:2])
+        bottom, right = (math.ceil(edge / TOKEN) for edge in box[2:])
+        weights[top:bottom, left:right] = weight
+
+    for drawn in scene.things:
+        half = drawn.size / 2
+        fill((drawn.row - half, drawn.col - half, drawn.row + half, drawn.col + half), thing)
     if scene.sign:
-        top, left, bottom, right = scene.sign.box
-        weights[top // TOKEN : -(-bottom // TOKEN), left // TOKEN : -(-right // TOKEN)] = weight
+        fill(scene.sign.box, sign)
     return weights.flatten()
 
 
@@ -49,6 +60,7 @@ def build_pool(
     *,
     seed: int,
     sign_weight: float,
+    thing_weight: float,
     device: str = "cpu",
     latents: Tensor | None = None,
     batch: int = 50,
@@ -59,7 +71,7 @@ def build_pool(
     """
     rng = numpy_rng(seed, f"pool {size[0]}x{size[1]}", 0)
     drawn = [scenes.sample_scene(rng, size) for _ in range(count)]
-    weights = torch.stack([sign_weights(scene, sign_weight) for scene in drawn])
+    weights = torch.stack([token_weights(scene, sign=sign_weight, thing=thing_weight) for scene in drawn])
     if latents is not None:
         return Pool(size, drawn, latents, weights)
     encoded = []

@@ -64,6 +64,7 @@ class Recipe:
     shift: float = 1.6
     t_mean: dict[int, float] = field(default_factory=lambda: {0: 1.6})
     sign_weight: float = 3.0
+    thing_weight: float = 3.0
     unknown_share: float = 0.05
     full_share: float = 0.75
     steps: int = 2100

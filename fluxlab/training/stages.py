@@ -113,7 +113,7 @@ def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) ->
     progress = Progress("pools", len(counts))
     for done, (size, count) in enumerate(counts.items()):
         file = folder / f"pool-{size[0]}x{size[1]}.safetensors"
-        common = {"seed": recipe.seed, "sign_weight": recipe.sign_weight}
+        common = {"seed": recipe.seed, "sign_weight": recipe.sign_weight, "thing_weight": recipe.thing_weight}
         if file.is_file():
             tensors, _ = read_tensors(file)
             pools.append(build_pool(None, size, count, latents=tensors["latents"], **common))

@@ -13,7 +13,7 @@ from fluxlab.checkpoints import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest, write_manifest
 from fluxlab.compose import compose
 from fluxlab.model import AutoEncoder, AutoEncoderParams
-from fluxlab.training.pool import NOISE_WORD, build_pool, captions, sign_weights
+from fluxlab.training.pool import NOISE_WORD, build_pool, captions, token_weights
 from fluxlab.training.recipe import Recipe, check
 from fluxlab.training.seeds import numpy_rng, torch_rng
 from fluxlab.training.state import (
@@ -36,7 +36,7 @@ def text():
 @pytest.fixture(scope="module")
 def pools():
     model = AutoEncoder(AutoEncoderParams(64, 3, 32, 3, (1, 1), 0, 4, 1.0, 0.0)).eval()
-    return [build_pool(model, size, 6, seed=0, sign_weight=3.0) for size in ((48, 48), (48, 64))]
+    return [build_pool(model, size, 6, seed=0, sign_weight=3.0, thing_weight=2.0) for size in ((48, 48), (48, 64))]
 
 
 def batches(pools, text, **changes):
@@ -60,16 +60,22 @@ def test_learning_rate_rises_stays_and_falls():
     assert share[:60] == [learning_rate(step, 200, 10, 0.3) for step in range(60)]  # the end may be settled later
 
 
-def test_sign_weights_cover_the_board_and_nothing_else():
+def test_token_weights_cover_the_board_and_the_things_and_nothing_else():
     rng = np.random.default_rng(0)
     for _ in range(20):
         scene = scenes.sample_scene(rng, (48, 64))
-        weights = sign_weights(scene, 3.0).reshape(12, 16)
+        weights = token_weights(scene, sign=3.0, thing=2.0).reshape(12, 16)
         assert (weights == 3).any() == (scene.sign is not None)
+        assert (weights == 2).any()
+        most = 192
         if scene.sign:
             top, left, bottom, right = scene.sign.box
             assert weights[top // 4, left // 4] == weights[(bottom - 1) // 4, (right - 1) // 4] == 3
-            assert weights.sum() <= 192 + 2 * ((bottom - top) // 4 + 2) * ((right - left) // 4 + 2)
+            most += 2 * ((bottom - top) // 4 + 2) * ((right - left) // 4 + 2)
+        for thing in scene.things:
+            assert weights[int(thing.row) // 4, int(thing.col) // 4] >= 2
+            most += (thing.size // 4 + 2) ** 2
+        assert weights.sum() <= most
 
 
 def test_unknown_words_never_come_between_the_sign_s_words():
