@@ -25,13 +25,14 @@ def overlay(
     *,
     highest: float | None = None,
     size: tuple[int, int] | None = None,
-    opacity: float = 0.65,
+    opacity: float = 0.85,
     colormap: str = COLORMAP,
 ) -> "Image":
     """A map `(rows, cols)` of values from 0 on, in colour, over an image in grey where one is given.
 
     highest: the value of the brightest colour, None for the map's own largest. size: (width, height) in pixels of the
-    result, None for the image's, or 16 pixels a token. opacity: how much of the colour covers the image. NaN is grey.
+    result, None for the image's, or 16 pixels a token. opacity: how far the brightest colour covers the image. NaN is
+    grey.
     """
     from PIL import Image
 
@@ -39,22 +40,28 @@ def overlay(
         raise ValueError(f"heat has shape {heat.shape}: a map (rows, cols) is needed")
     rows, cols = heat.shape
     size = size or (image.size if image is not None else (16 * cols, 16 * rows))
-    colours = Image.fromarray(_coloured(heat, highest, colormap)).resize(size, Image.Resampling.NEAREST)
+    shares = _shares(heat, highest)
+    colours = _coloured(shares, colormap)
     if image is None:
-        return colours
+        return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+    covered = np.uint8(255 * opacity * np.where(np.isfinite(shares), 0.35 + 0.65 * np.nan_to_num(shares), 1))
     grey = image.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    return Image.blend(grey, colours, opacity)
+    top, cover = (Image.fromarray(part).resize(size, Image.Resampling.NEAREST) for part in (colours, covered))
+    return Image.composite(top, grey, cover)
 
 
-def _coloured(heat: np.ndarray, highest: float | None, colormap: str) -> np.ndarray:
+def _shares(heat: np.ndarray, highest: float | None) -> np.ndarray:
+    """The map in 0 … 1, 1 being the brightest; NaN stays."""
+    top = float(np.max(heat, where=np.isfinite(heat), initial=0)) if highest is None else highest
+    return np.clip(heat / (top if top > 0 else 1), 0, 1)
+
+
+def _coloured(shares: np.ndarray, colormap: str) -> np.ndarray:
     """uint8 `(rows, cols, 3)`."""
     import matplotlib
 
-    known = np.isfinite(heat)
-    top = float(np.max(heat, where=known, initial=0)) if highest is None else highest
-    shares = np.where(known, heat, 0) / (top if top > 0 else 1)
-    colours = matplotlib.colormaps[colormap](np.clip(shares, 0, 1), bytes=True)[..., :3]
-    return np.where(known[..., None], colours, np.uint8(NOTHING))
+    colours = matplotlib.colormaps[colormap](np.nan_to_num(shares), bytes=True)[..., :3]
+    return np.where(np.isfinite(shares)[..., None], colours, np.uint8(NOTHING))
 
 
 def sheet(
@@ -83,17 +90,20 @@ def sheet(
         raise ValueError(f"scale {scale!r}: expected one of {', '.join(SCALES)}")
     tops = _tops(maps, scale, highest)
     height, width = (max(1, round(cell * n / max(maps.shape[2:]))) for n in maps.shape[2:])
-    down, across = _labels(captured, rows), _labels(captured, columns)
-    font, small = _font(13), _font(10)
-    left = 10 + max([_width(font, text) for text in (*down, rows)])
-    right = 0 if scale == "cell" else 12 + _width(small, "0.000")
+    down, across = captured.labels(rows), [str(label) for label in captured.labels(columns)]
+    down = [label if isinstance(label, str) else f"{rows} {label}" for label in down]
+    font, small = _font(12), _font(9)
+    left = 12 + max([_width(font, text) for text in (*down, columns)])
+    right = 0 if scale == "cell" else 8 + _width(small, "at most")
     head = 22 + (20 if title else 0)
     step = (height + GAP + (12 if scale == "cell" else 0), width + GAP)
     need = _width(font, title) + 20
     page = Image.new("RGB", (max(left + len(across) * step[1] + right, need), head + len(down) * step[0]), PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((6, 4), title, INK, font)
-    draw.text((6, head - 18), f"{rows} \\ {columns}" if left > 90 else columns, INK, small)
+    draw.text((left - 6, head - 4), columns, INK, small, anchor="rs")
+    if right:
+        draw.text((left + len(across) * step[1] + 2, head - 4), "at most", INK, small, anchor="ls")
     for j, text in enumerate(across):
         draw.text((left + j * step[1] + width / 2, head - 4), _cut(text, small, width), INK, small, anchor="ms")
     for i, text in enumerate(down):
@@ -169,19 +179,17 @@ def _tops(maps: np.ndarray, scale: str, highest: float | np.ndarray | None) -> n
     return np.broadcast_to(finite.max(over, keepdims=True)[..., 0, 0], maps.shape[:2])
 
 
-def _labels(captured: Captured, axis: str) -> list[str]:
-    return [str(label) for label in captured.labels(axis)]
-
-
 def _sigma(captured: Captured, over: str, i: int) -> str:
     along, values = captured.coords.get("sigma", ((), ()))
     return f", σ {values[i]:.2f}" if along == (over,) else ""
 
 
 def _font(size: int):
+    """matplotlib's own, which has the letters that PIL's lacks."""
+    import matplotlib
     from PIL import ImageFont
 
-    return ImageFont.load_default(size)
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _width(font, text: str) -> int:
