@@ -50,15 +50,15 @@ class Axes(NamedTuple):
 class Measure:
     """What a request comes down to. outputs: by name, "" for one that takes the request's own.
 
-    blank: (sample, index) of what a sample does not have and is NaN. streams: of how many samples `observe` holds
-    probabilities at a time.
+    blank: (sample, index) of what a sample does not have and is NaN. scratch: bytes that `observe` holds besides one
+    stretch of p.
     """
 
     outputs: Mapping[str, Axes]
     observe: Observe
     unit: str
     blank: tuple[tuple[int, tuple], ...] = ()
-    streams: int = 1
+    scratch: int = 0
 
 
 def chosen(selection: Any, place: Place, key: str) -> list[Tokens]:

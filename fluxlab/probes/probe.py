@@ -92,9 +92,10 @@ def settle(capture: Capture, context: Context, samples: int) -> list[Watch]:
 
 def memory(watches: list[Watch], context: Context) -> dict[str, int]:
     """Bytes of each request's results, and under "working" what is held while a block attends."""
-    working = max((watch.measure.streams for watch in watches), default=0) * chunk_bytes(context.ids.device)
-    if watches:  # q and k of one sample, widened to fp32 or picked by heads
-        working += 2 * 4 * context.layout.tokens * sum(context.axes_dim) * context.heads
+    working = 0
+    if watches:  # a stretch of p, and q and k of one sample, widened to fp32 or picked by heads
+        turned = 2 * 4 * context.layout.tokens * sum(context.axes_dim) * context.heads
+        working = chunk_bytes(context.ids.device) + turned + max(watch.measure.scratch for watch in watches)
     return {**{watch.request.name: watch.bytes for watch in watches}, "working": working}
 
 
@@ -128,16 +129,23 @@ class Probe:
         self._unseen = {step for watch in watches for step in watch.steps}
 
     def taps(self, step: int) -> list[Tap | None] | None:
-        """`taps=` of `Flux.forward` at one step: one a block, None where nobody asked."""
+        """`taps=` of `Flux.forward` at one step, for one forward: one a block, None where nobody asked.
+
+        Raises `ValueError` for a step that was looked at already: a second forward would add to what the first gave.
+        """
+        asked = {block for watch in self._watches if step in watch.steps for block in watch.blocks}
+        if asked and step not in self._unseen:
+            raise ValueError(f"probe: step {step} was looked at already; begin() starts afresh")
         self._step = step
         self._unseen.discard(step)
-        asked = {block for watch in self._watches if step in watch.steps for block in watch.blocks}
         return [tap if block in asked else None for block, tap in enumerate(self._taps)] if asked else None
 
     def _tap(self, block: int) -> Tap:
         def look(seen: Attended) -> None:
             with torch.no_grad(), torch.autocast(seen.q.device.type, enabled=False):
                 for watch, values in zip(self._watches, self._values, strict=True):
+                    if len(seen.q) != watch.samples:
+                        raise ValueError(f"probe: a batch of {len(seen.q)}, but begin() was told {watch.samples}")
                     if self._step in watch.steps and block in watch.blocks:
                         _observe(watch, values, self._step, block, seen)
 

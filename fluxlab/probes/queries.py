@@ -11,7 +11,7 @@ from fluxlab.model.attention import Attended
 from fluxlab.positions.layout import IMAGE
 from fluxlab.positions.spelling import join, wrong
 from fluxlab.probes.outputs import Add, Axes, Measure, Place, chosen, chosen_image, grid, named_axis, span, token_axes
-from fluxlab.probes.stream import Places, Tokens, probabilities, take
+from fluxlab.probes.stream import Places, Tokens, chunk_bytes, probabilities, take
 
 
 def _axes(queries: Sequence[Tokens], place: Place, averaged: bool) -> Axes:
@@ -61,7 +61,8 @@ def distance(arguments: Mapping[str, Any], place: Place) -> Measure:
     histogram = named_axis(*deltas[0]) + named_axis(*deltas[1])
     flat = histogram._replace(flat=histogram.shape)
     offset = _axes(queries, place, averaged) + named_axis("offset", ["row", "col", "distance"])
-    return Measure({"offset": offset, "histogram": flat}, observe, "tokens, probability")
+    pictures = 4 * place.context.heads * rows * cols * cols
+    return Measure({"offset": offset, "histogram": flat}, observe, "tokens, probability", scratch=2 * pictures)
 
 
 def _by_offset(p: Tensor, at: Tensor, rows: int, cols: int) -> Tensor:
@@ -119,4 +120,4 @@ def similarity(arguments: Mapping[str, Any], place: Place) -> Measure:
             add("", *_where(which, value, len(queries[b]), averaged))
 
     axes = _axes(queries, place, averaged) + named_axis("measure", ["overlap", "cosine"])
-    return Measure({"": axes}, observe, "1", streams=2)
+    return Measure({"": axes}, observe, "1", scratch=2 * chunk_bytes(place.context.ids.device))

@@ -254,6 +254,17 @@ def test_arrays_need_a_whole_run(flux):
     np.testing.assert_array_equal(probe.arrays["a"].values, first)
 
 
+def test_a_forward_too_many_is_refused(flux):
+    probe = Probe({"a": {"kind": "quadrants", "steps": [1]}})
+    probe.begin(context(), 1)
+    taps = probe.taps(1)
+    with pytest.raises(ValueError, match="probe: a batch of 2, but begin\\(\\) was told 1"):
+        flux(**inputs(2), taps=taps)
+    with pytest.raises(ValueError, match="probe: step 1 was looked at already"):
+        probe.taps(1)
+    assert probe.taps(0) is None
+
+
 def test_only_what_is_asked_is_looked_at(flux, monkeypatch):
     probe = Probe({"a": {"kind": "quadrants", "blocks": [1], "steps": [1]}})
     probe.begin(context(), 1)
