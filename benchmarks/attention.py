@@ -11,7 +11,7 @@ On a busy machine, OMP_NUM_THREADS=1 and --cpu-time count this process' work onl
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -210,12 +210,14 @@ def peak_here(of: str, tokens: int, looking: bool, options: argparse.Namespace, 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run()
-    used = torch.cuda.max_memory_allocated() if device == "cuda" else 1024 * _peak_rss()
+    used = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss()
     print(used / 1e6)
 
 
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_rss() -> int:
+    """Bytes. (getrusage's number would start from that of the process that started this one.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
 def report(tokens: int, row: dict) -> None:

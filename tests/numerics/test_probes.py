@@ -111,13 +111,12 @@ def named(size, word_cat=2, word_sign=5):
     return rows, cols, image, box, np.sort([word_sign, *image[[0, 7, 2]]])
 
 
-@pytest.mark.parametrize("size", [(16, 24), (24, 24), (20, 16)], ids=str)
-@pytest.mark.parametrize(
-    "batch", [[name] for name in PROGRAMS] + [list(PROGRAMS)], ids=lambda names: "+".join(names)[:24]
-)
+SIZE, ALL = (16, 24), list(PROGRAMS)
+CASES = [(SIZE, [name]) for name in PROGRAMS] + [(size, ALL) for size in (SIZE, (24, 24), (20, 16))]
+
+
+@pytest.mark.parametrize(("size", "batch"), CASES, ids=lambda part: "+".join(map(str, part))[:24])
 def test_against_dense_softmax(pipe, dense, size, batch):
-    if size != (16, 24) and batch not in (["untouched"], list(PROGRAMS)):
-        pytest.skip("other sizes with the first and with all")
     capture = {
         "all": {"kind": "map", "from": "all", "to": "all"},
         "spot": {"kind": "map", "from": SPOTS, "to": "image"},
