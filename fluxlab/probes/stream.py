@@ -78,9 +78,6 @@ def probabilities(
     q = take(seen.q[sample], 0, heads)
     k = take(take(seen.k[sample], 0, heads), 1, keys.places).to(exact).mT
     lse = take(seen.lse[sample], 0, heads)
-    mask = None
-    if seen.mask is not None:
-        mask = take(seen.mask.expand(*seen.q.shape[:3], seen.k.shape[2])[sample], 0, heads)
     H, d, m = k.shape
     n = _count(rows)
     step = max(1, chunk_bytes(q.device) // (H * max(1, m) * exact.itemsize))
@@ -90,10 +87,19 @@ def probabilities(
         here = _part(rows, i, stop)
         p = buffer[: H * (stop - i) * m].view(H, stop - i, m)
         bias = -take(lse, 1, here)[..., None]
-        if mask is not None:
-            bias = bias + take(take(mask, 1, here), 2, keys.places)
+        if seen.mask is not None:
+            bias = bias + _masked(seen.mask, sample, heads, here, keys.places)
         torch.baddbmm(bias.to(exact).expand_as(p), take(q, 1, here).to(exact), k, alpha=1 / math.sqrt(d), out=p)
         yield p.exp_(), _part(which, i, stop)
+
+
+def _masked(mask: Tensor, sample: int, heads: Tensor | None, rows: Places, cols: Places) -> Tensor:
+    """A part of a mask that broadcasts to `(B, H, n, N)`: `(h or 1, rows or 1, cols or 1)`, never more of it copied."""
+    mask = mask[(None,) * (4 - mask.ndim)]
+    mask = mask[sample if len(mask) > 1 else 0]
+    for dim, which in ((1, rows), (2, cols), (0, heads)):
+        mask = take(mask, dim, which) if mask.shape[dim] > 1 else mask
+    return mask
 
 
 def _count(where: Places) -> int:

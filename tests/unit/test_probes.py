@@ -321,6 +321,21 @@ def test_one_head_and_groups_out_of_order():
     torch.testing.assert_close(p[0], expected)
 
 
+@pytest.mark.parametrize(
+    "shape", [(10, 10), (1, 10), (3, 10, 10), (2, 1, 10, 10), (1, 3, 1, 10), (2, 3, 10, 1)], ids=str
+)
+def test_masks_that_broadcast(shape):
+    g = torch.Generator().manual_seed(0)
+    q, k, mask = torch.randn(2, 3, 10, 8, generator=g), torch.randn(2, 3, 10, 8, generator=g), torch.randn(shape)
+    scores = q @ k.mT / 8**0.5 + mask
+    seen = Attended(q, k, scores.logsumexp(-1), mask, None)
+    wanted, keys = torch.tensor([1, 4, 9]), torch.tensor([0, 3, 8, 9])
+    for heads in (None, torch.tensor([0, 2])):
+        ((p, _),) = stream.probabilities(seen, 1, heads, stream.tokens(wanted), stream.tokens(keys))
+        expected = scores.softmax(-1)[1] if heads is None else scores.softmax(-1)[1, heads]
+        torch.testing.assert_close(p, expected[:, wanted][..., keys])
+
+
 def test_a_compiled_model_is_looked_at(flux, unchecked):
     torch._dynamo.reset()
     compiled = torch.compile(flux, backend="aot_eager")
