@@ -31,10 +31,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     in bf16, 256 keys or more without mask and gradients take `dense_attention`, everything else PyTorch's own (flash on
     the CPU). The two differ by rounding only; below 256 keys flash rounds better and takes no longer.
     """
-    on_cpu_in_bf16 = v.device.type == "cpu" and v.dtype == torch.bfloat16
-    if on_cpu_in_bf16 and v.shape[2] >= 256 and mask is None and not torch.is_grad_enabled():
+    if kernel(v.device.type, v.dtype, v.shape[2]) == "dense" and mask is None and not torch.is_grad_enabled():
         return dense_attention(q, k, v)
     return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask)
+
+
+def kernel(device: str, dtype: torch.dtype, keys: int) -> str:
+    """Which kernel attention without mask and gradients takes: "dense" (`dense_attention`) or "sdpa" (PyTorch's own)."""
+    return "dense" if device == "cpu" and dtype == torch.bfloat16 and keys >= 256 else "sdpa"
 
 
 def heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:

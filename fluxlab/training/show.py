@@ -1,13 +1,15 @@
-"""What a run shows of itself: progress in the terminal, curve and sample grids to files first, then to W&B."""
+"""What a run shows of itself: curve and sample grids to files first, then to W&B."""
 
 import csv
+import io
 import os
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from fluxlab.files import write_atomic
 
 
 class Tracker:
@@ -53,53 +55,13 @@ class Tracker:
         )
 
 
-class Progress:
-    """A rich bar with time left on a terminal, else a line every `every` seconds."""
-
-    def __init__(self, what: str, total: int, done: int = 0, every: float = 30):
-        self.what, self.total, self.first, self.every = what, total, done, every
-        self.start = self.last = time.monotonic()
-        self.bar = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self.bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
-            self.bar.start()
-            self.task = self.bar.add_task(what, total=total, completed=done)
-
-    def __call__(self, done: int, note: str = "") -> None:
-        now = time.monotonic()
-        if self.bar:
-            self.bar.update(self.task, completed=done, description=f"{self.what} {note}")
-        elif now - self.last >= self.every or done == self.total:
-            self.last = now
-            pace = (now - self.start) / max(1, done - self.first)
-            left = int(pace * (self.total - done))
-            print(
-                f"{self.what} {done}/{self.total}  {note}  {pace:.2f} s a step, {left // 60}:{left % 60:02} left",
-                flush=True,
-            )
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
-
-
 def write_curve(file: Path, curve: list[list[float]]) -> None:
     """The loss curve as CSV: step, weighted loss, plain loss, gradient norm, learning rate's share."""
-    partial = file.with_suffix(".part")
-    with open(partial, "w", newline="") as handle:
-        rows = csv.writer(handle)
-        rows.writerow(["step", "loss", "plain_loss", "grad_norm", "lr_share"])
-        rows.writerows(curve)
-    os.replace(partial, file)
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(["step", "loss", "plain_loss", "grad_norm", "lr_share"])
+    rows.writerows(curve)
+    write_atomic(file, text.getvalue())
 
 
 def write_grid(file: Path, images: np.ndarray, columns: int, zoom: int = 2) -> None:
@@ -109,6 +71,5 @@ def write_grid(file: Path, images: np.ndarray, columns: int, zoom: int = 2) -> N
         for i in range(0, len(images) // columns * columns, columns)
     ]
     whole = Image.fromarray(np.concatenate(rows))
-    partial = file.with_suffix(".part")
-    whole.resize((whole.width * zoom, whole.height * zoom), Image.Resampling.NEAREST).save(partial, format="png")
-    os.replace(partial, file)
+    whole = whole.resize((whole.width * zoom, whole.height * zoom), Image.Resampling.NEAREST)
+    write_atomic(file, lambda handle: whole.save(handle, format="png"))
