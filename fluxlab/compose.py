@@ -99,7 +99,8 @@ def hydra_main(
 ) -> None:
     """Let Hydra itself run `work(config)`: once a combination with -m, or to complete a command line for a shell.
 
-    Hydra writes nothing. Raises `ValueError` for what it refuses.
+    Hydra writes nothing. A combination that fails is said and the others go on; at the end `ValueError` counts them.
+    Raises `ValueError` for what Hydra refuses, too.
     """
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -110,11 +111,22 @@ def hydra_main(
     quiet = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
     quiet += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    failed: list[Exception] = []
+
+    def one(config: Any) -> None:
+        try:
+            work(config)
+        except (ValueError, OSError) as error:
+            if before[1] == "1":
+                raise
+            print(_short(str(error)), file=sys.stderr)
+            failed.append(error)
+
     completes = any(argument in ("-sc", "--shell-completion") for argument in arguments)
     sys.argv = [sys.argv[0], *arguments, *([] if completes else quiet)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors come to us
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(work)()
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(one)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
     finally:
@@ -123,6 +135,8 @@ def hydra_main(
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before[1]
+    if failed:
+        raise ValueError(f"{len(failed)} of the combinations failed; the others are done")
 
 
 def guarded(work: Callable[[], None], interrupted: str) -> int:

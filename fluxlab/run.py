@@ -56,7 +56,7 @@ def _main(arguments: list[str]) -> None:
     named = any(argument.startswith("+exp=") for argument in asked.overrides)
     if asked.shell_completion or (asked.multirun and named):
         hydra_main(arguments, RunConfig, "schema", "config", lambda c: run(to_schema(c, RunConfig), command))
-    elif asked.help or not arguments:
+    elif asked.help or not asked.overrides:
         print(usage(asked.config_dir))
     elif not named:  # a forgotten + must not look like a run that is done
         raise ValueError(f"{' '.join(arguments)}: no experiment named; add +exp=<name>")
