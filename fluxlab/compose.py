@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -108,7 +109,9 @@ def hydra_main(
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name=schema_name, node=schema)
-    quiet = ["hydra.output_subdir=null", "hydra.run.dir=.", "hydra.sweep.dir=.", "hydra.sweep.subdir=."]
+    # of -m Hydra always writes a multirun.yaml: to where nobody keeps it
+    own = tempfile.TemporaryDirectory(prefix="fluxlab-")
+    quiet = ["hydra.output_subdir=null", "hydra.run.dir=.", f"hydra.sweep.dir={own.name}", "hydra.sweep.subdir=."]
     quiet += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     failed: list[Exception] = []
@@ -130,6 +133,7 @@ def hydra_main(
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
     finally:
+        own.cleanup()
         sys.argv = before[0]
         if before[1] is None:
             del os.environ["HYDRA_FULL_ERROR"]

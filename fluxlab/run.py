@@ -39,6 +39,7 @@ class RunConfig:
     clip: str | None = None
     dino: str | None = None
     out: str | None = None
+    tracking: dict[str, Any] = field(default_factory=dict)
     plan: bool = False
 
 
@@ -111,10 +112,11 @@ def run(config: RunConfig, command: str) -> None:
     experiment = read(config)
     out = Path(config.out or f"runs/{experiment.name}/{experiment.digest}")
     from fluxlab.experiment import effects
+    from fluxlab.experiment.reading import read_store
     from fluxlab.experiment.runner import fill
     from fluxlab.experiment.store import open_store
     from fluxlab.loading import load_row
-    from fluxlab.report.grid import draw
+    from fluxlab.report.products import GRID_FILE, grid
 
     counts = (
         ("variant", len(experiment.variants)),
@@ -127,12 +129,12 @@ def run(config: RunConfig, command: str) -> None:
         settings = fill(
             experiment, store, load_row, batch_tokens=config.batch_tokens, threads=config.threads, command=command
         )
-        if not store.sealed((*effects.FILES, GRID)):
+        if not store.sealed((*effects.FILES, GRID_FILE)):
             effects.measure(experiment, settings, store)
-            draw(experiment, settings, store)
+            grid(read_store(out))
             store.seal()
         effects.show(store)
-    print(f"{out}/{GRID}  {out}/{effects.METRICS_FILE}  {out}/{effects.SUMMARY_FILE}")
+    print(f"{out}/{GRID_FILE}  {out}/{effects.METRICS_FILE}  {out}/{effects.SUMMARY_FILE}")
 
 
 def usage(folder: Path | None = None) -> str:

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fluxlab.experiment.cells import Cell, Settings, cells, references
+from fluxlab.experiment.reading import METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE, read_table
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store
 from fluxlab.measure import images as metrics
@@ -19,8 +20,8 @@ from fluxlab.progress import Progress
 
 Row = dict[str, Any]
 
-METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE = "metrics.csv", "references.csv", "summary.csv"
-KEYS = ("variant", "prompt", "seed", "digest", "cell")
+_KEYS = ("variant", "prompt", "seed", "digest", "cell")
+FILES = (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE)
 
 
 def measure(experiment: Experiment, settings: Settings, store: Store) -> list[dict]:
@@ -56,9 +57,19 @@ def measure(experiment: Experiment, settings: Settings, store: Store) -> list[di
     compared.sort(key=lambda row: REFERENCE_NAMES.index(row["variant"]))
     store.write(METRICS_FILE, to_csv(ordered))
     store.write(REFERENCES_FILE, to_csv(compared))
-    summary = statistics.summarise([*ordered, *compared], experiment.baseline)
+    names = list(dict.fromkeys(key for row in ordered for key in row if key not in _KEYS))
+    summary = statistics.summarise([*ordered, *compared], experiment.baseline, names)
     store.write(SUMMARY_FILE, statistics.to_csv(summary))
     return summary
+
+
+def show(store: Store) -> None:
+    """Print the summary as a table."""
+    from rich.console import Console
+
+    console = Console()
+    width = console.width if console.is_terminal else 120
+    Console(width=width).print(statistics.table(read_table(store.path / SUMMARY_FILE), width=width))
 
 
 def _neighbour(
@@ -78,14 +89,14 @@ def _comparer(experiment: Experiment, settings: Settings) -> Callable[[np.ndarra
         if name:
             from fluxlab.measure.similarity import Similarity
 
-            similarities.append((kind, Similarity(name, kind)))
+            similarities.append(Similarity(name, kind))
 
     def compare(image: np.ndarray, baseline: np.ndarray, prompt: str) -> dict[str, float]:
         values = metrics.compare(image, baseline) | metrics.describe(image, settings.pixels_per_token)
         if experiment.model.scenes:
             values |= metrics.oracle_columns(image, prompt) | metrics.oracle_compare(image, baseline, prompt)
-        for kind, similarity in similarities:
-            values |= {f"{kind}_{key}": value for key, value in similarity.compare(image, baseline, prompt).items()}
+        for similarity in similarities:
+            values |= similarity.columns([image], [baseline], [prompt])[0]
         return values
 
     return compare

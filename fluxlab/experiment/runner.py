@@ -37,6 +37,9 @@ def fill(
     A batch with a missing cell is computed whole, in the composition that an undisturbed run has, so that a resumed
     store has the same bits. Raises `ValueError` for what does not fit the model or the store, before anything is run.
     """
+    for key, asked in (("batch_tokens", batch_tokens), ("threads", threads)):
+        if asked is not None and asked < 1:
+            raise ValueError(f"{key}={asked}: a whole number from 1 is needed, or null")
     known = store.settings()
     same = known is not None and store.record["digest"] == experiment.digest
     pipe = None if same else load(experiment.model, dtype_of(experiment.dtype), device_of(experiment, known))
@@ -140,8 +143,8 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
     now = kernel(pipe.device.type, pipe.dtype, settings.tokens)
     if now != settings.kernel:
         raise ValueError(
-            f"this folder's pictures were made with the attention kernel {settings.kernel!r}, here it would be {now!r}; "
-            "name another out= folder"
+            f"this folder's pictures were made with the attention kernel {settings.kernel!r}, here it would be "
+            f"{now!r}; name another out= folder"
         )
     untouched, worded = experiment.variants[experiment.baseline], []
     for program in experiment.variants.values():
