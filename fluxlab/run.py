@@ -93,18 +93,7 @@ def read(config: RunConfig) -> "Experiment":
     return replace(checked(asked), model_digest=fingerprint(row))
 
 
-_PLAIN = (
-    "height",
-    "width",
-    "steps",
-    "guidance",
-    "true_cfg",
-    "negative_prompt",
-    "device",
-    "dtype",
-    "clip",
-    "dino",
-)
+_PLAIN = ("height", "width", "steps", "guidance", "true_cfg", "negative_prompt", "device", "dtype", "clip", "dino")
 
 
 def run(config: RunConfig, command: str) -> None:
@@ -125,16 +114,19 @@ def run(config: RunConfig, command: str) -> None:
     )
     print(f"{experiment.name}: {experiment.caption}")
     print(" × ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in counts), "→", out, flush=True)
+    products = (*effects.FILES, GRID_FILE)
     with open_store(out) as store:
+        finished = store.record.get("request") == experiment.request() and store.sealed(products)
+        similarities = [] if finished else effects.judges(experiment)
         settings = fill(
             experiment, store, load_row, batch_tokens=config.batch_tokens, threads=config.threads, command=command
         )
-        if not store.sealed((*effects.FILES, GRID_FILE)):
-            effects.measure(experiment, settings, store)
+        if not finished or not store.sealed(products):
+            effects.measure(experiment, settings, store, similarities)
             grid(read_store(out))
             store.seal()
         effects.show(store)
-    print(f"{out}/{GRID_FILE}  {out}/{effects.METRICS_FILE}  {out}/{effects.SUMMARY_FILE}")
+    print("  ".join(str(out / name) for name in (GRID_FILE, *effects.FILES)))
 
 
 def usage(folder: Path | None = None) -> str:

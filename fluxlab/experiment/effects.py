@@ -5,7 +5,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -18,19 +18,32 @@ from fluxlab.measure import images as metrics
 from fluxlab.measure import summary as statistics
 from fluxlab.progress import Progress
 
+if TYPE_CHECKING:
+    from fluxlab.measure.similarity import Similarity
+
 Row = dict[str, Any]
 
 _KEYS = ("variant", "prompt", "seed", "digest", "cell")
 FILES = (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE)
 
 
-def measure(experiment: Experiment, settings: Settings, store: Store) -> list[dict]:
-    """Write metrics.csv, references.csv and summary.csv; returns the summary's rows.
+def judges(experiment: Experiment) -> list["Similarity"]:
+    """The similarity models that the experiment names, loaded. Raises `ValueError` for one that cannot be."""
+    named = [(kind, getattr(experiment, kind)) for kind in ("clip", "dino")]
+    if not any(checkpoint for _, checkpoint in named):
+        return []
+    from fluxlab.measure.similarity import Similarity
+
+    return [Similarity(checkpoint, kind) for kind, checkpoint in named if checkpoint]
+
+
+def measure(experiment: Experiment, settings: Settings, store: Store, similarities: Sequence["Similarity"]) -> None:
+    """Write metrics.csv, references.csv and summary.csv.
 
     The pictures are read from the store, one (prompt, seed) at a time, so memory does not grow with their number.
     """
     every = cells(experiment, settings)
-    compare = _comparer(experiment, settings)
+    compare = _comparer(experiment, settings, similarities)
     by_place: dict[tuple[str, int], list[Cell]] = {}
     for cell in every:
         by_place.setdefault((cell.prompt, cell.seed), []).append(cell)
@@ -60,7 +73,6 @@ def measure(experiment: Experiment, settings: Settings, store: Store) -> list[di
     names = list(dict.fromkeys(key for row in ordered for key in row if key not in _KEYS))
     summary = statistics.summarise([*ordered, *compared], experiment.baseline, names)
     store.write(SUMMARY_FILE, statistics.to_csv(summary))
-    return summary
 
 
 def show(store: Store) -> None:
@@ -81,15 +93,10 @@ def _neighbour(
     return by_place[prompt, seeds[(seeds.index(seed) + 1) % len(seeds)]][0], CELLS
 
 
-def _comparer(experiment: Experiment, settings: Settings) -> Callable[[np.ndarray, np.ndarray, str], dict[str, float]]:
+def _comparer(
+    experiment: Experiment, settings: Settings, similarities: Sequence["Similarity"]
+) -> Callable[[np.ndarray, np.ndarray, str], dict[str, float]]:
     """All numbers of a picture, given the baseline's and the prompt."""
-    similarities = []
-    for kind in ("clip", "dino"):
-        name = getattr(experiment, kind)
-        if name:
-            from fluxlab.measure.similarity import Similarity
-
-            similarities.append(Similarity(name, kind))
 
     def compare(image: np.ndarray, baseline: np.ndarray, prompt: str) -> dict[str, float]:
         values = metrics.compare(image, baseline) | metrics.describe(image, settings.pixels_per_token)

@@ -14,7 +14,7 @@ import errno
 import io
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +164,10 @@ def open_store(path: Path) -> Iterator[Store]:
         ) from error
     finally:
         lock.release()
+        if not (path / EXPERIMENT).exists():  # what could not begin leaves no folder
+            (path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                path.rmdir()
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
