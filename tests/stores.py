@@ -15,6 +15,7 @@ from fluxlab.experiment import effects
 from fluxlab.experiment.cells import Cell, Settings, cells, references
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment, checked, read_variants
 from fluxlab.experiment.store import CELLS, REFERENCES, open_store
+from fluxlab.sampling.schedule import Schedule
 from fluxlab.scenes import parse, render, sample_scene
 
 PROMPTS = ("A cat holding a sign that says hello world", "a red fox on the left holding a sign that says open cafe")
@@ -72,7 +73,7 @@ def make_store(
         for part, folder in ((cells(asked, how), CELLS), (references(asked, how), REFERENCES)):
             for cell in part:
                 store.put(cell, picture(cell, size), {"height": size[0], "width": size[1]}, folder)
-        effects.measure(asked, how, store)
+        effects.measure(asked, how, store, effects.judges(asked))
         store.seal()
     return Path(path)
 
@@ -84,7 +85,7 @@ def settings(size: tuple[int, int] = (64, 64), **changes: Any) -> Settings:
         "height": size[0],
         "width": size[1],
         "steps": 16,
-        "schedule": {"shift": 1.0},
+        "schedule": Schedule(use_dynamic_shifting=False).config(),
         "guidance": None,
         "true_cfg": None,
         "negative_prompt": None,
