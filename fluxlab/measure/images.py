@@ -231,7 +231,6 @@ def _spectrum_slope(luma: np.ndarray) -> float:
     ring = np.rint(radius * side).astype(int).ravel()
     inside = slice(2, side // 2 + 1)  # the first ring is what the window makes of the mean
     count, power, radius = (np.bincount(ring, x)[inside] for x in (np.ones(ring.size), power.ravel(), radius.ravel()))
-    power = np.maximum(power, power.max() * 1e-12)  # of a pure wave, all rings but one hold rounding errors
     return float(np.polyfit(np.log(radius / count), np.log(power / count), 1)[0])
 
 

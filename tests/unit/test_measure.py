@@ -180,17 +180,28 @@ def test_blur_takes_the_energy_of_an_edge_not_its_gradient():
     assert soft["edge_energy"] < 0.15 * sharp["edge_energy"]
 
 
-@pytest.mark.parametrize("slope", [0, -1, -2, -3])
-@pytest.mark.parametrize("size", [(64, 64), (128, 96)])
-def test_spectrum_slope_is_that_of_the_noise(slope, size):
-    frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, size), indexing="ij"))
+def noise(seed, size, slope, whole=(256, 256)):
+    """Luma `size` out of a larger noise whose power falls with a slope: it does not go on at the frame."""
+    frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, whole), indexing="ij"))
     frequency[0, 0] = np.inf
-    found = []
-    for seed in range(4):
-        white = np.fft.fft2(np.random.default_rng(seed).normal(size=size))
-        noise = np.fft.ifft2(white * frequency ** (slope / 2)).real
-        found.append(describe(grey(0.5 + 0.15 * noise / noise.std()), 8)["spectrum_slope"])
-    assert np.mean(found) == pytest.approx(slope, abs=0.15)
+    white = np.fft.fft2(np.random.default_rng(seed).normal(size=whole))
+    values = np.fft.ifft2(white * frequency ** (slope / 2)).real[: size[0], : size[1]]
+    return 0.5 + 0.15 * (values - values.mean()) / values.std()
+
+
+@pytest.mark.parametrize("slope", [0, -1, -2, -3])
+@pytest.mark.parametrize(("size", "within"), [((64, 96), 0.06), ((32, 32), 0.15)])
+def test_spectrum_slope_is_that_of_the_noise(slope, size, within):
+    found = [describe(grey(noise(seed, size, slope)), 8)["spectrum_slope"] for seed in range(20)]
+    assert np.mean(found) == pytest.approx(slope, abs=within)
+
+
+def test_spectra_of_patterns_are_finite():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows, cols = np.indices((64, 64))
+        for pattern in ((rows + cols) % 2, rows % 2, cols // 8 % 2, rows == 20, (rows == 20) & (cols == 31), cols / 63):
+            assert np.isfinite(describe(grey(pattern), 8)["spectrum_slope"])
 
 
 def test_photographs_have_a_slope_about_minus_two():
@@ -252,6 +263,16 @@ def test_photographs_drawn_at_half_their_ids_have_teeth(period, name):
     pick = np.arange(256) // period * period // 2 + np.arange(256) % period
     assert abs(describe(photo, period)["sawtooth"]) < 0.04
     assert describe(photo[np.ix_(pick, pick)], period)["sawtooth"] > 0.1
+
+
+@pytest.mark.parametrize("period", [4, 8, 16])
+def test_small_pictures_scatter_little(period):
+    rng = np.random.default_rng(0)
+    pictures = [scenes.render(scenes.sample_scene(rng)) for _ in range(60)]
+    pictures += list(rng.integers(0, 256, (10, 40, 40, 3), dtype=np.uint8))
+    found = [describe(picture, period)["sawtooth"] for picture in pictures]
+    assert np.std(found) < 0.2
+    assert abs(np.mean(found)) < 0.05
 
 
 def test_teeth_need_two_tokens():
