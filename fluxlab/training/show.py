@@ -2,7 +2,7 @@
 
 import csv
 import io
-import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,49 +10,28 @@ import numpy as np
 from PIL import Image
 
 from fluxlab.files import write_atomic
+from fluxlab.report.wandb_link import Link
 
 
 class Tracker:
     """W&B if wanted and possible. Whatever goes wrong with it is said once and never stops a run."""
 
     def __init__(self, kind: str, folder: Path, config: dict):
-        self.run = None
-        if kind == "none":
-            return
-        try:
-            import wandb
-
-            netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-            keyed = os.environ.get("WANDB_API_KEY") or (netrc.is_file() and "wandb" in netrc.read_text())
-            mode = os.environ.get("WANDB_MODE") or ("online" if keyed else "offline")
-            self.run = wandb.init(project="fluxlab-train", group=config["name"], dir=folder, config=config, mode=mode)
-        except Exception as error:
-            self._lost(error)
+        self.link = None
+        if kind != "none":
+            command = f"python -m fluxlab.train {shlex.join(sys.argv[1:])}"
+            self.link = Link(folder, {"project": "fluxlab-train", "group": config["name"]}, config, command)
 
     def log(self, values: dict[str, float], step: int, images: dict[str, Path] | None = None) -> None:
-        if self.run is None:
-            return
-        try:
-            import wandb
-
-            shown = {key: wandb.Image(str(file)) for key, file in (images or {}).items()}
-            self.run.log({**values, **shown}, step=step)
-        except Exception as error:
-            self._lost(error)
+        """Numbers and pictures of a step. The pictures' files have to stay as they are."""
+        if self.link:
+            shown = {key: [(str(file.resolve()), None)] for key, file in (images or {}).items()}
+            self.link.say({"log": values, "images": shown, "step": step})
 
     def close(self) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish(quiet=True)
-            except Exception as error:
-                self._lost(error)
-
-    def _lost(self, error: Exception) -> None:
-        self.run = None
-        print(
-            f"tracking stopped ({type(error).__name__}: {error}); the run goes on, curve.csv has everything",
-            file=sys.stderr,
-        )
+        """End the run: as failed where an exception is on its way."""
+        if self.link:
+            self.link.close(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def write_curve(file: Path, curve: list[list[float]]) -> None:
