@@ -18,7 +18,6 @@ from fluxlab.progress import Progress
 
 Load = Callable[[ModelRow, torch.dtype | None, str], Pipeline]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU_BATCH_TOKENS = 4480
 """On a CPU: 16 pictures of the embedded model, one of FLUX.1. Larger batches gain nothing there."""
 
@@ -181,10 +180,7 @@ def halved(settings: Settings, error: Exception) -> Settings:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Raises `ValueError` for a name that is none of float32, bfloat16, float16."""
-    if name is not None and name not in DTYPES:
-        raise ValueError(f"dtype={name}: expected {', '.join(DTYPES)} or null (as stored)")
-    return DTYPES[name] if name else None
+    return getattr(torch, name) if name else None
 
 
 def device_of(experiment: Experiment, known: Settings | None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any
 
+from fluxlab.checkpoints import check_device
 from fluxlab.config import ModelRow
 from fluxlab.positions import Program
 
@@ -16,6 +17,8 @@ SCHEMA = 1
 
 REFERENCE_NAMES = ("noise floor", "another seed")
 """What effects are quoted beside: the change that shifting all ids makes, and the change from another seed."""
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 _LARGEST_SEED = 2**63 - 1  # what a generator takes
 
@@ -92,6 +95,10 @@ def checked(experiment: Experiment) -> Experiment:
         value = getattr(experiment, key)
         if value is not None and value < 1:
             raise ValueError(f"{key}={value}: a whole number from 1 is needed")
+    if experiment.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={experiment.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
+    if experiment.device:
+        check_device(experiment.device)
     numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
     if experiment.negative_prompt is not None and experiment.true_cfg is None:
         raise ValueError("negative_prompt acts through true_cfg: give it too, for instance true_cfg=4")
