@@ -1,7 +1,8 @@
 """Metrics of images: against a baseline (`compare`), alone (`describe`), and of what they show (`oracle_columns`).
 
 Images are uint8 (H, W, 3), RGB, of at least 8 px a side. Metrics are floats, nan where there is nothing to measure, and
-the same on every call.
+the same on every call. For 1024 x 1024 px `compare` takes 1.3 s of a CPU core and `describe` 0.3 s; for 64 x 64 px both
+take a few ms.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
