@@ -699,8 +699,8 @@ def printed(made, width=100):
 def test_table_has_the_references_below_a_rule_and_fits():
     rows = cells(variants=("another seed", "baseline", "half", "noise floor", "quite a long name of a variant"))
     for row in rows:
-        row |= {"word": 0.5, "sawtooth": row["ssim"] / 10, "colour_shift": 3 + row["ssim"], "displacement": np.nan}
-    metrics = ["displacement", "colour_shift", "sawtooth", "word", "ssim", "psnr", "sharpness"]
+        row |= {"word": 0.5, "sawtooth": row["ssim"] / 10, "colour_shift": 3 + row["ssim"], "thing_moved": np.nan}
+    metrics = ["thing_moved", "colour_shift", "sawtooth", "word", "ssim", "psnr", "sharpness"]
     summary = summarise(rows, "baseline", metrics)
     lines = printed(table(summary))
     assert max(map(len, lines)) <= 100
@@ -711,7 +711,7 @@ def test_table_has_the_references_below_a_rule_and_fits():
     assert [i for i, line in enumerate(lines) if line.startswith(" noise floor")] == [rules[2] + 1]
     heading = lines[rules[0] + 1]
     assert heading.index("psnr (dB)") < heading.index("ssim") < heading.index("word")
-    assert "displacement" not in heading  # it has no values
+    assert "thing_moved" not in heading  # it has no values
     half = next(line for line in lines if line.startswith(" half"))
     ssim = entry(summary, "half", "ssim")
     assert f"{ssim['mean']:.3f} [{ssim['low']:.3f}, {ssim['high']:.3f}]" in half
