@@ -40,13 +40,14 @@ def odd(tmp_path_factory):
 
 @pytest.mark.parametrize(("module", "store"), [(article, "run"), (dose, "doses")], ids=["article", "dose"])
 def test_files(module, store, tmp_path, request):
-    made = [module.make(request.getfixturevalue(store), tmp_path / folder) for folder in ("a", "b")]
-    first, again = ({file.name: file.read_bytes() for file in files} for files in made)
-    assert first == again
-    stem = {"run": "article", "doses": "dose-curve"}[store]
+    store, stem = request.getfixturevalue(store), {"run": "article", "doses": "dose-curve"}[store]
+    first = {file.name: file.read_bytes() for file in module.make(store, tmp_path / "a")}
     assert sorted(first) == sorted(
         [f"{stem}.txt", *(f"{stem}-{w}.{end}" for w in ("column", "page") for end in ("pdf", "png"))]
     )
+    again = module.make(store, tmp_path / "b", widths=["column"])
+    assert len(again) == 3
+    assert all(file.read_bytes() == first[file.name] for file in again)
     for width, inches in {"column": style.COLUMN, "page": style.PAGE}.items():
         assert Image.open(tmp_path / "a" / f"{stem}-{width}.png").width == round(300 * inches)
         pdf = first[f"{stem}-{width}.pdf"]
