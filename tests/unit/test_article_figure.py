@@ -115,6 +115,11 @@ def test_formulas(edit, formula):
     assert results.formula(Program.from_config({"a": edit}).edits[0]) == formula
 
 
+def test_an_op_of_the_user_s_own_is_described_as_the_store_has_it(run):
+    mine = {"program": {"a": {"op": "mine", "by": 3}}, "describe": "mine by 3 on image"}
+    assert results.label(type(run)(run.path, {"variants": {"m": mine}}, [], [], []), "m") == "mine by 3 on image"
+
+
 def test_caption_has_the_numbers(run):
     text = article.caption(run, run.variants, ["ssim", "sawtooth"])
     rows = {(row["variant"], row["metric"]): row for row in run.summary}
@@ -219,11 +224,9 @@ def test_any_store(odd, tmp_path):
     assert any("“$5 and" in text.get_text() and not text.get_parse_math() for text in canvas.texts)
     caption = made[-1].read_text()
     assert "baseline (untouched ids): 1.00, n = 1" in caption  # one picture has no interval
-    assert "psnr" not in caption
-    assert (
-        article.draw(odd, odd.variants, odd.places, ["psnr"], "page").axes[1].get_xlabel()
-        == "PSNR to the baseline (dB)"
-    )
+    decibels = article.draw(odd, odd.variants, odd.places, ["psnr"], "page").axes[1]
+    assert decibels.get_xlabel() == "PSNR to the baseline (dB)"
+    assert [text.get_text() for text in decibels.texts] == ["∞"]  # the baseline against itself, off the scale
 
 
 def test_curve_is_the_summary_s_in_the_order_of_the_numbers(doses):
