@@ -105,8 +105,14 @@ def run(config: RunConfig, command: str) -> None:
     from fluxlab.experiment.runner import fill
     from fluxlab.experiment.store import open_store
     from fluxlab.loading import load_row
+    from fluxlab.report import tracking as tracker
     from fluxlab.report.products import GRID_FILE, grid
 
+    if config.plan:
+        from fluxlab.experiment.plan import plan
+
+        print(plan(experiment, out, config.batch_tokens, config.threads))
+        return
     counts = (
         ("variant", len(experiment.variants)),
         ("prompt", len(experiment.prompts)),
@@ -115,16 +121,25 @@ def run(config: RunConfig, command: str) -> None:
     print(f"{experiment.name}: {experiment.caption}")
     print(" × ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in counts), "→", out, flush=True)
     products = (*effects.FILES, GRID_FILE)
+    tracking = tracker.checked(config.tracking)
     with open_store(out) as store:
         finished = store.record.get("request") == experiment.request() and store.sealed(products)
         similarities = [] if finished else effects.judges(experiment)
-        settings = fill(
-            experiment, store, load_row, batch_tokens=config.batch_tokens, threads=config.threads, command=command
-        )
-        if not finished or not store.sealed(products):
-            effects.measure(experiment, settings, store, similarities)
-            grid(read_store(out))
-            store.seal()
+        with tracker.start(tracking, out, experiment, command) as tracked:
+            settings = fill(
+                experiment,
+                store,
+                load_row,
+                batch_tokens=config.batch_tokens,
+                threads=config.threads,
+                command=command,
+                told=tracked.pictures,
+            )
+            if not finished or not store.sealed(products):
+                effects.measure(experiment, settings, store, similarities)
+                grid(read_store(out))
+                store.seal()
+            tracked.finish(read_store(out))
         effects.show(store)
     print("  ".join(str(out / name) for name in (GRID_FILE, *effects.FILES)))
 

@@ -30,8 +30,9 @@ def fill(
     batch_tokens: int | None = None,
     threads: int | None = None,
     command: str = "",
+    told: Callable[[int, int], None] = lambda done, total: None,
 ) -> Settings:
-    """Make every picture that the store lacks, and return how.
+    """Make every picture that the store lacks, and return how. `told(done, total)` hears of every batch.
 
     A batch with a missing cell is computed whole, in the composition that an undisturbed run has, so that a resumed
     store has the same bits. Raises `ValueError` for what does not fit the model or the store, before anything is run.
@@ -71,6 +72,7 @@ def fill(
                         run_batch(pipe, settings, store, batch, folder)
                         done |= {(cell.key, folder) for cell in batch}
                         progress(len(done), batch[0].variant)
+                        told(len(done), len(every))
                 return settings
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 settings = halved(settings, error)
