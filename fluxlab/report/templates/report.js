@@ -160,7 +160,9 @@
       return line;
     });
     one("tbody", dialog).replaceChildren(...lines);
-    for (const button of all("[data-move]", dialog)) button.disabled = !beside(cell, ...button.dataset.move.split(" ").map(Number));
+    for (const button of all("[data-move]", dialog)) {  // not disabled, which would take the focus away
+      button.ariaDisabled = !beside(cell, ...button.dataset.move.split(" ").map(Number));
+    }
     slide();
   }
   function slide() {
