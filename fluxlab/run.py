@@ -106,21 +106,17 @@ def run(config: RunConfig, command: str) -> None:
     from fluxlab.experiment.store import open_store
     from fluxlab.loading import load_row
     from fluxlab.report import tracking as tracker
-    from fluxlab.report.products import GRID_FILE, grid
+    from fluxlab.report.products import GRID_FILE, PAGE_FILE, grid, page
 
     if config.plan:
         from fluxlab.experiment.plan import plan
 
         print(plan(experiment, out, config.batch_tokens, config.threads))
         return
-    counts = (
-        ("variant", len(experiment.variants)),
-        ("prompt", len(experiment.prompts)),
-        ("seed", len(experiment.seeds)),
-    )
     print(f"{experiment.name}: {experiment.caption}")
-    print(" × ".join(f"{n} {word}{'' if n == 1 else 's'}" for word, n in counts), "→", out, flush=True)
-    products = (*effects.FILES, GRID_FILE)
+    counts = (("variant", experiment.variants), ("prompt", experiment.prompts), ("seed", experiment.seeds))
+    print(" × ".join(f"{len(n)} {word}{'s' * (len(n) != 1)}" for word, n in counts), "→", out, flush=True)
+    products = (GRID_FILE, PAGE_FILE, *effects.FILES)
     tracking = tracker.checked(config.tracking)
     with open_store(out) as store:
         finished = store.record.get("request") == experiment.request() and store.sealed(products)
@@ -137,11 +133,13 @@ def run(config: RunConfig, command: str) -> None:
             )
             if not finished or not store.sealed(products):
                 effects.measure(experiment, settings, store, similarities)
-                grid(read_store(out))
+                made = read_store(out)
+                grid(made)
+                page(made)
                 store.seal()
             tracked.finish(read_store(out))
         effects.show(store)
-    print("  ".join(str(out / name) for name in (GRID_FILE, *effects.FILES)))
+    print("  ".join(str(out / name) for name in products))
 
 
 def usage(folder: Path | None = None) -> str:

@@ -1,11 +1,12 @@
-"""The pictures that every finished store gets."""
+"""What every finished store gets to be looked at."""
 
 from pathlib import Path
 
 from fluxlab.experiment.reading import Run
 from fluxlab.report.grid import write_grid
+from fluxlab.report.page import write_report
 
-GRID_FILE = "grid.png"
+GRID_FILE, PAGE_FILE = "grid.png", "report.html"
 
 
 def grid(run: Run) -> Path:
@@ -19,3 +20,8 @@ def grid(run: Run) -> Path:
         lambda row, column: run.image(run.variants[row], *run.places[column]),
         title,
     )
+
+
+def page(run: Run) -> Path:
+    """Write `report.html`."""
+    return write_report([run.path], run.path / PAGE_FILE)
