@@ -17,10 +17,14 @@ from PIL import Image
 
 from experiments.results import (
     SHARES,
+    axis,
+    changes,
     conditions,
     counted,
+    effects,
     label,
     numbers,
+    opening,
     pick_metrics,
     pick_places,
     pick_variants,
@@ -28,8 +32,7 @@ from experiments.results import (
     plain_name,
     references,
     run_command,
-    summary,
-    title,
+    single,
 )
 from experiments.sheet import DPI, LINES, POINTS, SMALL, add_axes, blank, dots, lay, lettered, sized, write
 from experiments.style import COLUMN, OKABE_ITO, PAGE, paper, save, save_caption
@@ -47,7 +50,7 @@ LABEL = {"column": 250, "page": 320}  # dots: what names take
 PANEL = {"column": 270, "page": 270}  # dots: what an effect plot takes at least
 PICTURES = {"column": 2, "page": 4}
 GAP, PROMPT_GAP, BEFORE, MARGIN = 9, 24, 48, 24  # dots between pictures, prompts, plots; on the right
-FOOT, LEAST_ROW, LEAST_PICTURE = 155, 54, 32  # dots
+FOOT, LEAST_ROW, LEAST_PICTURE = 165, 54, 32  # dots
 PROMPT_LINES, MOST_METRICS = 6, 3
 
 
@@ -144,7 +147,7 @@ def draw(run: Run, variants: Sequence[str], places: Sequence[Place], metrics: Se
         for (left, across), metric in zip(at.panels, metrics, strict=True):
             high = len(variants) * at.pitch
             axes = add_axes(canvas, left, at.top, across, high, ylim=(at.top + high, at.top))
-            effects(axes, at, run, variants, metric)
+            plot(axes, at, run, variants, metric)
         key(canvas, at, run, metrics)
     return whole
 
@@ -179,37 +182,37 @@ def names(canvas: "Axes", at: Sheet, labels: Mapping[str, str]) -> None:
             write(canvas, 10, y, squeezed(variant, 1, dots(SMALL), room)[0], SMALL, va="top", color="0.35")
 
 
-def effects(axes: "Axes", at: Sheet, run: Run, variants: Sequence[str], metric: str) -> None:
-    """A measure's mean and interval in each variant's row, over the two references; single pictures below, faint."""
-    found, blue = summary(run), OKABE_ITO["blue"]
+def plot(axes: "Axes", at: Sheet, run: Run, variants: Sequence[str], metric: str) -> None:
+    """A measure's effect and interval in each variant's row, over the two references; single pictures below, faint."""
+    found, blue = effects(run, metric), OKABE_ITO["blue"]
     for name, (colour, dashes) in LINES.items():
-        row = found.get((name, metric))
-        if row is not None and math.isfinite(row["mean"]):
-            axes.axvline(row["mean"], color=OKABE_ITO[colour], ls=dashes, lw=1, zorder=1)
-            if math.isfinite(row["low"]) and math.isfinite(row["high"]):
-                axes.axvspan(row["low"], row["high"], color=OKABE_ITO[colour], alpha=0.15, lw=0, zorder=0)
+        mean, low, high = found.get(name, (math.nan,) * 3)
+        if math.isfinite(mean):
+            axes.axvline(mean, color=OKABE_ITO[colour], ls=dashes, lw=1, zorder=1)
+        if math.isfinite(low) and math.isfinite(high):
+            axes.axvspan(low, high, color=OKABE_ITO[colour], alpha=0.15, lw=0, zorder=0)
     for n, variant in enumerate(variants):
-        y, row = at.middle(n), found[variant, metric]
+        y, (mean, low, high) = at.middle(n), found[variant]
         axes.axhline(y, color="0.9", lw=0.5, zorder=0)
-        cells = [cell[metric] for cell in run.metrics if cell["variant"] == variant and math.isfinite(cell[metric])]
+        cells = single(run, variant, metric)
         axes.plot(cells, [y + 0.22 * at.pitch] * len(cells), ls="", marker="|", ms=4, mew=0.5, color="0.55", zorder=1)
-        if math.isfinite(row["mean"]):
-            if math.isfinite(row["low"]) and math.isfinite(row["high"]):
-                axes.plot([row["low"], row["high"]], [y, y], color=blue, lw=1, marker="|", ms=5, mew=1, zorder=3)
+        if math.isfinite(low) and math.isfinite(high):
+            axes.plot([low, high], [y, y], color=blue, lw=1, marker="|", ms=5, mew=1, zorder=3)
+        if math.isfinite(mean):
             face = "white" if variant == run.baseline else blue
-            axes.plot(row["mean"], y, "o", ms=3, mec=blue, mfc=face, mew=0.8, zorder=4)
+            axes.plot(mean, y, "o", ms=3, mec=blue, mfc=face, mew=0.8, zorder=4)
         else:
-            said = "none" if math.isnan(row["mean"]) else "∞"
+            said = "none" if math.isnan(mean) else "∞"
             looks = {"ha": "right", "va": "center", "color": "0.35", "transform": axes.get_yaxis_transform()}
             write(axes, 0.98, y, said, SMALL, **looks)
     axes.margins(x=0.06)
-    if metric in SHARES:
+    if metric in SHARES and not changes(run, metric):
         low, high = axes.get_xlim()
         axes.set_xlim(min(low, -0.06), max(high, 1.06))
     axes.locator_params(axis="x", nbins=4)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(title(metric))
+    axes.set_xlabel(axis(run, metric))
 
 
 def key(canvas: "Axes", at: Sheet, run: Run, metrics: Sequence[str]) -> None:
@@ -237,9 +240,8 @@ def key(canvas: "Axes", at: Sheet, run: Run, metrics: Sequence[str]) -> None:
 def caption(run: Run, variants: Sequence[str], metrics: Sequence[str]) -> str:
     """The figure's text, with the numbers that it shows."""
     prompts, seeds = (len({place[i] for place in run.places}) for i in (0, 1))
-    told = run.record["caption"] or run.record["name"]
     lines = [
-        f"{told[:1].upper()}{told[1:]}. A row a variant, its name below its formula; left some of its pictures, right "
+        f"{opening(run)} A row a variant, its name below its formula; left some of its pictures, right "
         f"its effects over all of {counted(prompts, 'prompt')} × {counted(seeds, 'seed')}: dots are means (the "
         "baseline's is open), bars their 95 % intervals (bootstrap over pictures, which count as independent), ticks "
         f"single pictures. {references(run)}",

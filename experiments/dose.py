@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 from experiments.results import (
     FORMULAS,
     SHARES,
+    axis,
+    changes,
     conditions,
     counted,
+    effects,
     formula,
     numbers,
     one_number,
+    opening,
     pick_metrics,
     pick_places,
     pick_variants,
@@ -26,8 +30,6 @@ from experiments.results import (
     plain_name,
     references,
     run_command,
-    summary,
-    title,
 )
 from experiments.sheet import DPI, LINES, POINTS, SMALL, add_axes, blank, dots, lay, lettered, sized, write
 from experiments.style import COLUMN, OKABE_ITO, PAGE, paper, save, save_caption
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 Doses = list[tuple[float, str]]
 
-LEFT, RIGHT, PANEL, BETWEEN, FOOT = 175, 40, 300, 42, 190  # dots
+LEFT, RIGHT, PANEL, BETWEEN, FOOT = 205, 40, 300, 42, 190  # dots
 LARGEST = {"column": 128, "page": 192}  # dots: a picture's side
 MOST_METRICS = 3
 WIDE = 50
@@ -125,6 +127,7 @@ def draw(run: Run, name: str, doses: Doses, place: tuple[str, int], metrics: Seq
             panels.append(add_axes(canvas, LEFT, strip + i * (PANEL + BETWEEN), across, PANEL))
             curve(panels[-1], run, doses, metric)
             panels[-1].tick_params(labelbottom=metric == metrics[-1])
+        whole.align_ylabels(panels)
         panels[-1].set_xlabel(name, parse_math=False)
         above(canvas, panels[0], doses, images, strip - large - 12, across)
         key(canvas, panels[0], run)
@@ -132,26 +135,25 @@ def draw(run: Run, name: str, doses: Doses, place: tuple[str, int], metrics: Seq
 
 
 def curve(axes: "Axes", run: Run, doses: Doses, metric: str) -> None:
-    """A measure's mean over the numbers, its interval, the references, and the baseline where it has a value itself."""
-    found, blue = summary(run), OKABE_ITO["blue"]
+    """A measure's effect over the numbers, its interval, and the references."""
+    found, blue = effects(run, metric), OKABE_ITO["blue"]
     for name, (colour, dashes) in LINES.items():
-        row = found.get((name, metric))
-        if row is not None and math.isfinite(row["mean"]):
-            axes.axhline(row["mean"], color=OKABE_ITO[colour], ls=dashes, lw=1, label=name, zorder=1)
-            if math.isfinite(row["low"]) and math.isfinite(row["high"]):
-                axes.axhspan(row["low"], row["high"], color=OKABE_ITO[colour], alpha=0.15, lw=0, zorder=0)
-    rows = [found[variant, metric] for _, variant in doses]
+        mean, low, high = found.get(name, (math.nan,) * 3)
+        if math.isfinite(mean):
+            axes.axhline(mean, color=OKABE_ITO[colour], ls=dashes, lw=1, label=name, zorder=1)
+        if math.isfinite(low) and math.isfinite(high):
+            axes.axhspan(low, high, color=OKABE_ITO[colour], alpha=0.15, lw=0, zorder=0)
     x = [dose for dose, _ in doses]
-    ends = [[finite(row[end]) for row in rows] for end in ("low", "high")]
-    axes.fill_between(x, *ends, color=blue, alpha=0.25, lw=0, label="95 % interval", zorder=2)
-    axes.plot(x, [finite(row["mean"]) for row in rows], color=blue, marker="o", ms=2.5, label="mean", zorder=3)
+    mean, low, high = ([finite(found[variant][i]) for _, variant in doses] for i in range(3))
+    axes.fill_between(x, low, high, color=blue, alpha=0.25, lw=0, label="95 % interval", zorder=2)
+    axes.plot(x, mean, color=blue, marker="o", ms=2.5, label="mean", zorder=3)
     if min(x) > 0 and max(x) > WIDE * min(x):
         axes.set_xscale("log")
     axes.margins(x=0.04)
-    if metric in SHARES:
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, -0.05), max(high, 1.05))
-    axes.set_ylabel(title(metric).replace(" to the ", "\nto the ").replace(" (", "\n("))
+    if metric in SHARES and not changes(run, metric):
+        least, most = axes.get_ylim()
+        axes.set_ylim(min(least, -0.05), max(most, 1.05))
+    axes.set_ylabel(axis(run, metric).replace(" to the ", "\nto the "))
 
 
 def finite(value: float) -> float:
@@ -162,6 +164,7 @@ def finite(value: float) -> float:
 def above(canvas: "Axes", axes: "Axes", doses: Doses, images: dict, top: int, across: int) -> None:
     """Pictures over their numbers, as many as stand side by side."""
     free = 0.0
+    axes.get_xlim()  # settles them
     for dose, variant in doses:
         image = images[variant]
         middle = LEFT + axes.transLimits.transform((axes.transScale.transform((dose, 1))[0], 0))[0] * across
@@ -180,11 +183,10 @@ def key(canvas: "Axes", axes: "Axes", run: Run) -> None:
 def caption(run: Run, name: str, doses: Doses, place: tuple[str, int], metrics: Sequence[str]) -> str:
     """The figure's text, with the numbers that it shows."""
     prompts, seeds = (len({place[i] for place in run.places}) for i in (0, 1))
-    told = run.record["caption"] or run.record["name"]
     lines = [
-        f"{told[:1].upper()}{told[1:]}. {name[:1].upper()}{name[1:]}, {len(doses)} values from {doses[0][0]:g} to "
-        f"{doses[-1][0]:g}; lines are means over {counted(prompts, 'prompt')} × {counted(seeds, 'seed')}, bands their "
-        "95 % intervals (bootstrap over pictures, which count as independent); pictures are those of seed "
+        f"{opening(run)} Over {name}: {len(doses)} values from {doses[0][0]:g} to {doses[-1][0]:g}. Lines are means "
+        f"over {counted(prompts, 'prompt')} × {counted(seeds, 'seed')}, bands their "
+        "95 % intervals (bootstrap over pictures, which count as independent); the pictures are those of seed "
         f"{place[1]} of “{place[0]}”. {references(run)}",
         *numbers(run, [run.baseline, *(variant for _, variant in doses)], metrics),
         conditions(run),

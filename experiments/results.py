@@ -128,9 +128,31 @@ def pick_variants(run: Run, names: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys([run.baseline, *(names or run.variants)]))
 
 
-def summary(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
-    """The summary's rows by (variant, metric); the references are variants there."""
-    return {(row["variant"], row["metric"]): row for row in run.summary}
+def changes(run: Run, metric: str) -> bool:
+    """Whether a measure is one of a picture by itself, so that its effect is the change from the baseline's."""
+    return any(row["metric"] == metric and math.isfinite(row["paired_mean"]) for row in run.summary)
+
+
+def effects(run: Run, metric: str) -> dict[str, tuple[float, float, float]]:
+    """(mean, low, high) of every variant and reference: of the change from the baseline at equal prompt and seed, or
+    for a measure that compares with it anyway, as it is.
+
+    The noise floor is known at the first seed only, so that its own mean is no match for those of all seeds.
+    """
+    paired = "paired_" if changes(run, metric) else ""
+    rows = {row["variant"]: row for row in run.summary if row["metric"] == metric}
+    found = {name: tuple(row[f"{paired}{end}"] for end in ("mean", "low", "high")) for name, row in rows.items()}
+    return {**found, run.baseline: (0.0, math.nan, math.nan)} if paired else found
+
+
+def single(run: Run, variant: str, metric: str) -> list[float]:
+    """The effect in each picture of a variant, where there is one."""
+    values = []
+    for row in run.metrics:
+        if row["variant"] == variant:
+            before = run.cell(run.baseline, row["prompt"], row["seed"])[metric] if changes(run, metric) else 0
+            values.append(row[metric] - before)
+    return [value for value in values if math.isfinite(value)]
 
 
 def picture(file: Path) -> Image.Image:
@@ -146,6 +168,11 @@ def title(metric: str) -> str:
     """A measure's name for an axis, with its unit."""
     unit = METRICS[metric].unit if metric in METRICS else ""
     return TITLES.get(metric, metric.replace("_", " ")) + (f" ({unit})" if unit else "")
+
+
+def axis(run: Run, metric: str) -> str:
+    """What an axis of `effects` says."""
+    return f"{title(metric)},\nless the baseline's" if changes(run, metric) else title(metric)
 
 
 def label(run: Run, variant: str) -> str:
@@ -188,7 +215,7 @@ def number(value: float) -> str:
         return "-"
     if math.isinf(value):
         return "∞" if value > 0 else "-∞"
-    return f"{value:.2f}" if 0.1 <= abs(value) < 10 else "0" if value == 0 else f"{value:.3g}"
+    return f"{value + 0.0:.3g}"  # -0.0 becomes 0.0
 
 
 def told(row: dict[str, Any], prefix: str = "") -> str:
@@ -210,20 +237,28 @@ def conditions(run: Run) -> str:
 
 def numbers(run: Run, variants: Sequence[str], metrics: Sequence[str]) -> list[str]:
     """A caption's lines: for each measure what it is, the two references, and every variant with its interval."""
-    found, lines = summary(run), []
+    found, lines = {(row["variant"], row["metric"]): row for row in run.summary}, []
     for metric in metrics:
+        paired = changes(run, metric)
+        less = ", less the baseline's at equal prompt and seed"
         meaning = f": {METRICS[metric].meaning}" if metric in METRICS else ""
-        lines.append(f"{title(metric)}{meaning}.")
+        lines.append(f"{title(metric)}{meaning}{less if paired else ''}.")
         for name in (*REFERENCE_NAMES, *variants):
             row = found.get((name, metric))
             if row is None:
                 continue
             of = name if name in REFERENCE_NAMES else f"{name} ({label(run, name)})"
-            line = f"  {of}: {told(row)}, n = {row['n']}"
-            if not math.isnan(row["paired_mean"]) and name not in REFERENCE_NAMES:
-                line += f"; less the baseline's at equal prompt and seed {told(row, 'paired_')}"
-            lines.append(line)
+            said = told(row)
+            if paired:
+                said = f"itself {said}" if name == run.baseline else f"{told(row, 'paired_')}, itself {said}"
+            lines.append(f"  {of}: {said}, n = {row['n']}")
     return lines
+
+
+def opening(run: Run) -> str:
+    """`article: five edits of img_ids.`"""
+    told = ": ".join(filter(None, (run.record["name"], run.record["caption"])))
+    return told if told[-1] in ".!?" else f"{told}."
 
 
 def references(run: Run) -> str:

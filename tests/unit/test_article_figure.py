@@ -2,9 +2,11 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from experiments import article, dose, results, style
@@ -14,6 +16,7 @@ from fluxlab.experiment.spec import REFERENCE_NAMES
 from fluxlab.positions import Program
 from tests.stores import ARTICLE, make_store
 
+ALL = ("baseline", "zero", "half", "axis0", *REFERENCE_NAMES)
 PROMPTS = ("A cat holding a sign that says hello world", "a red fox on the left holding a sign that says open cafe")
 
 
@@ -72,19 +75,37 @@ def test_pictures_are_the_cells_dot_by_dot(run, tmp_path):
 
 
 def test_points_and_lines_are_the_summary_s(run):
+    """SSIM compares with the baseline; letters a picture has by itself, so that the effect is the change of them."""
     panels = article.draw(run, run.variants, run.places, ["ssim", "letters"], "page").axes[1:]
-    assert [panel.get_xlabel() for panel in panels] == ["SSIM to the baseline", "letters right"]
+    assert [panel.get_xlabel() for panel in panels] == [
+        "SSIM to the baseline",
+        "letters right,\nless the baseline's",
+    ]
     rows = {(row["variant"], row["metric"]): row for row in run.summary}
-    for panel, metric in zip(panels, ("ssim", "letters"), strict=True):
+    for panel, metric, paired in zip(panels, ("ssim", "letters"), ("", "paired_"), strict=True):
+        told = {name: [rows[name, metric][f"{paired}{end}"] for end in ("mean", "low", "high")] for name in ALL}
+        if paired:
+            told["baseline"] = [0.0]
         dots = [line.get_xdata()[0] for line in panel.lines if line.get_marker() == "o"]
-        assert dots == [rows[variant, metric]["mean"] for variant in run.variants]
+        assert dots == [told[variant][0] for variant in run.variants]
         bars = [list(line.get_xdata()) for line in panel.lines if line.get_ms() == 5]
-        assert bars == [[rows[variant, metric][end] for end in ("low", "high")] for variant in run.variants]
+        assert bars == [told[variant][1:] for variant in run.variants if told[variant][1:]]
         upright = [line.get_xdata()[0] for line in panel.lines if line.get_ydata()[0] == 0 and line.get_ms() > 5]
-        assert upright == [rows[name, metric]["mean"] for name in REFERENCE_NAMES]
-        ticks = [sorted(line.get_xdata()) for line in panel.lines if line.get_marker() == "|" and line.get_ms() == 4]
-        assert ticks == [sorted(c[metric] for c in run.metrics if c["variant"] == name) for name in run.variants]
+        assert upright == [told[name][0] for name in REFERENCE_NAMES]
+        for variant, ticks in zip(run.variants, (line for line in panel.lines if line.get_ms() == 4), strict=True):
+            before = [run.cell("baseline", *place)[metric] if paired else 0 for place in run.places]
+            values = [run.cell(variant, *place)[metric] for place in run.places]
+            assert list(ticks.get_xdata()) == [value - old for value, old in zip(values, before, strict=True)]
         assert all(panel.get_xlim()[0] < value < panel.get_xlim()[1] for value in dots)
+
+
+def test_the_noise_floor_of_one_seed_is_no_mean_of_all(run):
+    """It is known at the first seed only: what the baseline has there must not pass for an effect."""
+    rows = [dict(row) for row in run.summary]
+    for row in rows:
+        if (row["variant"], row["metric"]) == ("noise floor", "letters"):
+            row.update(mean=0.1, low=0.1, high=0.1, paired_mean=0.0, paired_low=0.0, paired_high=0.0)
+    assert results.effects(replace(run, summary=rows), "letters")["noise floor"] == (0.0, 0.0, 0.0)
 
 
 def test_rows_are_named_by_formula_and_name(run):
@@ -126,9 +147,10 @@ def test_caption_has_the_numbers(run):
     for name in (*run.variants, *REFERENCE_NAMES):
         row = rows[name, "ssim"]
         said = next(line for line in text.splitlines() if line.startswith((f"  {name} (", f"  {name}: ")))
-        assert f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}], n = {row['n']}" in said
+        assert f": {row['mean']:.3g} [{row['low']:.3g}, {row['high']:.3g}], n = {row['n']}" in said
     half = rows["half", "sawtooth"]
-    assert f"equal prompt and seed {results.number(half['paired_mean'])} [" in text
+    assert f"half (img_ids × 0.5): {half['paired_mean']:.3g} [{half['paired_low']:.3g}, " in text
+    assert f"], itself {half['mean']:.3g} [{half['low']:.3g}, {half['high']:.3g}], n = 4" in text
     assert "shifted by (3, -2.5, 7)" in text
     assert "Model tiny" in text
     assert "16 steps, 64 × 64 px" in text
@@ -137,8 +159,8 @@ def test_caption_has_the_numbers(run):
 
 
 def test_numbers_in_words():
-    values = (0.0, 0.12345, 12.345, 0.012345, 1e-7, math.inf, math.nan, -math.inf)
-    assert [results.number(value) for value in values] == ["0", "0.12", "12.3", "0.0123", "1e-07", "∞", "-", "-∞"]
+    values = (-0.0, 0.12345, 12.345, 0.012345, 1e-7, math.inf, math.nan, -math.inf)
+    assert [results.number(value) for value in values] == ["0", "0.123", "12.3", "0.0123", "1e-07", "∞", "-", "-∞"]
 
 
 def test_which_pictures(run):
@@ -211,6 +233,28 @@ def test_nothing_overlaps(native, rows, pictures):
         assert edges[-1][1] <= at.width
 
 
+METRICS = ["psnr", "spectrum_slope", "thing_moved_row"]  # long names, minus signs, several lines
+
+
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_all_letters_are_on_the_page(run, doses, width):
+    measures = METRICS if width == "page" else METRICS[1:2]
+    name, found = dose.varied(doses, doses.variants[1:])
+    for figure in (
+        article.draw(run, run.variants, run.places, measures, width),
+        dose.draw(doses, name, found, doses.places[0], measures, width),
+    ):
+        FigureCanvasAgg(figure).draw()
+        canvas, *panels = figure.axes
+        boxes = [panel.get_tightbbox() for panel in panels]
+        boxes += [text.get_window_extent() for text in (*canvas.texts, canvas.get_legend())]
+        for box in boxes:
+            assert box.x0 >= 0, box
+            assert box.y0 >= 0, box
+            assert box.x1 <= figure.bbox.x1, box
+            assert box.y1 <= figure.bbox.y1, box
+
+
 def test_sized():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8))
     assert np.array_equal(np.asarray(sized(image, (20, 20))), np.asarray(image).repeat(3, 0).repeat(3, 1))
@@ -223,7 +267,7 @@ def test_any_store(odd, tmp_path):
     canvas = article.draw(odd, odd.variants, odd.places, ["ssim"], "page").axes[0]
     assert any("“$5 and" in text.get_text() and not text.get_parse_math() for text in canvas.texts)
     caption = made[-1].read_text()
-    assert "baseline (untouched ids): 1.00, n = 1" in caption  # one picture has no interval
+    assert "baseline (untouched ids): 1, n = 1" in caption  # one picture has no interval
     decibels = article.draw(odd, odd.variants, odd.places, ["psnr"], "page").axes[1]
     assert decibels.get_xlabel() == "PSNR to the baseline (dB)"
     assert [text.get_text() for text in decibels.texts] == ["∞"]  # the baseline against itself, off the scale
