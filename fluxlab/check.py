@@ -109,9 +109,12 @@ def _checked(name: str, check: Callable[[], tuple[str, T]]) -> T:
 
     try:
         said, value = check()
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        lack = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not lack:
+            raise
         raise ValueError(
-            f"failed  {name}: out of memory ({str(error).splitlines()[0][:120]})\n"
+            f"failed  {name}: out of memory ({str(error)[:120].splitlines()[0]})\n"
             "Close what else runs there, or try dtype=bfloat16, or device=cpu."
         ) from error
     except (ValueError, OSError) as error:
@@ -124,7 +127,7 @@ def files(row: ModelRow) -> "tuple[str, tuple[Found, dict[str, Stored]]]":
     """What is where; a hub id is fetched first. Raises for what is missing or damaged."""
     from fluxlab import checkpoints
     from fluxlab.checkpoints.finding import resolve
-    from fluxlab.experiment.plan import gb, stored
+    from fluxlab.experiment.plan import gb, number, stored
 
     found = checkpoints.find(row.path, row.variant)
     beside = {part: getattr(row, part) for part in ("autoencoder", "text")}
@@ -132,7 +135,7 @@ def files(row: ModelRow) -> "tuple[str, tuple[Found, dict[str, Stored]]]":
     parts = stored(replace(row, path=str(found.path), **at))
     kinds = {"pipeline": "a Diffusers folder", "originals": "original files", "transformer": "a transformer alone"}
     held = [
-        f"{name} {gb(sum(file.stat().st_size for file in part.files))} in {len(part.files)}"
+        f"{name} {gb(sum(file.stat().st_size for file in part.files))} in {number(len(part.files), 'file')}"
         for name, part in parts.items()
     ]
     return f"{found.path}: {kinds.get(found.kind, found.kind)}; {', '.join(held)}", (found, parts)
@@ -145,6 +148,7 @@ def hashes(path: Path, used: Iterable[Path]) -> tuple[str, None]:
     """
     from fluxlab.checkpoints import CheckpointError
     from fluxlab.checkpoints.manifest import NAME, verify_manifest
+    from fluxlab.experiment.plan import number
     from fluxlab.files import sha256_of
 
     if (path / NAME).is_file():
@@ -155,7 +159,7 @@ def hashes(path: Path, used: Iterable[Path]) -> tuple[str, None]:
     if wrong:
         raise CheckpointError(f"{', '.join(wrong)}: not what was published; delete and fetch again")
     if named:
-        return f"{len(named)} weight files are what was published", None
+        return f"{number(len(named), 'weight file')} as published", None
     return f"nothing to compare with: no {NAME}, and not from a hub; a flipped bit would not be seen", None
 
 
@@ -201,7 +205,7 @@ def counts(network: "torch.nn.Module", part: "Stored") -> tuple[str, None]:
             f"{numbers[2]:,} in the files\nThe files are of another model than their config says; fetch them again."
         )
     same = [name for name, params in {**TRANSFORMERS, **AUTOENCODERS}.items() if params == network.params]
-    size = f"the size of {', '.join(same)}" if same else "as its sizes ask for, which are no published model's"
+    size = f"the size of {', '.join(same)}" if same else "as its sizes ask for, which are not FLUX.1's"
     dtypes = " + ".join(sorted(str(dtype)[6:] for dtype in part.parameters))
     return f"{numbers[0]:,} parameters in {len(held)} tensors, {size}; stored as {dtypes}", None
 
@@ -308,15 +312,17 @@ def pictures(pipe: "Pipeline", tokens: int) -> tuple[str, None]:
     """A drawn picture through the autoencoder and back: finite; how near only trained weights can tell."""
     import torch
 
+    from fluxlab import scenes
+
+    cat = scenes.Scene((64, 64), "sand", (scenes.Thing("cat", "red", None, 32, 32, 24),))
     side = round(tokens**0.5) * pipe.pixels_per_token
-    y, x = torch.meshgrid(torch.linspace(0, 1, side), torch.linspace(0, 1, side), indexing="ij")
-    disc = (((y - 0.5) ** 2 + (x - 0.4) ** 2).sqrt() < 0.25).float()
-    picture = torch.stack((x, y, 1 - x)) * (1 - disc) + torch.tensor([0.9, 0.2, 0.1])[:, None, None] * disc
-    latents, rows, cols = pipe.encode(picture[None])
+    drawn = torch.from_numpy(scenes.render(cat)).permute(2, 0, 1)[None] / 255
+    picture = torch.nn.functional.interpolate(drawn, (side, side))
+    latents, rows, cols = pipe.encode(picture)
     back = pipe.decode(latents, rows, cols, "pt").cpu()
     if not (latents.isfinite().all() and back.isfinite().all()):
         raise ValueError("the autoencoder gives values that are not finite\nTry dtype=bfloat16 or float32.")
-    psnr = -10 * torch.log10((back[0] - picture).square().mean()).item()
+    psnr = -10 * torch.log10((back - picture).square().mean()).item()
     kind = "as trained weights have it" if psnr > 25 else "trained weights have more than 25"
     return f"encoded and decoded again: {psnr:.1f} dB: {kind}; latents std {latents.std():.2f}", None
 

@@ -334,7 +334,7 @@ def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[s
         many = [file for part in of for file in parts[part].files]
         size = sum(file.stat().st_size for file in many) or sum(parts[part].bytes_as(None) for part in of)
         dtypes = "+".join(sorted({str(dtype)[6:] for part in of for dtype in parts[part].parameters}))
-        return f"{name} {gb(size)} {dtypes}" + (f" in {_n(len(many), 'file')}" if many else "")
+        return f"{name} {gb(size)} {dtypes}" + (f" in {number(len(many), 'file')}" if many else "")
 
     rows, cols = s.height // s.pixels_per_token, s.width // s.pixels_per_token
     numbers = {"guidance": s.guidance, "true_cfg": s.true_cfg}
@@ -350,7 +350,7 @@ def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[s
         f"files      {', '.join(held)}",
         f"picture    {s.height} × {s.width} px, {s.steps} steps{told}; "
         f"{s.tokens:,} tokens: {rows} × {cols} image + {s.max_sequence_length} text",
-        f"computed   {s.device}, {s.dtype}, attention {s.kernel}, {_n(s.threads, 'thread')}",
+        f"computed   {s.device}, {s.dtype}, attention {s.kernel}, {number(s.threads, 'thread')}",
     ]
 
 
@@ -363,10 +363,10 @@ def _count_lines(
     width, each = max(map(len, experiment.variants)), max(map(len, made))
     todo = "" if len(left) == len(made) else f", {len(left):,} of them to do"
     return [
-        f"cells      {' × '.join(_n(len(many), word) for word, many in counts.items())} = {len(ran):,}, "
-        f"{len({cell.key for cell in ran}):,} distinct; and {_n(len(others), 'reference')}: {', '.join(names)}",
-        f"batches    {len(made):,} of up to {_n(each, 'picture')} ({each * s.tokens:,} tokens){todo}; "
-        f"{_n(len(left) * s.steps * evaluations(s), 'forward')}",
+        f"cells      {' × '.join(number(len(many), word) for word, many in counts.items())} = {len(ran):,}, "
+        f"{len({cell.key for cell in ran}):,} distinct; and {number(len(others), 'reference')}: {', '.join(names)}",
+        f"batches    {len(made):,} of up to {number(each, 'picture')} ({each * s.tokens:,} tokens){todo}; "
+        f"{number(len(left) * s.steps * evaluations(s), 'forward')}",
         "variants",
         *(f"  {name:<{width}}  {program.describe()}" for name, program in experiment.variants.items()),
     ]
@@ -388,7 +388,7 @@ def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list
     encoding = 2 * parts["t5"].parameters.total() * s.max_sequence_length * prompts
     return (
         f"time       about {duration((pictures * picture + encoding) / speed)}, and loading and measuring: "
-        f"{forward / 1e12:.3g} TFLOP a forward of one picture, {speed / 1e12:.2g} TFLOP/s"
+        f"{_flop(forward)} a forward of one picture, {_flop(speed)}/s"
     )
 
 
@@ -409,11 +409,16 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
+def _flop(count: float) -> str:
+    return f"{count / 1e12:.3g} TFLOP" if count >= 1e12 else f"{count / 1e9:.3g} GFLOP"
+
+
 def duration(seconds: float) -> str:
     """With two digits, in the unit that suits."""
     length, unit = next(((n, unit) for n, unit in ((3600, "h"), (60, "min")) if seconds >= 1.5 * n), (1, "s"))
     return f"{float(f'{seconds / length:.2g}'):g} {unit}"
 
 
-def _n(count: int, word: str) -> str:
+def number(count: int, word: str) -> str:
+    """1 file, 2 files."""
     return f"{count:,} {word}{'' if count == 1 else 's'}"

@@ -86,12 +86,19 @@ def test_a_whole_model_passes(model, capsys, dtype):
         tensors = network.state_dict()
         count = sum(tensor.numel() for tensor in tensors.values())
         assert lines[name].startswith(f"{count:,} parameters in {len(tensors)} tensors")
-        assert lines[name].endswith("no published model's; stored as float32")
+        assert lines[name].endswith("which are not FLUX.1's; stored as float32")
     assert "nothing to compare with" in lines["sha256"]
     assert f"as {dtype};" in lines["loading"]
     assert "trained weights have more than 0.5" in lines["step"]  # these are random
     assert "trained weights have more than 25" in lines["pictures"]
     assert "a step of 64 × 64 px; 20 steps of 256 × 256 px: about" in lines["speed"]
+
+
+def test_trained_weights_are_known_as_such(capsys):
+    assert check.main(["model=tiny", "device=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "every file is what manifest.json says" in out
+    assert out.count("as trained weights have it") == 2
 
 
 def test_original_files_without_guidance_pass(tmp_path, capsys):
@@ -129,7 +136,7 @@ def test_a_flipped_bit_in_a_hub_s_cache_is_named(model, copy):
     shutil.move(copy / TRANSFORMER, blob)
     (copy / TRANSFORMER).symlink_to(blob)
     used = [copy / TRANSFORMER, copy / AUTOENCODER]
-    assert check.hashes(copy, used) == ("1 weight files are what was published", None)
+    assert check.hashes(copy, used) == ("1 weight file as published", None)
     weights = bytearray(blob.read_bytes())
     weights[-1000] ^= 1
     blob.write_bytes(weights)
@@ -189,10 +196,16 @@ def test_absolute_positions_that_leak(model, capsys, monkeypatch):
 
 def test_memory_that_does_not_suffice(model, capsys, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+        raise error
 
     monkeypatch.setattr(loading, "load_row", full)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     assert "out of memory (CUDA out of memory" in failed(model, capsys, "loading")
+    error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    assert "out of memory (DefaultCPUAllocator" in failed(model, capsys, "loading")
+    error = RuntimeError("a fault of ours")
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        checked(model, capsys)
 
 
 @pytest.mark.parametrize(
