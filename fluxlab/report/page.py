@@ -71,7 +71,7 @@ def render(stores: "Sequence[str | PathLike[str]]", budget: int = BUDGET) -> str
             for row in run.metrics
         ],
         note=note(list(embedded.values())),
-        crisp=all(max(picture.size) <= CRISP for picture in embedded.values()),
+        crisp=all(max(picture.stored) <= CRISP for picture in embedded.values()),
         script=script,
         style=style,
         script_hash=_hash(script),
