@@ -70,6 +70,7 @@ def _main(arguments: list[str]) -> None:
 def read(config: RunConfig) -> "Experiment":
     """The experiment that a config asks for. Raises `ValueError` naming the key, its value, and what to do."""
     from fluxlab.checkpoints.identity import fingerprint
+    from fluxlab.experiment.plan import here
     from fluxlab.experiment.prompts import read_prompts
     from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
     from fluxlab.positions import load_plugins
@@ -90,7 +91,10 @@ def read(config: RunConfig) -> "Experiment":
         seeds=seeds,
         **{key: getattr(config, key) for key in _PLAIN},
     )
-    return replace(checked(asked), model_digest=fingerprint(row))
+    experiment = checked(asked)
+    if config.plan and not here(row):  # a plan fetches nothing
+        return experiment
+    return replace(experiment, model_digest=fingerprint(row))
 
 
 _PLAIN = ("height", "width", "steps", "guidance", "true_cfg", "negative_prompt", "device", "dtype", "clip", "dino")
@@ -111,7 +115,8 @@ def run(config: RunConfig, command: str) -> None:
     if config.plan:
         from fluxlab.experiment.plan import plan
 
-        print(plan(experiment, out, config.batch_tokens, config.threads))
+        named = out if config.out or experiment.model_digest else None
+        print(plan(experiment, named, config.batch_tokens, config.threads))
         return
     print(f"{experiment.name}: {experiment.caption}")
     counts = (("variant", experiment.variants), ("prompt", experiment.prompts), ("seed", experiment.seeds))
