@@ -6,7 +6,9 @@ What it answers, also a JSON object a line: `mode`, `id`, `folder`, `url` and `w
 or `lost` with the reason. Started by its path, so nothing of this package is imported here.
 """
 
+import base64
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -116,9 +118,15 @@ def _tell(run: Any, message: dict[str, Any]) -> None:
 
 
 def _images(some: list[tuple[str, str]]) -> list[Any]:
+    """W&B's images of files and data URLs with captions."""
     import wandb
+    from PIL import Image
 
-    return [wandb.Image(file, caption=caption) for file, caption in some]
+    def opened(source: str) -> Any:
+        inline = source.startswith("data:")
+        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) if inline else source
+
+    return [wandb.Image(opened(source), caption=caption) for source, caption in some]
 
 
 def _cells(row: list[Any]) -> Iterator[Any]:

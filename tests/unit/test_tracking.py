@@ -122,7 +122,10 @@ def test_messages_name_files_that_are_there_and_numbers_that_tables_show(run):
     told = json.loads(json.dumps(tracking.messages(run, artifact=True), allow_nan=False))
     merged = {key: value for message in told for key, value in message.items()}
     assert merged["config"]["settings"]["steps"] == 16
-    assert list(merged["images"]) == ["grid", "pictures/baseline", "pictures/zero", "pictures/half"]
+    assert list(merged["images"]) == ["grid", "layouts", "pictures/baseline", "pictures/zero", "pictures/half"]
+    layouts = merged["images"].pop("layouts")
+    assert [caption for _, caption in layouts] == [f"{name}: {run.describe(name)}" for name in run.variants]
+    assert all(url.startswith("data:image/png;base64,iVBOR") for url, _ in layouts)
     files = [file for some in merged["images"].values() for file, _ in some]
     assert len(files) == 7
     assert merged["images"]["pictures/half"][1] == [str(run.image("half", PROMPTS[0], 1)), f"{PROMPTS[0]} · seed 1"]
