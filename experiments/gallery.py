@@ -33,7 +33,7 @@ def _reduced(file: Path, to: Path) -> Path:
     with Image.open(file) as image:
         image = image.convert("RGB")
         image.thumbnail((WIDTH, 2 * WIDTH), Image.Resampling.LANCZOS)
-        image.quantize(128, dither=Image.Dither.NONE).save(to, optimize=True)
+        image.save(to, optimize=True)
     return to
 
 
