@@ -6,8 +6,7 @@ PY = $(VENV)/bin/python
 .PHONY: run test lint soak clean
 
 run: $(VENV)/.core
-	$(PY) -m fluxlab.checkpoints.random runs/random-model
-	$(PY) -m fluxlab.run +exp=hello model=local model.path=runs/random-model height=64 width=64 steps=8
+	$(PY) -m fluxlab.run +exp=article
 
 test: $(VENV)/.dev
 	$(PY) -m pytest tests/unit tests/numerics tests/integration tests/gpu -m "not soak"

@@ -10,7 +10,6 @@ transformer as img_ids, with nothing of fluxlab.positions in between; text and n
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 import fluxlab
 from fluxlab import sampling, scenes
+from fluxlab.experiment.versions import commit
 from fluxlab.measure.oracle import Report, inspect
 from fluxlab.pipeline import Pipeline
 from fluxlab.training.card import ATTRIBUTES, write_card
@@ -120,16 +120,6 @@ def sheet(file: Path, rows: Sequence[np.ndarray], count: int = 8, zoom: int = 2)
 
     whole = Image.fromarray(np.concatenate([np.concatenate(list(images[:count]), axis=1) for images in rows]))
     whole.resize((whole.width * zoom, whole.height * zoom), Image.Resampling.NEAREST).save(file)
-
-
-def commit() -> str:
-    """The commit that this checkout is at, "unknown" outside one."""
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def table(results: dict) -> str:

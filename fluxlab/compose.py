@@ -1,22 +1,57 @@
 """From a command line to a checked config, and from an error to the line a user sees."""
 
+import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from fluxlab.config import config_folder
 
 T = TypeVar("T")
 
 
-def compose(name: str, schema: type[T], schema_name: str, arguments: list[str]) -> T:
+def flags(arguments: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags that we know, and `overrides`. Raises `ValueError` for one that we do not."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=Path, default=None)
+    parser.add_argument("--cfg", "-c", choices=["job"], default=None)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--shell-completion", "-sc", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    known, others = parser.parse_known_intermixed_args(list(arguments))
+    unknown = [other for other in others if other.startswith("-")]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: there is no such flag; keys are set as key=value, see --help")
+    known.overrides += others
+    if known.config_dir and not known.config_dir.is_dir():
+        raise ValueError(f"--config-dir {known.config_dir}: there is no such folder; it holds exp/, model/ or op/")
+    return known
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message}; see --help")
+
+
+def compose(
+    name: str,
+    schema: type[T],
+    schema_name: str,
+    arguments: Sequence[str],
+    folder: Path | None = None,
+    show: bool = False,
+) -> "T | str":
     """The config `name` under `configs/` with `arguments` as overrides, as an object of the dataclass `schema`.
 
-    Configs call the schema `schema_name` in their defaults lists. Raises `ValueError`, of one to three lines, for a key
-    or type that the schema does not know, a value left open, and whatever else Hydra refuses.
+    Configs call the schema `schema_name` in their defaults lists; `folder` holds a user's own groups. With `show` the
+    composed YAML is returned as it stands. Raises `ValueError`, of one to three lines, for a key or type that the
+    schema does not know, a value left open, and whatever else Hydra refuses.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -26,15 +61,22 @@ def compose(name: str, schema: type[T], schema_name: str, arguments: list[str]) 
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name=schema_name, node=schema)
+    own = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = hydra_compose(name, overrides=arguments)
+            config = hydra_compose(name, overrides=[*arguments, *own])
+        if show:
+            return OmegaConf.to_yaml(config)
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        # where Hydra only says which override it was merging, the cause says what is wrong
-        told = error.__cause__ if error.__cause__ and str(error).startswith("Error merging override") else error
-        override = getattr(error, "override", None)  # what a parse error is about
-        raise ValueError((f"{override}: " if override else "") + _hydra_line(str(told))) from error
+        raise ValueError(explain(error)) from error
+    return to_schema(config, schema)
+
+
+def to_schema(config: Any, schema: type[T]) -> T:
+    """An object of the dataclass `schema`. Raises `ValueError` for unknown keys and values left open."""
+    from omegaconf import OmegaConf
+
     known = [f.name for f in fields(schema)]
     unknown = sorted(set(config) - set(known))  # Hydra lets +key=value past the schema
     if unknown:
@@ -43,6 +85,62 @@ def compose(name: str, schema: type[T], schema_name: str, arguments: list[str]) 
     if missing:
         raise ValueError(f"{missing[0]} is missing: add {missing[0]}=… to the command line")
     return OmegaConf.to_object(config)
+
+
+def explain(error: Exception) -> str:
+    """What Hydra refuses, in one to three lines."""
+    # where Hydra only says which override it was merging, the cause says what is wrong
+    told = error.__cause__ if error.__cause__ and str(error).startswith("Error merging override") else error
+    override = getattr(error, "override", None)  # what a parse error is about
+    return (f"{override}: " if override else "") + _hydra_line(str(told))
+
+
+def hydra_main(
+    arguments: Sequence[str], schema: type, schema_name: str, name: str, work: Callable[[Any], None]
+) -> None:
+    """Let Hydra itself run `work(config)`: once a combination with -m, or to complete a command line for a shell.
+
+    Hydra writes nothing. A combination that fails is said and the others go on; at the end `ValueError` counts them.
+    Raises `ValueError` for what Hydra refuses, too.
+    """
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    ConfigStore.instance().store(name=schema_name, node=schema)
+    # of -m Hydra always writes a multirun.yaml: to where nobody keeps it
+    own = tempfile.TemporaryDirectory(prefix="fluxlab-")
+    quiet = ["hydra.output_subdir=null", "hydra.run.dir=.", f"hydra.sweep.dir={own.name}", "hydra.sweep.subdir=."]
+    quiet += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    failed: list[Exception] = []
+
+    def one(config: Any) -> None:
+        try:
+            work(config)
+        except (ValueError, OSError) as error:
+            if before[1] == "1":
+                raise
+            print(_short(str(error)), file=sys.stderr)
+            failed.append(error)
+
+    completes = any(argument in ("-sc", "--shell-completion") for argument in arguments)
+    sys.argv = [sys.argv[0], *arguments, *([] if completes else quiet)]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors come to us
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(one)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(explain(error)) from error
+    finally:
+        own.cleanup()
+        sys.argv = before[0]
+        if before[1] is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before[1]
+    if failed:
+        raise ValueError(f"{len(failed)} of the combinations failed; the others are done")
 
 
 def guarded(work: Callable[[], None], interrupted: str) -> int:
@@ -55,6 +153,9 @@ def guarded(work: Callable[[], None], interrupted: str) -> int:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

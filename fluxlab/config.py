@@ -13,7 +13,8 @@ class ModelRow:
     """One file of `configs/model`: where a model is, and the settings it was made for (None: told by its files).
 
     path: a Diffusers folder, a BFL single file or a hub id; `fluxlab/…` lies inside the package. autoencoder, text: for
-    a single file, what it lacks. size: (height, width) in pixels.
+    a single file, what it lacks. size: (height, width) in pixels. scenes: trained on `fluxlab.scenes`, so that the
+    scene oracle can judge its pictures.
     """
 
     name: str
@@ -25,6 +26,7 @@ class ModelRow:
     guidance: float | None = None
     max_sequence_length: int | None = None
     size: tuple[int, int] | None = None
+    scenes: bool = False
 
 
 def config_folder() -> Path:

@@ -94,7 +94,7 @@ class Pipeline:
             raise ValueError(f"output {output!r}: expected pil, latent or pt")
         if probe is not None and not isinstance(probe, Probe):
             raise ValueError(f"probe={probe!r}: a fluxlab.probes.Probe is needed, for instance Probe('words')")
-        rows, cols = self._grid(height, width)
+        rows, cols = self.grid(height, width)
         _check_numbers(guidance=guidance, true_cfg=true_cfg)
         length = self.max_sequence_length if max_sequence_length is None else max_sequence_length
         if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
@@ -123,6 +123,27 @@ class Pipeline:
         )
         x = sampling.euler(velocity, x, sigmas, on_step)
         return x if output == "latent" else self.decode(x, rows, cols, output)
+
+    @torch.inference_mode()
+    def check(
+        self,
+        prompts: Sequence[str],
+        programs: Sequence[Program],
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        true_cfg: float | None = None,
+        negative_prompt: str | None = None,
+    ) -> None:
+        """Raise the `ValueError` that `generate` would for (prompt, program) pairs, before any of them is run."""
+        rows, cols = self.grid(height, width)
+        _check_numbers(guidance=guidance, true_cfg=true_cfg)
+        sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
+        negatives = None if negative_prompt is None else [negative_prompt] * len(prompts)
+        self._velocity(
+            prompts, negatives, (rows, cols), sigmas, programs=programs, guidance=guidance, true_cfg=true_cfg
+        )
 
     @torch.inference_mode()
     def invert(
@@ -161,7 +182,7 @@ class Pipeline:
         """Packed latents `(B, N, C)`, fp32, of images of one size, and their token grid (rows, cols)."""
         if not isinstance(images, Tensor):
             images = _to_tensor([images] if isinstance(images, Image.Image) else images)
-        rows, cols = self._grid(*images.shape[-2:])
+        rows, cols = self.grid(*images.shape[-2:])
         weight = self.autoencoder.encoder.conv_in.weight
         z = self.autoencoder.encode(2 * images.to(weight.device, weight.dtype) - 1)
         return sampling.pack(z).float().to(self.device), rows, cols
@@ -289,7 +310,7 @@ class Pipeline:
         spans = self.text.t5_tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
         return positions.Prompt(prompt, tuple(map(tuple, spans.offset_mapping)))
 
-    def _grid(self, height: int | None, width: int | None) -> tuple[int, int]:
+    def grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Token rows and columns of an image size; `ValueError` with the nearest sizes for one that does not divide."""
         step = self.pixels_per_token
         for key, pixels in (("height", height), ("width", width)):

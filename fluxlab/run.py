@@ -1,108 +1,172 @@
 """`python -m fluxlab.run +exp=<name> [overrides]`: compose the configs, check them, run."""
 
-import os
+import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fluxlab.compose import compose, guarded
-from fluxlab.config import ModelRow, config_folder, model_row
+from fluxlab.compose import compose, flags, guarded, hydra_main, to_schema
+from fluxlab.config import config_folder, model_row
+
+if TYPE_CHECKING:
+    from fluxlab.experiment.spec import Experiment
 
 
 @dataclass
 class RunConfig:
-    """The schema: a key that is not here, or a value of another type, is an error."""
+    """The schema of `configs/config.yaml`: a key that is not here, or a value of another type, is an error."""
 
     model: dict[str, Any] = field(default_factory=dict)
     name: str = "???"
     caption: str = ""
+    variants: dict[str, Any] = field(default_factory=dict)
+    baseline: str = "baseline"
     prompts: list[str] = field(default_factory=list)
+    prompts_file: str | None = None
     seeds: Any = 1
+    plugins: list[str] = field(default_factory=list)
     steps: int | None = None
     height: int | None = None
     width: int | None = None
     guidance: float | None = None
+    true_cfg: float | None = None
+    negative_prompt: str | None = None
     device: str | None = None
     dtype: str | None = None
+    batch_tokens: int | None = None
+    threads: int | None = None
+    clip: str | None = None
+    dino: str | None = None
     out: str | None = None
+    tracking: dict[str, Any] = field(default_factory=dict)
+    plan: bool = False
 
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when done, 2 for what the user can mend, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not any(argument.startswith("+exp=") for argument in arguments):
-        if set(arguments) - {"-h", "--help"}:  # a forgotten + must not look like a run that is done
-            print(f"{' '.join(arguments)}: no experiment named; add +exp=<name>", file=sys.stderr)
-            return 2
-        print(_usage())
-        return 0
-
-    def work() -> None:
-        config = compose("config", RunConfig, "schema", arguments)
-        row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
-        run(config, row, seed_list(config.seeds))
-
-    return guarded(work, "interrupted; finished images are kept")
+    return guarded(
+        lambda: _main(arguments), "interrupted; what was finished is kept, the same command goes on from here"
+    )
 
 
-def seed_list(seeds: Any) -> list[int]:
-    """`4` means seeds 0 … 3, `[3, 5]` those two. Raises `ValueError` for anything else."""
-    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
-        return list(range(seeds))
-    if isinstance(seeds, list) and seeds and all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
-        return seeds
-    raise ValueError(f"seeds={seeds}: expected a count such as 4, or a list such as [3,5]")
+def _main(arguments: list[str]) -> None:
+    asked = flags(arguments)
+    command = f"python -m fluxlab.run {shlex.join(arguments)}"
+    named = any(argument.startswith("+exp=") for argument in asked.overrides)
+    if asked.shell_completion or (asked.multirun and named):
+        hydra_main(arguments, RunConfig, "schema", "config", lambda c: run(to_schema(c, RunConfig), command))
+    elif asked.help or not asked.overrides:
+        print(usage(asked.config_dir))
+    elif not named:  # a forgotten + must not look like a run that is done
+        raise ValueError(f"{' '.join(arguments)}: no experiment named; add +exp=<name>")
+    elif asked.cfg:
+        print(compose("config", RunConfig, "schema", asked.overrides, asked.config_dir, show=True), end="")
+    else:
+        run(compose("config", RunConfig, "schema", asked.overrides, asked.config_dir), command)
 
 
-def run(config: RunConfig, row: ModelRow, seeds: list[int]) -> None:
-    """Generate every prompt × seed and write PNG files, each as soon as it is there."""
-    import torch
+def read(config: RunConfig) -> "Experiment":
+    """The experiment that a config asks for. Raises `ValueError` naming the key, its value, and what to do."""
+    from fluxlab.checkpoints.identity import fingerprint
+    from fluxlab.experiment.plan import here
+    from fluxlab.experiment.prompts import read_prompts
+    from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
+    from fluxlab.positions import load_plugins
 
+    seeds = read_seeds(config.seeds)
+    prompts = read_prompts(Path(config.prompts_file)) if config.prompts_file else config.prompts
+    row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
+    load_plugins(config.plugins)
+    variants = read_variants(config.variants)
+    asked = Experiment(
+        name=config.name,
+        caption=config.caption,
+        model=row,
+        model_digest="",
+        variants=variants,
+        baseline=config.baseline,
+        prompts=tuple(prompts),
+        seeds=seeds,
+        **{key: getattr(config, key) for key in _PLAIN},
+    )
+    experiment = checked(asked)
+    if config.plan and not here(row):  # a plan fetches nothing
+        return experiment
+    return replace(experiment, model_digest=fingerprint(row))
+
+
+_PLAIN = ("height", "width", "steps", "guidance", "true_cfg", "negative_prompt", "device", "dtype", "clip", "dino")
+
+
+def run(config: RunConfig, command: str) -> None:
+    """Fill the experiment's store: pictures, then numbers, then the grid; what is there already stays."""
+    experiment = read(config)
+    out = Path(config.out or f"runs/{experiment.name}/{experiment.digest}")
+    from fluxlab.experiment import effects
+    from fluxlab.experiment.reading import read_store
+    from fluxlab.experiment.runner import fill
+    from fluxlab.experiment.store import open_store
     from fluxlab.loading import load_row
+    from fluxlab.report import tracking as tracker
+    from fluxlab.report.products import GRID_FILE, PAGE_FILE, grid, page
 
-    if not config.prompts:
-        raise ValueError("prompts=[]: at least one prompt is needed")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = load_row(row, dtype=_dtype(config.dtype), device=device)
-    out = Path(config.out or f"runs/{config.name}")
-    out.mkdir(parents=True, exist_ok=True)
-    for i, prompt in enumerate(config.prompts):
-        for seed in seeds:
-            (image,) = pipe.generate(
-                prompt, seed, height=config.height, width=config.width, steps=config.steps, guidance=config.guidance
+    if config.plan:
+        from fluxlab.experiment.plan import plan
+
+        named = out if config.out or experiment.model_digest else None
+        print(plan(experiment, named, config.batch_tokens, config.threads))
+        return
+    print(f"{experiment.name}: {experiment.caption}")
+    counts = (("variant", experiment.variants), ("prompt", experiment.prompts), ("seed", experiment.seeds))
+    print(" × ".join(f"{len(n)} {word}{'s' * (len(n) != 1)}" for word, n in counts), "→", out, flush=True)
+    products = (GRID_FILE, PAGE_FILE, *effects.FILES)
+    tracking = tracker.checked(config.tracking)
+    with open_store(out) as store:
+        finished = store.record.get("request") == experiment.request() and store.sealed(products)
+        similarities = [] if finished else effects.judges(experiment)
+        with tracker.start(tracking, out, experiment, command) as tracked:
+            settings = fill(
+                experiment,
+                store,
+                load_row,
+                batch_tokens=config.batch_tokens,
+                threads=config.threads,
+                command=command,
+                told=tracked.pictures,
             )
-            file = out / f"{i}-{seed}.png"
-            partial = file.with_suffix(".part")
-            image.save(partial, format="png")
-            os.replace(partial, file)
-            print(f"{file}  seed {seed}  {prompt}", flush=True)
+            if not finished or not store.sealed(products):
+                effects.measure(experiment, settings, store, similarities)
+                made = read_store(out)
+                grid(made)
+                page(made)
+                store.seal()
+            tracked.finish(read_store(out))
+        effects.show(store)
+    print("  ".join(str(out / name) for name in products))
 
 
-def _dtype(name: str | None):
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name is not None and name not in known:
-        raise ValueError(f"dtype={name}: expected {', '.join(known)} or null (as stored)")
-    return known[name] if name else None
-
-
-def _usage() -> str:
+def usage(folder: Path | None = None) -> str:
+    """What a command line looks like, and which experiments there are, a user's own in `folder` among them."""
     from omegaconf import OmegaConf
 
-    files = sorted((config_folder() / "exp").glob("*.yaml"))
+    folders = [config_folder(), *([folder] if folder else [])]
+    files = sorted({file.stem: file for one in folders for file in (one / "exp").glob("*.yaml")}.values())
     lines = [f"  {file.stem:<16}{OmegaConf.load(file).get('caption', '')}" for file in files]
-    return "\n".join(
-        [
-            "python -m fluxlab.run +exp=<name> [key=value …]",
-            "",
-            "Experiments:",
-            *lines,
-            "",
-            "Keys: see configs/config.yaml",
-        ]
-    )
+    return "\n".join([_USAGE, *lines, "", _KEYS])
+
+
+_USAGE = """python -m fluxlab.run +exp=<name> [key=value …]
+
+Experiments (configs/exp; --config-dir <folder> adds your own):"""
+_KEYS = """Keys (configs/config.yaml has all; null means the model's own):
+  prompts='["a cat","a dog"]'  prompts_file=<file>  seeds=4 or seeds=[3,5]  steps  height  width  guidance
+  device  dtype  out=<folder>  model=tiny, schnell, dev, … or model=local model.path=<folder, file or hub id>
+  variants.half.a.factor=0.7  '~variants.zero'  '+variants.mine={a: {op: rotate, degrees: 30}}'
+  +op@variants.mine.a=scale variants.mine.a.factor=0.8
+  plan=true says what would run; --cfg job prints the composed config; -m runs all combinations of a=1,2 b=3,4
+The same command again finishes what is missing."""
 
 
 if __name__ == "__main__":

@@ -1,29 +1,22 @@
 """sha256 of every file of a folder: a flipped bit in a weight file loads silently otherwise."""
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 from fluxlab.checkpoints.errors import CheckpointError
+from fluxlab.files import sha256_of, write_atomic
 
 NAME = "manifest.json"
 _TOLD = (NAME, "README.md", "embedded.json")  # documentation, written after the weights
-
-
-def _digest(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def write_manifest(folder: str | Path) -> Path:
     """Write `manifest.json`: the sha256 of every file of the folder, the model card excepted. Returns its path."""
     folder = Path(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _TOLD)
-    file, partial = folder / NAME, folder / f".{NAME}.part"
-    hashes = {str(p.relative_to(folder).as_posix()): _digest(p) for p in files}
-    partial.write_text(json.dumps({"sha256": hashes}, indent=2) + "\n")
-    os.replace(partial, file)
+    file = folder / NAME
+    hashes = {str(p.relative_to(folder).as_posix()): sha256_of(p) for p in files}
+    write_atomic(file, json.dumps({"sha256": hashes}, indent=2) + "\n")
     return file
 
 
@@ -36,7 +29,9 @@ def verify_manifest(folder: str | Path) -> None:
         return
     try:
         hashes = json.loads((folder / NAME).read_text())["sha256"]
-        wrong = [name for name, sha in hashes.items() if not (folder / name).is_file() or _digest(folder / name) != sha]
+        wrong = [
+            name for name, sha in hashes.items() if not (folder / name).is_file() or sha256_of(folder / name) != sha
+        ]
     except (ValueError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{folder / NAME}: cannot be read ({error})\nInstall or download the folder again."

@@ -19,6 +19,7 @@ from fluxlab.checkpoints.finding import STEM
 from fluxlab.checkpoints.keys import Piece, autoencoder_pieces, their_shapes, to_theirs, transformer_pieces
 from fluxlab.checkpoints.memory import ALIGN, as_bytes
 from fluxlab.checkpoints.params import METADATA_KEY, autoencoder_config, to_metadata, transformer_config
+from fluxlab.files import sync
 from fluxlab.model import AutoEncoder, Flux
 
 MAX_SHARD_SIZE = 10 * 10**9
@@ -125,7 +126,7 @@ def _write_folder(folder: Path, tensors: _Tensors, settings: dict[str, Any], max
     finally:
         for temporary, _ in made:
             temporary.unlink(missing_ok=True)
-    _sync(folder)
+    sync(folder)
 
 
 def _json_files(shards: list[_Tensors], names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -180,7 +181,7 @@ def _atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -199,17 +200,3 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)

@@ -62,8 +62,7 @@ def attend(
     else PyTorch's own (flash on the CPU). The two differ by rounding only; below 256 keys flash rounds better and takes
     no longer.
     """
-    on_cpu_in_bf16 = v.device.type == "cpu" and v.dtype == torch.bfloat16
-    if on_cpu_in_bf16 and v.shape[2] >= 256 and mask is None and not torch.is_grad_enabled():
+    if kernel(v.device.type, v.dtype, v.shape[2]) == "dense" and mask is None and not torch.is_grad_enabled():
         if tap is None:
             return dense_attention(q, k, v)
         out, lse = dense_attention_with_lse(q, k, v)
@@ -74,6 +73,11 @@ def attend(
         out, lse = fused_attention_with_lse(q, k, v, mask)
     tap(Attended(q, k, lse, mask, queries))
     return out
+
+
+def kernel(device: str, dtype: torch.dtype, keys: int) -> str:
+    """Which kernel attention without mask and gradients takes: "dense" (`dense_attention`) or "sdpa" (PyTorch)."""
+    return "dense" if device == "cpu" and dtype == torch.bfloat16 and keys >= 256 else "sdpa"
 
 
 def heads_inside(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,6 @@
 """The last stage: bf16 weights in the Diffusers folder layout, and a manifest of their hashes."""
 
 import json
-import subprocess
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -9,22 +8,12 @@ from pathlib import Path
 import torch
 
 from fluxlab.checkpoints.manifest import write_manifest
+from fluxlab.experiment.versions import commit
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
 from fluxlab.scenes import VOCABULARY
 from fluxlab.training.card import curve_points
 from fluxlab.training.recipe import Recipe
-
-
-def commit() -> str:
-    """The commit of this checkout, with a + if files differ from it; "unknown" outside one."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:

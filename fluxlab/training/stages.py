@@ -11,11 +11,12 @@ from fluxlab import sampling, scenes
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
+from fluxlab.progress import Progress
 from fluxlab.training import autoencoder as ae
 from fluxlab.training.pool import Pool, build_pool
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.seeds import derived, torch_rng
-from fluxlab.training.show import Progress, Tracker, write_curve, write_grid
+from fluxlab.training.show import Tracker, write_curve, write_grid
 from fluxlab.training.state import (
     load_optimizers,
     load_parameters,

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fluxlab.files import sync
+
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], notes: dict) -> None:
     """Write a file that is either the old one or the whole new one, whenever the process or the machine stops."""
@@ -20,11 +22,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], notes: dict) -> None:
     with open(partial, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(partial, file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(file.parent)
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:

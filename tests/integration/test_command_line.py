@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from fluxlab.experiment.reading import read_store
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -27,30 +29,82 @@ def fluxlab_run(*arguments, cwd, path=ROOT):
 
 
 def small(folder):
-    return ["+exp=hello", "model=local", f"model.path={folder}", "height=16", "width=24", "steps=2"]
+    return ["+exp=hello", "model=local", f"model.path={folder}", "tracking=none", "height=16", "width=24", "steps=2"]
 
 
-def test_one_picture_a_prompt_and_seed(folder, tmp_path):
-    done = fluxlab_run(*small(folder), "seeds=[3,5]", "prompts=['a cat','a red dog']", "out=pictures", cwd=tmp_path)
+def test_pictures_are_where_the_command_says(folder, tmp_path):
+    done = fluxlab_run(*small(folder), "seeds=[3,5]", "prompts=['a cat','a red dog']", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    files = sorted((tmp_path / "pictures").iterdir())
-    assert [file.name for file in files] == ["0-3.png", "0-5.png", "1-3.png", "1-5.png"]
-    images = [np.asarray(Image.open(file)) for file in files]
+    (store,) = (tmp_path / "runs" / "hello").iterdir()
+    assert str(store.relative_to(tmp_path)) in done.stdout
+    images = [np.asarray(Image.open(file)) for file in (store / "cells").glob("*.png")]
+    assert len(images) == 4
     assert all(image.shape == (16, 24, 3) and image.std() > 5 for image in images)
     assert len({image.tobytes() for image in images}) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
-def test_without_an_experiment_it_explains_itself(tmp_path):
-    done = fluxlab_run(cwd=tmp_path)
+@pytest.mark.parametrize("flags", [(), ("--help",), ("-h",)])
+def test_without_an_experiment_it_explains_itself(flags, tmp_path):
+    done = fluxlab_run(*flags, cwd=tmp_path)
     assert done.returncode == 0
-    assert "hello" in done.stdout
+    for name in ("article", "hello", "zero", "dose_response"):
+        assert f"  {name} " in done.stdout
+    assert "the article's five edits of img_ids" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_composed_config_can_be_seen(tmp_path):
+    done = fluxlab_run("+exp=article", "variants.half.a.factor=0.7", "~variants.zero", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shown = yaml.safe_load(done.stdout)
+    assert shown["variants"]["half"] == {"a": {"op": "scale", "factor": 0.7}}
+    assert list(shown["variants"]) == ["baseline", "half", "double", "stretch", "axis0"]
+
+
+def test_a_folder_of_one_s_own_configs(tmp_path):
+    mine = tmp_path / "mine" / "exp"
+    mine.mkdir(parents=True)
+    (mine / "own.yaml").write_text("# @package _global_\nname: own\ncaption: something of mine\n")
+    done = fluxlab_run("--config-dir", "mine", cwd=tmp_path)
+    assert "own             something of mine" in done.stdout
+    done = fluxlab_run("--config-dir", "mine", "+exp=own", "--cfg", "job", cwd=tmp_path)
+    assert yaml.safe_load(done.stdout)["name"] == "own"
+    done = fluxlab_run("--config-dir", "nowhere", "+exp=own", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--config-dir nowhere: there is no such folder" in done.stderr
+
+
+def test_a_preset_makes_a_variant(folder, tmp_path):
+    preset = ["+op@variants.mine.a=scale", "variants.mine.a.factor=0.8"]
+    done = fluxlab_run(*small(folder), *preset, "seeds=1", "out=s", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "factor 0.8" in read_store(tmp_path / "s").describe("mine")
+
+
+def test_every_combination(folder, tmp_path):
+    done = fluxlab_run("-m", *small(folder), "steps=1,2", "seeds=1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs" / "hello").iterdir())) == 2
+    done = fluxlab_run("-m", *small(folder), "steps=0,1", "seeds=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "steps=0" in done.stderr
+    assert "1 of the combinations failed" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_shell_completes(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COMP_LINE": "fluxlab +exp=art"}
+    command = [sys.executable, "-m", "fluxlab.run", "-sc", "query=bash"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["+exp=article"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["exp=hello", "model=dev"], "exp=hello model=dev: no experiment named"),
-        (["+exp=helo"], "exp=helo: there is none; available: hello"),
+        (["+exp=helo"], "exp=helo: there is none; available: article"),
         (["+exp=hello", "model=dve"], "model=dve: there is none; available: "),
         (["+exp=hello", "model=dev", "stepz=3"], "stepz: there is no such key"),
         (["+exp=hello", "model=dev", "+stepz=3"], "stepz: there is no such key"),
@@ -58,10 +112,11 @@ def test_without_an_experiment_it_explains_itself(tmp_path):
         (["+exp=hello", "model=dev", "seeds=0"], "seeds=0: expected a count"),
         (["+exp=hello", "model=dev", "seeds=[a]"], "seeds="),
         (["+exp=hello", "model=dev", "prompts=[]"], "prompts=[]: at least one"),
+        (["+exp=hello", "model=dev", "device=gpu9"], "device 'gpu9'"),
+        (["+exp=hello", "--verbose"], "--verbose: there is no such flag"),
         (["+exp=hello", "model=dev", "dtype=int8"], "dtype=int8: expected float32"),
         (["+exp=hello", "model=local"], "model.path"),
         (["+exp=hello", "model=local", "model.path=/nowhere/at/all"], "/nowhere/at/all"),
-        (["+exp=hello", "model=dev", "device=gpu9"], "gpu9"),
         (["+exp=hello", "model=dev", "prompts=[a"], "prompts"),
     ],
 )
@@ -86,7 +141,7 @@ def test_wheel_runs_elsewhere_with_its_configs(folder, tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", site, *wheels.glob("*.whl")], check=True)
     done = fluxlab_run(*small(folder), "out=pictures", cwd=tmp_path, path=site)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pictures" / "0-0.png").is_file()
+    assert len(list((tmp_path / "pictures" / "cells").glob("*.png"))) == 2
     assert (site / "fluxlab" / "configs" / "model" / "dev.yaml").is_file()
 
 

@@ -59,7 +59,7 @@ def folder(request, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ours(folder):
-    return fluxlab.load_pipeline(folder, dtype=torch.float32)
+    return fluxlab.load_pipeline("tiny" if folder == EMBEDDED else folder, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def theirs(folder):
 def settings(folder, ours):
     """Pixels, steps and text length; the embedded model at its own."""
     if folder == EMBEDDED:
-        return {"height": ours.size[0], "width": ours.size[1], "steps": 8, "length": 64}
+        return {"height": ours.size[0], "width": ours.size[1], "steps": 8, "length": ours.max_sequence_length}
     return {"height": 32, "width": 48, "steps": 4, "length": 24}
 
 

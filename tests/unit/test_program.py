@@ -521,7 +521,9 @@ def test_presets():
 
 def test_the_readmes_program():
     text = (Path(fluxlab.__file__).parents[1] / "README.md").read_text()
-    yaml = text.partition("```yaml\n")[2].partition("```")[0]
+    first, yaml = (part.partition("```yaml\n")[2].partition("```")[0] for part in text.split("## Programs"))
+    for variant in OmegaConf.to_container(OmegaConf.create(first))["variants"].values():
+        assert Program.from_config(variant)
     p = Program.from_config(OmegaConf.to_container(OmegaConf.create(yaml)))
     assert len(p.edits) == 4
     p.compile(context(Layout(text=len(WORDS.spans), grid=(8, 8)), double=4, heads=12))

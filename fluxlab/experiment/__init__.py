@@ -1,0 +1,1 @@
+"""Experiments: variants × prompts × seeds, from their YAML to a folder of pictures and numbers."""

@@ -1,0 +1,83 @@
+"""A finished store, read: where reports, figures and trackers begin. Nothing in here writes."""
+
+import csv
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fluxlab.experiment.store import CELLS, read_experiment
+
+METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE = "metrics.csv", "references.csv", "summary.csv"
+_TEXT = ("variant", "prompt", "digest", "cell", "metric")
+_WHOLE = ("seed", "n")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A store's tables. metrics, references and summary are rows: column → text, whole number or float (nan: none).
+
+    record is `experiment.yaml`; metrics has a row a cell, the baseline first, then variants as listed, prompts, seeds.
+    """
+
+    path: Path
+    record: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    references: list[dict[str, Any]]
+    summary: list[dict[str, Any]]
+
+    @cached_property
+    def variants(self) -> list[str]:
+        """Names in order, the baseline first."""
+        return list(dict.fromkeys(row["variant"] for row in self.metrics))
+
+    @property
+    def baseline(self) -> str:
+        return self.variants[0]
+
+    @cached_property
+    def places(self) -> list[tuple[str, int]]:
+        """(prompt, seed) in order."""
+        return list(dict.fromkeys((row["prompt"], row["seed"]) for row in self.metrics))
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, str, int], dict[str, Any]]:
+        return {(row["variant"], row["prompt"], row["seed"]): row for row in self.metrics}
+
+    def cell(self, variant: str, prompt: str, seed: int) -> dict[str, Any]:
+        """A cell's row of metrics. `KeyError` for one that the experiment does not have."""
+        return self._cells[variant, prompt, seed]
+
+    def image(self, variant: str, prompt: str, seed: int) -> Path:
+        """Where a cell's picture lies."""
+        return self.path / CELLS / f"{self.cell(variant, prompt, seed)['cell']}.png"
+
+    def describe(self, variant: str) -> str:
+        """A variant's program in one line."""
+        return self.record["variants"][variant]["describe"]
+
+
+def read_store(path: "str | Path") -> Run:
+    """Raises `ValueError` for a folder that is no store, is damaged, or has not come to its numbers yet."""
+    path = Path(path)
+    record = read_experiment(path)
+    tables = [read_table(path / name) for name in (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE)]
+    return Run(path, record, *tables)
+
+
+def read_table(file: Path) -> list[dict[str, Any]]:
+    """The rows of one of a store's CSV files."""
+    try:
+        with open(file, newline="", encoding="utf-8") as handle:
+            return [{key: _value(key, value) for key, value in row.items()} for row in csv.DictReader(handle)]
+    except FileNotFoundError:
+        raise ValueError(f"{file}: not there; the run is not finished: run its command again") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
+
+
+def _value(key: str, text: str) -> Any:
+    if key in _TEXT:
+        return text
+    return int(text) if key in _WHOLE else float(text) if text else math.nan

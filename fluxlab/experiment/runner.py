@@ -1,0 +1,202 @@
+"""From an experiment to its pictures in a store: what is there stays, what is missing is made."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+
+import torch
+
+from fluxlab.config import ModelRow
+from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
+from fluxlab.experiment.spec import Experiment
+from fluxlab.experiment.store import CELLS, REFERENCES, Store
+from fluxlab.experiment.versions import versions
+from fluxlab.model.attention import kernel
+from fluxlab.pipeline import Pipeline
+from fluxlab.progress import Progress
+
+Load = Callable[[ModelRow, torch.dtype | None, str], Pipeline]
+
+CPU_BATCH_TOKENS = 4480
+"""On a CPU: 16 pictures of the embedded model, one of FLUX.1. Larger batches gain nothing there."""
+
+
+def fill(
+    experiment: Experiment,
+    store: Store,
+    load: Load,
+    *,
+    batch_tokens: int | None = None,
+    threads: int | None = None,
+    command: str = "",
+    told: Callable[[int, int], None] = lambda done, total: None,
+) -> Settings:
+    """Make every picture that the store lacks, and return how. `told(done, total)` hears of every batch.
+
+    A batch with a missing cell is computed whole, in the composition that an undisturbed run has, so that a resumed
+    store has the same bits. Raises `ValueError` for what does not fit the model or the store, before anything is run.
+    """
+    for key, asked in (("batch_tokens", batch_tokens), ("threads", threads)):
+        if asked is not None and asked < 1:
+            raise ValueError(f"{key}={asked}: a whole number from 1 is needed, or null")
+    known = store.settings()
+    same = known is not None and store.record["digest"] == experiment.digest
+    pipe = None if same else load(experiment.model, dtype_of(experiment.dtype), device_of(experiment, known))
+    settings = known if same else resolve(experiment, pipe, known, batch_tokens, threads)
+    for key, asked in (("batch_tokens", batch_tokens), ("threads", threads)):
+        if asked is not None and asked != getattr(settings, key):
+            raise ValueError(
+                f"{key}={asked}: the pictures in {store.path} were made with {getattr(settings, key)}, "
+                "and another value changes their last bits; leave it out, or name another out= folder"
+            )
+    work = [(cells(experiment, settings), CELLS), (references(experiment, settings), REFERENCES)]
+    every = {(cell.key, folder): cell for part, folder in work for cell in part}
+    done = {place for place, cell in every.items() if store.has(cell, place[1])}
+    if len(done) < len(every):
+        if pipe is None:
+            pipe = load(experiment.model, dtype_of(experiment.dtype), settings.device)
+        check(experiment, pipe, settings)
+    if store.record.get("request") != experiment.request():
+        store.write_experiment(experiment, settings, versions(), command)
+    if len(done) == len(every):
+        return settings
+    # every 5 s where there is no terminal: the first line comes with the first batch
+    with Progress("pictures", len(every), len(done), every=5, unit="picture") as progress, _threads(settings.threads):
+        while True:
+            try:
+                for part, folder in work:
+                    for batch in batches(part, settings):
+                        if all((cell.key, folder) in done for cell in batch):
+                            continue
+                        run_batch(pipe, settings, store, batch, folder)
+                        done |= {(cell.key, folder) for cell in batch}
+                        progress(len(done), batch[0].variant)
+                        told(len(done), len(every))
+                return settings
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                settings = halved(settings, error)
+                store.write_experiment(experiment, settings, versions(), command)
+
+
+def run_batch(pipe: Pipeline, settings: Settings, store: Store, batch: Sequence[Cell], folder: str) -> None:
+    """One forward for a batch, and its pictures to the store."""
+    images = pipe.generate(
+        [cell.prompt for cell in batch],
+        [cell.seed for cell in batch],
+        [cell.program for cell in batch],
+        height=settings.height,
+        width=settings.width,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        true_cfg=settings.true_cfg,
+        negative_prompts=settings.negative_prompt,
+    )
+    shown = ("height", "width", "steps", "guidance", "true_cfg", "negative_prompt", "dtype", "device")
+    notes = {key: value for key, value in asdict(settings).items() if key in shown}
+    for cell, image in zip(batch, images, strict=True):
+        store.put(cell, image, notes, folder)
+
+
+def resolve(
+    experiment: Experiment, pipe: Pipeline, known: Settings | None, batch_tokens: int | None, threads: int | None
+) -> Settings:
+    """What was left to the model, the device and the store; `known` is how the store's other pictures were made."""
+    height, width = experiment.height or pipe.size[0], experiment.width or pipe.size[1]
+    rows, cols = pipe.grid(height, width)
+    tokens = rows * cols + pipe.max_sequence_length
+    device = pipe.device.type if pipe.device.index is None else str(pipe.device)
+    weights = (pipe.transformer, pipe.autoencoder, pipe.text.t5, pipe.text.clip)
+    dtypes = [next(module.parameters()).dtype for module in weights]  # left as stored, they may differ
+    if known is not None and known.device.split(":")[0] == device.split(":")[0]:
+        batch_tokens, threads = batch_tokens or known.batch_tokens, threads or known.threads
+    return Settings(
+        model_digest=experiment.model_digest,
+        height=height,
+        width=width,
+        steps=pipe.steps if experiment.steps is None else experiment.steps,
+        schedule=pipe.schedule.config(),
+        guidance=pipe.guidance if experiment.guidance is None else experiment.guidance,
+        true_cfg=experiment.true_cfg,
+        negative_prompt=experiment.negative_prompt,
+        max_sequence_length=pipe.max_sequence_length,
+        device=device,
+        dtype="+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
+        batch_tokens=batch_tokens or default_batch_tokens(pipe),
+        threads=threads or torch.get_num_threads(),
+        kernel=kernel(pipe.device.type, pipe.dtype, tokens),
+        tokens=tokens,
+        pixels_per_token=pipe.pixels_per_token,
+    )
+
+
+def default_batch_tokens(pipe: Pipeline) -> int:
+    """From the device's free memory once the model is loaded: half of it, at what the widest block holds a token."""
+    if pipe.device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    p = pipe.transformer.params
+    a_token = pipe.dtype.itemsize * p.hidden_size * (12 + 4 * p.mlp_ratio)  # q, k, v, MLP and their inputs and copies
+    return max(1, int(torch.cuda.mem_get_info(pipe.device)[0] / 2 / a_token))
+
+
+def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
+    """Raise for every prompt and program that the model cannot take, before anything is run."""
+    now = kernel(pipe.device.type, pipe.dtype, settings.tokens)
+    if now != settings.kernel:
+        raise ValueError(
+            f"this folder's pictures were made with the attention kernel {settings.kernel!r}, here it would be "
+            f"{now!r}; name another out= folder"
+        )
+    untouched, worded = experiment.variants[experiment.baseline], []
+    for program in experiment.variants.values():
+        worded += [(prompt, program) for prompt in experiment.prompts[: None if program.names_words else 1]]
+    for prompt, program in [*((prompt, untouched) for prompt in experiment.prompts), *worded]:
+        pipe.check(
+            [prompt],
+            [program],
+            settings.height,
+            settings.width,
+            settings.steps,
+            settings.guidance,
+            settings.true_cfg,
+            settings.negative_prompt,
+        )
+
+
+def halved(settings: Settings, error: Exception) -> Settings:
+    """Settings with half the batch, said once; anything but a lack of memory is raised again."""
+    told = str(error).splitlines()[0] if str(error) else type(error).__name__
+    lack = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in told
+    if not lack:
+        raise error
+    if settings.batch_tokens // settings.tokens <= 1:
+        raise ValueError(
+            f"out of memory with one picture of {settings.height} × {settings.width} ({told[:120]}); "
+            "smaller height= and width=, or dtype=bfloat16, need less"
+        ) from error
+    half = settings.batch_tokens // 2
+    print(f"out of memory: batch_tokens {settings.batch_tokens} → {half}, kept for this folder", file=sys.stderr)
+    if settings.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+    return replace(settings, batch_tokens=half)
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    return getattr(torch, name) if name else None
+
+
+def device_of(experiment: Experiment, known: Settings | None) -> str:
+    """The device asked for, else the store's, else a GPU where there is one."""
+    if experiment.device:
+        return experiment.device
+    return known.device if known else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

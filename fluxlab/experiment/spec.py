@@ -1,0 +1,137 @@
+"""What an experiment asks for, as plain checked values. No Hydra, no model, no torch device in here."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
+from typing import Any
+
+from fluxlab.checkpoints import check_device
+from fluxlab.config import ModelRow
+from fluxlab.positions import Program
+
+SCHEMA = 1
+"""Of the store and of every cell's key: raised when the meaning of either changes."""
+
+REFERENCE_NAMES = ("noise floor", "another seed")
+"""What effects are quoted beside: the change that shifting all ids makes, and the change from another seed."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+_LARGEST_SEED = 2**63 - 1  # what a generator takes
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Variants × prompts × seeds on one model; None means the model's own.
+
+    model_digest: `checkpoints.fingerprint` of the model. baseline: the variant that the others are compared with.
+    clip, dino: checkpoints for similarity metrics, which the pictures do not depend on.
+    """
+
+    name: str
+    model: ModelRow
+    model_digest: str
+    variants: Mapping[str, Program]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    baseline: str = "baseline"
+    caption: str = ""
+    height: int | None = None
+    width: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    true_cfg: float | None = None
+    negative_prompt: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    clip: str | None = None
+    dino: str | None = None
+
+    def request(self) -> dict[str, Any]:
+        """Everything asked for, as plain values for YAML."""
+        values = {key: value for key, value in vars(self).items() if key not in ("model", "variants")}
+        model = {**asdict(self.model), "size": list(self.model.size) if self.model.size else None}
+        variants = {name: program.to_config() for name, program in self.variants.items()}
+        lists = {"prompts": list(self.prompts), "seeds": list(self.seeds)}
+        return {**values, **lists, "model": model, "variants": variants}
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of what the pictures depend on: names the default folder of the same experiment."""
+        settings = {key: value for key, value in asdict(self.model).items() if key not in ("name", "path", *_SOURCES)}
+        asked = {
+            "schema": SCHEMA,
+            "model": [self.model_digest, settings],
+            "variants": {name: program.digest for name, program in self.variants.items()},
+            **{key: value for key, value in self.request().items() if key not in _NOT_IN_DIGEST},
+        }
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+
+
+_SOURCES = ("autoencoder", "text", "variant", "scenes")
+_NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino")
+
+
+def checked(experiment: Experiment) -> Experiment:
+    """The experiment with its numbers normalised. Raises `ValueError` naming the key, its value, and what to do."""
+    if not re.fullmatch(r"\w[\w.-]*", experiment.name):
+        raise ValueError(f"name={experiment.name}: names a folder; use letters, digits, -, . and _")
+    if not experiment.variants:
+        raise ValueError("variants={}: at least one variant is needed, for instance variants.baseline={}")
+    if experiment.baseline not in experiment.variants:
+        raise ValueError(
+            f"baseline={experiment.baseline}: no such variant, which the others are compared with; "
+            f"there are {', '.join(experiment.variants)}"
+        )
+    if not experiment.prompts:
+        raise ValueError("prompts=[]: at least one prompt is needed")
+    twice = [prompt for i, prompt in enumerate(experiment.prompts) if prompt in experiment.prompts[:i]]
+    if twice:
+        raise ValueError(f"prompts: {twice[0]!r} is there twice; its pictures would be the same")
+    for key in ("height", "width", "steps"):
+        value = getattr(experiment, key)
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value}: a whole number from 1 is needed")
+    if experiment.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={experiment.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
+    if experiment.device:
+        check_device(experiment.device)
+    numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
+    if experiment.negative_prompt is not None and experiment.true_cfg is None:
+        raise ValueError("negative_prompt acts through true_cfg: give it too, for instance true_cfg=4")
+    return replace(experiment, **numbers)
+
+
+def _number(key: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) < float("inf"):
+        raise ValueError(f"{key}={value}: a finite number is needed")
+    return float(value)
+
+
+def read_variants(variants: Mapping[str, Any]) -> dict[str, Program]:
+    """Programs by name. Raises `ValueError` with the path of what is wrong, such as `variants.half.a.factor`."""
+    for name in variants:
+        if not re.fullmatch(r"\w[\w.+ -]*", str(name)) or str(name) in REFERENCE_NAMES:
+            raise ValueError(f"variants: {str(name)!r} is no name for a variant; use letters, digits, - and _")
+    return {str(name): Program.from_config(program, f"variants.{name}") for name, program in variants.items()}
+
+
+def read_seeds(seeds: Any) -> tuple[int, ...]:
+    """`4` means seeds 0 … 3, `[3, 5]` those two. Raises `ValueError` for anything else."""
+    if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
+        if seeds > 1_000_000:
+            raise ValueError(f"seeds={seeds}: that many, from 0; for this one seed write seeds=[{seeds}]")
+        return tuple(range(seeds))
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds:
+        raise ValueError(f"seeds={seeds}: expected a count such as 4, or a list such as [3,5]")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
+            raise ValueError(f"seeds={seeds}: {seed} is no seed; whole numbers from 0 to 2^63 - 1 are")
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds}: one of them is there twice")
+    return tuple(seeds)

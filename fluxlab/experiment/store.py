@@ -1,0 +1,188 @@
+"""The run folder: the only thing that figures, reports and trackers read.
+
+    experiment.yaml   what was asked for, how it was computed, with which versions
+    cells/            <key>.png and <key>.json, a cell each; a cell is there once its JSON is
+    references/       the same for pictures that are no cells: noise floor, another seed
+    metrics.csv       a row a cell, in the experiment's order; references.csv, summary.csv
+    grid.png          variants × (prompt, seed)
+    manifest.jsonl    every file's sha256
+
+Every write is atomic, and one process at a time holds the lock.
+"""
+
+import errno
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fluxlab.experiment.cells import Cell, Settings
+from fluxlab.experiment.spec import SCHEMA, Experiment
+from fluxlab.files import sha256_of, sweep, write_atomic
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+EXPERIMENT, MANIFEST, LOCK = "experiment.yaml", "manifest.jsonl", ".lock"
+CELLS, REFERENCES = "cells", "references"
+
+
+class Store:
+    """A run folder, open for one process. Made by `open_store`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.record: dict[str, Any] = read_experiment(path) if (path / EXPERIMENT).is_file() else {}
+
+    def settings(self) -> Settings | None:
+        """How the pictures here were computed; None for a new store."""
+        return Settings(**self.record["settings"]) if self.record else None
+
+    def write_experiment(self, experiment: Experiment, settings: Settings, versions: dict, command: str) -> None:
+        self.record = {
+            "schema": SCHEMA,
+            "name": experiment.name,
+            "caption": experiment.caption,
+            "command": command,
+            "digest": experiment.digest,
+            "variants": {
+                name: {"program": program.to_config(), "describe": program.describe(), "digest": program.digest}
+                for name, program in experiment.variants.items()
+            },
+            "request": experiment.request(),
+            "settings": asdict(settings),
+            "versions": versions,
+        }
+        text = yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True, width=120)
+        write_atomic(self.path / EXPERIMENT, text)
+
+    def png(self, key: str, folder: str = CELLS) -> Path:
+        return self.path / folder / f"{key}.png"
+
+    def has(self, cell: Cell, folder: str = CELLS) -> bool:
+        """Whether a cell's picture is there, whole."""
+        file = self.png(cell.key, folder)
+        try:
+            told = json.loads(file.with_suffix(".json").read_text())
+            return told["sha256"] == sha256_of(file)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def put(self, cell: Cell, image: "Image.Image", notes: dict[str, Any], folder: str = CELLS) -> Path:
+        """Write a picture, then what it is. A cell that is there stays as it is."""
+        file = self.png(cell.key, folder)
+        if self.has(cell, folder):
+            return file
+        file.parent.mkdir(exist_ok=True)
+        content = io.BytesIO()
+        image.save(content, format="png")
+        write_atomic(file, content.getvalue())
+        told = {
+            "variant": cell.variant,
+            "prompt": cell.prompt,
+            "seed": cell.seed,
+            "program": cell.program.to_config(),
+            "digest": cell.program.digest,
+            "sha256": sha256_of(file),
+            **notes,
+        }
+        write_atomic(file.with_suffix(".json"), json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        return file
+
+    def write(self, name: str, content: "bytes | str") -> None:
+        """Write a file unless it already holds just that: what is finished is never rewritten."""
+        file = self.path / name
+        new = content.encode() if isinstance(content, str) else content
+        if not (file.is_file() and file.read_bytes() == new):
+            write_atomic(file, new)
+
+    def seal(self) -> None:
+        """Write the manifest: a line a file, in the order of their names."""
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in (MANIFEST, LOCK))
+        lines = [
+            json.dumps({"file": p.relative_to(self.path).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)})
+            for p in files
+            if not _ours_alone(p.relative_to(self.path))
+        ]
+        self.write(MANIFEST, "".join(line + "\n" for line in lines))
+
+    def sealed(self, names: tuple[str, ...]) -> bool:
+        """Whether the manifest is there and says of every one of `names` what lies in the folder."""
+        try:
+            lines = [json.loads(line) for line in (self.path / MANIFEST).read_text().splitlines()]
+            told = {line["file"]: line["sha256"] for line in lines}
+            return all(told.get(name) == sha256_of(self.path / name) for name in (EXPERIMENT, *names))
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+def _ours_alone(path: Path) -> bool:
+    """Folders that a tracker writes into while we look."""
+    return path.parts[0] in ("wandb",)
+
+
+@contextmanager
+def open_store(path: Path) -> Iterator[Store]:
+    """The store at `path`, made if need be, locked while the block runs.
+
+    Raises `ValueError` for a folder with other things in it, a store of another schema, one that another process holds,
+    or one that cannot be written.
+    """
+    from filelock import FileLock, Timeout
+
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"out={path}: a file; name a folder")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in path.iterdir() if p.name != LOCK and not p.name.startswith(f".{EXPERIMENT}")]
+        if others and not (path / EXPERIMENT).is_file():
+            raise ValueError(
+                f"out={path}: holds {others[0]!r} and no {EXPERIMENT}, so it is no run folder; name a new or empty one"
+            )
+        lock = FileLock(path / LOCK, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"out={path}: another process is running in this folder; wait for it, or name another"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"out={path}: cannot be written ({error.strerror or error}); name another folder") from error
+    try:
+        sweep(path)
+        yield Store(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG):
+            raise
+        raise ValueError(
+            f"{error.filename or path}: {error.strerror}\n"
+            "What was finished is kept; make room and run the same command again."
+        ) from error
+    finally:
+        lock.release()
+        if not (path / EXPERIMENT).exists():  # what could not begin leaves no folder
+            (path / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):
+                path.rmdir()
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """What `experiment.yaml` holds. Raises `ValueError` for one that is damaged or of another schema."""
+    file = path / EXPERIMENT
+    try:
+        record = yaml.safe_load(file.read_text(encoding="utf-8"))
+        schema = record["schema"]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no {EXPERIMENT} in it, so it is no run folder") from None
+    except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({str(error).splitlines()[0]}); name another out= folder") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{file}: schema {schema}, this fluxlab writes {SCHEMA}; name another out= folder")
+    missing = {f.name for f in fields(Settings)} - set(record.get("settings") or ())
+    if missing or "request" not in record:
+        raise ValueError(f"{file}: {min(missing, default='request')} is missing; name another out= folder")
+    return record

@@ -1,0 +1,56 @@
+"""Files that are whole or not there, and what they hash to."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".part"
+
+
+def write_atomic(path: Path, content: "bytes | str | Callable[[BinaryIO], None]") -> None:
+    """Write `path` so that whoever looks, and whatever stops, finds the old file or the whole new one.
+
+    content: bytes, text (UTF-8), or a function that writes into the open file. A process that is killed leaves a hidden
+    file beside it, which `sweep` removes.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with open(partial, "wb") as handle:
+            if callable(content):
+                content(handle)
+            else:
+                handle.write(content.encode() if isinstance(content, str) else content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make a rename last through a power cut, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder and those below it."""
+    for stray in folder.rglob(f".*{PARTIAL}"):
+        stray.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

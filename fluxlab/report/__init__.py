@@ -1,0 +1,1 @@
+"""What is made of a store: grids, pages, figures. Nothing in here touches a model."""

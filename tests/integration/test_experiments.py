@@ -1,0 +1,30 @@
+"""Every experiment of `configs/exp`, small, on the model that ships."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxlab import run as command_line
+from fluxlab.experiment.reading import read_store
+
+NAMES = sorted(file.stem for file in (Path(__file__).parents[2] / "configs" / "exp").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_runs(name, tmp_path):
+    out = tmp_path / "run"
+    assert command_line.main([f"+exp={name}", "seeds=1", "steps=4", "tracking=none", f"out={out}"]) == 0
+    run = read_store(out)
+    untouched = [row for row in run.metrics if row["variant"] == run.baseline]
+    assert len(run.metrics) == len(run.variants) * len(untouched)
+    controls = {"text", "x1", "all_1", "all_16"}  # these change nothing but rounding
+    for row in run.metrics:
+        image = np.asarray(Image.open(run.image(row["variant"], row["prompt"], row["seed"])))
+        assert image.shape == (64, 64, 3)
+        assert image.std() > 5
+        if row["variant"] not in {run.baseline, *controls}:
+            assert row["rmse"] > 0, (row["variant"], row["prompt"])
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 500

@@ -1,0 +1,232 @@
+"""The page of a run in a browser: Debian's Chromium, without a network."""
+
+import os
+import shutil
+
+import pytest
+
+from fluxlab.report.page import write_report
+from tests.stores import make_store
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
+
+HOSTILE = '<script>document.title = "broken into"</script><img src=x onerror="document.title = 1">'
+WAIT = 60_000  # ms
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    return write_report(
+        [make_store(folder / "one", prompts=("a red cat", HOSTILE), seeds=(0, 12))], folder / "page.html"
+    )
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with sync_api.sync_playwright() as playwright:
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments, timeout=WAIT)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def visit(browser, report):
+    """Open the page; at the end there must have been no error and no request but for the page."""
+    said, asked, contexts = [], [], []
+
+    def open_page(width=1280, height=900, **options):
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(WAIT)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(report.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()] * len(contexts)
+
+
+def seen(page, selector):
+    return [element.inner_text() for element in page.query_selector_all(selector) if element.is_visible()]
+
+
+def test_a_prompt_is_shown_as_text(visit):
+    page = visit()
+    assert page.title() == "test – fluxlab"
+    assert HOSTILE in page.inner_text("table.grid thead tr:first-child th:last-child")
+    assert HOSTILE in seen(page, "table.cells td.prompt")
+    images = page.query_selector_all("table.grid img")
+    assert [image.evaluate("image => image.complete && image.naturalWidth") for image in images] == [64] * 12
+
+
+def test_comparing_with_the_slider_from_the_keyboard(visit):
+    page = visit()
+    page.focus("table.grid tbody tr:first-child button")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert page.inner_text("#compare h2") == "zero, seed 12"
+
+    def baseline_to():
+        shares = "stage => [stage.querySelector('.baseline').style.clipPath, stage.querySelector('.line').style.left]"
+        return page.eval_on_selector(".stage", shares)
+
+    assert baseline_to() == ["inset(0px 50% 0px 0px)", "50%"]
+    page.keyboard.press("ArrowRight")
+    assert baseline_to() == ["inset(0px 49% 0px 0px)", "51%"]
+    page.keyboard.press("End")
+    assert baseline_to() == ["inset(0px 0% 0px 0px)", "100%"]
+    assert page.get_attribute("#compare input", "aria-valuetext") == "100 % baseline"
+
+    def shown():
+        cell = "table.grid tbody tr:nth-child({}) td:nth-of-type({}) img"
+        sources = [page.get_attribute(f".stage .{name}", "src") for name in ("variant", "baseline")]
+        places = [(y, x) for y in (1, 2, 3) for x in (1, 2, 3, 4)]
+        return [next(p for p in places if page.get_attribute(cell.format(*p), "src") == source) for source in sources]
+
+    assert shown() == [(2, 2), (1, 2)]
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#compare h2") == "half, seed 12"
+    assert shown() == [(3, 2), (1, 2)]
+    page.keyboard.press("PageDown")
+    assert page.inner_text("#compare .prompt") == HOSTILE
+    assert shown() == [(3, 3), (1, 3)]
+    assert page.get_attribute("[data-move='0 1']", "aria-disabled") == "true"
+    page.click("[data-move='1 0']")
+    page.keyboard.press("ArrowLeft")  # on a button arrows go to another cell
+    assert shown() == [(3, 3), (1, 3)]
+    texts = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
+    told = page.eval_on_selector_all("#compare tbody tr", texts)
+    table = page.eval_on_selector_all("table.cells tr", texts)
+    ssim = table[0].index("ssim")
+    assert next(row for row in told if row[0] == "ssim") == ["ssim", table[11][ssim], table[3][ssim]]
+    assert next(row for row in told if row[0] == "psnr (dB)")[2] == "∞"
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#compare")
+    assert page.evaluate("document.activeElement.firstChild.alt").startswith("half, seed 0: <script>")
+
+
+def test_dragging_on_the_picture(visit):
+    page = visit()
+    page.click("table.cells tbody tr:nth-child(9) .open")
+    box = page.locator(".stage").bounding_box()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 9)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 30)
+    page.mouse.up()
+    assert page.input_value("#compare input") == "25"
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 30)
+    assert page.input_value("#compare input") == "25"
+    assert box["width"] % 64 == 0  # whole pixels
+    page.click("#compare .close")
+    assert not page.is_visible("#compare")
+
+
+def test_filter(visit):
+    page = visit()
+    variants = "table.grid tbody th a"
+    assert page.inner_text("form.filter output") == "12 of 12 cells"
+    page.fill("[name=words]", "SCALE factor")  # words of the program
+    assert seen(page, variants) == ["half"]
+    assert page.inner_text("form.filter output") == "4 of 12 cells"
+    assert len(seen(page, "table.cells tbody tr")) == 4
+    page.fill("[name=words]", "seed 1")
+    assert seen(page, variants) == []
+    page.fill("[name=words]", "seed 12 cat")
+    assert seen(page, variants) == ["baseline", "zero", "half"]
+    assert seen(page, "table.grid thead th") == ["a red cat", "variant", "seed 12"]
+    page.fill("[name=words]", "")
+    page.select_option("[name=metric]", "psnr")
+    page.fill("[name=least]", "1000")
+    assert seen(page, variants) == ["baseline"]  # ∞ dB
+    page.fill("[name=least]", "")
+    page.fill("[name=most]", "1000")
+    assert seen(page, variants) == ["zero", "half"]
+    page.keyboard.press("Enter")  # sends nothing anywhere
+    page.click("form.filter [type=reset]")
+    page.wait_for_function("document.querySelector('form.filter output').textContent === '12 of 12 cells'")
+    assert seen(page, variants) == ["baseline", "zero", "half"]
+
+
+@pytest.mark.parametrize("table", ["findings", "cells"])
+def test_sort(visit, table):
+    page = visit()
+    column = f"table.{table} thead th[data-metric=sharpness]"
+
+    def values():
+        script = (
+            "(head) => [...head.closest('table').tBodies[0].rows].map(r => r.cells[head.cellIndex])"
+            ".map(c => Number(c.dataset.value ?? c.textContent))"
+        )
+        return page.eval_on_selector(column, script)
+
+    before = values()
+    page.click(f"{column} button")
+    assert page.get_attribute(column, "aria-sort") == "ascending"
+    assert values() == sorted(before)
+    page.focus(f"{column} button")
+    page.keyboard.press("Enter")
+    assert page.get_attribute(column, "aria-sort") == "descending"
+    assert values() == sorted(before, reverse=True) != before
+    page.keyboard.press("Enter")
+    assert page.get_attribute(column, "aria-sort") == "none"
+    assert values() == before
+    page.click(f"table.{table} thead th:first-child button")
+    names = seen(page, f"table.{table} tbody:first-of-type th")
+    assert names == sorted(names)
+    if table == "findings":
+        assert seen(page, "table.findings tbody.references th") == ["another seed", "noise floor"]
+    page.click(f"table.{table} thead th[data-metric=psnr] button")
+    assert seen(page, f"table.{table} tbody:first-of-type th")[-1] == "baseline"  # ∞ dB
+
+
+def test_the_metrics_that_are_shown(visit):
+    page = visit()
+    assert "rmse" not in " ".join(seen(page, "table.findings thead th"))
+    page.check("#all-metrics")
+    assert "rmse" in " ".join(seen(page, "table.findings thead th"))
+
+
+def test_copying_the_command(visit):
+    page = visit(permissions=["clipboard-read", "clipboard-write"])
+    page.click(".copy")
+    page.wait_for_function("document.querySelector('.copy').textContent === 'Copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == "python -m fluxlab.run +exp=test"
+
+
+def test_a_phone_s_width(visit):
+    page = visit(380, 800, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == 380
+    page.tap("table.grid tbody tr:nth-child(2) td:nth-of-type(1) button")
+    box = page.locator("#compare").bounding_box()
+    assert (box["x"], box["width"]) == (0, 380)
+    stage = page.locator(".stage").bounding_box()
+    assert 256 <= stage["width"] <= 380
+
+
+def test_dark_and_in_print(visit):
+    grounds = [visit(color_scheme=scheme) for scheme in ("light", "dark")]
+    read = "getComputedStyle(document.body).backgroundColor"
+    assert [page.evaluate(read) for page in grounds] == ["rgb(255, 255, 255)", "rgb(21, 23, 27)"]
+    grounds[1].emulate_media(media="print")
+    assert grounds[1].evaluate(read) == "rgb(255, 255, 255)"
+    assert not grounds[1].is_visible("form.filter")
+
+
+def test_without_scripts(visit):
+    page = visit(java_script_enabled=False)
+    assert page.locator("form.filter").is_hidden()
+    assert page.locator(".copy").is_hidden()
+    assert page.locator("table.grid img").first.is_visible()
+    assert page.locator("noscript p").is_visible()
+    assert page.locator("table.findings tbody.references th").all_inner_texts() == ["noise floor", "another seed"]

@@ -1,0 +1,357 @@
+"""The runner as a user meets it: finished, killed, resumed, changed, mistyped."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxlab import run as command_line
+from fluxlab.experiment.reading import read_store
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+SOAK = 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model"), guidance=True)
+
+
+def arguments(model, out, *more):
+    """3 variants × 2 prompts × 2 seeds, three to a batch."""
+    return [
+        "+exp=hello",
+        "model=local",
+        f"model.path={model}",
+        "model.max_sequence_length=16",
+        "tracking=none",
+        "height=16",
+        "width=24",
+        "steps=2",
+        "seeds=2",
+        "prompts=['a cat','a red dog']",
+        "batch_tokens=120",
+        "+variants.half={a: {op: scale, factor: 0.5}}",
+        "+variants.moved={a: {op: offset, by: 3}}",
+        f"out={out}",
+        *more,
+    ]
+
+
+def start(*words, cwd=None, **env):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **env,
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "fluxlab.run", *map(str, words)],
+        cwd=cwd or ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def contents(folder):
+    """What must not depend on how often a run was stopped: pictures, their notes, tables, the grid."""
+    names = ["grid.png", "metrics.csv", "references.csv", "summary.csv"]
+    parts = [folder / name for name in names]
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in [*parts, *folder.glob("cells/*"), *folder.glob("references/*")]
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert command_line.main(arguments(model, out)) == 0
+    return out
+
+
+def test_a_store_has_everything(finished):
+    run = read_store(finished)
+    assert run.variants == ["baseline", "half", "moved"]
+    assert len(run.metrics) == 12
+    assert len(list((finished / "cells").glob("*.png"))) == 12
+    images = {v: np.asarray(Image.open(run.image(v, "a cat", 1))).astype(int) for v in run.variants}
+    assert images["half"].shape == (16, 24, 3)
+    assert abs(images["half"] - images["baseline"]).max() > 0
+    assert run.cell("baseline", "a cat", 1)["psnr"] == float("inf")
+    assert run.cell("half", "a cat", 1)["ssim"] < 1
+    assert [r["variant"] for r in run.references] == ["noise floor"] * 2 + ["another seed"] * 4
+    floor = [r["rmse"] for r in run.references if r["variant"] == "noise floor"]
+    ceiling = [r["rmse"] for r in run.references if r["variant"] == "another seed"]
+    assert max(floor) < 1 < min(ceiling)
+    assert {row["variant"] for row in run.summary} >= {"half", "moved", "noise floor", "another seed"}
+    told = [json.loads(line)["file"] for line in (finished / "manifest.jsonl").read_text().splitlines()]
+    there = [p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()]
+    assert set(there) - set(told) <= {"manifest.jsonl", ".lock"}
+
+
+def test_again_rewrites_nothing(model, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert command_line.main(arguments(model, finished)) == 0
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_missing_cell_brings_its_batch_back_bit_for_bit(model, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    expected = contents(finished)
+    for file in sorted((out / "cells").glob("*.png"))[::5]:
+        file.unlink()
+    (out / "grid.png").unlink()
+    damaged = sorted((out / "cells").glob("*.png"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert command_line.main(arguments(model, out)) == 0
+    assert contents(out) == expected
+
+
+def test_a_changed_experiment_keeps_the_old_cells_and_shows_the_new(model, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    old = {p.name: p.read_bytes() for p in (out / "cells").iterdir()}
+    asked = [a for a in arguments(model, out) if "batch_tokens" not in a and "moved" not in a]
+    assert command_line.main([*asked, "variants.half.a.factor=0.7"]) == 0
+    run = read_store(out)
+    assert run.variants == ["baseline", "half"]
+    assert len(run.metrics) == 8
+    assert "0.7" in run.describe("half")
+    kept = {p.name: p.read_bytes() for p in (out / "cells").iterdir()}
+    assert old.items() <= kept.items()
+    assert len(kept) == len(old) + 8  # half's four pictures and their notes
+    assert run.record["settings"]["batch_tokens"] == 120  # the folder's
+
+
+def test_other_settings_of_a_store_are_refused(model, finished, capsys):
+    asked = [a for a in arguments(model, finished) if "batch_tokens" not in a]
+    assert command_line.main([*asked, "batch_tokens=240"]) == 2
+    assert "batch_tokens=240: the pictures in" in capsys.readouterr().err
+    assert command_line.main([*asked, "threads=64"]) == 2
+
+
+def killed_and_resumed(model, out, times, seed):
+    """Kill a run `times` times at random instants, then let it finish."""
+    rng = random.Random(seed)
+    began = time.monotonic()
+    undisturbed = start(*arguments(model, out.parent / "undisturbed"))
+    assert undisturbed.wait(600) == 0, undisturbed.stderr.read()
+    lasts = time.monotonic() - began
+    kills = 0
+    for _ in range(times):
+        process = start(*arguments(model, out))
+        time.sleep(rng.uniform(0.3, 1.0) * lasts)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.communicate()
+    last = start(*arguments(model, out))
+    _, errors = last.communicate(timeout=600)
+    assert last.returncode == 0, errors
+    assert contents(out) == contents(out.parent / "undisturbed")
+    assert not list(out.rglob("*.part"))
+    return kills
+
+
+def test_killed_at_random_instants_and_resumed(model, tmp_path):
+    assert killed_and_resumed(model, tmp_path / "run", 3, seed=0) >= 1
+
+
+@pytest.mark.soak
+def test_killed_often(model, tmp_path):
+    for i in range(SOAK // 4):
+        assert killed_and_resumed(model, tmp_path / str(i) / "run", 4, seed=i) >= 1
+
+
+def test_every_write_may_be_the_last(model, finished, tmp_path, monkeypatch):
+    """As if killed before and after each single rename of a run, one after the other."""
+    from fluxlab import files
+
+    class Killed(BaseException):
+        pass
+
+    out, real = tmp_path / "run", os.replace
+    for instant in range(200):
+        count = 0
+
+        def replace(source, target, stop=instant):
+            nonlocal count
+            if count == stop // 2:
+                if stop % 2:
+                    real(source, target)
+                raise Killed
+            count += 1
+            real(source, target)
+
+        monkeypatch.setattr(files.os, "replace", replace)
+        try:
+            assert command_line.main(arguments(model, out)) == 0
+            break
+        except Killed:
+            if instant % 7:  # mostly go on from there, sometimes begin anew
+                continue
+            monkeypatch.setattr(files.os, "replace", real)
+            assert command_line.main(arguments(model, out)) == 0
+            assert contents(out) == contents(finished)
+            shutil.rmtree(out)
+    monkeypatch.setattr(files.os, "replace", real)
+    assert command_line.main(arguments(model, out)) == 0
+    assert contents(out) == contents(finished)
+
+
+def test_a_second_process_is_refused(model, tmp_path):
+    from fluxlab.experiment.store import open_store
+
+    with open_store(tmp_path / "run"):
+        second = start(*arguments(model, tmp_path / "run"))
+        _, errors = second.communicate(timeout=600)
+    assert second.returncode == 2
+    assert "another process is running in this folder" in errors
+
+
+def test_interrupted_from_the_keyboard(model, tmp_path):
+    process = start(*arguments(model, tmp_path / "run", "seeds=40"))
+    while not list((tmp_path / "run" / "cells").glob("*.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1].startswith("interrupted; what was finished is kept")
+    assert "Traceback" not in errors
+
+
+def test_out_of_memory_halves_the_batch_and_says_so_once(model, finished, tmp_path, monkeypatch, capsys):
+    import torch
+
+    from fluxlab.pipeline import Pipeline
+
+    real = Pipeline.generate
+
+    def small(self, prompts, *args, **kwargs):
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
+        return real(self, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(Pipeline, "generate", small)
+    assert command_line.main(arguments(model, tmp_path / "run")) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert said == ["out of memory: batch_tokens 120 → 60, kept for this folder"]
+    assert read_store(tmp_path / "run").record["settings"]["batch_tokens"] == 60
+
+    def never(self, prompts, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Pipeline, "generate", never)
+    assert command_line.main(arguments(model, tmp_path / "other")) == 2
+    assert "out of memory with one picture of 16 × 24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["prompts_file=/nowhere.txt"], "/nowhere.txt: there is no such file"),
+        (["prompts=[]"], "prompts=[]: at least one"),
+        (["seeds=-1"], "seeds=-1"),
+        (["seeds=[-1]"], "-1 is no seed"),
+        (["height=18"], "height=18: must be a multiple of"),
+        (["device=gpu9"], "gpu9"),
+        (["variants.half.a.op=scael"], "variants.half.a.op: 'scael'"),
+        (["variants.half.a.factor=wide"], "variants.half.a.factor: 'wide'"),
+        (["+variants.half.a.factr=2"], "variants.half.a.factr"),
+        (["+variants.cat={a: {op: zero, tokens: {words: [elephant]}}}"], "variants.cat.a.tokens"),
+        (["~variants.baseline"], "baseline=baseline: no such variant"),
+        (["guidance=nan"], "guidance=nan"),
+        (["stepz=2"], "stepz: there is no such key"),
+        (["model=tinny"], "model=tinny: there is none"),
+        (["+op@variants.mine.a=skale"], "skale"),
+        (["dtype=float8"], "dtype=float8"),
+        (["plugins=[no_such_module]"], "no_such_module"),
+        (["name=../../up"], "name=../../up"),
+        (["clip=/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_is_mistyped_ends_in_three_lines(model, tmp_path, capsys, more, message):
+    kept = [a for a in arguments(model, tmp_path / "run") if a.split("=")[0] not in {m.split("=")[0] for m in more}]
+    if more[0].startswith("model="):
+        kept = [a for a in kept if not a.startswith("model.")]
+    assert command_line.main([*kept, *more]) == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert 1 <= len(errors.strip().splitlines()) <= 3
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())  # what could not begin leaves nothing
+
+
+def test_a_damaged_checkpoint(model, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert command_line.main(arguments(broken, tmp_path / "run")) == 2
+    errors = capsys.readouterr().err
+    assert str(weights) in errors
+    assert len(errors.strip().splitlines()) <= 3
+
+
+WORDS = """
++exp=article +exp=hello +exp=zero +exp= exp=hello +exp=nothing model=tiny model=local model= steps=1
+steps=0 steps=-1 steps=a steps=[1] steps=1e3 height=8 height=17 height=-8 width=0 width=1.5 seeds=1
+seeds=[] seeds={a:1} seeds=1,2 prompts=[] prompts=x prompts=[1] prompts=[a,a] prompts=['','']
+prompts_file=/ prompts_file= variants={} variants=1 variants.baseline=1 variants.baseline.a=1
+~variants ~variants.baseline ~model +variants.x={a:{op:zero}} +variants.x={a:1} +variants.x=[1]
++op@variants.y.a=zero +op@variants.y.a=nope +op@=zero @= = == + ~ a= =a a=b +a=b ++a.b.c=1
+baseline=x baseline= device=cuda device=cpu:7 device=é dtype=int8 guidance=1e400 guidance=a
+true_cfg=-inf negative_prompt=x batch_tokens=0 batch_tokens=-1 threads=0 threads=-2 out= plan=maybe
+plan=true plugins=[os.nope] clip=x/y/z dino=1 name=/ name='' hydra.run.dir=/tmp/x
+hydra/launcher=none --cfg --bogus '${oc.env:HOME}' caption=${nothing} steps=${steps} prompts='['
+prompts="{" seeds=[1,
+""".split()  # noqa: SIM905
+
+
+def fuzz(model, folder, count, seed, capsys):
+    rng = random.Random(seed)
+    inside = folder / "inside"
+    inside.mkdir()
+    os.chdir(inside)
+    base = [f"model.path={model}", "+exp=hello", "model=local", "steps=1", "height=16", "width=24", "tracking=none"]
+    for _ in range(count):
+        words = [w for w in base if rng.random() > 0.05] + rng.choices(WORDS, k=rng.randint(1, 4))
+        rng.shuffle(words)
+        words.append(f"out={folder / 'store'}")
+        try:
+            code = command_line.main(words)
+        except SystemExit as error:
+            code = error.code
+        said = capsys.readouterr()
+        assert code in (0, 2), (words, said.err)
+        assert "Traceback" not in said.err, (words, said.err)
+        if code == 2:
+            assert 1 <= len(said.err.strip().splitlines()) <= 3, (words, said.err)
+        shutil.rmtree(folder / "store", ignore_errors=True)
+        assert not list(inside.iterdir()), words  # nothing outside the store
+
+
+def test_fuzzed_overrides(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fuzz(model, tmp_path, 20, 0, capsys)
+
+
+@pytest.mark.soak
+def test_many_fuzzed_overrides(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fuzz(model, tmp_path, 500, 1, capsys)

@@ -1,0 +1,140 @@
+"""Finished stores without a model: scenes stand for a model's pictures, and edits blur them or move them about."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from fluxlab.config import ModelRow
+from fluxlab.experiment import effects
+from fluxlab.experiment.cells import Cell, Settings, cells, references
+from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment, checked, read_variants
+from fluxlab.experiment.store import CELLS, REFERENCES, open_store
+from fluxlab.sampling.schedule import Schedule
+from fluxlab.scenes import parse, render, sample_scene
+
+PROMPTS = ("A cat holding a sign that says hello world", "a red fox on the left holding a sign that says open cafe")
+VARIANTS = {"zero": {"a": {"op": "zero"}}, "half": {"a": {"op": "scale", "factor": 0.5}}}
+ARTICLE = {
+    **VARIANTS,
+    "double": {"a": {"op": "scale", "factor": 2}},
+    "stretch": {"a": {"op": "scale", "factor": 1.2}},
+    "axis0": {"a": {"op": "set", "value": 1, "axes": "index"}},
+}
+"""The edits of configs/exp/article.yaml; with four seeds, a store of its size."""
+
+VERSIONS = {
+    "fluxlab": "0.1.0",
+    "commit": "0123456789abcdef0123456789abcdef01234567",
+    "python": "3.11.2",
+    "torch": "2.9.0",
+    "machine": "Linux x86_64, AVX2",
+}
+
+
+def make_store(
+    path: Path,
+    variants: Mapping[str, Any] = VARIANTS,
+    prompts: Sequence[str] = PROMPTS,
+    seeds: Sequence[int] = (0, 1),
+    size: tuple[int, int] = (64, 64),
+    **changes: Any,
+) -> Path:
+    """A store as a run leaves it, but for grid.png and report.html. Deterministic; a second on an idle machine.
+
+    variants: programs by name; a baseline with none is added where no variant of that name is there. size: (height,
+    width) of the pictures in pixels; the scenes are drawn at 64 × 64 and enlarged. changes: other fields of
+    `Experiment`, such as name or caption, and versions and command.
+    """
+    baseline = changes.get("baseline", "baseline")
+    asked = checked(
+        Experiment(
+            **{
+                "name": "test",
+                "caption": "edits of scenes",
+                "model": ModelRow("tiny", "fluxlab/assets/tiny", scenes=True),
+                "model_digest": "0" * 16,
+                "variants": read_variants({baseline: {}, **variants}),
+                "prompts": tuple(prompts),
+                "seeds": tuple(seeds),
+                **{key: value for key, value in changes.items() if key not in ("versions", "command")},
+            }
+        )
+    )
+    how = settings(size)
+    with open_store(Path(path)) as store:
+        command = changes.get("command", f"python -m fluxlab.run +exp={asked.name}")
+        store.write_experiment(asked, how, changes.get("versions", VERSIONS), command)
+        for part, folder in ((cells(asked, how), CELLS), (references(asked, how), REFERENCES)):
+            for cell in part:
+                store.put(cell, picture(cell, size), {"height": size[0], "width": size[1]}, folder)
+        effects.measure(asked, how, store, effects.judges(asked))
+        store.seal()
+    return Path(path)
+
+
+def settings(size: tuple[int, int] = (64, 64), **changes: Any) -> Settings:
+    """What the embedded model's runs have, on a CPU."""
+    values = {
+        "model_digest": "0" * 16,
+        "height": size[0],
+        "width": size[1],
+        "steps": 16,
+        "schedule": Schedule(use_dynamic_shifting=False).config(),
+        "guidance": None,
+        "true_cfg": None,
+        "negative_prompt": None,
+        "max_sequence_length": 24,
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_tokens": 4480,
+        "threads": 2,
+        "kernel": "sdpa",
+        "tokens": size[0] * size[1] // 16 + 24,
+        "pixels_per_token": 4,
+    }
+    return Settings(**{**values, **changes})
+
+
+def picture(cell: Cell, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """What stands for a model's picture: the prompt's scene, changed by the program in a way of its own."""
+    scene = _scene(cell.prompt, cell.seed)
+    if cell.variant == REFERENCE_NAMES[0]:
+        scene = scene.copy()
+        scene[::7, ::5] ^= 1
+    image = Image.fromarray(scene).resize(size[::-1], Image.Resampling.BICUBIC if max(size) > 64 else 0)
+    if not cell.program or cell.variant == REFERENCE_NAMES[0]:
+        return image
+    edit = next(iter(cell.program.to_config().values()))
+    if edit["op"] == "zero":
+        return image.filter(ImageFilter.GaussianBlur(max(size) / 16))
+    steps = hashlib.sha256(cell.program.digest.encode()).digest()
+    moved = tuple(side // 32 * (1 + step % 4) for side, step in zip(size, steps, strict=False))
+    return Image.fromarray(np.roll(np.asarray(image), moved, (0, 1)))
+
+
+@lru_cache(maxsize=4096)
+def _scene(prompt: str, seed: int) -> np.ndarray:
+    """What a caption asks for, at a place the seed decides; any scene for a prompt that is none."""
+    rng = np.random.default_rng([seed, *hashlib.sha256(prompt.encode()).digest()])
+    try:
+        wanted = parse(prompt)
+    except ValueError:
+        return render(sample_scene(rng, split="all"))
+    while True:
+        scene = sample_scene(rng, split="all")
+        sign = scene.sign and (len(scene.sign.words), max(map(len, scene.sign.words)))
+        alike = sign == (wanted.sign and (len(wanted.sign), max(map(len, wanted.sign))))
+        if alike and scene.relation == wanted.relation and wanted.place in (None, scene.things[0].place):
+            break
+    told = ((wanted.thing, wanted.colour), (wanted.second, wanted.second_colour))
+    things = [
+        replace(thing, name=name or thing.name, colour=colour or thing.colour)
+        for thing, (name, colour) in zip(scene.things, told, strict=False)
+    ]
+    return render(replace(scene, things=tuple(things), sign=scene.sign and replace(scene.sign, words=wanted.sign)))

@@ -1,0 +1,177 @@
+"""The experiments that ship: each composes, says what it is, and its programs fit the embedded model and FLUX.1."""
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fluxlab import sampling, scenes
+from fluxlab.compose import compose
+from fluxlab.config import config_folder
+from fluxlab.positions import Context, Layout, Program, Prompt
+from fluxlab.run import RunConfig
+
+NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
+STUDIES = [name for name in NAMES if name != "hello"]
+UNTOUCHED = {("dose_response", "x1"), ("zero", "text")}  # controls whose ids are the baseline's
+
+
+def file_of(name: str) -> Path:
+    return config_folder() / "exp" / f"{name}.yaml"
+
+
+def composed(name: str, *overrides: str) -> RunConfig:
+    return compose("config", RunConfig, "schema", [f"+exp={name}", "model=schnell", *overrides])
+
+
+@cache
+def experiment(name: str) -> RunConfig:
+    return composed(name)
+
+
+def programs(config: RunConfig) -> dict[str, Program]:
+    return {name: Program.from_config(edits, f"variants.{name}") for name, edits in config.variants.items()}
+
+
+def pictures(config: RunConfig) -> int:
+    return len(config.variants) * len(config.prompts) * config.seeds
+
+
+def contexts(prompt: str) -> list[Context]:
+    """The embedded model at its own size and 20 steps, and FLUX.1 schnell: 57 blocks, 64 × 64 tokens, 4 steps."""
+    spans = tuple(match.span() for match in re.finditer(r"\w+", prompt))
+    made = []
+    for text, side, axes, double, single, heads, steps in (
+        (24, 16, (8, 28, 28), 2, 4, 3, 20),
+        (256, 64, (16, 56, 56), 19, 38, 24, 4),
+    ):
+        ids = torch.cat((sampling.text_ids(1, text), sampling.image_ids(1, side, side)), 1)
+        named = [Prompt(prompt, (*spans, *[(0, 0)] * (text - len(spans))))]
+        sigmas = [1 - i / steps for i in range(steps + 1)]
+        made.append(Context(ids, Layout(text, (side, side)), axes, 10000, double, single, heads, sigmas, named))
+    return made
+
+
+def test_which_there_are():
+    assert {
+        "article",
+        "axis0",
+        "dose_response",
+        "hello",
+        "layer_probe",
+        "offset",
+        "scale",
+        "step_window",
+        "text_relocation",
+        "zero",
+    } <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_says_what_it_is(name):
+    config, lines = experiment(name), file_of(name).read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1].startswith(f"# python -m fluxlab.run +exp={name} ")
+    assert config.name == name
+    assert 0 < len(config.caption) <= 80
+    assert config.caption not in [experiment(other).caption for other in NAMES if other != name]
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_its_size(name):
+    config, header = experiment(name), file_of(name).read_text().partition("\nname:")[0]
+    assert lines_with(header, f"# {pictures(config)} pictures, about ") == 1
+    assert lines_with(header, "# grid.png: ") == 1
+    assert 24 <= pictures(config) <= 100
+    assert all(scenes.parse(prompt).thing for prompt in config.prompts)  # what the embedded model was trained on
+    assert len(set(config.prompts)) == len(config.prompts)
+
+
+def lines_with(text: str, start: str) -> int:
+    return sum(line.startswith(start) for line in text.splitlines())
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_variants_are_programs_that_differ(name):
+    config = experiment(name)
+    found = programs(config)
+    assert next(iter(found)) == config.baseline == "baseline"
+    assert found["baseline"] == Program()
+    assert len({program.digest for program in found.values()}) == len(found) > 2
+    for variant, program in found.items():
+        assert re.fullmatch(r"[a-z][a-z0-9_]*", variant), "must work as a key on the command line"
+        assert Program.from_config(program.to_config()) == program
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_programs_fit_both_models_and_move_something(name):
+    config = experiment(name)
+    for prompt in config.prompts:
+        tiny, flux = contexts(prompt)
+        for variant, program in programs(config).items():
+            program.compile(flux)  # every step, block, word and place is there
+            compiled = program.compile(tiny)
+            moved = any(
+                not torch.equal(compiled.ids(sigma, block, side), tiny.ids[0])
+                for sigma in tiny.sigmas[:-1:5]  # of each quarter
+                for block in range(tiny.blocks)
+                for side in ("queries", "keys")
+            )
+            assert moved == (variant != "baseline" and (name, variant) not in UNTOUCHED), variant
+
+
+def test_the_article():
+    config = experiment("article")
+    assert config.prompts[0] == "A cat holding a sign that says hello world"
+    tiny, _ = contexts(config.prompts[0])
+    text, image = tiny.ids[0, :24], tiny.ids[0, 24:]
+    expected = {
+        "baseline": image,
+        "zero": image * 0,
+        "half": image * 0.5,
+        "double": image * 2,
+        "stretch": image * 1.2,
+        "axis0": image + torch.tensor([1.0, 0, 0]),
+    }
+    found = programs(config)
+    assert list(found) == list(expected)
+    for name, program in found.items():
+        assert torch.equal(program.compile(tiny).ids(), torch.cat((text, expected[name]))), name
+
+
+def test_the_dose():
+    found = experiment("dose_response").variants
+    assert [found[name]["a"]["factor"] for name in found if name != "baseline"] == [i / 8 for i in range(25)]
+    for name in set(found) - {"baseline"}:
+        assert float(name.removeprefix("x").replace("_", ".")) == found[name]["a"]["factor"]
+
+
+def test_variants_yield_to_the_command_line():
+    config = composed("dose_response", "variants.x0_125.a.factor=0.2", "~variants.x3", "+variants.b={a:{op:zero}}")
+    assert config.variants["x0_125"]["a"]["factor"] == 0.2
+    assert "x3" not in config.variants
+    assert programs(config)["b"] == Program.from_config({"a": {"op": "zero"}})
+
+
+def test_the_probe_extends_to_every_block_of_flux():
+    """By the shell line in its header."""
+    loop = re.search(r"\$\((for .*)\)$", file_of("layer_probe").read_text(), re.MULTILINE)[1]
+    more = subprocess.run(["sh", "-c", loop], capture_output=True, text=True, check=True).stdout.split()
+    found = programs(composed("layer_probe", *more))
+    assert len(found) == 4 + 57
+    for block in range(57):
+        assert found[f"block_{block}"] == Program.from_config({"a": {"op": "zero", "side": "keys", "blocks": block}})
+    tiny, flux = contexts("a cat")
+    assert found["block_56"].compile(flux)
+    with pytest.raises(ValueError, match=r"variants\.block_6\.a\.blocks: 6, expected a block below 6"):
+        found["block_6"].compile(tiny)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_hold_known_keys_only(name):
+    assert set(OmegaConf.load(file_of(name))) <= {"name", "caption", "prompts", "seeds", "variants"}

@@ -1,0 +1,729 @@
+import csv
+import io
+import json
+import shutil
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import fourier_shift, gaussian_filter
+
+from fluxlab import scenes
+from fluxlab.measure import METRICS, compare, describe, oracle_columns, oracle_compare, summarise, table, to_csv
+from fluxlab.measure.images import SCENE_SIDE, sawtooth
+from fluxlab.measure.oracle import inspect
+
+CAPTION = "a red fox on the left holding a sign that says hello world"
+
+
+def texture(seed, height, width, sigma=2.0):
+    """A random picture of soft blobs that uses the whole range."""
+    values = gaussian_filter(
+        np.random.default_rng(seed).normal(size=(height, width, 3)), (sigma, sigma, 0), mode="wrap"
+    )
+    return np.uint8((values - values.min()) / np.ptp(values) * 255)
+
+
+def grey(values):
+    """uint8 (H, W, 3) of luma (H, W) in 0 ... 1."""
+    return np.repeat(np.uint8(np.rint(np.clip(values, 0, 1) * 255))[..., None], 3, 2)
+
+
+def drawn(inside, side=128, fine=8):
+    """Luma (side, side), antialiased, of a region given as a function of y and x in pixels."""
+    points = (np.arange(side * fine) + 0.5) / fine
+    hits = inside(*np.meshgrid(points, points, indexing="ij")).astype(float)
+    return hits.reshape(side, fine, side, fine).mean((1, 3))
+
+
+def photograph(name):
+    from skimage import data
+
+    return getattr(data, name)()
+
+
+# ---- against a baseline
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 99), st.integers(8, 70), st.integers(8, 70), st.booleans())
+def test_an_image_equals_itself(seed, height, width, flat):
+    image = np.full((height, width, 3), seed, np.uint8) if flat else texture(seed, height, width)
+    assert compare(image, image.copy()) == {
+        "psnr": np.inf,
+        "ssim": 1,
+        "rmse": 0,
+        "colour_shift": 0,
+        "displacement_row": 0,
+        "displacement_col": 0,
+        "displacement": 0,
+    }
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 99), st.integers(-9, 9), st.integers(-9, 9), st.integers(64, 90), st.integers(64, 90))
+def test_a_shift_is_found(seed, down, right, height, width):
+    wide = texture(seed, height + 20, width + 20)
+    baseline = wide[10 : 10 + height, 10 : 10 + width]
+    image = wide[10 - down : 10 - down + height, 10 - right : 10 - right + width]  # new things come in at the edges
+    found = compare(image, baseline)
+    assert (found["displacement_row"], found["displacement_col"]) == pytest.approx((down, right), abs=0.11)
+    assert found["displacement"] == pytest.approx(np.hypot(down, right), abs=0.16)
+
+
+def test_a_shift_by_parts_of_a_pixel_is_found():
+    luma = texture(0, 96, 64)[..., 0] / 255
+    moved = np.fft.ifft2(fourier_shift(np.fft.fft2(luma), (1.4, -2.7))).real
+    found = compare(grey(moved), grey(luma))
+    assert (found["displacement_row"], found["displacement_col"]) == pytest.approx((1.4, -2.7), abs=0.11)
+
+
+def test_shifts_of_scenes_are_found():
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        image = np.pad(scenes.render(scenes.sample_scene(rng)), ((8, 8), (8, 8), (0, 0)), mode="edge")
+        found = compare(image[5:69, 11:75], image[8:72, 8:72])
+        assert (found["displacement_row"], found["displacement_col"]) == pytest.approx((3, -3), abs=0.11)
+
+
+def test_pictures_with_nothing_in_common_have_no_displacement():
+    others = [texture(s, 64, 64) for s in range(1, 6)] + [np.full((64, 64, 3), 9, np.uint8)]
+    for other in others:
+        found = compare(texture(0, 64, 64), other)
+        assert np.isnan([found["displacement_row"], found["displacement_col"], found["displacement"]]).all()
+        assert np.isfinite([found["psnr"], found["ssim"], found["rmse"], found["colour_shift"]]).all()
+
+
+def test_a_ruined_picture_in_its_place_is_not_displaced():
+    # phase correlation alone sees it 10 px away: of a picture this soft, noise is what it has left
+    image = photograph("astronaut")[60:188, 160:288]
+    noise = np.random.default_rng(0).normal(0, 12, image.shape)
+    soft = np.uint8(np.clip(gaussian_filter(image.astype(float), (6, 6, 0)) + noise, 0, 255))
+    assert compare(soft, image)["displacement"] == 0
+
+
+def test_errors_are_those_of_pixel_values():
+    image = np.full((32, 40, 3), 100, np.uint8)
+    found = compare(image + np.uint8(10), image)
+    assert found["rmse"] == 10
+    assert found["psnr"] == pytest.approx(20 * np.log10(25.5))
+    black, white = np.zeros_like(image), np.full_like(image, 255)
+    assert compare(black, white)["psnr"] == 0
+    assert compare(black, white)["ssim"] == pytest.approx(0, abs=1e-3)
+
+
+def test_colour_shift_is_that_of_the_mean_colour():
+    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    assert compare(black, white)["colour_shift"] == pytest.approx(100, abs=0.01)  # L* from 0 to 100
+    image = texture(0, 32, 32)
+    flipped = compare(image[::-1], image)
+    assert flipped["colour_shift"] == pytest.approx(0, abs=1e-3)
+    assert flipped["rmse"] > 20
+    redder = np.uint8(np.clip(image + np.array([40, 0, 0]), 0, 255))
+    assert compare(redder, image)["colour_shift"] > 5
+
+
+def test_only_images_of_one_size_compare():
+    with pytest.raises(ValueError, match=r"image: 16 x 24 px against a baseline of 24 x 16 px"):
+        compare(np.zeros((16, 24, 3), np.uint8), np.zeros((24, 16, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((16, 16, 3)),
+        np.zeros((16, 16), np.uint8),
+        np.zeros((16, 16, 4), np.uint8),
+        np.zeros((7, 16, 3), np.uint8),
+    ],
+)
+def test_other_images_are_refused(image):
+    good = np.zeros((16, 16, 3), np.uint8)
+    for call in (lambda: compare(image, good), lambda: describe(image, 4), lambda: oracle_columns(image, "a cat")):
+        with pytest.raises(ValueError, match=r"image: .*expected uint8 \(height, width, 3\) of 8 px or more a side"):
+            call()
+    with pytest.raises(ValueError, match="baseline: "):
+        compare(good, image)
+
+
+# ---- alone
+
+
+def test_constant_images_have_defined_values_and_warn_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for side in (8, 16, 65):
+            for value in (0, 200, 255):
+                image = np.full((side, side, 3), value, np.uint8)
+                found = describe(image, 2)
+                assert np.isnan(found.pop("spectrum_slope"))
+                assert found == {"sharpness": 0, "edge_energy": 0, "sawtooth": 0}
+                compare(image, 255 - image)
+                compare(image, texture(0, side, side))
+                oracle_columns(image, CAPTION)
+
+
+def test_sharpness_is_the_gradient_of_a_ramp():
+    rows, cols = np.mgrid[:40, :50]
+    found = describe(np.repeat((3 * rows + 2 * cols).astype(np.uint8)[..., None], 3, 2), 8)
+    assert found["sharpness"] == pytest.approx(np.hypot(3, 2) / 255)
+    assert found["edge_energy"] == pytest.approx((3**2 + 2**2) / 255**2)
+
+
+def test_blur_takes_the_energy_of_an_edge_not_its_gradient():
+    edge = np.where(np.arange(64) < 32, 0.2, 0.8)[None].repeat(64, 0)
+    sharp, soft = describe(grey(edge), 8), describe(grey(gaussian_filter(edge, 3)), 8)
+    assert soft["sharpness"] == pytest.approx(sharp["sharpness"], rel=0.01)
+    assert soft["edge_energy"] < 0.15 * sharp["edge_energy"]
+
+
+def noise(seed, size, slope, whole=(256, 256)):
+    """Luma `size` out of a larger noise whose power falls with a slope: it does not go on at the frame."""
+    frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, whole), indexing="ij"))
+    frequency[0, 0] = np.inf
+    white = np.fft.fft2(np.random.default_rng(seed).normal(size=whole))
+    values = np.fft.ifft2(white * frequency ** (slope / 2)).real[: size[0], : size[1]]
+    return 0.5 + 0.15 * (values - values.mean()) / values.std()
+
+
+@pytest.mark.parametrize("slope", [0, -1, -2, -3])
+@pytest.mark.parametrize(("size", "within"), [((64, 96), 0.06), ((32, 32), 0.15)])
+def test_spectrum_slope_is_that_of_the_noise(slope, size, within):
+    found = [describe(grey(noise(seed, size, slope)), 8)["spectrum_slope"] for seed in range(20)]
+    assert np.mean(found) == pytest.approx(slope, abs=within)
+
+
+def test_spectra_of_patterns_are_finite():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows, cols = np.indices((64, 64))
+        for pattern in ((rows + cols) % 2, rows % 2, cols // 8 % 2, rows == 20, (rows == 20) & (cols == 31), cols / 63):
+            assert np.isfinite(describe(grey(pattern), 8)["spectrum_slope"])
+
+
+def test_photographs_have_a_slope_about_minus_two():
+    for name in ("astronaut", "coffee", "chelsea"):
+        assert -3.2 < describe(photograph(name)[:256, :256], 16)["spectrum_slope"] < -1.8
+
+
+# ---- saw-teeth
+
+
+@pytest.mark.parametrize("period", [4, 8, 16])
+@pytest.mark.parametrize("angle", np.linspace(-1.5, 1.5, 9))
+def test_straight_edges_have_no_teeth(period, angle):
+    luma = drawn(lambda y, x: x * np.cos(angle) + y * np.sin(angle) > 60 + 10 * angle)
+    assert abs(describe(grey(luma), period)["sawtooth"]) < 0.01
+
+
+@pytest.mark.parametrize("period", [4, 8, 16])
+def test_discs_and_squares_on_the_grid_have_no_teeth(period):
+    for centre, radius in ((64, 40), (60.3, 30.7)):
+        disc = drawn(lambda y, x, c=centre, r=radius: (y - c) ** 2 + (x - c) ** 2 < r * r)
+        assert abs(describe(grey(disc), period)["sawtooth"]) < 0.03
+    square = drawn(lambda y, x: (y > 32) & (y < 96) & (x > 32) & (x < 80))
+    assert describe(grey(square), period)["sawtooth"] == pytest.approx(0, abs=1e-9)
+
+
+def zigzag(by, period):
+    """A vertical edge, moved by ± `by` px in alternate rows of tokens."""
+    return drawn(lambda y, x: x > 64 + by * np.where(y // period % 2, 1, -1))
+
+
+@pytest.mark.parametrize("period", [8, 16])
+def test_a_zigzag_counts_by_how_far_it_goes(period):
+    amplitudes = np.array([0.25, 0.5, 1, period / 8])
+    found = [describe(grey(zigzag(a, period)), period)["sawtooth"] for a in amplitudes]
+    assert found == pytest.approx(2 * amplitudes / period, rel=0.25)
+    assert all(np.diff(np.unique(found)) > 0)
+    sideways = [sawtooth(zigzag(a, period).T, period) for a in amplitudes]
+    assert sideways == pytest.approx([sawtooth(zigzag(a, period), period) for a in amplitudes])
+
+
+def test_a_zigzag_on_a_round_edge_and_a_blurred_one_count():
+    disc = drawn(lambda y, x: (y - 64) ** 2 + (x - 64 - 2 * np.where(y // 16 % 2, 1, -1)) ** 2 < 1600)
+    assert describe(grey(disc), 16)["sawtooth"] > 0.05
+    soft = [describe(grey(gaussian_filter(zigzag(2, 16), s)), 16)["sawtooth"] for s in (0, 1, 2, 4)]
+    assert all(np.diff(soft) < 0)
+    assert soft[2] > 0.05
+
+
+def test_teeth_of_another_period_do_not_count():
+    assert abs(describe(grey(zigzag(1, 5)), 16)["sawtooth"]) < 0.05
+
+
+@pytest.mark.parametrize("period", [4, 8, 16])
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+def test_photographs_drawn_at_half_their_ids_have_teeth(period, name):
+    # each token shows its patch at its own size, half a patch after the one before: ids x 0.5
+    photo = photograph(name)[:256, :256]
+    pick = np.arange(256) // period * period // 2 + np.arange(256) % period
+    assert abs(describe(photo, period)["sawtooth"]) < 0.04
+    assert describe(photo[np.ix_(pick, pick)], period)["sawtooth"] > 0.1
+
+
+@pytest.mark.parametrize("period", [4, 8, 16])
+def test_small_pictures_scatter_little(period):
+    rng = np.random.default_rng(0)
+    pictures = [scenes.render(scenes.sample_scene(rng)) for _ in range(60)]
+    pictures += list(rng.integers(0, 256, (10, 40, 40, 3), dtype=np.uint8))
+    found = [describe(picture, period)["sawtooth"] for picture in pictures]
+    assert np.std(found) < 0.2
+    assert abs(np.mean(found)) < 0.05
+
+
+def test_teeth_need_two_tokens():
+    assert np.isnan(sawtooth(np.zeros((34, 90)), 16))
+    assert sawtooth(np.zeros((35, 90)), 16) == 0
+
+
+@pytest.mark.parametrize("period", [0, 1, 2.5, -4])
+def test_periods_are_whole_pixels(period):
+    with pytest.raises(ValueError, match=f"period={period}: expected the pixels per token"):
+        describe(np.zeros((64, 64, 3), np.uint8), period)
+
+
+# ---- what is there
+
+
+def scene_with_sign(seed=0):
+    rng = np.random.default_rng(seed)
+    while not (scene := scenes.sample_scene(rng)).sign:
+        pass
+    return scene
+
+
+def test_oracle_columns_are_the_oracles_verdicts():
+    scene = scene_with_sign()
+    image, wanted = scenes.render(scene), scenes.wanted_of(scene)
+    found = oracle_columns(image, scenes.write(wanted))
+    thing = inspect(image, wanted).things[0]
+    expected = dict.fromkeys(("object", "colour", "shape", "place", "sign", "word", "letters"), 1.0)
+    expected |= {"thing_row": thing.row, "thing_col": thing.col, "thing_size": float(thing.size)}
+    assert np.isnan(found.pop("relation"))
+    assert found == expected
+    assert all(type(value) is float for value in found.values())
+    other = next(colour for colour in scenes.COLOURS if colour != wanted.colour)
+    image[scene.sign.row : scene.sign.row + 7, scene.sign.col : scene.sign.col + 3] = (
+        scenes.scene.BOARD
+    )  # a letter less
+    found = oracle_columns(image, scenes.write(replace(wanted, place=None, colour=other)))
+    assert (found["colour"], found["word"], found["shape"]) == (0, 0, 1)
+    assert found["letters"] == pytest.approx(1 - 1 / sum(map(len, wanted.sign)))
+    assert np.isnan(found["place"])
+
+
+@pytest.mark.parametrize(
+    "caption", ["A photo of a horse", "A cat holding a sign that says hello world!", "an red cat", "ф" * 900]
+)
+def test_captions_of_no_scene_have_no_verdict(caption):
+    image = scenes.render(scene_with_sign())
+    assert np.isnan(list(oracle_columns(image, caption).values())).all()
+    assert np.isnan(list(oracle_compare(image, image, caption).values())).all()
+
+
+def test_an_empty_caption_asks_for_nothing_but_the_thing_is_there():
+    found = oracle_columns(scenes.render(scene_with_sign()), "")
+    assert np.isnan([value for name, value in found.items() if not name.startswith("thing")]).all()
+    assert np.isfinite([found["thing_row"], found["thing_col"], found["thing_size"]]).all()
+
+
+def test_large_pictures_are_no_scenes():
+    image = np.zeros((SCENE_SIDE, 64, 3), np.uint8)
+    assert oracle_columns(image, "a cat")["object"] == 0
+    assert np.isnan(list(oracle_columns(np.zeros((SCENE_SIDE + 8, 64, 3), np.uint8), "a cat").values())).all()
+
+
+def test_a_moved_thing_is_measured():
+    scene = replace(scene_with_sign(), sign=None)
+    thing = scene.things[0]
+    moved = replace(scene, things=(replace(thing, row=32, col=34),))
+    before = replace(scene, things=(replace(thing, row=28, col=31),))
+    images = [scenes.render(s) for s in (moved, before, replace(scene, things=()))]
+    found = oracle_compare(*images[:2], "a cat")  # whatever it is
+    assert list(found.values()) == pytest.approx([4, 3, 5])
+    assert np.isnan(list(oracle_compare(images[0], images[2], "a cat").values())).all()
+
+
+def test_every_metric_is_told_of():
+    image = scenes.render(scene_with_sign())
+    alone = describe(image, 4) | oracle_columns(image, CAPTION)
+    against = compare(image, image) | oracle_compare(image, image, CAPTION)
+    similar = {"clip_image": False, "clip_text": True, "dino_image": False}
+    assert {name: m.alone for name, m in METRICS.items()} == dict.fromkeys(alone, True) | dict.fromkeys(
+        against, False
+    ) | similar
+    for name, metric in METRICS.items():
+        assert metric.better in ("higher", "lower", "neutral"), name
+        assert metric.meaning
+        assert "\n" not in metric.meaning
+        assert not metric.meaning.endswith(".")
+
+
+# ---- by a model
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Random models of each kind, written by transformers."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from fluxlab.checkpoints.random import tokenizers
+
+    torch.manual_seed(0)
+    root, tokenizer = tmp_path_factory.mktemp("similarity"), tokenizers()[0]
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+    seen = {"image_size": 28, "patch_size": 7}
+    config = CLIPConfig(
+        text_config=small | special | {"vocab_size": len(tokenizer)}, vision_config=small | seen, projection_dim=12
+    )
+    CLIPModel(config).save_pretrained(root / "clip")
+    tokenizer.save_pretrained(root / "clip")
+    CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28).save_pretrained(root / "clip")
+    Dinov2Model(Dinov2Config(**small, image_size=35, patch_size=7)).save_pretrained(root / "dinov2")
+    processor = BitImageProcessorPil(
+        size={"shortest_edge": 33}, crop_size=28, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]
+    )
+    processor.save_pretrained(root / "dinov2")
+    ViTModel(ViTConfig(**small, **seen)).save_pretrained(root / "dino")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [texture(0, 40, 64), texture(1, 90, 61), texture(2, 28, 28), texture(3, 64, 40)]
+
+
+@pytest.mark.parametrize("kind", ["clip", "dino"])
+def test_pictures_are_prepared_as_transformers_does(checkpoints, pictures, kind):
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from fluxlab.measure.similarity import Similarity, prepare
+
+    folder, cls = {"clip": ("clip", CLIPImageProcessorPil), "dino": ("dinov2", BitImageProcessorPil)}[kind]
+    expected = cls.from_pretrained(checkpoints / folder)(pictures, return_tensors="np")["pixel_values"]
+    made = prepare(pictures, Similarity(checkpoints / folder, kind).preparation)
+    assert made.dtype == np.float32
+    assert made.shape == (4, 3, 28, 28)
+    np.testing.assert_allclose(made, expected, atol=2e-6)
+
+
+def test_clip_is_transformers_clip(checkpoints, pictures):
+    import torch
+    from transformers import CLIPModel, CLIPTokenizer
+
+    from fluxlab.measure.similarity import Similarity, prepare
+
+    prompts = ["a red fox", "hello world of long signs", "", "word " * 300]
+    similarity = Similarity(checkpoints / "clip", "clip", batch=3)
+    model = CLIPModel.from_pretrained(checkpoints / "clip").eval()
+    tokens = CLIPTokenizer.from_pretrained(checkpoints / "clip")(
+        prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
+    )
+    with torch.inference_mode():
+        expected = model(**tokens, pixel_values=torch.from_numpy(prepare(pictures, similarity.preparation)))
+    images, texts = similarity.image(pictures), similarity.text(prompts)
+    np.testing.assert_allclose(images, expected.image_embeds, atol=1e-5)
+    np.testing.assert_allclose(texts, expected.text_embeds, atol=1e-5)
+    columns = similarity.columns(pictures, pictures[::-1], prompts)
+    assert [c["clip_image"] for c in columns] == pytest.approx((images * images[::-1]).sum(1))
+    assert [c["clip_text"] for c in columns] == pytest.approx((images * texts).sum(1))
+    assert len({round(c["clip_image"], 4) for c in columns}) == 2  # each pair twice
+
+
+@pytest.mark.parametrize("folder", ["dinov2", "dino"])
+def test_dino_is_the_class_token(checkpoints, pictures, folder):
+    import torch
+    from transformers import AutoModel
+
+    from fluxlab.measure.similarity import Similarity, prepare
+
+    similarity = Similarity(checkpoints / folder, "dino", batch=2)
+    model = AutoModel.from_pretrained(checkpoints / folder).eval()
+    with torch.inference_mode():
+        pixels = torch.from_numpy(prepare(pictures, similarity.preparation))
+        expected = torch.nn.functional.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
+    np.testing.assert_allclose(similarity.image(pictures), expected, atol=1e-5)
+    found = similarity.columns(pictures, pictures, [""] * 4)
+    assert [list(c) for c in found] == [["dino_image"]] * 4
+    assert [c["dino_image"] for c in found] == pytest.approx([1] * 4)
+    with pytest.raises(ValueError, match="kind='dino': has no text encoder"):
+        similarity.text(["a cat"])
+    assert similarity.image([]).shape == (0, 0)
+    with pytest.raises(ValueError, match="4 images, 3 baselines, 4 prompts"):
+        similarity.columns(pictures, pictures[:3], [""] * 4)
+
+
+def changed(source, target, name=None, **content):
+    """A copy of a checkpoint with changed keys in one of its JSON files."""
+    shutil.copytree(source, target)
+    if name:
+        (target / name).write_text(json.dumps(json.loads((target / name).read_text()) | content))
+    return target
+
+
+def test_without_a_processor_the_models_own_size_counts(checkpoints, tmp_path):
+    from fluxlab.measure.similarity import Similarity
+
+    for name, kind, side in (("clip", "clip", 28), ("dinov2", "dino", 35)):
+        folder = changed(checkpoints / name, tmp_path / name)
+        (folder / "preprocessor_config.json").unlink()
+        found = Similarity(folder, kind)
+        assert found.image([texture(0, 40, 50)]).shape[0] == 1
+        assert (found.preparation.crop or found.preparation.resize) == (side, side)
+        assert found.preparation.resample == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_resize": False}, "do_resize is false"),
+        ({"size": {"longest_edge": 28}}, "expected a shorter side and a crop within it"),
+        ({"do_center_crop": False}, "expected a shorter side and a crop within it"),
+        ({"crop_size": 40}, "expected a shorter side and a crop within it"),
+        ({"crop_size": 14}, r"makes pictures of 14 x 14 px, where the model takes 28 x 28"),
+    ],
+)
+def test_unusable_processors_are_named(checkpoints, tmp_path, settings, message):
+    from fluxlab.measure.similarity import Similarity
+
+    folder = changed(checkpoints / "clip", tmp_path / "clip", "preprocessor_config.json", **settings)
+    with pytest.raises(ValueError, match=rf"preprocessor_config.json: .*{message}"):
+        Similarity(folder, "clip")
+
+
+def test_processors_in_older_and_newer_spellings(checkpoints, tmp_path):
+    from fluxlab.measure.similarity import Similarity
+
+    expected = Similarity(checkpoints / "clip", "clip").preparation
+    old = changed(checkpoints / "clip", tmp_path / "old", "preprocessor_config.json", size=28, crop_size=28)
+    assert Similarity(old, "clip").preparation == expected
+    new = changed(checkpoints / "clip", tmp_path / "new")
+    settings = json.loads((new / "preprocessor_config.json").read_text())
+    (new / "preprocessor_config.json").unlink()
+    (new / "processor_config.json").write_text(json.dumps({"image_processor": settings | {"resample": 2}}))
+    assert Similarity(new, "clip").preparation == expected._replace(resample=2)
+
+
+def test_checkpoints_of_another_kind_or_incomplete_are_refused(checkpoints, tmp_path):
+    from fluxlab.measure.similarity import Similarity
+
+    def refused(checkpoint, kind, message):
+        with pytest.raises(ValueError, match=message) as error:
+            Similarity(checkpoint, kind)
+        assert 1 <= len(str(error.value).splitlines()) <= 3
+
+    refused(checkpoints / "clip", "siglip", "kind='siglip': expected one of clip, dino")
+    refused(checkpoints / "clip", "dino", "model_type is 'clip'.*\nFor this one, set kind to 'clip'")
+    refused(checkpoints / "dinov2", "clip", "model_type is 'dinov2'.*\nFor this one, set kind to 'dino'")
+    refused(tmp_path / "none", "clip", "none: no such folder")
+    refused("owner/none", "dino", "owner/none: no such folder here, and not fetched")
+    refused(tmp_path, "clip", "no config.json")
+    folder = changed(checkpoints / "clip", tmp_path / "other", "config.json", model_type="t5")
+    refused(folder, "clip", "config.json: model_type is 't5'.*\nA checkpoint such as")
+    folder = changed(checkpoints / "clip", tmp_path / "weights")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    refused(folder, "clip", "no clip model that can be loaded")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, "clip", "no weights|refused")
+    folder = changed(checkpoints / "clip", tmp_path / "words")
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "clip", "words: no tokenizer")
+
+
+def test_missing_and_foreign_weights_are_fatal(checkpoints, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    from fluxlab.measure.similarity import Similarity
+
+    folder = changed(checkpoints / "dinov2", tmp_path / "dinov2")
+    weights = load_file(folder / "model.safetensors")
+    (name, value) = next((k, v) for k, v in weights.items() if k.endswith("layernorm.weight"))
+    save_file({k: v for k, v in weights.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"1 missing \({name}\)"):
+        Similarity(folder, "dino")
+    save_file({**weights, "extra.weight": value}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 unexpected \(extra.weight\)"):
+        Similarity(folder, "dino")
+    unused = {
+        "classifier.weight": value,
+        "embeddings.position_ids": np.arange(3),
+    }  # a head, and a row of older releases
+    save_file({**weights, **unused}, folder / "model.safetensors", {"format": "pt"})
+    Similarity(folder, "dino")
+
+
+# ---- many cells
+
+
+def cells(seed=0, variants=("baseline", "half", "noise floor", "another seed"), seeds=12, **shift):
+    """Rows with a large difference between cells, and for each variant a constant one to the baseline."""
+    rng = np.random.default_rng(seed)
+    level = {(p, s): rng.normal(0, 5) for p in "ab" for s in range(seeds)}
+    return [
+        {
+            "variant": v,
+            "prompt": p,
+            "seed": s,
+            "sharpness": value + shift.get(v, 0),
+            "psnr": np.inf if v == "baseline" else 20 + rng.normal(),
+            "ssim": rng.random(),
+        }
+        for v in variants
+        for (p, s), value in level.items()
+    ]
+
+
+def entry(summary, variant, metric):
+    return next(row for row in summary if (row["variant"], row["metric"]) == (variant, metric))
+
+
+def test_means_have_the_intervals_of_their_standard_error():
+    rows = cells(seeds=60)
+    found = entry(summarise(rows, "baseline", ["ssim"]), "half", "ssim")
+    values = [row["ssim"] for row in rows if row["variant"] == "half"]
+    error = 1.96 * np.std(values) / len(values) ** 0.5
+    assert found["n"] == 120
+    assert found["mean"] == pytest.approx(np.mean(values))
+    assert (found["low"], found["high"]) == pytest.approx((found["mean"] - error, found["mean"] + error), rel=0.02)
+
+
+def test_differences_are_paired():
+    summary = summarise(cells(half=0.5), "baseline", ["sharpness", "ssim", "psnr"])
+    found = entry(summary, "half", "sharpness")
+    assert found["high"] - found["low"] > 2
+    assert (found["paired_mean"], found["paired_low"], found["paired_high"]) == pytest.approx((0.5, 0.5, 0.5))
+    for variant, metric in (("baseline", "sharpness"), ("half", "ssim"), ("half", "psnr")):
+        assert np.isnan([entry(summary, variant, metric)[f"paired_{k}"] for k in ("mean", "low", "high")]).all()
+
+
+def test_pairs_are_by_prompt_and_seed_whatever_the_order_and_what_is_missing():
+    rows = cells(half=0.5)
+    rows = rows[::-1][3:]  # the other way round, and three cells of the baseline short... or rather of its last variant
+    for row in rows[:40:7]:
+        row["sharpness"] = np.nan
+    found = entry(summarise(rows, "baseline", ["sharpness"]), "half", "sharpness")
+    assert found["n"] == sum(r["variant"] == "half" and not np.isnan(r["sharpness"]) for r in rows)
+    assert found["paired_mean"] == pytest.approx(0.5)
+    assert found["paired_low"] == pytest.approx(0.5)
+
+
+def test_psnr_is_pooled_through_the_error():
+    def pooled(*values):
+        rows = [{"variant": "v", "prompt": "p", "seed": i, "psnr": x} for i, x in enumerate(values)]
+        return summarise(rows, "v", ["psnr"])[0]
+
+    assert pooled(10, 20)["mean"] == pytest.approx(-10 * np.log10((0.1 + 0.01) / 2))
+    assert pooled(np.inf, 20)["mean"] == pytest.approx(20 + 10 * np.log10(2))
+    same = pooled(np.inf, np.inf)
+    assert (same["mean"], same["low"], same["high"]) == (np.inf, np.inf, np.inf)
+    some = pooled(np.inf, 20, 25, 30)
+    assert 20 < some["low"] < some["mean"] < some["high"]
+
+
+def test_few_and_constant_values_have_no_width_and_warn_of_nothing():
+    rows = [{"variant": "v", "prompt": "p", "seed": i, "a": 0.1, "b": np.nan, "c": np.nan} for i in range(7)]
+    rows[0]["c"] = 3.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        constant, none, one = summarise(rows, "v", ["a", "b", "c"])
+    assert [constant[k] for k in ("n", "mean", "low", "high")] == [7, pytest.approx(0.1), 0.1, 0.1]
+    assert none["n"] == 0
+    assert np.isnan([none[k] for k in ("mean", "low", "high")]).all()
+    assert (one["n"], one["mean"]) == (1, 3)
+    assert np.isnan([one["low"], one["high"]]).all()
+
+
+def test_numbers_depend_on_their_own_values_alone():
+    rows = cells(seed=1, seeds=20)
+    for i, row in enumerate(rows):
+        row |= {f"m{k}": np.sin(i * (k + 1)) for k in range(30)}
+    names = ["sharpness", "psnr", "ssim", *(f"m{k}" for k in range(30))]
+    whole = summarise(rows, "baseline", names)
+    assert to_csv(whole) == to_csv(summarise(rows, "baseline", names))
+    for name in ("ssim", "m29"):
+        alone = summarise([r for r in rows if r["variant"] in ("baseline", "half")], "baseline", [name])
+        assert to_csv([entry(whole, "half", name)]) == to_csv([entry(alone, "half", name)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[0].update(variant="half"), "variant 'half' has prompt 'a' with seed 0 twice"),
+        (lambda rows: rows[0].update(ssim=np.inf), "ssim of variant 'baseline', seed 0 is inf; only psnr may be"),
+        (lambda rows: [row.pop("ssim") for row in rows], "metrics: 'ssim' is in none of the rows"),
+        (lambda rows: [row.update(variant="x") for row in rows[:24]], "baseline='baseline': no such variant"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused(change, message):
+    rows = cells()
+    change(rows)
+    with pytest.raises(ValueError, match=message):
+        summarise(rows, "baseline", ["ssim"])
+
+
+def test_csv_is_long_and_stable():
+    rows = [
+        {"variant": v, "prompt": "p", "seed": s, "ssim": 1 / 3, "psnr": np.inf, "word": s + k}
+        for k, v in enumerate(("baseline", 'a, "b"'))
+        for s in (0.0, 1.0)
+    ]
+    text = to_csv(summarise(rows, "baseline", ["ssim", "psnr", "word"]))
+    assert text.startswith(
+        "variant,metric,n,mean,low,high,paired_mean,paired_low,paired_high\n"
+        "baseline,ssim,2,0.3333333333,0.3333333333,0.3333333333,,,\n"
+        "baseline,psnr,2,inf,inf,inf,,,\n"
+        "baseline,word,2,0.5,0,1,,,\n"
+    )
+    assert list(csv.reader(io.StringIO(text)))[-1] == ['a, "b"', "word", "2", "1.5", "1", "2", "1", "1", "1"]
+
+
+def printed(made, width=100):
+    from rich.console import Console
+
+    text = io.StringIO()
+    Console(file=text, width=width).print(made)
+    return text.getvalue().splitlines()
+
+
+def test_table_has_the_references_below_a_rule_and_fits():
+    rows = cells(variants=("another seed", "baseline", "half", "noise floor", "quite a long name of a variant"))
+    for row in rows:
+        row |= {"word": 0.5, "sawtooth": row["ssim"] / 10, "colour_shift": 3 + row["ssim"], "thing_moved": np.nan}
+    metrics = ["thing_moved", "colour_shift", "sawtooth", "word", "ssim", "psnr", "sharpness"]
+    summary = summarise(rows, "baseline", metrics)
+    lines = printed(table(summary))
+    assert max(map(len, lines)) <= 100
+    assert "\x1b" not in "".join(lines)
+    starts = [line.split()[0] for line in lines if line.strip() and "─" not in line]
+    assert starts == ["variant", "baseline", "half", "quite", "noise", "another", "mean"]
+    rules = [i for i, line in enumerate(lines) if "─" in line]
+    assert [i for i, line in enumerate(lines) if line.startswith(" noise floor")] == [rules[2] + 1]
+    heading = lines[rules[0] + 1]
+    assert heading.index("psnr (dB)") < heading.index("ssim") < heading.index("word")
+    assert "thing_moved" not in heading  # it has no values
+    half = next(line for line in lines if line.startswith(" half"))
+    ssim = entry(summary, "half", "ssim")
+    assert f"{ssim['mean']:.3f} [{ssim['low']:.3f}, {ssim['high']:.3f}]" in half
+    assert "…" not in half
+
+
+def test_table_of_chosen_columns():
+    rows = cells(variants=("baseline", "half"))
+    summary = summarise(rows, "baseline", ["sharpness", "psnr"])
+    lines = printed(table(summary, metrics=["sharpness"]))
+    assert any("sharpness (1/px)" in line for line in lines)
+    assert not any("psnr" in line for line in lines)
+    assert sum("─" in line for line in lines) == 3  # no rule without references
+    with pytest.raises(ValueError, match="metrics: no 'ssim' in the summary"):
+        table(summary, metrics=["ssim"])

@@ -1,0 +1,248 @@
+"""plan=true: what it says is what a run does, and it touches nothing."""
+
+import re
+import shutil
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fluxlab import loading
+from fluxlab.checkpoints import CheckpointError, files, save_autoencoder, save_transformer
+from fluxlab.config import ModelRow, find_row
+from fluxlab.experiment import plan as planning
+from fluxlab.experiment import runner
+from fluxlab.experiment.plan import forward_flops, here, hollow, on_meta, plan, published, stored
+from fluxlab.experiment.spec import Experiment, checked
+from fluxlab.experiment.store import open_store
+from fluxlab.model import FluxParams
+from fluxlab.model.rope import Rotary
+from fluxlab.positions import Program
+from tests import tiny
+
+CPU = torch.device("cpu")
+VARIANTS = {
+    "baseline": Program(),
+    "half": Program.from_config({"a": {"op": "scale", "factor": 0.5}}),
+    "same": Program(),
+    "word": Program.from_config({"a": {"op": "zero", "tokens": {"words": ["cat"]}}}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model") / "guided", guidance=True)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model") / "plain", guidance=False, dynamic_shift=False)
+
+
+def experiment(path, **changes):
+    """4 variants, of which two are one, × 2 prompts × 2 seeds, at 16 × 24 px."""
+    row = ModelRow("local", str(path), max_sequence_length=16)
+    values = {
+        "name": "test",
+        "caption": "a test",
+        "model": row,
+        "model_digest": "m",
+        "variants": VARIANTS,
+        "prompts": ("a cat", "a red cat"),
+        "seeds": (0, 1),
+        "height": 16,
+        "width": 24,
+        "steps": 2,
+    }
+    return checked(Experiment(**{**values, **changes}))
+
+
+def told(text, line):
+    return next(one for one in text.splitlines() if one.startswith(line))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "changes", "dtype"),
+    [
+        (True, {}, None),
+        (False, {"height": None, "width": None, "steps": None}, torch.bfloat16),
+        (True, {"steps": None, "guidance": 2.0, "true_cfg": 3.0}, torch.float16),
+    ],
+)
+def test_settings_are_those_of_the_loaded_model(folder, plain, guidance, changes, dtype):
+    asked = experiment(folder if guidance else plain, **changes)
+    planned = hollow(asked.model, stored(asked.model), dtype, CPU)
+    loaded = loading.load_row(asked.model, dtype)
+    for batch_tokens in (None, 120):
+        assert runner.resolve(asked, planned, None, batch_tokens, 2) == runner.resolve(
+            asked, loaded, None, batch_tokens, 2
+        )
+    assert planned.text.t5_tokenizer("a red cat").input_ids == loaded.text.t5_tokenizer("a red cat").input_ids
+
+
+def test_parts_of_other_dtypes_and_single_files_too(folder, tmp_path):
+    pipe = loading.load_row(ModelRow("local", str(folder)))
+    save_transformer(pipe.transformer.bfloat16(), tmp_path / "flux.safetensors")
+    save_autoencoder(pipe.autoencoder, tmp_path / "ae.safetensors")
+    row = ModelRow("local", str(tmp_path / "flux.safetensors"), None, str(tmp_path / "ae.safetensors"), str(folder))
+    asked = experiment(folder, model=row)
+    loaded = loading.load_row(row)
+    settings = runner.resolve(asked, hollow(row, stored(row), None, CPU), None, None, None)
+    assert settings == runner.resolve(asked, loaded, None, None, None)
+    assert settings.dtype == "bfloat16+float32"
+    parameters = sum(weight.numel() for weight in loaded.transformer.parameters())
+    assert stored(row)["transformer"].parameters == Counter({torch.bfloat16: parameters})
+    assert stored(row)["transformer"].bytes_as(torch.float32) == 4 * parameters
+    with pytest.raises(CheckpointError, match="not its autoencoder"):
+        stored(replace(row, autoencoder=None))
+    with pytest.raises(CheckpointError, match="holds no text encoders"):
+        stored(replace(row, text=str(folder / "transformer")))
+
+
+def test_batches_pictures_and_forwards_are_those_of_a_run(folder, tmp_path, monkeypatch):
+    asked, out = experiment(folder), tmp_path / "run"
+    said = plan(asked, out, batch_tokens=120)
+    assert told(said, "folder").endswith(f"{out} (new)")
+    assert told(said, "cells").endswith(
+        "4 variants × 2 prompts × 2 seeds = 16, 12 distinct; and 2 references: noise floor"
+    )
+    assert not out.exists()
+
+    ran, forwards = [], []
+    run_batch = runner.run_batch
+    monkeypatch.setattr(runner, "run_batch", lambda *given: (ran.append(given[3]), run_batch(*given)))
+
+    def load(row, dtype, device):
+        pipe = loading.load_row(row, dtype, device)
+        pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
+        return pipe
+
+    with open_store(out) as store:
+        runner.fill(asked, store, load, batch_tokens=120)
+    most = max(map(len, ran))
+    assert told(said, "batches").endswith(
+        f"{len(ran)} of up to {most} pictures ({most * 40} tokens); {len(forwards)} forwards"
+    )
+
+    done = plan(asked, out)
+    assert told(done, "folder").endswith("(holds 14 of 14 pictures already)")
+    assert told(done, "time").endswith("nothing to do")
+    next((out / "cells").glob("*.png")).unlink()
+    assert f"{len(ran)} of up to {most} pictures ({most * 40} tokens), 1 of them to do; 2 forwards" in plan(asked, out)
+    with pytest.raises(ValueError, match=r"batch_tokens=80: the pictures in .* were made with 120"):
+        plan(asked, out, batch_tokens=80)
+
+
+def test_it_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatch):
+    import transformers
+
+    def touched(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(files.Entry, "read", touched)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", touched)
+    monkeypatch.chdir(tmp_path)
+    said = plan(experiment(folder, seeds=(4,)), tmp_path / "runs" / "x")
+    assert not list(tmp_path.iterdir())
+    assert told(said, "files").count("float32 in 1 file") == 2
+    assert "4 references: noise floor, another seed" in told(said, "cells")
+    assert told(said, "picture").endswith("2 steps, guidance 3.5; 40 tokens: 4 × 6 image + 16 text")
+    assert "  half      scale factor 0.5 on image" in said.splitlines()
+    assert re.search(r"about [\d.]+ (s|min|h), ", told(said, "time"))
+    on_disk = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    weights = float(re.search(r"weights ([\d.]+) MB", told(said, "memory"))[1])
+    assert weights == pytest.approx(on_disk / 1e6, rel=0.03)
+
+
+def test_a_second_forward_for_true_guidance(folder):
+    alone = told(plan(experiment(folder)), "batches")
+    both = told(plan(experiment(folder, true_cfg=4.0)), "batches")
+    count = [int(re.search(r"(\d+) forwards", line)[1]) for line in (alone, both)]
+    assert count[1] == 2 * count[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({"height": 18}, {}, "height=18: must be a multiple of 4"),
+        ({"guidance": 3.0, "prompts": ("a dog",)}, {}, "cat"),
+        ({"prompts": ("a cat " * 9,)}, {}, "max_sequence_length=16"),
+        ({"variants": {"baseline": Program.from_config({"a": {"op": "zero", "blocks": [9]}})}}, {}, "blocks"),
+        ({}, {"threads": 0}, "threads=0: a whole number"),
+    ],
+)
+def test_what_the_run_would_refuse_is_refused(folder, changes, more, message):
+    with pytest.raises(ValueError, match=message):
+        plan(experiment(folder, **changes), **more)
+
+
+def test_folders_that_are_no_stores(folder, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds 'notes.txt' and no experiment.yaml"):
+        plan(experiment(folder), tmp_path)
+    with pytest.raises(ValueError, match="a file; name a folder"):
+        plan(experiment(folder), tmp_path / "notes.txt")
+
+
+def test_a_damaged_file_is_named(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=rf"{weights}: truncated or corrupt"):
+        plan(experiment(copy))
+
+
+def test_flops_against_a_count_of_every_operation():
+    p = FluxParams(64, 64, 32, 96, 256, 4.0, 2, 3, 5, (16, 56, 56), 10000, True, False)
+    text, image = 48, 80
+    with FlopCounterMode(display=False) as counted, torch.inference_mode(), torch.device("meta"):
+        table = torch.empty(1, 1, text + image, 64)
+        inputs = torch.empty(1, image, 64), None, torch.empty(1, text, 96), None, torch.empty(1), torch.empty(1, 32)
+        on_meta(p)(*inputs, rotary=Rotary(table, table))
+    assert forward_flops(p, text, image) == pytest.approx(counted.get_total_flops(), rel=1e-3)
+
+
+def test_a_published_model_before_it_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    row = find_row("dev")
+    parts = published(row)
+    assert (parts["transformer"].parameters.total(), parts["transformer"].tensors) == (11_901_408_320, 780)
+    assert published(find_row("schnell"))["transformer"].parameters.total() == 11_891_178_560
+    assert not here(row)
+    said = plan(experiment(tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",)))
+    assert "black-forest-labs/FLUX.1-dev, still to be fetched" in said
+    assert "transformer 23.8 GB bfloat16, autoencoder 0.2 GB bfloat16, text encoders 9.8 GB bfloat16" in said
+    assert "1024 × 1024 px, 28 steps, guidance 3.5; 4,608 tokens: 64 × 64 image + 512 text" in said
+    assert "74.4 TFLOP a forward" in said
+    with pytest.raises(ValueError, match="some/model: not on this machine, and its sizes are unknown"):
+        plan(experiment(tmp_path, model=ModelRow("local", "some/model")))
+
+
+def test_a_fetched_model_is_found_in_the_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    root = tmp_path / "models--some--model"
+    shutil.copytree(folder, root / "snapshots" / "abc")
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    row = ModelRow("local", "some/model", max_sequence_length=16)
+    assert here(row)
+    assert "still to be fetched" not in plan(experiment(tmp_path, model=row))
+    assert not here(replace(row, path="some/model@other"))
+    (root / "snapshots" / "abc" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert not here(row)
+
+
+def test_batches_on_a_gpu_leave_room_for_the_weights(folder, monkeypatch):
+    row = ModelRow("local", str(folder))
+    parts = stored(row)
+    pipe = hollow(row, parts, None, CPU)
+    weights = sum(part.bytes_as(None) for part in parts.values())
+    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=pipe.dtype, transformer=pipe.transformer)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    loaded = runner.default_batch_tokens(gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9 + weights, 10**9 + weights))
+    assert planning.batch_tokens_beside(gpu, parts, None) == loaded
