@@ -1,13 +1,14 @@
 """What was captured: arrays with named axes, in memory and in safetensors files."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fluxlab.files import write_atomic
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -91,16 +92,13 @@ def of_sample(arrays: Mapping[str, Captured], sample: int) -> dict[str, Captured
 
 def write(path: "str | PathLike[str]", arrays: Mapping[str, Captured]) -> None:
     """Write arrays as one safetensors file, names of axes and labels in its metadata; whole or not at all."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    path = Path(path)
     described = {
         name: {"axes": one.axes, "coords": dict(one.coords), "about": dict(one.about)} for name, one in arrays.items()
     }
-    partial = path.with_name(f"{path.name}.part")
     values = {name: np.ascontiguousarray(one.values) for name, one in arrays.items()}
-    save_file(values, partial, metadata={METADATA_KEY: json.dumps(described, ensure_ascii=False)})
-    os.replace(partial, path)
+    write_atomic(Path(path), save(values, {METADATA_KEY: json.dumps(described, ensure_ascii=False)}))
 
 
 def load(path: "str | PathLike[str]") -> dict[str, Captured]:

@@ -1,12 +1,12 @@
 """Pictures of what was captured: a map over its image, a sheet of maps, a GIF. Arrays in, PIL images out."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fluxlab.files import write_atomic
 from fluxlab.probes.arrays import Captured
 
 if TYPE_CHECKING:
@@ -149,11 +149,9 @@ def gif(path: "str | PathLike[str]", pictures: "Sequence[Image]", *, seconds: fl
     """Write pictures of one size as a GIF that goes round, `seconds` each; whole or not at all."""
     if not pictures:
         raise ValueError("pictures: there are none")
-    path = Path(path)
-    partial = path.with_name(f"{path.name}.part")
     first, *rest = (picture.convert("RGB").quantize(256) for picture in pictures)
-    first.save(partial, format="gif", save_all=True, append_images=rest, duration=round(1000 * seconds), loop=0)
-    os.replace(partial, path)
+    options = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds), "loop": 0}
+    write_atomic(Path(path), lambda file: first.save(file, format="gif", **options))
 
 
 def _maps(captured: Captured, rows: str, columns: str) -> np.ndarray:
