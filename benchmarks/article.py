@@ -57,10 +57,8 @@ def diffusers_run(out: Path, dtype: str, steps: int, length: int) -> None:
 def fluxlab_run(out: Path, dtype: str, steps: int, *more: str) -> int:
     """Peak resident memory in bytes."""
     of_dtype = [] if dtype == "default" else [f"dtype={dtype}"]
-    return _run(
-        [sys.executable, "-m", "fluxlab.run", "+exp=article", "model=tiny", f"steps={steps}", f"out={out}", *of_dtype]
-        + list(more)
-    )
+    command = [sys.executable, "-m", "fluxlab.run", "+exp=article", "model=tiny", f"steps={steps}", f"out={out}"]
+    return _run([*command, "tracking=none", *of_dtype, *more])
 
 
 def _run(command: list) -> int:

@@ -117,10 +117,13 @@ def hydra_main(
     failed: list[Exception] = []
 
     def one(config: Any) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
         try:
             work(config)
         except (ValueError, OSError) as error:
-            if before[1] == "1":
+            elsewhere = HydraConfig.get().runtime.choices.get("hydra/launcher", "basic") != "basic"
+            if before[1] == "1" or elsewhere:  # a job elsewhere has only its exception to tell us by
                 raise
             print(_short(str(error)), file=sys.stderr)
             failed.append(error)

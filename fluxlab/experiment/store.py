@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 EXPERIMENT, MANIFEST, LOCK = "experiment.yaml", "manifest.jsonl", ".lock"
 CELLS, REFERENCES = "cells", "references"
+TRACKERS = ("wandb",)  # folders that a tracker writes into while we look
 
 
 class Store:
@@ -103,11 +104,11 @@ class Store:
 
     def seal(self) -> None:
         """Write the manifest: a line a file, in the order of their names."""
-        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name not in (MANIFEST, LOCK))
+        tops = [p for p in self.path.iterdir() if p.name not in (MANIFEST, LOCK, *TRACKERS)]
+        files = sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file())
         lines = [
             json.dumps({"file": p.relative_to(self.path).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)})
             for p in files
-            if not _ours_alone(p.relative_to(self.path))
         ]
         self.write(MANIFEST, "".join(line + "\n" for line in lines))
 
@@ -119,11 +120,6 @@ class Store:
             return all(told.get(name) == sha256_of(self.path / name) for name in (EXPERIMENT, *names))
         except (OSError, ValueError, KeyError, TypeError):
             return False
-
-
-def _ours_alone(path: Path) -> bool:
-    """Folders that a tracker writes into while we look."""
-    return path.parts[0] in ("wandb",)
 
 
 @contextmanager
@@ -139,7 +135,8 @@ def open_store(path: Path) -> Iterator[Store]:
         raise ValueError(f"out={path}: a file; name a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in path.iterdir() if p.name != LOCK and not p.name.startswith(f".{EXPERIMENT}")]
+        names = [p.name for p in path.iterdir() if p.name not in (LOCK, *TRACKERS)]
+        others = [name for name in names if not name.startswith(f".{EXPERIMENT}")]
         if others and not (path / EXPERIMENT).is_file():
             raise ValueError(
                 f"out={path}: holds {others[0]!r} and no {EXPERIMENT}, so it is no run folder; name a new or empty one"

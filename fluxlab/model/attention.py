@@ -76,7 +76,7 @@ def attend(
 
 
 def kernel(device: str, dtype: torch.dtype, keys: int) -> str:
-    """Which kernel attention without mask and gradients takes: "dense" (`dense_attention`) or "sdpa" (PyTorch)."""
+    """Which kernel attention takes without mask and gradients: "dense" (`dense_attention`) or "sdpa" (PyTorch's)."""
     return "dense" if device == "cpu" and dtype == torch.bfloat16 and keys >= 256 else "sdpa"
 
 

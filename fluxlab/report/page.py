@@ -133,7 +133,7 @@ def _run(index: int, name: str, run: Run, embedded: dict[Path, Picture]) -> Row:
                 "about": run.describe(variant),
                 "digest": record["variants"][variant]["digest"],
                 "yaml": _yaml(variant, record["variants"][variant]["program"]),
-                "layout": _layout(run, variant, prompts[0]),
+                "layout": layout(run, variant, prompts[0]),
                 "cells": [
                     {"prompt": prompt, "seed": seed, "picture": embedded.get(run.image(variant, prompt, seed))}
                     for prompt, seed in run.places
@@ -238,7 +238,8 @@ class Layout:
     missing: str = ""
 
 
-def _layout(run: Run, variant: str, prompt: str) -> Layout:
+def layout(run: Run, variant: str, prompt: str) -> Layout:
+    """A variant's id layout as a picture, at the run's own size and schedule."""
     settings = run.record["settings"]
     program = json.dumps(run.record["variants"][variant]["program"])
     grid = tuple(settings[side] // settings["pixels_per_token"] for side in ("height", "width"))

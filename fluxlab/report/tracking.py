@@ -13,7 +13,7 @@ from fluxlab.experiment.reading import Run
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import MANIFEST
 from fluxlab.measure.images import METRICS
-from fluxlab.report.page import _layout
+from fluxlab.report.page import layout
 from fluxlab.report.products import GRID_FILE
 from fluxlab.report.wandb_link import Link, tracked
 
@@ -196,7 +196,7 @@ def cell_table(run: Run) -> dict[str, Any]:
 def images(run: Run) -> dict[str, list[tuple[str, str]]]:
     """Files, or data URLs, and captions by key: the grid, where tokens stand, then a variant's pictures together."""
     found = {"grid": [(_path(run.path / GRID_FILE), run.record["caption"] or run.record["name"])]}
-    layouts = {variant: _layout(run, variant, run.places[0][0]).url for variant in run.variants}
+    layouts = {variant: layout(run, variant, run.places[0][0]).url for variant in run.variants}
     if any(layouts.values()):
         found["layouts"] = [(url, f"{variant}: {run.describe(variant)}") for variant, url in layouts.items() if url]
     for variant in run.variants:

@@ -43,7 +43,7 @@ class Recipe:
     name: str = "???"
     out: str | None = None
     device: str | None = None
-    tracking: str = "wandb"
+    tracker: str = "wandb"
     seed: int = 0
     threads: int | None = None
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
@@ -104,8 +104,8 @@ def check(recipe: Recipe) -> None:
     for key in ("t5_width", "clip_width"):
         if getattr(recipe, key) % 32:
             raise ValueError(f"{key}={getattr(recipe, key)}: heads are 32 wide, a multiple of 32 is needed")
-    if recipe.tracking not in ("wandb", "none"):
-        raise ValueError(f"tracking={recipe.tracking}: expected wandb or none")
+    if recipe.tracker not in ("wandb", "none"):
+        raise ValueError(f"tracker={recipe.tracker}: expected wandb or none")
     if not 0 < recipe.native_share <= 1:
         raise ValueError(f"native_share={recipe.native_share}: a share above 0, at most 1, is needed")
     if 0 not in recipe.t_mean:

@@ -54,7 +54,7 @@ LOOK = (
 def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
     """Run or resume a recipe in its folder; the trained pipeline, whose weights are the EMA, is also written there."""
     folder.mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(recipe.tracking, folder, asdict(recipe))
+    tracker = Tracker(recipe.tracker, folder, asdict(recipe))
     try:
         model = train_autoencoder(recipe, folder, device, tracker)
         pools = load_pools(recipe, folder, model, device)

@@ -154,7 +154,7 @@ def test_filter(visit):
     assert seen(page, variants) == ["zero", "half"]
     page.keyboard.press("Enter")  # sends nothing anywhere
     page.click("form.filter [type=reset]")
-    page.wait_for_function("document.querySelector('form.filter output').textContent === '12 of 12 cells'")
+    page.get_by_text("12 of 12 cells", exact=True).wait_for()
     assert seen(page, variants) == ["baseline", "zero", "half"]
 
 
@@ -200,7 +200,7 @@ def test_the_metrics_that_are_shown(visit):
 def test_copying_the_command(visit):
     page = visit(permissions=["clipboard-read", "clipboard-write"])
     page.click(".copy")
-    page.wait_for_function("document.querySelector('.copy').textContent === 'Copied'")
+    page.get_by_text("Copied", exact=True).wait_for()
     assert page.evaluate("navigator.clipboard.readText()") == "python -m fluxlab.run +exp=test"
 
 

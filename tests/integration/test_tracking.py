@@ -306,3 +306,4 @@ def test_a_run_that_fails_is_reported(model, tmp_path):
     assert run_main(model, tmp_path / "s", "tracking=wandb", "height=18") == 2
     (folder,) = folders(tmp_path / "s")
     assert inspect(folder, "--summary")[0]["exit_code"] == 1
+    assert run_main(model, tmp_path / "s", "tracking=none") == 0  # the folder can still be used

@@ -192,7 +192,7 @@ def test_a_store_reads_back_what_was_written(tmp_path, picture):
 
 
 def test_one_process_a_store(tmp_path):
-    with open_store(tmp_path / "s"), pytest.raises(ValueError, match="another process is running"):
+    with open_store(tmp_path / "s"), pytest.raises(ValueError, match="another process is running"):  # noqa: SIM117
         with open_store(tmp_path / "s"):
             raise AssertionError("two at a time")
     with open_store(tmp_path / "s"):
@@ -241,7 +241,7 @@ def test_a_full_disk_is_said_and_what_was_finished_stays(tmp_path, picture, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ValueError, match=r"No space left on device\nWhat was finished is kept"):  # noqa: PT012
+    with pytest.raises(ValueError, match=r"No space left on device\nWhat was finished is kept"):  # noqa: PT012, SIM117
         with open_store(tmp_path / "s") as store:
             store.write_experiment(experiment(), SETTINGS, {}, "")
             store.put(first, picture, {})

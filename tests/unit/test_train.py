@@ -220,7 +220,7 @@ def test_recipes_compose_and_open_with_their_command(name):
         ("steps", 0),
         ("hidden_size", 100),
         ("t5_width", 40),
-        ("tracking", "tensorboard"),
+        ("tracker", "tensorboard"),
         ("native_share", 0.0),
         ("t_mean", {5: 0.0}),
     ],
