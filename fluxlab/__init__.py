@@ -7,7 +7,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("checkpoints", "measure", "model", "pipeline", "positions", "sampling", "scenes")
+_SUBMODULES = ("checkpoints", "measure", "model", "pipeline", "positions", "probes", "sampling", "scenes")
 _FUNCTIONS = {"load_pipeline": "loading", "Pipeline": "pipeline"}
 
 __all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]

@@ -14,6 +14,7 @@ from fluxlab import positions, sampling
 from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
 from fluxlab.positions import Program
+from fluxlab.probes import Probe
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -73,6 +74,7 @@ class Pipeline:
         truncate: bool = False,
         timestep_rounding: str | None = None,
         on_step: sampling.OnStep | None = None,
+        probe: Probe | None = None,
     ) -> "list[Image.Image] | Tensor":
         """One image for each (prompt, seed, program), in one batch; a list of length one serves all. None means the
         model's own.
@@ -83,12 +85,15 @@ class Pipeline:
         from `negative_prompts` ("" unless given) with a second forward a step. `truncate` lets a prompt of more than
         `max_sequence_length` T5 tokens lose its end. `timestep_rounding` ("bfl", "diffusers") feeds the model the
         timesteps that a bf16 run of that implementation would. `on_step(i, t, x)` sees the latents after each step.
+        A `probe` looks on at attention (`fluxlab.probes`), and has what it saw in `probe.arrays` afterwards.
 
         Returns PIL images, or with output="latent" the packed latents `(B, N, C)` in fp32, or with output="pt" images
         `(B, 3, H, W)` in 0 … 1. Raises `ValueError` for whatever does not fit together.
         """
         if output not in ("pil", "latent", "pt"):
             raise ValueError(f"output {output!r}: expected pil, latent or pt")
+        if probe is not None and not isinstance(probe, Probe):
+            raise ValueError(f"probe={probe!r}: a fluxlab.probes.Probe is needed, for instance Probe('words')")
         rows, cols = self.grid(height, width)
         _check_numbers(guidance=guidance, true_cfg=true_cfg)
         length = self.max_sequence_length if max_sequence_length is None else max_sequence_length
@@ -114,6 +119,7 @@ class Pipeline:
             length=length,
             truncate=truncate,
             rounding=timestep_rounding,
+            probe=probe,
         )
         x = sampling.euler(velocity, x, sigmas, on_step)
         return x if output == "latent" else self.decode(x, rows, cols, output)
@@ -216,6 +222,7 @@ class Pipeline:
         length: int | None = None,
         truncate: bool = False,
         rounding: str | None = None,
+        probe: Probe | None = None,
     ) -> sampling.Velocity:
         """The velocity field of a batch: everything but x and t is settled here, once."""
         p = self.transformer.params
@@ -238,24 +245,31 @@ class Pipeline:
         length = self.max_sequence_length if length is None else length
         compiled = self._compile(programs, prompts, length, grid, sigmas)
 
-        def conditioned(texts: Sequence[str], compiled: positions.Compiled) -> sampling.Velocity:
+        if probe is not None:
+            probe.begin(self._context(prompts, length, grid, sigmas), batch)
+
+        def conditioned(
+            texts: Sequence[str], compiled: positions.Compiled, probe: Probe | None = None
+        ) -> sampling.Velocity:
             encoded = [self.encode_prompt(text, length, truncate) for text in texts]
             txt, y = (torch.cat(parts) for parts in zip(*encoded, strict=True))
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 times = sampling.round_timesteps(torch.full((batch,), t, device=self.device), rounding)
                 rotary, mask = compiled.at(t)
-                return self.transformer(x.to(self.dtype), None, txt, None, times, y, strength, rotary=rotary, mask=mask)
+                taps = None if probe is None else probe.taps(compiled.step(t))
+                x = x.to(self.dtype)
+                return self.transformer(x, None, txt, None, times, y, strength, rotary=rotary, mask=mask, taps=taps)
 
             return velocity
 
         if true_cfg is None or true_cfg == 1:  # v⁻ + 1 · (v⁺ - v⁻) is v⁺
-            return conditioned(prompts, compiled)
+            return conditioned(prompts, compiled, probe)
         negatives = [""] * batch if negative_prompts is None else negative_prompts
         without = compiled  # a negative prompt's words are others: edits of words leave them alone
         if any(program.names_words for program in programs or ()):
             without = self._compile(programs, None, length, grid, sigmas)
-        return sampling.with_negative(conditioned(prompts, compiled), conditioned(negatives, without), true_cfg)
+        return sampling.with_negative(conditioned(prompts, compiled, probe), conditioned(negatives, without), true_cfg)
 
     def _compile(
         self,
@@ -266,13 +280,20 @@ class Pipeline:
         sigmas: Sequence[float],
     ) -> positions.Compiled:
         """Rotary tables and masks of a batch of programs; `prompts` None for texts that have none of their words."""
-        p, programs = self.transformer.params, programs or [Program()]
-        axes = len(p.axes_dim)
-        ids = torch.cat((sampling.text_ids(1, length, axes), sampling.image_ids(1, *grid, axes)), 1)
+        programs = programs or [Program()]
         named = None
         if any(program.names_words for program in programs):
-            named = [None] if prompts is None else [self._prompt(prompt, length) for prompt in prompts]
-        context = positions.Context(
+            named = [None] if prompts is None else prompts
+        return positions.compile_programs(programs, self._context(named, length, grid, sigmas))
+
+    def _context(
+        self, prompts: Sequence[str | None] | None, length: int, grid: tuple[int, int], sigmas: Sequence[float]
+    ) -> positions.Context:
+        """What programs and probes are settled against."""
+        p = self.transformer.params
+        axes = len(p.axes_dim)
+        ids = torch.cat((sampling.text_ids(1, length, axes), sampling.image_ids(1, *grid, axes)), 1)
+        return positions.Context(
             ids=ids.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32),
             layout=positions.Layout(length, grid, pixels_per_token=self.pixels_per_token),
             axes_dim=p.axes_dim,
@@ -281,9 +302,8 @@ class Pipeline:
             single=p.depth_single_blocks,
             heads=p.num_heads,
             sigmas=sigmas,
-            prompts=named,
+            prompts=prompts and [None if prompt is None else self._prompt(prompt, length) for prompt in prompts],
         )
-        return positions.compile_programs(programs, context)
 
     def _prompt(self, prompt: str, length: int) -> positions.Prompt:
         """A prompt with the characters that each of its T5 tokens stands for."""

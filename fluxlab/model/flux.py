@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fluxlab.model.attention import additive_mask
+from fluxlab.model.attention import Tap, additive_mask
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.layers import (
     BlockTables,
@@ -89,6 +89,7 @@ class Flux(nn.Module):
         *,
         rotary: Rotary | Sequence[BlockTables] | None = None,
         mask: Tensor | Sequence[Tensor | None] | None = None,
+        taps: Sequence[Tap | None] | None = None,
     ) -> Float[Tensor, "b n o"]:
         """Velocity dx/dt of the packed latents `img` at time `timesteps` (1 = noise, 0 = image).
 
@@ -101,20 +102,22 @@ class Flux(nn.Module):
         have `KeyGroups` instead: a table for each group of queries.
         `mask`, boolean (True = may look) or additive, broadcasts to `(B, H, L + N, L + N)`; one for all or one a block.
         `guidance` is the distilled guidance strength; a model without guidance embedding has no use for it.
+        `taps`, one a block or None, look on while the blocks attend (`fluxlab.probes`).
 
-        Raises `ValueError` for ids of another shape or dtype, missing guidance, or a wrong number of tables or masks.
+        Raises `ValueError` for ids of another shape or dtype, missing guidance, or a wrong number of tables, masks or
+        taps.
         """
         tables = self._tables(img, img_ids, txt, txt_ids, rotary)
-        masks = self._masks(mask)
+        masks, taps = self._masks(mask), self._taps(taps)
 
         depth, vec = self.params.depth, self._vec(timesteps, y, guidance)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for block, pair, mask in zip(self.double_blocks, tables[:depth], masks[:depth], strict=True):
-            img, txt = block(img, txt, vec, pair, mask)
+        for block, pair, mask, tap in zip(self.double_blocks, tables[:depth], masks[:depth], taps[:depth], strict=True):
+            img, txt = block(img, txt, vec, pair, mask, tap)
 
         joint = torch.cat((txt, img), dim=1)
-        for block, pair, mask in zip(self.single_blocks, tables[depth:], masks[depth:], strict=True):
-            joint = block(joint, vec, pair, mask)
+        for block, pair, mask, tap in zip(self.single_blocks, tables[depth:], masks[depth:], taps[depth:], strict=True):
+            joint = block(joint, vec, pair, mask, tap)
         return self.final_layer(joint[:, txt.shape[1] :], vec)
 
     def _vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
@@ -126,6 +129,12 @@ class Flux(nn.Module):
                 raise ValueError("guidance is missing: this model is guidance-distilled (FLUX.1 dev: 3.5)")
             vec = vec + self.guidance_in(timestep_embedding(guidance, dtype))
         return vec + self.vector_in(y)
+
+    def _taps(self, taps: Sequence[Tap | None] | None) -> Sequence[Tap | None]:
+        blocks = self.params.depth + self.params.depth_single_blocks
+        if taps is not None and len(taps) != blocks:
+            raise ValueError(f"taps has {len(taps)} entries, the model has {blocks} blocks")
+        return [None] * blocks if taps is None else taps
 
     def _masks(self, mask: Tensor | Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
         """One additive mask a block, in the model's dtype; what was one tensor stays one."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fluxlab.model.attention import attend, heads_inside
+from fluxlab.model.attention import Tap, attend, heads_inside
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 
 
@@ -22,19 +22,28 @@ class KeyGroups(NamedTuple):
         return Rotary(torch.ones_like(cos), torch.zeros_like(cos))
 
 
-def joint_attention(q: Tensor, k: Tensor, v: Tensor, keys: Rotary | KeyGroups, mask: Tensor | None) -> Tensor:
+def joint_attention(
+    q: Tensor, k: Tensor, v: Tensor, keys: Rotary | KeyGroups, mask: Tensor | None, tap: Tap | None = None
+) -> Tensor:
     """A block's attention: at once where all queries see the (turned) keys alike, else once a group."""
-    return attend_in_groups(q, k, v, keys, mask) if isinstance(keys, KeyGroups) else attend(q, k, v, mask)
+    if isinstance(keys, KeyGroups):
+        return attend_in_groups(q, k, v, keys, mask, tap)
+    return attend(q, k, v, mask, tap)
 
 
-def attend_in_groups(q: Tensor, k: Tensor, v: Tensor, groups: KeyGroups, mask: Tensor | None = None) -> Tensor:
-    """As `attend`, for turned queries and keys not yet turned, `(B, H, N, d)`; the mask is `(B or 1, H or 1, N, N)`."""
+def attend_in_groups(
+    q: Tensor, k: Tensor, v: Tensor, groups: KeyGroups, mask: Tensor | None = None, tap: Tap | None = None
+) -> Tensor:
+    """As `attend`, for turned queries and keys not yet turned, `(B, H, N, d)`; the mask is `(B or 1, H or 1, N, N)`.
+
+    A tap is called once a group.
+    """
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
     parts = []
     for queries, table in zip(*groups, strict=True):
         keys = apply_rotary(k, table) if plain else apply_rotary_(k.clone(), table)
         rows = None if mask is None else mask.expand(*mask.shape[:2], q.shape[2], -1)[:, :, queries]
-        parts.append(attend(q.index_select(2, queries), keys, v, rows))
+        parts.append(attend(q.index_select(2, queries), keys, v, rows, tap, queries))
     if plain:
         return torch.cat(parts, dim=2)[:, :, torch.cat(groups.queries).argsort()]
     out = heads_inside(q, v.dtype)

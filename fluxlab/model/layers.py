@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fluxlab.model.attention import heads_inside
+from fluxlab.model.attention import Tap, heads_inside
 from fluxlab.model.groups import KeyGroups, joint_attention
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 
@@ -219,7 +219,7 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden_size, mlp_hidden)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, tables: BlockTables, mask: Tensor | None
+        self, img: Tensor, txt: Tensor, vec: Tensor, tables: BlockTables, mask: Tensor | None, tap: Tap | None = None
     ) -> tuple[Tensor, Tensor]:
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
@@ -228,7 +228,7 @@ class DoubleStreamBlock(nn.Module):
         txt_qkv = self.txt_attn.qkv(modulate(txt, txt_mod1.shift, txt_mod1.scale))
         norms = (self.txt_attn.norm, self.img_attn.norm)
         q, k, v = query_key_value((txt_qkv, img_qkv), norms, self.img_attn.num_heads, tables)
-        joint = rearrange(joint_attention(q, k, v, tables[1], mask), "B H L D -> B L (H D)")
+        joint = rearrange(joint_attention(q, k, v, tables[1], mask, tap), "B H L D -> B L (H D)")
         txt_joint, img_joint = joint.split((txt.shape[1], img.shape[1]), dim=1)
 
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_joint))
@@ -250,11 +250,13 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, double=False)
 
-    def forward(self, x: Tensor, vec: Tensor, tables: BlockTables, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, vec: Tensor, tables: BlockTables, mask: Tensor | None, tap: Tap | None = None
+    ) -> Tensor:
         (mod,) = self.modulation(vec)
         qkv, mlp = self.linear1(modulate(x, mod.shift, mod.scale))
         q, k, v = query_key_value((qkv,), (self.norm,), self.num_heads, tables)
-        attn = rearrange(joint_attention(q, k, v, tables[1], mask), "B H L D -> B L (H D)")
+        attn = rearrange(joint_attention(q, k, v, tables[1], mask, tap), "B H L D -> B L (H D)")
         return clip_fp16(torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, mlp), dim=-1))))
 
 

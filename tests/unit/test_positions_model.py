@@ -224,7 +224,7 @@ def dense_model(flux, program, monkeypatch):
     compiled = Program.from_config(program).compile(context(torch.float64))
     block = iter(range(4))
 
-    def attention(q, k, v, keys, mask):
+    def attention(q, k, v, keys, mask, tap):
         n_block, out = next(block), torch.empty_like(v)
         for h in range(2):
             at = compiled.ids(0.6, n_block, "queries", h)

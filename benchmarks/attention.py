@@ -1,0 +1,272 @@
+"""What it costs to look: a run with attention maps against the same run without, ours and Diffusers'.
+
+python benchmarks/attention.py [--quick] [--device cuda] [--sizes 1152 4608] [--json FILE]
+
+Hidden size 1024, 128 text columns of every block and step, mean over heads: which image tokens look at each text token.
+Ours asks a probe; Diffusers materialises the softmax in its attention, as tools that show its maps do. Ratios are
+medians over neighbouring runs, with and without turn about; the maps of the two are compared. Peak memory is of a
+process of its own each (CPU) or of the allocator (CUDA). Aims: time ≤ 1.10 (must 1.2), memory ≤ 1.1.
+On a busy machine, OMP_NUM_THREADS=1 and --cpu-time count this process' work only.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from forward import LARGE, calls, pair_of_models
+from torch import Tensor, nn
+
+from fluxlab.model import Flux, FluxParams
+from fluxlab.positions import Context, Layout
+from fluxlab.probes import Probe
+from fluxlab.sampling import image_ids, text_ids
+
+SIZES = {1152: (128, 32), 4608: (512, 64)}  # tokens: text, side of the image
+COLUMNS = 128
+MAPS = {
+    "kind": "map",
+    "from": "image",
+    "to": {"indices": list(range(COLUMNS)), "of": "text"},
+    "average": ["heads"],
+}
+OTHERS = {
+    "words": {"kind": "words", "words": ["w3", "w7", "w20"], "average": ["heads"]},
+    "quadrants": {"kind": "quadrants"},
+    "entropy": {"kind": "entropy", "average": ["heads"]},
+    "distance": {"kind": "distance", "average": ["heads", "tokens"]},
+    "logits": {"kind": "logits", "from": {"indices": [5]}, "to": {"box": [0, 0, 8, 8]}},
+}
+
+
+def context_of(params: FluxParams, text: int, side: int, steps: int, device: str) -> Context:
+    from fluxlab.positions import Prompt
+
+    ids = torch.cat((text_ids(1, text), image_ids(1, side, side)), 1).to(device)
+    sizes = (params.axes_dim, params.theta, params.depth, params.depth_single_blocks, params.num_heads)
+    words = [f"w{i}" for i in range(min(text, COLUMNS))]
+    starts = [sum(len(word) + 1 for word in words[:i]) for i in range(len(words))]
+    spans = tuple((start, start + len(word)) for start, word in zip(starts, words, strict=True))
+    sigmas = [1 - i / steps for i in range(steps + 1)]
+    return Context(ids, Layout(text, (side, side)), *sizes, sigmas, [Prompt(" ".join(words), spans)])
+
+
+def our_runs(
+    flux: nn.Module, arguments: tuple, context: Context, capture: dict | None
+) -> tuple[Callable[[], object], Probe | None]:
+    """A run of as many forwards as the context has steps; the text and image ends are left out."""
+    probe = capture and Probe({"max_mb": 1e5, **capture})
+
+    def run() -> None:
+        if probe:
+            probe.begin(context, 1)
+        for step in range(context.steps):
+            flux(*arguments, taps=probe.taps(step) if probe else None)
+
+    return run, probe
+
+
+@contextmanager
+def dense_maps(maps: list[Tensor], text: int):
+    """Diffusers with its softmax written out: `(B, N, H, d)` in and out, the word maps kept."""
+    from diffusers.models.transformers import transformer_flux
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        p = ((q @ k.mT) / q.shape[-1] ** 0.5).softmax(-1)
+        maps.append(p[:, :, text:, :COLUMNS].mean(1))
+        return (p @ v).transpose(1, 2)
+
+    fused = transformer_flux.dispatch_attention_fn
+    transformer_flux.dispatch_attention_fn = attention
+    try:
+        yield
+    finally:
+        transformer_flux.dispatch_attention_fn = fused
+
+
+def their_run(forward: Callable[[], Tensor], steps: int, text: int, looking: bool) -> Callable[[], list[Tensor]]:
+    def run() -> list[Tensor]:
+        maps: list[Tensor] = []
+        for _ in range(steps):
+            if looking:
+                with dense_maps(maps, text):
+                    forward()
+            else:
+                forward()
+        return maps
+
+    return run
+
+
+def take_turns(looking: Callable, plain: Callable, options: argparse.Namespace) -> tuple[float, float, float, int]:
+    """Median seconds with and without, median of the ratios of neighbours, pairs. Which comes first alternates."""
+    now = time.process_time if options.cpu_time else time.perf_counter
+
+    def timed(run: Callable) -> float:
+        start = now()
+        run()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        return now() - start
+
+    times: list[tuple[float, float]] = []
+    end = time.perf_counter() + options.seconds
+    while len(times) < 2 or time.perf_counter() < end:
+        first, second = (looking, plain) if len(times) % 2 else (plain, looking)
+        pair = timed(first), timed(second)
+        times.append(pair if first is looking else pair[::-1])
+    median = statistics.median
+    return median(a for a, _ in times), median(b for _, b in times), median(a / b for a, b in times), len(times)
+
+
+def time_of(tokens: int, options: argparse.Namespace, params: FluxParams) -> list[dict]:
+    (text, side), device = SIZES[tokens], options.device
+    dtype = getattr(torch, options.dtype)
+    flux, theirs = pair_of_models(params, dtype, device)
+    _, reference = calls(flux, theirs, params, text, side, 1, dtype, device)
+    arguments = inputs(params, text, side, dtype, device)
+    context = context_of(params, text, side, options.steps, device)
+    captures = {"word maps": {"map": MAPS}, **({name: {name: OTHERS[name]} for name in options.others})}
+    plain, _ = our_runs(flux, arguments, context, None)
+    rows = []
+    for name, capture in captures.items():
+        looking, probe = our_runs(flux, arguments, context, capture)
+        looking()
+        with_, without, ratio, pairs = take_turns(looking, plain, options)
+        rows.append({"of": "fluxlab", "what": name, "with": with_, "without": without, "ratio": ratio, "pairs": pairs})
+        if name == "word maps":
+            ours = probe.arrays["map"].values
+        report(tokens, rows[-1])
+    if options.without_diffusers:
+        return rows
+    looking, plain = (their_run(reference, options.steps, text, flag) for flag in (True, False))
+    check(ours, looking(), options, params, side)
+    with_, without, ratio, pairs = take_turns(looking, plain, options)
+    rows.append(
+        {"of": "Diffusers", "what": "word maps", "with": with_, "without": without, "ratio": ratio, "pairs": pairs}
+    )
+    report(tokens, rows[-1])
+    return rows
+
+
+def check(ours, maps: list[Tensor], options: argparse.Namespace, params: FluxParams, side: int) -> None:
+    """The maps of the two are the same."""
+    blocks = params.depth + params.depth_single_blocks
+    theirs = torch.stack(maps).float().cpu().reshape(options.steps, blocks, side, side, COLUMNS)
+    error = (torch.from_numpy(ours)[0] - theirs).abs().max().item()
+    bound = 1e-5 if options.dtype == "float32" else 1e-2
+    if error > bound:
+        raise SystemExit(f"the word maps of fluxlab and Diffusers differ by {error:.1e}")
+
+
+def inputs(params: FluxParams, text: int, side: int, dtype: torch.dtype, device: str) -> tuple:
+    """The same as `forward.calls` gives both models."""
+    g = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(1, *shape, generator=g).to(device, dtype)  # noqa: E731
+    img, txt, y = draw(side * side, params.in_channels), draw(text, params.context_in_dim), draw(params.vec_in_dim)
+    t, guidance = torch.full((1,), 0.5, device=device), torch.full((1,), 4.0, device=device)
+    return img, image_ids(1, side, side).to(device), txt, text_ids(1, text).to(device), t, y, guidance
+
+
+def peak_of(tokens: int, of: str, looking: bool, options: argparse.Namespace, params: FluxParams) -> float:
+    """MB at most, of a process of its own."""
+    command = [sys.executable, __file__, "--peak", of, str(tokens), str(int(looking)), "--steps", str(options.steps)]
+    command += ["--device", options.device, "--dtype", options.dtype, "--depth", *map(str, options.depth)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def peak_here(of: str, tokens: int, looking: bool, options: argparse.Namespace, params: FluxParams) -> None:
+    (text, side), device, dtype = SIZES[tokens], options.device, getattr(torch, options.dtype)
+    if of == "fluxlab":
+        model = Flux(params).eval().to(device, dtype)
+        context = context_of(params, text, side, options.steps, device)
+        run, _ = our_runs(model, inputs(params, text, side, dtype, device), context, {"map": MAPS} if looking else None)
+    else:
+        from diffusers import FluxTransformer2DModel
+
+        model = FluxTransformer2DModel(
+            in_channels=params.in_channels,
+            num_layers=params.depth,
+            num_single_layers=params.depth_single_blocks,
+            attention_head_dim=params.hidden_size // params.num_heads,
+            num_attention_heads=params.num_heads,
+            joint_attention_dim=params.context_in_dim,
+            pooled_projection_dim=params.vec_in_dim,
+            guidance_embeds=params.guidance_embed,
+            axes_dims_rope=params.axes_dim,
+        )
+        model = model.eval().to(device, dtype)
+        _, reference = calls(None, model, params, text, side, 1, dtype, device)
+        run = their_run(reference, options.steps, text, looking)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run()
+    used = torch.cuda.max_memory_allocated() if device == "cuda" else peak_rss()
+    print(used / 1e6)
+
+
+def peak_rss() -> int:
+    """Bytes. (getrusage's number would start from that of the process that started this one.)"""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+
+def report(tokens: int, row: dict) -> None:
+    print(
+        f"{tokens:6} {row['of']:10} {row['what']:10} {row['without']:8.3f} s {row['with']:8.3f} s {row['ratio']:6.3f}"
+        f" {row['pairs']:5}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), choices=SIZES, help="tokens")
+    parser.add_argument("--depth", nargs=2, type=int, default=(2, 4), metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=60, help="measuring time a case")
+    parser.add_argument("--quick", action="store_true", help="1,152 tokens, two blocks, a few runs")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--others", nargs="*", default=[], choices=OTHERS, help="other requests to time")
+    parser.add_argument("--without-diffusers", action="store_true")
+    parser.add_argument("--without-memory", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.sizes, options.depth, options.seconds = [1152], (1, 1), min(options.seconds, 10)
+    double, single = options.depth
+    params = replace(LARGE, depth=double, depth_single_blocks=single)
+    rows = []
+    with torch.inference_mode():
+        if options.peak:
+            peak_here(options.peak[0], int(options.peak[1]), options.peak[2] == "1", options, params)
+            return
+        print(f"{'tokens':>6} {'':10} {'':10} {'without':>10} {'with':>10} {'ratio':>6} {'pairs':>5}")
+        for tokens in options.sizes:
+            rows += [{"tokens": tokens, **row} for row in time_of(tokens, options, params)]
+        for tokens in [] if options.without_memory else options.sizes:
+            for of in ("fluxlab",) if options.without_diffusers else ("fluxlab", "Diffusers"):
+                without, with_ = (peak_of(tokens, of, looking, options, params) for looking in (False, True))
+                print(
+                    f"{tokens:6} {of:10} {'memory':10} {without:7.0f} MB {with_:7.0f} MB {with_ / without:6.3f}",
+                    flush=True,
+                )
+                rows.append({"tokens": tokens, "of": of, "peak_mb": [without, with_], "peak_ratio": with_ / without})
+    if options.json:
+        options.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

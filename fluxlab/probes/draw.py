@@ -1,0 +1,200 @@
+"""Pictures of what was captured: a map over its image, a sheet of maps, a GIF. Arrays in, PIL images out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fluxlab.files import write_atomic
+from fluxlab.probes.arrays import Captured
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from PIL.Image import Image
+
+COLORMAP = "inferno"
+GAP, INK, PAPER, NOTHING = 4, (40, 40, 40), (255, 255, 255), (225, 225, 225)
+SCALES = ("sheet", "row", "cell")
+
+
+def overlay(
+    heat: np.ndarray,
+    image: "Image | None" = None,
+    *,
+    highest: float | None = None,
+    size: tuple[int, int] | None = None,
+    opacity: float = 0.85,
+    colormap: str = COLORMAP,
+) -> "Image":
+    """A map `(rows, cols)` of values from 0 on, in colour, over an image in grey where one is given.
+
+    highest: the value of the brightest colour, None for the map's own largest. size: (width, height) in pixels of the
+    result, None for the image's, or 16 pixels a token. opacity: how far the brightest colour covers the image. NaN is
+    grey.
+    """
+    from PIL import Image
+
+    if heat.ndim != 2:
+        raise ValueError(f"heat has shape {heat.shape}: a map (rows, cols) is needed")
+    rows, cols = heat.shape
+    size = size or (image.size if image is not None else (16 * cols, 16 * rows))
+    shares = _shares(heat, highest)
+    colours = _coloured(shares, colormap)
+    if image is None:
+        return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+    covered = np.uint8(255 * opacity * np.where(np.isfinite(shares), 0.35 + 0.65 * np.nan_to_num(shares), 1))
+    grey = image.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    top, cover = (Image.fromarray(part).resize(size, Image.Resampling.NEAREST) for part in (colours, covered))
+    return Image.composite(top, grey, cover)
+
+
+def _shares(heat: np.ndarray, highest: float | None) -> np.ndarray:
+    """The map in 0 … 1, 1 being the brightest; NaN stays."""
+    top = float(np.max(heat, where=np.isfinite(heat), initial=0)) if highest is None else highest
+    return np.clip(heat / (top if top > 0 else 1), 0, 1)
+
+
+def _coloured(shares: np.ndarray, colormap: str) -> np.ndarray:
+    """uint8 `(rows, cols, 3)`."""
+    import matplotlib
+
+    colours = matplotlib.colormaps[colormap](np.nan_to_num(shares), bytes=True)[..., :3]
+    return np.where(np.isfinite(shares)[..., None], colours, np.uint8(NOTHING))
+
+
+def sheet(
+    captured: Captured,
+    *,
+    rows: str = "word",
+    columns: str = "block",
+    image: "Image | None" = None,
+    scale: str = "row",
+    highest: float | np.ndarray | None = None,
+    cell: int = 96,
+    title: str = "",
+    colormap: str = COLORMAP,
+) -> "Image":
+    """A contact sheet: the maps (row, col) of an array along two of its axes, labelled, say words × blocks.
+
+    captured: has these two axes and `row`, `col`; further ones of a single entry are dropped, of more are an error
+    (`captured.sel(step=3)` chooses one, `captured.mean("step")` averages). scale: what shares a brightest colour, the
+    whole sheet, a row or a single cell; its value is written at the right, or below the cell. highest: that value, or
+    one a row, for sheets that are to be compared. cell: pixels of a map's longer side.
+    """
+    from PIL import Image, ImageDraw
+
+    maps = _maps(captured, rows, columns)
+    if scale not in SCALES:
+        raise ValueError(f"scale {scale!r}: expected one of {', '.join(SCALES)}")
+    tops = _tops(maps, scale, highest)
+    height, width = (max(1, round(cell * n / max(maps.shape[2:]))) for n in maps.shape[2:])
+    down, across = captured.labels(rows), [str(label) for label in captured.labels(columns)]
+    down = [label if isinstance(label, str) else f"{rows} {label}" for label in down]
+    font, small = _font(12), _font(9)
+    left = 12 + max([_width(font, text) for text in (*down, columns)])
+    right = 0 if scale == "cell" else 8 + _width(small, "at most")
+    head = 22 + (20 if title else 0)
+    step = (height + GAP + (12 if scale == "cell" else 0), width + GAP)
+    need = _width(font, title) + 20
+    page = Image.new("RGB", (max(left + len(across) * step[1] + right, need), head + len(down) * step[0]), PAPER)
+    draw = ImageDraw.Draw(page)
+    draw.text((6, 4), title, INK, font)
+    draw.text((left - 6, head - 4), columns, INK, small, anchor="rs")
+    if right:
+        draw.text((left + len(across) * step[1] + 2, head - 4), "at most", INK, small, anchor="ls")
+    for j, text in enumerate(across):
+        draw.text((left + j * step[1] + width / 2, head - 4), _cut(text, small, width), INK, small, anchor="ms")
+    for i, text in enumerate(down):
+        y = head + i * step[0]
+        draw.text((left - 6, y + height / 2), text, INK, font, anchor="rm")
+        for j in range(len(across)):
+            top, x = tops[i, j], left + j * step[1]
+            page.paste(overlay(maps[i, j], image, highest=top, size=(width, height), colormap=colormap), (x, y))
+            if scale == "cell":
+                draw.text((x + width / 2, y + height + 11), f"{top:.2g}", INK, small, anchor="ms")
+        if right:
+            x = left + len(across) * step[1] + 2
+            draw.text((x, y + height / 2), f"{tops[i, 0]:.2g}", INK, small, anchor="lm")
+    return page
+
+
+def frames(
+    captured: Captured,
+    *,
+    over: str = "step",
+    rows: str = "word",
+    columns: str = "block",
+    images: "Image | Sequence[Image] | None" = None,
+    scale: str = "row",
+    **options,
+) -> "list[Image]":
+    """A `sheet` for each entry of the axis `over`, on one scale throughout. images: one for all, or one a frame."""
+    labels = captured.labels(over)
+    parts = [captured.sel(**{over: label}) for label in labels]
+    maps = np.stack([_maps(part, rows, columns) for part in parts])
+    if scale == "cell":
+        raise ValueError("scale 'cell': expected sheet or row, or frames could not be compared")
+    highest = _tops(maps.max(0), scale, None)[:, 0]
+    each = [images] * len(parts) if images is None or hasattr(images, "size") else list(images)
+    if len(each) != len(parts):
+        raise ValueError(f"images: {len(each)} for {len(parts)} frames, expected one, or one a frame")
+    titles = [f"{over} {label}{_sigma(captured, over, i)}" for i, label in enumerate(labels)]
+    common = {"rows": rows, "columns": columns, "scale": scale, "highest": highest, **options}
+    return [sheet(part, image=im, title=t, **common) for part, im, t in zip(parts, each, titles, strict=True)]
+
+
+def gif(path: "str | PathLike[str]", pictures: "Sequence[Image]", *, seconds: float = 0.5) -> None:
+    """Write pictures of one size as a GIF that goes round, `seconds` each; whole or not at all."""
+    if not pictures:
+        raise ValueError("pictures: there are none")
+    first, *rest = (picture.convert("RGB").quantize(256) for picture in pictures)
+    options = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds), "loop": 0}
+    write_atomic(Path(path), lambda file: first.save(file, format="gif", **options))
+
+
+def _maps(captured: Captured, rows: str, columns: str) -> np.ndarray:
+    """`(rows, columns, row, col)` of an array with these axes; others must have one entry."""
+    wanted = (rows, columns, "row", "col")
+    for axis, size in zip(captured.axes, captured.values.shape, strict=True):
+        if axis not in wanted and size > 1:
+            raise ValueError(f"{axis} has {size} entries: choose one with .sel({axis}=…), or .mean({axis!r}) averages")
+    for axis in wanted:
+        if axis not in captured.axes:
+            raise ValueError(f"{axis}: there is no such axis, expected {', '.join(wanted)}, got {captured.axes}")
+    spare = tuple(i for i, axis in enumerate(captured.axes) if axis not in wanted)
+    left = [axis for axis in captured.axes if axis in wanted]
+    return captured.values.squeeze(spare).transpose([left.index(axis) for axis in wanted])
+
+
+def _tops(maps: np.ndarray, scale: str, highest: float | np.ndarray | None) -> np.ndarray:
+    """The value of the brightest colour of each cell, `(rows, columns)`."""
+    finite = np.where(np.isfinite(maps), maps, 0)
+    if highest is not None:
+        return np.broadcast_to(np.asarray(highest, dtype=float).reshape(-1, 1), maps.shape[:2])
+    over = {"sheet": (0, 1, 2, 3), "row": (1, 2, 3), "cell": (2, 3)}[scale]
+    return np.broadcast_to(finite.max(over, keepdims=True)[..., 0, 0], maps.shape[:2])
+
+
+def _sigma(captured: Captured, over: str, i: int) -> str:
+    along, values = captured.coords.get("sigma", ((), ()))
+    return f", σ {values[i]:.2f}" if along == (over,) else ""
+
+
+def _font(size: int):
+    """matplotlib's own, which has the letters that PIL's lacks."""
+    import matplotlib
+    from PIL import ImageFont
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
+
+
+def _width(font, text: str) -> int:
+    return round(font.getlength(text))
+
+
+def _cut(text: str, font, width: int) -> str:
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-1]
+    return text

@@ -1,0 +1,397 @@
+"""What can be asked of a probe and how it refuses; memory; arrays in files; what a probe leaves alone."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import config as jaxtyping_config
+
+import fluxlab
+from fluxlab.model import Flux, FluxParams
+from fluxlab.model.attention import Attended
+from fluxlab.positions import Context, Layout, Prompt
+from fluxlab.probes import KINDS, Capture, Captured, Probe, load, memory, of_sample, read, settle, stream, write
+from fluxlab.sampling import image_ids, text_ids
+from tests import tiny
+
+TEXT, GRID = 6, (4, 3)
+PARAMS = FluxParams(8, 8, 12, 10, 32, 2.0, 2, 1, 2, (4, 6, 6), 10000, True, False)
+CAT = Prompt("a cat, a hat", ((0, 1), (2, 5), (5, 6), (7, 8), (9, 12), (0, 0)))
+DOG = Prompt("dog", ((0, 3), (0, 0)))
+
+
+def context(grid=GRID, **more) -> Context:
+    ids = torch.cat((text_ids(1, TEXT), image_ids(1, *grid)), 1)
+    sizes = (PARAMS.axes_dim, PARAMS.theta, PARAMS.depth, PARAMS.depth_single_blocks, PARAMS.num_heads)
+    return Context(ids, Layout(TEXT, grid), *sizes, **{"sigmas": (1.0, 0.5, 0.0), "prompts": [CAT], **more})
+
+
+@pytest.fixture(scope="module")
+def flux() -> Flux:
+    torch.manual_seed(0)
+    model = Flux(PARAMS).eval().requires_grad_(False)
+    for weight in model.parameters():
+        weight.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture
+def unchecked():
+    """As a user runs it: shape checks cannot be compiled."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+def inputs(batch: int = 1) -> dict:
+    g = torch.Generator().manual_seed(1)
+    ids = context().ids
+    draw = lambda *shape: torch.randn(1, *shape, generator=g).expand(batch, *shape)  # noqa: E731
+    return {
+        "img": draw(GRID[0] * GRID[1], 8),
+        "img_ids": ids[:, TEXT:],
+        "txt": draw(TEXT, 10),
+        "txt_ids": ids[:, :TEXT],
+        "timesteps": torch.full((batch,), 0.5),
+        "y": draw(12),
+    }
+
+
+def watch(flux, capture, samples: int = 1, steps=(0, 1), **more) -> dict[str, Captured]:
+    probe = Probe(capture)
+    probe.begin(context(**more), samples)
+    with torch.inference_mode():
+        for step in steps:
+            flux(**inputs(samples), taps=probe.taps(step))
+    return probe.arrays
+
+
+WORDS = {"kind": "words", "words": ["cat"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("wrods", "capture: 'wrods', expected one of distance, full, none, words, or .*; did you mean words"),
+        (3, "capture: 3, expected a mapping of requests"),
+        (WORDS, "capture: .* is a request without a name"),
+        ({"a b": WORDS}, "capture.a b: 'a b', expected a name of letters"),
+        ({"a": "words"}, "capture.a: 'words', expected a request such as"),
+        ({"a": {"words": ["cat"]}}, "capture.a.kind: missing, expected one of words, regions"),
+        ({"a": {"kind": "entorpy"}}, "capture.a.kind: 'entorpy', expected one of .*; did you mean entropy?"),
+        ({"a": {**WORDS, "wods": 1}}, "capture.a.wods: 1, unknown key of words, expected words, .*; did"),
+        ({"a": {**WORDS, "words": []}}, r"capture.a.words: \[\], expected a word or phrase"),
+        ({"a": {**WORDS, "direction": "word"}}, "capture.a.direction: 'word', expected image_to_word or word_to_image"),
+        ({"a": {**WORDS, "blocks": "dubble"}}, "capture.a.blocks: 'dubble', expected all, .*did you mean double"),
+        ({"a": {**WORDS, "steps": {"sgma": [0, 1]}}}, "capture.a.steps.sgma: .*unknown key"),
+        ({"a": {**WORDS, "heads": "x"}}, "capture.a.heads: 'x', expected all, or heads"),
+        ({"a": {**WORDS, "average": "head"}}, r"capture.a.average\[0\]: 'head', expected some of steps, .*; did"),
+        ({"a": {**WORDS, "average": ["tokens"]}}, r"capture.a.average\[0\]: 'tokens', expected some of"),
+        ({"a": {**WORDS, "average": 3}}, "capture.a.average: 3, expected some of"),
+        ({"a": {"kind": "peak", "average": "heads"}}, "capture.a.average.0.: 'heads', expected none: places"),
+        ({"a": {"kind": "map", "from": "all"}}, "capture.a.to: missing, map needs it"),
+        ({"a": {"kind": "map", "from": "al", "to": "all"}}, "capture.a.from: 'al', expected image, text, all"),
+        ({"a": {"kind": "regions", "regions": ["image"]}}, "capture.a.regions: .*expected a mapping of names"),
+        ({"a": {"kind": "regions", "regions": {"x": "imag"}}}, "capture.a.regions.x: 'imag', expected image, text"),
+        ({"a": {"kind": "similarity", "to": -1}}, "capture.a.to: -1, expected a sample of the batch"),
+        ({"max_mb": 0, "a": WORDS}, "capture.max_mb: 0, expected a number above 0"),
+    ],
+)  # fmt: skip
+def test_a_wrong_config_is_named(config, message):
+    with pytest.raises(ValueError, match=message) as error:
+        Probe(config)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "more", "message"),
+    [
+        ({**WORDS, "words": "fox"}, {}, "capture.a.words: 'fox' is not in the prompt, which has: a, cat, hat"),
+        (WORDS, {"prompts": None}, "capture.a.words: .*but no prompt was given"),
+        ({"kind": "words"}, {"prompts": [Prompt("…", ((0, 1),))]}, "capture.a.words: all, but .*'…' has no words"),
+        ({**WORDS, "blocks": [3]}, {}, "capture.a.blocks: 3, expected a block below 3"),
+        ({**WORDS, "steps": [2]}, {}, "capture.a.steps: 2, expected a step of this run"),
+        ({**WORDS, "heads": [2]}, {}, "capture.a.heads: 2, expected a head below 2"),
+        ({"kind": "distance", "tokens": "all"}, {}, "capture.a.tokens: 'all', expected tokens of the image only"),
+        ({"kind": "similarity", "to": 2}, {}, "capture.a.to: 2, expected a sample of this batch, 0 … 1"),
+        ({"kind": "entropy", "tokens": {"words": "a#1"}}, {"prompts": [CAT, Prompt("a a", ((0, 1), (0, 3)))]},
+         r"capture.a.tokens: selects \[1, 2\] tokens of the samples, expected equal numbers"),
+    ],
+)  # fmt: skip
+def test_what_a_run_lacks_is_named(request_, more, message):
+    with pytest.raises(ValueError, match=message):
+        Probe({"a": request_}).begin(context(**more), 2)
+
+
+def test_a_config_comes_back():
+    config = {
+        "max_mb": 7.0,
+        "cats": {"kind": "words", "words": "cat", "steps": "0-1", "blocks": ["double", 2], "average": "heads"},
+        "near": {"kind": "distance", "heads": [1, 0], "average": ["tokens", "blocks"]},
+        "sky": {"kind": "regions", "regions": {"sky": {"box": [0, 0, 1, 3]}, "rest": ["text", {"indices": 5}]}},
+        "why": {"kind": "logits", "from": {"indices": 1}, "to": "text", "against": "all"},
+    }
+    capture = Capture.from_config(config)
+    again = Capture.from_config(json.loads(json.dumps(capture.to_config())))
+    assert again == capture
+    assert capture.to_config()["near"] == {"kind": "distance", "heads": [0, 1], "average": ["blocks", "tokens"]}
+    assert not Capture.from_config(None)
+    assert not Capture.from_config("none")
+
+
+@pytest.mark.parametrize("name", ["words", "distance", "full"])
+def test_presets_run(flux, name):
+    arrays = watch(flux, name)
+    assert {one.split(".")[0] for one in arrays} == {request.name for request in Probe(name).capture.requests}
+    for one in arrays.values():
+        assert np.isfinite(one.values).all()
+        assert np.abs(one.values).max() > 0
+
+
+def test_every_kind_is_labelled(flux, tmp_path):
+    capture = {kind: {"kind": kind} for kind in KINDS if kind not in ("regions", "map", "logits")}
+    capture["map"] = {"kind": "map", "from": {"box": [1, 1, 3, 3]}, "to": "text", "blocks": "single"}
+    capture["regions"] = {"kind": "regions", "regions": {"left": {"box": [0, 0, 4, 1]}, "text": "text"}, "heads": 1}
+    capture["logits"] = {"kind": "logits", "from": {"indices": 1}, "to": "text", "average": ["steps"]}
+    arrays = watch(flux, capture, samples=2)
+    write(tmp_path / "a.safetensors", arrays)
+    found = read(tmp_path / "a.safetensors")
+    assert list(found) == list(arrays)
+    for name, one in found.items():
+        assert one.dims == arrays[name].axes
+        assert one.dims[0] == "sample"
+        np.testing.assert_array_equal(one.values, arrays[name].values)
+        assert one.attrs["request"]["kind"] == name.split(".")[0]
+        assert set(one.dims) <= set(one.coords)
+    assert found["map"].dims == ("sample", "step", "block", "head", "from_row", "from_col", "to")
+    assert found["map"].sel(block=2, from_row=1, to=3).shape == (2, 2, 2, 2)
+    assert found["map"].block.values.tolist() == [1, 2]
+    assert found["words"].sel(word="cat", direction="image_to_word").dims[-2:] == ("row", "col")
+    assert found["entropy"].sizes["row"] == 4
+    assert found["entropy"].sigma.values.tolist() == [1.0, 0.5]
+    assert found["regions"].dims == ("sample", "step", "block", "head", "from", "to")
+    assert found["regions"]["head"].values.tolist() == [1]
+    assert found["logits"].dims == ("sample", "block", "head", "pair")
+    assert found["logits"].groupby("axis").sum().sizes["axis"] == 3
+    assert found["distance.histogram"].delta_col.values.tolist() == [-2, -1, 0, 1, 2]
+    assert found["entropy"].stream.values.tolist() == ["double", "single", "single"]
+
+
+def test_words_of_different_prompts(flux):
+    arrays = watch(flux, {"words": {"kind": "words", "direction": "image_to_word"}}, samples=2, prompts=[CAT, DOG])
+    words = arrays["words"]
+    assert words.coords["text"] == (("sample", "word"), [["a#1", "cat", "a#2", "hat"], ["dog", "", "", ""]])
+    assert np.isnan(words.values[1, ..., 1:, :, :]).all()
+    assert np.isfinite(words.values[1, ..., 0, :, :]).all()
+    cat, dog = (of_sample(arrays, i)["words"] for i in (0, 1))
+    assert cat.labels("word") == ["a#1", "cat", "a#2", "hat"]
+    assert dog.labels("word") == ["dog"]
+    alone = watch(flux, {"words": {"kind": "words", "direction": "image_to_word"}}, prompts=[DOG])["words"]
+    np.testing.assert_allclose(dog.values, alone.values[0], atol=1e-6)
+    assert "sample" not in dog.axes
+
+
+def test_words_that_were_cut_off():
+    cut = Prompt("a cat, a hat", CAT.spans[:2])
+    (one,) = settle(Capture.from_config({"a": {"kind": "words"}}), context(prompts=[cut]), 1)
+    assert one.measure.outputs[""].coords["word"][1] == ["a#1", "cat"]
+    with pytest.raises(ValueError, match=r"capture.a.words: 'hat' was cut off"):
+        settle(Capture.from_config({"a": {"kind": "words", "words": ["hat"]}}), context(prompts=[cut]), 1)
+
+
+def test_selections_that_differ_by_sample(flux):
+    prompts = [CAT, Prompt("hat cat", ((0, 3), (4, 7), (0, 0)))]
+    arrays = watch(flux, {"m": {"kind": "map", "from": {"words": ["hat"]}, "to": "text"}}, samples=2, prompts=prompts)
+    assert arrays["m"].coords["from_place"] == (("sample", "from"), [[4], [0]])
+    other = watch(flux, {"m": {"kind": "map", "from": {"indices": [0], "of": "text"}, "to": "text"}})
+    np.testing.assert_allclose(arrays["m"].values[1], other["m"].values[0], atol=1e-6)
+
+
+def test_memory_is_planned():
+    capture = Capture.from_config(
+        {
+            "a": {"kind": "words", "words": ["cat", "hat"]},
+            "b": {"kind": "words", "words": ["cat"], "direction": "image_to_word", "average": ["heads", "steps"]},
+            "c": {"kind": "map", "from": {"indices": 1}, "to": "all", "blocks": "double", "steps": [0], "heads": 0},
+            "d": {"kind": "distance", "average": ["tokens"], "blocks": [0]},
+        }
+    )
+    needed = memory(settle(capture, context(), 3), context())
+    assert needed.pop("working") >= stream.CHUNK_BYTES["cpu"]
+    heads, steps, blocks, samples, tokens = 2, 2, 3, 3, 12
+    assert needed == {
+        "a": 4 * samples * steps * blocks * heads * 2 * 2 * tokens,
+        "b": 4 * samples * blocks * tokens,
+        "c": 4 * samples * (TEXT + tokens),
+        "d": 4 * samples * steps * heads * (3 + 7 * 5),
+    }
+
+
+def test_a_small_budget_is_refused_before_the_run():
+    big = {"max_mb": 9, "all": {"kind": "map", "from": "image", "to": "image"}}
+    with pytest.raises(ValueError, match=r"capture.max_mb: 9, but 132 MB are needed \(all 123, working 8.8\)") as error:
+        Probe(big).begin(context((40, 40)), 1)
+    assert len(str(error.value).splitlines()) <= 3
+    Probe({**big, "max_mb": 133}).begin(context((40, 40)), 1)
+
+
+def test_arrays_need_a_whole_run(flux):
+    probe = Probe({"a": {"kind": "quadrants"}})
+    with pytest.raises(ValueError, match=r"probe.arrays: nothing was captured yet"):
+        probe.arrays  # noqa: B018
+    probe.begin(context(), 1)
+    flux(**inputs(), taps=probe.taps(0))
+    with pytest.raises(ValueError, match="broke off"):
+        probe.arrays  # noqa: B018
+    flux(**inputs(), taps=probe.taps(1))
+    first = probe.arrays["a"].values.copy()
+    probe.begin(context(), 1)  # a second run starts afresh
+    for step in (0, 1):
+        flux(**inputs(), taps=probe.taps(step))
+    np.testing.assert_array_equal(probe.arrays["a"].values, first)
+
+
+def test_a_forward_too_many_is_refused(flux):
+    probe = Probe({"a": {"kind": "quadrants", "steps": [1]}})
+    probe.begin(context(), 1)
+    taps = probe.taps(1)
+    with pytest.raises(ValueError, match="probe: a batch of 2, but begin\\(\\) was told 1"):
+        flux(**inputs(2), taps=taps)
+    with pytest.raises(ValueError, match="probe: step 1 was looked at already"):
+        probe.taps(1)
+    assert probe.taps(0) is None
+
+
+def test_only_what_is_asked_is_looked_at(flux, monkeypatch):
+    probe = Probe({"a": {"kind": "quadrants", "blocks": [1], "steps": [1]}})
+    probe.begin(context(), 1)
+    assert probe.taps(0) is None
+    taps = probe.taps(1)
+    assert [tap is None for tap in taps] == [True, False, True]
+    asked = []
+    monkeypatch.setattr(
+        fluxlab.model.attention,
+        "fused_attention_with_lse",
+        lambda *a, real=fluxlab.model.attention.fused_attention_with_lse: asked.append(1) or real(*a),
+    )
+    flux(**inputs())
+    assert not asked
+    flux(**inputs(), taps=taps)
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match="taps has 1 entries, the model has 3 blocks"):
+        flux(**inputs(), taps=taps[:1])
+
+
+@pytest.mark.parametrize("bytes_", [64, 1000, 5000])
+def test_a_stretch_at_a_time(flux, monkeypatch, bytes_):
+    """Results do not depend on how much is computed at a time, and no more than that is."""
+    capture = {kind: {"kind": kind} for kind in KINDS if kind not in ("regions", "map", "logits")}
+    capture["map"] = {"kind": "map", "from": [{"indices": [0, 5, 6]}, {"words": "cat"}], "to": {"indices": [3, 9]}}
+    capture["regions"] = {"kind": "regions", "regions": {"a": {"indices": [0, 7]}, "text": "text"}}
+    whole = watch(flux, capture)
+    monkeypatch.setitem(stream.CHUNK_BYTES, "cpu", bytes_)
+    sizes, real = [], stream.probabilities
+
+    def spy(*arguments):
+        for p, which in real(*arguments):
+            sizes.append((p.numel() * p.element_size(), p.shape[1]))
+            yield p, which
+
+    for module in (fluxlab.probes.measures, fluxlab.probes.queries):
+        monkeypatch.setattr(module, "probabilities", spy)
+    for name, one in watch(flux, capture).items():
+        np.testing.assert_allclose(one.values, whole[name].values, atol=1e-6, err_msg=name)
+    assert all(size <= bytes_ or rows == 1 for size, rows in sizes)
+
+
+def test_one_head_and_groups_out_of_order():
+    """Queries of a call may stand anywhere in the sequence, and keys be any."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 3, 10, 8, generator=g), torch.randn(1, 3, 10, 8, generator=g)
+    scores = q @ k.mT / 8**0.5
+    order = torch.tensor([7, 2, 9, 0, 4])
+    seen = Attended(q[:, :, order], k, scores.logsumexp(-1)[:, :, order], None, order)
+    wanted, keys = stream.tokens(torch.tensor([0, 1, 2, 9])), stream.tokens(torch.tensor([3, 8]))
+    ((p, which),) = stream.probabilities(seen, 0, torch.tensor([2]), wanted, keys)
+    assert which.tolist() == [0, 2, 3]
+    expected = scores.softmax(-1)[0, 2][torch.tensor([0, 2, 9])][:, torch.tensor([3, 8])]
+    torch.testing.assert_close(p[0], expected)
+
+
+@pytest.mark.parametrize(
+    "shape", [(10, 10), (1, 10), (3, 10, 10), (2, 1, 10, 10), (1, 3, 1, 10), (2, 3, 10, 1)], ids=str
+)
+def test_masks_that_broadcast(shape):
+    g = torch.Generator().manual_seed(0)
+    q, k, mask = torch.randn(2, 3, 10, 8, generator=g), torch.randn(2, 3, 10, 8, generator=g), torch.randn(shape)
+    scores = q @ k.mT / 8**0.5 + mask
+    seen = Attended(q, k, scores.logsumexp(-1), mask, None)
+    wanted, keys = torch.tensor([1, 4, 9]), torch.tensor([0, 3, 8, 9])
+    for heads in (None, torch.tensor([0, 2])):
+        ((p, _),) = stream.probabilities(seen, 1, heads, stream.tokens(wanted), stream.tokens(keys))
+        expected = scores.softmax(-1)[1] if heads is None else scores.softmax(-1)[1, heads]
+        torch.testing.assert_close(p, expected[:, wanted][..., keys])
+
+
+def test_a_compiled_model_is_looked_at(flux, unchecked):
+    torch._dynamo.reset()
+    compiled = torch.compile(flux, backend="aot_eager")
+    capture = {"a": {"kind": "quadrants"}, "b": {"kind": "entropy", "blocks": [0]}}
+    plain, found = watch(flux, capture), watch(compiled, capture)
+    for name, one in plain.items():
+        np.testing.assert_allclose(found[name].values, one.values, atol=1e-5)
+
+
+def test_autocast_leaves_p_alone(flux):
+    with torch.autocast("cpu", torch.bfloat16):
+        all_of_it = watch(flux, {"a": {"kind": "map", "from": "all", "to": "all"}})["a"].values
+    assert np.abs(all_of_it.sum(-1) - 1).max() <= 1e-4
+
+
+def test_select_and_average(flux):
+    words = watch(flux, {"a": {"kind": "words"}})["a"]
+    one = words.sel(sample=0, word="cat", step=1, direction="word_to_image").mean("block", "head")
+    np.testing.assert_allclose(one.values, words.values[0, 1, :, :, 1, 1].mean((0, 1)))
+    assert one.axes == ("row", "col")
+    assert set(one.coords) == {"row", "col"}
+    with pytest.raises(ValueError, match="word='dog': there is none, expected one of a#1, cat"):
+        words.sel(word="dog")
+    with pytest.raises(ValueError, match="wrod: there is no such axis, expected one of sample, step"):
+        words.mean("wrod")
+
+
+def test_files_that_hold_no_arrays(tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"123")
+    for name, message in (("none", "there is no such file"), ("other", "holds no captured"), ("broken", "is damaged")):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / f"{name}.safetensors")
+
+
+def test_without_xarray(tmp_path, monkeypatch):
+    write(tmp_path / "a", {"x": Captured(np.zeros(2), ("row",), {}, {})})
+    monkeypatch.setitem(sys.modules, "xarray", None)
+    assert load(tmp_path / "a")["x"].axes == ("row",)
+    with pytest.raises(ValueError, match=r"pip install 'fluxlab\[probes\]'"):
+        read(tmp_path / "a")
+
+
+def test_importing_is_light():
+    code = "import sys, fluxlab.probes as p; bad = {'xarray', 'pandas', 'matplotlib', 'transformers', 'torch._dynamo'}"
+    subprocess.run([sys.executable, "-c", f"{code} & set(sys.modules); assert not bad, bad"], check=True)
+
+
+def test_generate_takes_a_probe_only(tmp_path):
+    pipe = fluxlab.load_pipeline(tiny.save(tmp_path, guidance=False))
+    call = {"prompts": "a cat", "height": 16, "width": 24, "steps": 1, "max_sequence_length": 16, "output": "latent"}
+    with pytest.raises(ValueError, match=r"probe='words': a fluxlab.probes.Probe is needed"):
+        pipe.generate(**call, probe="words")
+    probe = Probe("words")
+    pipe.generate(**call, probe=probe)
+    assert probe.arrays["words"].labels("word") == ["a", "cat"]
+    assert probe.arrays["words"].values.shape == (1, 1, 4, 1, 2, 4, 6)
