@@ -28,7 +28,7 @@ import sys, torch
 from diffusers import FluxPipeline
 
 folder, out, dtype, steps, length, seeds, *prompts = sys.argv[1:]
-pipe = FluxPipeline.from_pretrained(folder, **({} if dtype == "default" else {"torch_dtype": getattr(torch, dtype)}))
+pipe = FluxPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
 pipe.set_progress_bar_config(disable=True)
 original = FluxPipeline._prepare_latent_image_ids
 
@@ -50,7 +50,12 @@ for name, edit in edits.items():
 
 
 def diffusers_run(out: Path, dtype: str, steps: int, length: int) -> None:
+    """dtype "default": float32, as its transformer and autoencoder come unasked.
+
+    Asked for nothing, Diffusers stops at this folder: transformers gives it text encoders in the files' bfloat16.
+    """
     out.mkdir(parents=True)
+    dtype = "float32" if dtype == "default" else dtype
     _run([sys.executable, "-c", DIFFUSERS, FOLDER, out, dtype, steps, length, SEEDS, *PROMPTS])
 
 
