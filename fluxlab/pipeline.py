@@ -128,21 +128,29 @@ class Pipeline:
     def check(
         self,
         prompts: Sequence[str],
-        programs: Sequence[Program],
+        programs: Sequence[Program] | None,
         height: int | None = None,
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
         true_cfg: float | None = None,
         negative_prompt: str | None = None,
+        probe: Probe | None = None,
     ) -> None:
-        """Raise the `ValueError` that `generate` would for (prompt, program) pairs, before any of them is run."""
+        """Raise the `ValueError` that `generate` would for a batch of (prompt, program) pairs, before it is run."""
         rows, cols = self.grid(height, width)
         _check_numbers(guidance=guidance, true_cfg=true_cfg)
         sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
         negatives = None if negative_prompt is None else [negative_prompt] * len(prompts)
         self._velocity(
-            prompts, negatives, (rows, cols), sigmas, programs=programs, guidance=guidance, true_cfg=true_cfg
+            prompts,
+            negatives,
+            (rows, cols),
+            sigmas,
+            programs=programs,
+            guidance=guidance,
+            true_cfg=true_cfg,
+            probe=probe,
         )
 
     @torch.inference_mode()

@@ -39,6 +39,7 @@ class RunConfig:
     clip: str | None = None
     dino: str | None = None
     out: str | None = None
+    capture: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
     plan: bool = False
 
@@ -70,10 +71,10 @@ def _main(arguments: list[str]) -> None:
 def read(config: RunConfig) -> "Experiment":
     """The experiment that a config asks for. Raises `ValueError` naming the key, its value, and what to do."""
     from fluxlab.checkpoints.identity import fingerprint
-    from fluxlab.experiment.plan import here
     from fluxlab.experiment.prompts import read_prompts
     from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
     from fluxlab.positions import load_plugins
+    from fluxlab.probes import Capture
 
     seeds = read_seeds(config.seeds)
     prompts = read_prompts(Path(config.prompts_file)) if config.prompts_file else config.prompts
@@ -89,11 +90,15 @@ def read(config: RunConfig) -> "Experiment":
         baseline=config.baseline,
         prompts=tuple(prompts),
         seeds=seeds,
+        capture=Capture.from_config(config.capture),
         **{key: getattr(config, key) for key in _PLAIN},
     )
     experiment = checked(asked)
-    if config.plan and not here(row):  # a plan fetches nothing
-        return experiment
+    if config.plan:
+        from fluxlab.experiment.plan import here
+
+        if not here(row):  # a plan fetches nothing
+            return experiment
     return replace(experiment, model_digest=fingerprint(row))
 
 
@@ -104,11 +109,12 @@ def run(config: RunConfig, command: str) -> None:
     """Fill the experiment's store: pictures, then numbers, then the grid; what is there already stays."""
     experiment = read(config)
     out = Path(config.out or f"runs/{experiment.name}/{experiment.digest}")
-    from fluxlab.experiment import effects
+    from fluxlab.experiment import captures, effects
     from fluxlab.experiment.reading import read_store
     from fluxlab.experiment.runner import fill
     from fluxlab.experiment.store import open_store
     from fluxlab.loading import load_row
+    from fluxlab.probes import INDEX
     from fluxlab.report import tracking as tracker
     from fluxlab.report.products import GRID_FILE, PAGE_FILE, grid, page
 
@@ -120,11 +126,13 @@ def run(config: RunConfig, command: str) -> None:
         return
     print(f"{experiment.name}: {experiment.caption}")
     counts = (("variant", experiment.variants), ("prompt", experiment.prompts), ("seed", experiment.seeds))
-    print(" × ".join(f"{len(n)} {word}{'s' * (len(n) != 1)}" for word, n in counts), "→", out, flush=True)
+    asked = " × ".join(f"{len(n)} {word}{'s' * (len(n) != 1)}" for word, n in counts)
+    print("  ".join(part for part in (f"{asked} → {out}", captures.names(experiment)) if part), flush=True)
     products = (GRID_FILE, PAGE_FILE, *effects.FILES)
     tracking = tracker.checked(config.tracking)
     with open_store(out) as store:
-        finished = store.record.get("request") == experiment.request() and store.sealed(products)
+        sealed = (*products, INDEX) if experiment.capture else products
+        finished = store.record.get("request") == experiment.request() and store.sealed(sealed)
         similarities = [] if finished else effects.judges(experiment)
         with tracker.start(tracking, out, experiment, command) as tracked:
             settings = fill(
@@ -136,7 +144,7 @@ def run(config: RunConfig, command: str) -> None:
                 command=command,
                 told=tracked.pictures,
             )
-            if not finished or not store.sealed(products):
+            if not finished or not store.sealed(sealed):
                 effects.measure(experiment, settings, store, similarities)
                 made = read_store(out)
                 grid(made)
@@ -144,7 +152,10 @@ def run(config: RunConfig, command: str) -> None:
                 store.seal()
             tracked.finish(read_store(out))
         effects.show(store)
+        told = captures.summary(store)
     print("  ".join(str(out / name) for name in products))
+    if told:
+        print(told)
 
 
 def usage(folder: Path | None = None) -> str:
@@ -165,6 +176,7 @@ _KEYS = """Keys (configs/config.yaml has all; null means the model's own):
   device  dtype  out=<folder>  model=tiny, schnell, dev, … or model=local model.path=<folder, file or hub id>
   variants.half.a.factor=0.7  '~variants.zero'  '+variants.mine={a: {op: rotate, degrees: 30}}'
   +op@variants.mine.a=scale variants.mine.a.factor=0.8
+  capture=words keeps attention, a map a word, block and step; '+capture.cats={kind: words, words: [cat]}'
   plan=true says what would run; --cfg job prints the composed config; -m runs all combinations of a=1,2 b=3,4
 The same command again finishes what is missing."""
 

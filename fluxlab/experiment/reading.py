@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlab.experiment.store import CELLS, read_experiment
+from fluxlab.probes import Captured, index, load
 
 METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE = "metrics.csv", "references.csv", "summary.csv"
 _TEXT = ("variant", "prompt", "digest", "cell", "metric")
@@ -52,6 +53,22 @@ class Run:
     def image(self, variant: str, prompt: str, seed: int) -> Path:
         """Where a cell's picture lies."""
         return self.path / CELLS / f"{self.cell(variant, prompt, seed)['cell']}.png"
+
+    @cached_property
+    def attention(self) -> list[dict[str, Any]]:
+        """A row a cell, in the order of metrics: variant, prompt, seed, cell, file. Empty without a capture."""
+        return (index(self.path) or {"cells": []})["cells"]
+
+    def captured(self, variant: str, prompt: str, seed: int) -> dict[str, Captured]:
+        """What was captured of a cell, by the names of the requests. `KeyError` for one that was not.
+
+        Raises `ValueError` for a file that is missing or damaged.
+        """
+        return load(self.path / self._captured[variant, prompt, seed])
+
+    @cached_property
+    def _captured(self) -> dict[tuple[str, str, int], str]:
+        return {(row["variant"], row["prompt"], row["seed"]): row["file"] for row in self.attention}
 
     def describe(self, variant: str) -> str:
         """A variant's program in one line."""

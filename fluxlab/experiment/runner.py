@@ -8,12 +8,14 @@ from dataclasses import asdict, replace
 import torch
 
 from fluxlab.config import ModelRow
+from fluxlab.experiment import captures
 from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store
 from fluxlab.experiment.versions import versions
 from fluxlab.model.attention import kernel
 from fluxlab.pipeline import Pipeline
+from fluxlab.probes import INDEX, Probe, of_sample
 from fluxlab.progress import Progress
 
 Load = Callable[[ModelRow, torch.dtype | None, str], Pipeline]
@@ -32,10 +34,12 @@ def fill(
     command: str = "",
     told: Callable[[int, int], None] = lambda done, total: None,
 ) -> Settings:
-    """Make every picture that the store lacks, and return how. `told(done, total)` hears of every batch.
+    """Make every picture that the store lacks, and what is captured of its attention; return how. `told(done, total)`
+    hears of every batch.
 
     A batch with a missing cell is computed whole, in the composition that an undisturbed run has, so that a resumed
-    store has the same bits. Raises `ValueError` for what does not fit the model or the store, before anything is run.
+    store has the same bits; what is there is not written again. Raises `ValueError` for what does not fit the model or
+    the store, before anything is run.
     """
     for key, asked in (("batch_tokens", batch_tokens), ("threads", threads)):
         if asked is not None and asked < 1:
@@ -52,35 +56,64 @@ def fill(
             )
     work = [(cells(experiment, settings), CELLS), (references(experiment, settings), REFERENCES)]
     every = {(cell.key, folder): cell for part, folder in work for cell in part}
-    done = {place for place, cell in every.items() if store.has(cell, place[1])}
+    done = {(key, folder) for (key, folder), cell in every.items() if _there(store, experiment, cell, folder)}
     if len(done) < len(every):
         if pipe is None:
             pipe = load(experiment.model, dtype_of(experiment.dtype), settings.device)
         check(experiment, pipe, settings)
+        captures.check(experiment, pipe, settings, fixed=same)
     if store.record.get("request") != experiment.request():
+        store.remove(INDEX)
         store.write_experiment(experiment, settings, versions(), command)
-    if len(done) == len(every):
-        return settings
+    if len(done) < len(every):
+        settings = _make(experiment, store, pipe, settings, work, done, told, command)
+    captures.write_index(experiment, settings, store)
+    return settings
+
+
+def _there(store: Store, experiment: Experiment, cell: Cell, folder: str) -> bool:
+    """Whether nothing of a cell is missing. References are pictures only."""
+    wanted = experiment.captures if folder == CELLS else ""
+    return store.has(cell, folder) and (not wanted or store.has_arrays(cell, wanted))
+
+
+def _make(
+    experiment: Experiment,
+    store: Store,
+    pipe: Pipeline,
+    settings: Settings,
+    work: Sequence[tuple[Sequence[Cell], str]],
+    done: set[tuple[str, str]],
+    told: Callable[[int, int], None],
+    command: str,
+) -> Settings:
+    """Compute every batch of `work` that is not all `done`; with smaller batches from where memory does not suffice."""
+    total = len({(cell.key, folder) for part, folder in work for cell in part})
     # every 5 s where there is no terminal: the first line comes with the first batch
-    with Progress("pictures", len(every), len(done), every=5, unit="picture") as progress, _threads(settings.threads):
+    with Progress("pictures", total, len(done), every=5, unit="picture") as progress, _threads(settings.threads):
         while True:
             try:
                 for part, folder in work:
                     for batch in batches(part, settings):
                         if all((cell.key, folder) in done for cell in batch):
                             continue
-                        run_batch(pipe, settings, store, batch, folder)
+                        run_batch(pipe, settings, store, batch, folder, experiment)
                         done |= {(cell.key, folder) for cell in batch}
                         progress(len(done), batch[0].variant)
-                        told(len(done), len(every))
+                        told(len(done), total)
                 return settings
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 settings = halved(settings, error)
                 store.write_experiment(experiment, settings, versions(), command)
 
 
-def run_batch(pipe: Pipeline, settings: Settings, store: Store, batch: Sequence[Cell], folder: str) -> None:
-    """One forward for a batch, and its pictures to the store."""
+def run_batch(
+    pipe: Pipeline, settings: Settings, store: Store, batch: Sequence[Cell], folder: str, experiment: Experiment
+) -> None:
+    """One forward for a batch, and its pictures to the store; before them, what a capture lacks of its cells."""
+    wanted = experiment.captures if folder == CELLS else ""
+    lacking = [i for i, cell in enumerate(batch) if wanted and not store.has_arrays(cell, wanted)]
+    probe = Probe(experiment.capture) if lacking else None
     images = pipe.generate(
         [cell.prompt for cell in batch],
         [cell.seed for cell in batch],
@@ -91,7 +124,11 @@ def run_batch(pipe: Pipeline, settings: Settings, store: Store, batch: Sequence[
         guidance=settings.guidance,
         true_cfg=settings.true_cfg,
         negative_prompts=settings.negative_prompt,
+        probe=probe,
     )
+    arrays = probe.arrays if probe else {}
+    for i in lacking:
+        store.put_arrays(batch[i], wanted, of_sample(arrays, i))
     shown = ("height", "width", "steps", "guidance", "true_cfg", "negative_prompt", "dtype", "device")
     notes = {key: value for key, value in asdict(settings).items() if key in shown}
     for cell, image in zip(batch, images, strict=True):

@@ -4,13 +4,15 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from typing import Any
 
 from fluxlab.checkpoints import check_device
 from fluxlab.config import ModelRow
 from fluxlab.positions import Program
+from fluxlab.positions.spelling import join
+from fluxlab.probes import Capture
 
 SCHEMA = 1
 """Of the store and of every cell's key: raised when the meaning of either changes."""
@@ -28,7 +30,7 @@ class Experiment:
     """Variants × prompts × seeds on one model; None means the model's own.
 
     model_digest: `checkpoints.fingerprint` of the model. baseline: the variant that the others are compared with.
-    clip, dino: checkpoints for similarity metrics, which the pictures do not depend on.
+    clip, dino: checkpoints for similarity metrics, capture: what to look at in attention; no picture depends on them.
     """
 
     name: str
@@ -49,14 +51,16 @@ class Experiment:
     dtype: str | None = None
     clip: str | None = None
     dino: str | None = None
+    capture: Capture = field(default_factory=Capture)
 
     def request(self) -> dict[str, Any]:
         """Everything asked for, as plain values for YAML."""
-        values = {key: value for key, value in vars(self).items() if key not in ("model", "variants")}
+        values = {key: value for key, value in vars(self).items() if key not in ("model", "variants", "capture")}
         model = {**asdict(self.model), "size": list(self.model.size) if self.model.size else None}
         variants = {name: program.to_config() for name, program in self.variants.items()}
         lists = {"prompts": list(self.prompts), "seeds": list(self.seeds)}
-        return {**values, **lists, "model": model, "variants": variants}
+        capture = self.capture.to_config() if self.capture else {}
+        return {**values, **lists, "model": model, "variants": variants, "capture": capture}
 
     @property
     def digest(self) -> str:
@@ -70,9 +74,15 @@ class Experiment:
         }
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def captures(self) -> str:
+        """12 hex digits of what is looked at, whatever the budget; "" for nothing."""
+        asked = [[request.name, request.to_config()] for request in self.capture.requests]  # order shows in a file
+        return hashlib.sha256(json.dumps([SCHEMA, asked]).encode()).hexdigest()[:12] if asked else ""
+
 
 _SOURCES = ("autoencoder", "text", "variant", "scenes")
-_NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino")
+_NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino", "capture")
 
 
 def checked(experiment: Experiment) -> Experiment:
@@ -99,6 +109,13 @@ def checked(experiment: Experiment) -> Experiment:
         raise ValueError(f"dtype={experiment.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
     if experiment.device:
         check_device(experiment.device)
+    for request in experiment.capture.requests:
+        if request.kind == "similarity":
+            raise ValueError(
+                f"{join(request.path, 'kind')}: similarity compares samples of one batch; a run has its own batches.\n"
+                "Capture words and compare what is stored: fluxlab.probes.similarity(a, b), fluxlab.probes.read(out).\n"
+                "Or put what is to be compared into one pipe.generate(probe=…)."
+            )
     numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
     if experiment.negative_prompt is not None and experiment.true_cfg is None:
         raise ValueError("negative_prompt acts through true_cfg: give it too, for instance true_cfg=4")

@@ -3,6 +3,7 @@
     experiment.yaml   what was asked for, how it was computed, with which versions
     cells/            <key>.png and <key>.json, a cell each; a cell is there once its JSON is
     references/       the same for pictures that are no cells: noise floor, another seed
+    attention/        <digest of the capture>/<key>.safetensors, a cell's attention; index.json, which file is whose
     metrics.csv       a row a cell, in the experiment's order; references.csv, summary.csv
     grid.png          variants × (prompt, seed)
     manifest.jsonl    every file's sha256
@@ -11,9 +12,10 @@ Every write is atomic, and one process at a time holds the lock.
 """
 
 import errno
+import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,12 +26,15 @@ import yaml
 from fluxlab.experiment.cells import Cell, Settings
 from fluxlab.experiment.spec import SCHEMA, Experiment
 from fluxlab.files import sha256_of, sweep, write_atomic
+from fluxlab.probes import Captured
+from fluxlab.probes import whole as is_whole
+from fluxlab.probes import write as write_arrays
 
 if TYPE_CHECKING:
     from PIL import Image
 
 EXPERIMENT, MANIFEST, LOCK = "experiment.yaml", "manifest.jsonl", ".lock"
-CELLS, REFERENCES = "cells", "references"
+CELLS, REFERENCES, ATTENTION = "cells", "references", "attention"
 TRACKERS = ("wandb",)  # folders that a tracker writes into while we look
 
 
@@ -80,20 +85,36 @@ class Store:
         if self.has(cell, folder):
             return file
         file.parent.mkdir(exist_ok=True)
-        content = io.BytesIO()
-        image.save(content, format="png")
-        write_atomic(file, content.getvalue())
+        png = io.BytesIO()
+        image.save(png, format="png")
+        content = png.getvalue()
+        write_atomic(file, content)
         told = {
             "variant": cell.variant,
             "prompt": cell.prompt,
             "seed": cell.seed,
             "program": cell.program.to_config(),
             "digest": cell.program.digest,
-            "sha256": sha256_of(file),
+            "sha256": hashlib.sha256(content).hexdigest(),
             **notes,
         }
         write_atomic(file.with_suffix(".json"), json.dumps(told, indent=1, ensure_ascii=False) + "\n")
         return file
+
+    def arrays(self, key: str, captures: str) -> Path:
+        """Where the arrays of a cell lie; `captures` is the digest of what was looked at."""
+        return self.path / ATTENTION / captures / f"{key}.safetensors"
+
+    def has_arrays(self, cell: Cell, captures: str) -> bool:
+        """Whether what a cell's attention was is there, whole."""
+        return is_whole(self.arrays(cell.key, captures))
+
+    def put_arrays(self, cell: Cell, captures: str, arrays: Mapping[str, Captured]) -> None:
+        """Write what a cell's attention was. What is there stays as it is."""
+        if not self.has_arrays(cell, captures):
+            file = self.arrays(cell.key, captures)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_arrays(file, arrays)
 
     def write(self, name: str, content: "bytes | str") -> None:
         """Write a file unless it already holds just that: what is finished is never rewritten."""
@@ -101,6 +122,10 @@ class Store:
         new = content.encode() if isinstance(content, str) else content
         if not (file.is_file() and file.read_bytes() == new):
             write_atomic(file, new)
+
+    def remove(self, name: str) -> None:
+        """Remove a file that says what is no longer so."""
+        (self.path / name).unlink(missing_ok=True)
 
     def seal(self) -> None:
         """Write the manifest: a line a file, in the order of their names."""

@@ -14,28 +14,34 @@ How it works, from a config to arrays:
    columns that were asked for are computed, a cache's worth at a time (`stream`), and reduced at once into the results
    (`measures`: words, regions, map, quadrants, logits; `queries`: entropy, distance, peak, similarity). Memory is
    tokens × what was asked, never tokens². Groups of queries with keys of their own are separate calls, which add up.
-5. Results are arrays with named axes (`arrays`): written to safetensors and read back as xarray; drawn by `draw`.
+5. Results are arrays with named axes (`arrays`): written to safetensors and read back as xarray, a file or all cells of
+   a run that was given `capture=` (`labelled`); drawn by `draw`.
 
 p is exact to the rounding of the scores: 1e-6 in fp32 against a dense softmax. In bf16 and fp16 it is computed in fp32
 from the q and k that the kernel read; PyTorch's CPU flash kernel takes exponentials of 16-bit models roughly, so that
 its own sums, and with them p, are off by up to 1e-4 of themselves there (1e-6 where `dense_attention` runs).
 """
 
-from fluxlab.probes.arrays import Captured, label, load, of_sample, read, write
+from fluxlab.probes.arrays import Captured, load, of_sample, whole, write
+from fluxlab.probes.labelled import INDEX, index, label, read, similarity
 from fluxlab.probes.probe import Probe, memory, settle
 from fluxlab.probes.requests import KINDS, Capture, Request
 
 __all__ = [
+    "INDEX",
     "KINDS",
     "Capture",
     "Captured",
     "Probe",
     "Request",
+    "index",
     "label",
     "load",
     "memory",
     "of_sample",
     "read",
     "settle",
+    "similarity",
+    "whole",
     "write",
 ]

@@ -1,7 +1,8 @@
 """What was captured: arrays with named axes, in memory and in safetensors files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,6 @@ from fluxlab.files import write_atomic
 
 if TYPE_CHECKING:
     from os import PathLike
-
-    from xarray import DataArray
 
 METADATA_KEY = "fluxlab.probes"
 
@@ -79,6 +78,11 @@ def of_sample(arrays: Mapping[str, Captured], sample: int) -> dict[str, Captured
     found = {}
     for name, captured in arrays.items():
         one = captured.sel(sample=sample)
+        own = {}  # a sample's places in the sequence label their axis, as they do where all samples have the same
+        for key, (along, labels) in one.coords.items():
+            moved = key.endswith("_place") and along == (key.removesuffix("_place"),)
+            own[key.removesuffix("_place") if moved else key] = (along, labels)
+        one = replace(one, coords=own)
         words = one.coords.get("text")
         if words is not None:  # as many as its own prompt has
             count = sum(label != "" for label in words[1])
@@ -103,42 +107,34 @@ def write(path: "str | PathLike[str]", arrays: Mapping[str, Captured]) -> None:
 
 def load(path: "str | PathLike[str]") -> dict[str, Captured]:
     """The arrays of a file that `write` wrote. `ValueError` for any other file."""
+    with opened(path) as (file, described):
+        return {name: replace(one, values=file.get_tensor(name)) for name, one in described.items()}
+
+
+def whole(path: "str | PathLike[str]") -> bool:
+    """Whether a file that `write` wrote is there to its last byte: told by its header and its length."""
+    try:
+        with opened(path):
+            return True
+    except ValueError:
+        return False
+
+
+@contextmanager
+def opened(path: "str | PathLike[str]") -> Iterator[tuple[Any, dict[str, Captured]]]:
+    """The open file, and its arrays without their values (NaN that takes no memory). `ValueError` as `load`."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
             described = json.loads((file.metadata() or {})[METADATA_KEY])
-            values = {name: file.get_tensor(name) for name in described}
+            found = {}
+            for name, one in described.items():
+                empty = np.broadcast_to(np.float32(np.nan), file.get_slice(name).get_shape())
+                coords = {key: (tuple(along), labels) for key, (along, labels) in one["coords"].items()}
+                found[name] = Captured(empty, tuple(one["axes"]), coords, one["about"])
+            yield file, found
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such file") from None
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path}: holds no captured arrays, or is damaged ({error})") from None
-    return {
-        name: Captured(
-            values[name],
-            tuple(one["axes"]),
-            {key: (tuple(along), labels) for key, (along, labels) in one["coords"].items()},
-            one["about"],
-        )
-        for name, one in described.items()
-    }
-
-
-def label(captured: Captured, name: str | None = None) -> "DataArray":
-    """As an xarray `DataArray`. `ValueError` telling how to get xarray where it is missing."""
-    try:
-        from xarray import DataArray
-    except ImportError:
-        raise ValueError(
-            "labelled arrays need xarray: pip install 'fluxlab[probes]' (or use fluxlab.probes.load)"
-        ) from None
-    coords = {key: (along, np.asarray(values)) for key, (along, values) in captured.coords.items()}
-    return DataArray(captured.values, dims=captured.axes, coords=coords, name=name, attrs=dict(captured.about))
-
-
-def read(path: "str | PathLike[str]") -> "dict[str, DataArray]":
-    """The arrays of a file that `write` wrote, as xarray `DataArray`s by name.
-
-    Raises `ValueError` for any other file, and where xarray is missing (pip install 'fluxlab[probes]').
-    """
-    return {name: label(captured, name) for name, captured in load(path).items()}
