@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from fluxlab.checkpoints import Found
-    from fluxlab.experiment.plan import Stored
+    from fluxlab.checkpoints.stored import Stored
     from fluxlab.pipeline import Pipeline
     from fluxlab.positions import Program
 
@@ -127,7 +127,8 @@ def files(row: ModelRow) -> "tuple[str, tuple[Found, dict[str, Stored]]]":
     """What is where; a hub id is fetched first. Raises for what is missing or damaged."""
     from fluxlab import checkpoints
     from fluxlab.checkpoints.finding import resolve
-    from fluxlab.experiment.plan import gb, number, stored
+    from fluxlab.checkpoints.stored import stored
+    from fluxlab.experiment.plan import gb, number
 
     found = checkpoints.find(row.path, row.variant)
     beside = {part: getattr(row, part) for part in ("autoencoder", "text")}
@@ -191,7 +192,7 @@ def memory(device: "torch.device") -> str:
 
 def counts(network: "torch.nn.Module", part: "Stored") -> tuple[str, None]:
     """Parameters and tensors, in the original layout, against what the sizes ask for and what the files hold."""
-    from fluxlab.experiment.plan import on_meta
+    from fluxlab.checkpoints.stored import on_meta
     from fluxlab.model import AUTOENCODERS, TRANSFORMERS
 
     expected = on_meta(network.params).state_dict()

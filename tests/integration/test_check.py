@@ -15,8 +15,8 @@ from fluxlab import check, loading
 from fluxlab.checkpoints import save_autoencoder, save_transformer
 from fluxlab.checkpoints.manifest import write_manifest
 from fluxlab.checkpoints.random import write_random
+from fluxlab.checkpoints.stored import Stored, on_meta
 from fluxlab.config import ModelRow
-from fluxlab.experiment.plan import Stored, on_meta
 from fluxlab.files import sha256_of
 from fluxlab.model import TRANSFORMERS
 from fluxlab.positions import Program, oracle

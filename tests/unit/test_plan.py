@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fluxlab import loading
 from fluxlab.checkpoints import CheckpointError, files, save_autoencoder, save_transformer
+from fluxlab.checkpoints.stored import here, on_meta, published, stored
 from fluxlab.config import ModelRow, find_row
 from fluxlab.experiment import plan as planning
 from fluxlab.experiment import runner
-from fluxlab.experiment.plan import forward_flops, here, hollow, on_meta, plan, published, stored
+from fluxlab.experiment.plan import forward_flops, hollow, plan
 from fluxlab.experiment.spec import Experiment, checked
 from fluxlab.experiment.store import open_store
 from fluxlab.model import FluxParams
