@@ -1,5 +1,6 @@
 """`python -m fluxlab.run +exp=<name> [overrides]`: compose the configs, check them, run."""
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
@@ -46,7 +47,11 @@ class RunConfig:
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when done, 2 for what the user can mend, 130 when interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        # plugins lie here; `python -m` looks here too, an installed script only in its own folder
+        if not sys.flags.safe_path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
     return guarded(
         lambda: _main(arguments), "interrupted; what was finished is kept, the same command goes on from here"
     )
@@ -95,7 +100,7 @@ def read(config: RunConfig) -> "Experiment":
     )
     experiment = checked(asked)
     if config.plan:
-        from fluxlab.experiment.plan import here
+        from fluxlab.checkpoints.stored import here
 
         if not here(row):  # a plan fetches nothing
             return experiment

@@ -62,8 +62,12 @@ class Run:
     def captured(self, variant: str, prompt: str, seed: int) -> dict[str, Captured]:
         """What was captured of a cell, by the names of the requests. `KeyError` for one that was not.
 
-        Raises `ValueError` for a file that is missing or damaged.
+        Raises `ValueError` for a run without a capture, and for a file that is missing or damaged.
         """
+        if not self.attention:
+            raise ValueError(
+                f"{self.path}: nothing of attention was captured; run its command again with capture=words"
+            )
         return load(self.path / self._captured[variant, prompt, seed])
 
     @cached_property
