@@ -15,6 +15,7 @@ from fluxlab.experiment.cells import Settings, batches, cell_key, cells, referen
 from fluxlab.experiment.spec import SCHEMA, Experiment, checked, read_seeds, read_variants
 from fluxlab.experiment.store import open_store
 from fluxlab.positions import Program
+from fluxlab.probes import Capture, Captured
 
 SCALE = Program.from_config({"a": {"op": "scale", "factor": 1.5}})
 SETTINGS = Settings(
@@ -96,6 +97,39 @@ def test_the_experiment_s_digest():
         assert experiment(**changes).digest != digest, changes
 
 
+def test_what_is_captured_is_asked_for_and_changes_no_picture():
+    config = {
+        "max_mb": 300,
+        "cats": {"kind": "words", "words": ["cat"], "blocks": {"double": "0-3"}, "average": "heads"},
+        "two": {"kind": "regions", "regions": {"sky": {"box": [0, 0, 4, 16]}, "rest": {"mask": ["..##", "...."]}}},
+        "where": {"kind": "peak", "steps": {"sigma": [0.7, 1]}, "heads": [0, 1]},
+    }
+    asked = experiment(capture=Capture.from_config(config))
+    assert asked.digest == experiment().digest
+    assert asked.request() != experiment().request()
+    assert yaml.safe_load(yaml.safe_dump(asked.request())) == asked.request()  # plain values, as the store keeps them
+    assert Capture.from_config(asked.request()["capture"]) == asked.capture
+    assert experiment().request()["capture"] == {}
+    assert experiment().captures == ""
+    more = experiment(capture=Capture.from_config({**config, "max_mb": 400}))
+    assert asked.captures == more.captures
+    assert len(asked.captures) == 12
+    for other in (
+        {"cats": config["cats"]},
+        {**config, "cats": {"kind": "words"}},
+        {"dogs" if name == "cats" else name: request for name, request in config.items()},
+        {**config, "two": {"kind": "regions", "regions": dict(reversed(config["two"]["regions"].items()))}},
+    ):
+        assert experiment(capture=Capture.from_config(other)).captures != asked.captures
+
+
+def test_similarity_is_not_for_runs():
+    with pytest.raises(ValueError, match=r"capture\.alike\.kind: similarity compares samples of one batch") as told:
+        experiment(capture=Capture.from_config({"alike": {"kind": "similarity"}}))
+    assert len(str(told.value).splitlines()) == 3
+    assert "fluxlab.probes.similarity(a, b)" in str(told.value)
+
+
 def test_references():
     made = references(experiment(), SETTINGS)
     assert [(c.variant, c.prompt, c.seed) for c in made] == [("noise floor", "a cat", 0), ("noise floor", "a dog", 0)]
@@ -170,6 +204,34 @@ def test_a_cell_is_there_once_it_is_whole(tmp_path, picture):
         assert not store.has(cell)  # damaged
         file.unlink()
         assert not store.has(cell)
+
+
+def test_a_note_tells_the_hash_of_what_was_written(tmp_path, picture):
+    from fluxlab.files import sha256_of
+
+    with open_store(tmp_path / "s") as store:
+        file = store.put(cells(experiment(), SETTINGS)[0], picture, {})
+    assert json.loads(file.with_suffix(".json").read_text())["sha256"] == sha256_of(file)
+
+
+def test_arrays_are_there_once_they_are_whole(tmp_path):
+    cell = cells(experiment(), SETTINGS)[0]
+    arrays = {"a": Captured(np.arange(6, dtype=np.float32).reshape(2, 3), ("row", "col"), {}, {"unit": "1"})}
+    with open_store(tmp_path / "s") as store:
+        assert not store.has_arrays(cell, "c" * 12)
+        store.put_arrays(cell, "c" * 12, arrays)
+        file = store.arrays(cell.key, "c" * 12)
+        assert file.relative_to(store.path).as_posix() == f"attention/{'c' * 12}/{cell.key}.safetensors"
+        assert store.has_arrays(cell, "c" * 12)
+        assert not store.has_arrays(cell, "d" * 12)
+        before = file.read_bytes(), file.stat().st_mtime_ns
+        store.put_arrays(cell, "c" * 12, arrays)
+        assert file.stat().st_mtime_ns == before[1]  # never rewritten
+        for length in (len(before[0]) - 1, len(before[0]) // 2, 4, 0):
+            file.write_bytes(before[0][:length])
+            assert not store.has_arrays(cell, "c" * 12), length
+        store.put_arrays(cell, "c" * 12, arrays)
+        assert file.read_bytes() == before[0]
 
 
 def test_a_store_reads_back_what_was_written(tmp_path, picture):

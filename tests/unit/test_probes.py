@@ -13,7 +13,21 @@ import fluxlab
 from fluxlab.model import Flux, FluxParams
 from fluxlab.model.attention import Attended
 from fluxlab.positions import Context, Layout, Prompt
-from fluxlab.probes import KINDS, Capture, Captured, Probe, load, memory, of_sample, read, settle, stream, write
+from fluxlab.probes import (
+    KINDS,
+    Capture,
+    Captured,
+    Probe,
+    label,
+    load,
+    memory,
+    of_sample,
+    read,
+    settle,
+    similarity,
+    stream,
+    write,
+)
 from fluxlab.sampling import image_ids, text_ids
 from tests import tiny
 
@@ -208,6 +222,9 @@ def test_selections_that_differ_by_sample(flux):
     assert arrays["m"].coords["from_place"] == (("sample", "from"), [[4], [0]])
     other = watch(flux, {"m": {"kind": "map", "from": {"indices": [0], "of": "text"}, "to": "text"}})
     np.testing.assert_allclose(arrays["m"].values[1], other["m"].values[0], atol=1e-6)
+    # alone, a sample's axis has its places for labels, as where all samples have the same
+    assert of_sample(arrays, 1)["m"].coords["from"] == (("from",), [0]) == of_sample(other, 0)["m"].coords["from"]
+    assert set(of_sample(arrays, 0)["m"].coords) == set(of_sample(other, 0)["m"].coords)
 
 
 def test_memory_is_planned():
@@ -363,12 +380,65 @@ def test_select_and_average(flux):
         words.mean("wrod")
 
 
+def maps(values, words=("a", "b")):
+    values = np.asarray(values, np.float32)
+    coords = {"word": (("word",), list(words)), "row": (("row",), list(range(values.shape[1])))}
+    return Captured(values, ("word", "row", "col"), coords, {"unit": "probability"})
+
+
+def test_similarity_is_a_cosine():
+    one = maps([[[1, 0], [0, 0]], [[3, 0], [0, 4]]])
+    other = maps([[[0, 0], [2, 0]], [[6, 0], [0, 8]]])
+    assert similarity(one, other).values.tolist() == [0, 1]
+    assert similarity(one, other).axes == ("word",)
+    assert similarity(one, other).labels("word") == ["a", "b"]
+    assert similarity(one, maps([[[1, 0], [1, 0]], [[1, 1], [0, 0]]])).values == pytest.approx([0.5**0.5, 0.6 / 2**0.5])
+    along = similarity(one, maps([[[1, 1], [0, 0]], [[3, 0], [0, 4]]]), over="col")
+    np.testing.assert_allclose(along.values, [[0.5**0.5, np.nan], [1, 1]])  # nothing there: no number
+    assert along.axes == ("word", "row")
+
+
+def test_similarity_of_labelled_maps():
+    one = label(maps([[[1, 0], [0, 0]], [[3, 0], [0, 4]]]))
+    other = label(maps([[[6, 0], [0, 8]], [[1, 2], [3, 4]]], words=("b", "c")))
+    alike = similarity(one, other)
+    assert alike.word.values.tolist() == ["b"]  # what both have
+    assert alike.values.tolist() == [1]
+    against = similarity(one, one.sel(word="b"))  # an axis that only one has
+    np.testing.assert_allclose(against.values, [0.6, 1])
+    lacking = one.where(one.word != "a")
+    assert np.isnan(similarity(lacking, one).sel(word="a"))
+
+
+def test_similarity_refuses_what_cannot_be_compared():
+    one = maps(np.ones((2, 2, 2)))
+    for other, over, message in (
+        (one, ("rwo", "col"), r"over=\['rwo', 'col'\]: expected some of word, row, col"),
+        (one, (), r"over=\[\]: expected"),
+        (label(one), ("row", "col"), "two of a kind are needed"),
+        (one.sel(word="a"), ("row", "col"), "the axes differ, word, row, col and row, col"),
+        (maps(np.ones((2, 3, 2))), ("row", "col"), "row has 2 places and 3"),
+        (maps(np.ones((2, 2, 2)), words=("a", "c")), ("row", "col"), "word has 2 places and 2, or other ones"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            similarity(one, other, over)
+    with pytest.raises(ValueError, match="row has 2 places and 3"):  # and not the corner that they share
+        similarity(label(one), label(maps(np.ones((2, 3, 2)))))
+
+
 def test_files_that_hold_no_arrays(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"123")
-    for name, message in (("none", "there is no such file"), ("other", "holds no captured"), ("broken", "is damaged")):
+    write(tmp_path / "cut.safetensors", {"x": Captured(np.zeros(2), ("row",), {}, {})})
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-1])
+    for name, message in (
+        ("none", "there is no such file"),
+        ("other", "holds no captured"),
+        ("broken", "is damaged"),
+        ("cut", "is damaged"),
+    ):
         with pytest.raises(ValueError, match=message):
             load(tmp_path / f"{name}.safetensors")
 
