@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fluxlab.config import config_folder
 from fluxlab.model.rope import frequencies
-from fluxlab.positions import Program, Prompt, plot
+from fluxlab.positions import Program, Prompt, kernel, plot
 from fluxlab.positions.__main__ import main, read_program
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +209,7 @@ def test_kernel_band_holds_all_pairs():
     view = plot.view({"a": {"op": "jitter", "std": 1}}, plot.sequence(grid=GRID, text=TEXT))
     row = view.after[TEXT:, 1].reshape(GRID)
     pairs = similarity((row[2:] - row[:-2]).flatten(), 1)  # two rows apart
-    _, mean, low, high = plot.fall_off(view, plot._tables(view), 1, slice(8, 36))
+    _, mean, low, high = kernel.fall_off(view, kernel._tables(view), 1, slice(8, 36))
     at = GRID[0] - 1 + 2
     torch.testing.assert_close(
         torch.stack((mean[at], low[at], high[at])),

@@ -1,0 +1,74 @@
+"""What pictures of programs share: colours, settings, titles, and files whose bytes are the same at every run."""
+
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxlab.files import write_atomic
+from fluxlab.positions.layout import IMAGE, REFERENCE, TEXT
+from fluxlab.positions.view import View
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+NO_DATES = {
+    ".png": {"Software": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    ".svg": {"Date": None, "Creator": None},
+}
+"""What `write_figure` writes, and the metadata that it leaves out."""
+
+OKABE_ITO = {
+    "black": "#000000",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+    "green": "#009E73",
+    "yellow": "#F0E442",
+    "blue": "#0072B2",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+}
+"""Colours that colour-blind readers tell apart (Okabe and Ito, Color Universal Design, 2008)."""
+
+GREY = "0.75"
+STYLE = {"font.size": 8, "figure.titlesize": 9, "legend.frameon": False}
+MARKS = {TEXT: ("^", OKABE_ITO["orange"]), IMAGE: ("o", OKABE_ITO["blue"]), REFERENCE: ("s", OKABE_ITO["purple"])}
+
+
+def title(view: View, told: Mapping[str, str]) -> str:
+    lines = textwrap.wrap(view.program.describe(), 100, max_lines=4, placeholder=" …")
+    return "\n".join([*lines, ", ".join(told.values())]).strip()
+
+
+@contextmanager
+def style(settings: Mapping[str, Any]) -> Iterator[None]:
+    """matplotlib's defaults and `settings`, whatever a user's own are."""
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(settings)
+        yield
+
+
+def write_figure(figure: "Figure", path: str | Path, dpi: int = 200) -> Path:
+    """Write a figure as PNG, PDF or SVG, whichever the name says: the same bytes for the same figure, letters as
+    letters in a PDF. Raises `ValueError` for another ending.
+    """
+    file = check_ending(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with style({"pdf.fonttype": 42, "svg.hashsalt": "fluxlab"}):
+        write_atomic(
+            file,
+            lambda handle: figure.savefig(handle, format=file.suffix[1:], dpi=dpi, metadata=NO_DATES[file.suffix]),
+        )
+    return file
+
+
+def check_ending(path: str | Path) -> Path:
+    """The path of a figure. `ValueError` for an ending that `write_figure` does not write."""
+    if Path(path).suffix not in NO_DATES:
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(NO_DATES)}")
+    return Path(path)
