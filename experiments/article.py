@@ -15,22 +15,20 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from experiments import results
 from experiments.results import (
+    INTERVALS,
     SHARES,
     axis,
     changes,
-    conditions,
-    counted,
     effects,
+    every_cell,
     label,
-    numbers,
-    opening,
     pick_metrics,
     pick_places,
     pick_variants,
     picture,
     plain_name,
-    references,
     run_command,
     single,
 )
@@ -239,16 +237,11 @@ def key(canvas: "Axes", at: Sheet, run: Run, metrics: Sequence[str]) -> None:
 
 def caption(run: Run, variants: Sequence[str], metrics: Sequence[str]) -> str:
     """The figure's text, with the numbers that it shows."""
-    prompts, seeds = (len({place[i] for place in run.places}) for i in (0, 1))
-    lines = [
-        f"{opening(run)} A row a variant, its name below its formula; left some of its pictures, right "
-        f"its effects over all of {counted(prompts, 'prompt')} × {counted(seeds, 'seed')}: dots are means (the "
-        "baseline's is open), bars their 95 % intervals (bootstrap over pictures, which count as independent), ticks "
-        f"single pictures. {references(run)}",
-        *numbers(run, variants, metrics),
-        conditions(run),
-    ]
-    return "\n".join(lines)
+    said = (
+        "A row a variant, its name below its formula; left some of its pictures, right its effects over all of "
+        f"{every_cell(run)}: dots are means (the baseline's is open), bars their {INTERVALS}, ticks single pictures."
+    )
+    return results.caption(run, said, variants, metrics)
 
 
 if __name__ == "__main__":

@@ -11,24 +11,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments import results
 from experiments.results import (
     FORMULAS,
+    INTERVALS,
     SHARES,
     axis,
     changes,
-    conditions,
-    counted,
     effects,
+    every_cell,
     formula,
-    numbers,
     one_number,
-    opening,
     pick_metrics,
     pick_places,
     pick_variants,
     picture,
     plain_name,
-    references,
     run_command,
 )
 from experiments.sheet import DPI, LINES, POINTS, SMALL, add_axes, blank, dots, lay, lettered, sized, write
@@ -182,16 +180,11 @@ def key(canvas: "Axes", axes: "Axes", run: Run) -> None:
 
 def caption(run: Run, name: str, doses: Doses, place: tuple[str, int], metrics: Sequence[str]) -> str:
     """The figure's text, with the numbers that it shows."""
-    prompts, seeds = (len({place[i] for place in run.places}) for i in (0, 1))
-    lines = [
-        f"{opening(run)} Over {name}: {len(doses)} values from {doses[0][0]:g} to {doses[-1][0]:g}. Lines are means "
-        f"over {counted(prompts, 'prompt')} × {counted(seeds, 'seed')}, bands their "
-        "95 % intervals (bootstrap over pictures, which count as independent); the pictures are those of seed "
-        f"{place[1]} of “{place[0]}”. {references(run)}",
-        *numbers(run, [run.baseline, *(variant for _, variant in doses)], metrics),
-        conditions(run),
-    ]
-    return "\n".join(lines)
+    said = (
+        f"Over {name}: {len(doses)} values from {doses[0][0]:g} to {doses[-1][0]:g}. Lines are means over "
+        f"{every_cell(run)}, bands their {INTERVALS}; the pictures are those of seed {place[1]} of “{place[0]}”."
+    )
+    return results.caption(run, said, [run.baseline, *(variant for _, variant in doses)], metrics)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ TITLES = {
     "clip_image": "CLIP, to the baseline",
     "dino_image": "DINO, to the baseline",
 }
+INTERVALS = "95 % intervals (bootstrap over pictures, which count as independent)"
 SHARES = ("ssim", "object", "colour", "shape", "place", "relation", "sign", "word", "letters")
 """Measures between 0 and 1, which are drawn over all of that."""
 
@@ -253,6 +254,17 @@ def numbers(run: Run, variants: Sequence[str], metrics: Sequence[str]) -> list[s
                 said = f"itself {said}" if name == run.baseline else f"{told(row, 'paired_')}, itself {said}"
             lines.append(f"  {of}: {said}, n = {row['n']}")
     return lines
+
+
+def caption(run: Run, said: str, variants: Sequence[str], metrics: Sequence[str]) -> str:
+    """A figure's text: what the run is, what is `said` of the figure, the references, its numbers, conditions."""
+    return "\n".join([f"{opening(run)} {said} {references(run)}", *numbers(run, variants, metrics), conditions(run)])
+
+
+def every_cell(run: Run) -> str:
+    """`2 prompts × 4 seeds`: what numbers are over."""
+    prompts, seeds = (len({place[i] for place in run.places}) for i in (0, 1))
+    return f"{counted(prompts, 'prompt')} × {counted(seeds, 'seed')}"
 
 
 def opening(run: Run) -> str:
