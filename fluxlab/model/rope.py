@@ -19,7 +19,7 @@ class Rotary(NamedTuple):
     sin: Tensor
 
 
-def frequencies(dim: int, theta: float) -> Float[Tensor, "d"]:
+def frequencies(dim: int, theta: float) -> Float[Tensor, " d"]:
     """ω_i = θ^(-2i/dim), i = 0 … dim/2 - 1, in radians a position step. fp64, shape `(dim/2,)`."""
     return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
