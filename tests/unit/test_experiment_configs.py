@@ -59,6 +59,7 @@ def contexts(prompt: str) -> list[Context]:
 def test_which_there_are():
     assert {
         "article",
+        "attention",
         "axis0",
         "dose_response",
         "hello",
@@ -174,4 +175,17 @@ def test_the_probe_extends_to_every_block_of_flux():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_hold_known_keys_only(name):
-    assert set(OmegaConf.load(file_of(name))) <= {"name", "caption", "prompts", "seeds", "variants"}
+    assert set(OmegaConf.load(file_of(name))) <= {"defaults", "name", "caption", "prompts", "seeds", "variants"}
+
+
+def test_attention_is_captured_without_being_asked_for():
+    assert experiment("attention").capture["words"]["kind"] == "words"
+    assert "words" not in composed("attention", "capture=none").capture
+    assert all(held(prompt) for prompt in experiment("attention").prompts)
+
+
+def held(prompt: str) -> bool:
+    """Whether a caption is of the kind that no model was trained on."""
+    wanted = scenes.parse(prompt)
+    thing = scenes.Thing(wanted.thing, wanted.colour, wanted.place, 0, 0, 20)
+    return scenes.held_out(scenes.Scene((64, 64), "mist", (thing,), None, scenes.Sign(wanted.sign, 0, 0, (0, 0, 0))))
