@@ -3,10 +3,11 @@
 python benchmarks/attention.py [--quick] [--device cuda] [--sizes 1152 4608] [--json FILE]
 
 Hidden size 1024, 128 text columns of every block and step, mean over heads: which image tokens look at each text token.
-Ours asks a probe; Diffusers materialises the softmax in its attention, as tools that show its maps do. Ratios are
-medians over neighbouring runs, with and without turn about; the maps of the two are compared. Peak memory is of a
-process of its own each (CPU) or of the allocator (CUDA). Aims: time ≤ 1.10 (must 1.2), memory ≤ 1.1.
-On a busy machine, OMP_NUM_THREADS=1 and --cpu-time count this process' work only.
+Ours asks a probe; Diffusers materialises the softmax in its attention, as tools that show its maps do. All take turns
+in one process, round by round, forwards and backwards; ratios are medians over rounds. The maps of the two are
+compared. Peak memory is of a process of its own each (CPU) or of the allocator (CUDA). Aims: time ≤ 1.10 (must 1.2),
+memory ≤ 1.1. By default 2 + 2 blocks and 2 steps: about ten minutes on two quiet cores; `--quick`, 1,152 tokens and
+1 + 1 blocks, about one. On a busy machine, OMP_NUM_THREADS=1 and --cpu-time count this process' work only.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from fluxlab.sampling import image_ids, text_ids
 
 SIZES = {1152: (128, 32), 4608: (512, 64)}  # tokens: text, side of the image
 COLUMNS = 128
+WORDS = "word maps"
 MAPS = {
     "kind": "map",
     "from": "image",
@@ -107,25 +109,24 @@ def their_run(forward: Callable[[], Tensor], steps: int, text: int, looking: boo
     return run
 
 
-def take_turns(looking: Callable, plain: Callable, options: argparse.Namespace) -> tuple[float, float, float, int]:
-    """Median seconds with and without, median of the ratios of neighbours, pairs. Which comes first alternates."""
+def take_turns(runs: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every run, round by round; each other round goes backwards, so that none is always the first."""
     now = time.process_time if options.cpu_time else time.perf_counter
-
-    def timed(run: Callable) -> float:
-        start = now()
-        run()
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        return now() - start
-
-    times: list[tuple[float, float]] = []
-    end = time.perf_counter() + options.seconds
-    while len(times) < 2 or time.perf_counter() < end:
-        first, second = (looking, plain) if len(times) % 2 else (plain, looking)
-        pair = timed(first), timed(second)
-        times.append(pair if first is looking else pair[::-1])
-    median = statistics.median
-    return median(a for a, _ in times), median(b for _, b in times), median(a / b for a, b in times), len(times)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    start, done = time.perf_counter(), 0
+    while done < options.rounds or time.perf_counter() - start < options.seconds:
+        for name in list(runs)[:: -1 if done % 2 else 1]:
+            before = now()
+            runs[name]()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(now() - before)
+        done += 1
+        if done == 1:
+            passed = time.perf_counter() - start
+            left = max((options.rounds - 1) * passed, options.seconds - passed)
+            print(f"{'':6} about {left / 60:.0f} min more of rounds", flush=True)
+    return times
 
 
 def time_of(tokens: int, options: argparse.Namespace, params: FluxParams) -> list[dict]:
@@ -135,27 +136,32 @@ def time_of(tokens: int, options: argparse.Namespace, params: FluxParams) -> lis
     _, reference = calls(flux, theirs, params, text, side, 1, dtype, device)
     arguments = inputs(params, text, side, dtype, device)
     context = context_of(params, text, side, options.steps, device)
-    captures = {"word maps": {"map": MAPS}, **({name: {name: OTHERS[name]} for name in options.others})}
-    plain, _ = our_runs(flux, arguments, context, None)
-    rows = []
+    captures = {WORDS: {"map": MAPS}, **({name: {name: OTHERS[name]} for name in options.others})}
+    runs: dict[str, Callable[[], object]] = {"fluxlab": our_runs(flux, arguments, context, None)[0]}
     for name, capture in captures.items():
-        looking, probe = our_runs(flux, arguments, context, capture)
-        looking()
-        with_, without, ratio, pairs = take_turns(looking, plain, options)
-        rows.append({"of": "fluxlab", "what": name, "with": with_, "without": without, "ratio": ratio, "pairs": pairs})
-        if name == "word maps":
+        runs[f"fluxlab, {name}"], probe = our_runs(flux, arguments, context, capture)
+        runs[f"fluxlab, {name}"]()
+        if name == WORDS:
             ours = probe.arrays["map"].values
-        report(tokens, rows[-1])
-    if options.without_diffusers:
-        return rows
-    looking, plain = (their_run(reference, options.steps, text, flag) for flag in (True, False))
-    check(ours, looking(), options, params, side)
-    with_, without, ratio, pairs = take_turns(looking, plain, options)
-    rows.append(
-        {"of": "Diffusers", "what": "word maps", "with": with_, "without": without, "ratio": ratio, "pairs": pairs}
+    if not options.without_diffusers:
+        for name, looking in (("Diffusers", False), (f"Diffusers, {WORDS}", True)):
+            runs[name] = their_run(reference, options.steps, text, looking)
+        check(ours, runs[f"Diffusers, {WORDS}"](), options, params, side)
+    times = take_turns(runs, options)
+    pairs = [(f"fluxlab, {name}", "fluxlab") for name in captures]
+    if not options.without_diffusers:
+        pairs += [(f"Diffusers, {WORDS}", "Diffusers"), (f"fluxlab, {WORDS}", f"Diffusers, {WORDS}")]
+    return [compared(tokens, times, *pair) for pair in pairs]
+
+
+def compared(tokens: int, times: dict[str, list[float]], this: str, that: str) -> dict:
+    """Medians of two runs, and of their ratio within a round."""
+    ratio = statistics.median(a / b for a, b in zip(times[this], times[that], strict=True))
+    this_s, that_s = (statistics.median(times[name]) for name in (this, that))
+    print(
+        f"{tokens:6} {this:20} {this_s:8.3f} s {that:20} {that_s:8.3f} s {ratio:6.3f} {len(times[this]):6}", flush=True
     )
-    report(tokens, rows[-1])
-    return rows
+    return {"of": this, "to": that, "seconds": [this_s, that_s], "ratio": ratio, "rounds": len(times[this])}
 
 
 def check(ours, maps: list[Tensor], options: argparse.Namespace, params: FluxParams, side: int) -> None:
@@ -220,21 +226,14 @@ def peak_rss() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
 
-def report(tokens: int, row: dict) -> None:
-    print(
-        f"{tokens:6} {row['of']:10} {row['what']:10} {row['without']:8.3f} s {row['with']:8.3f} s {row['ratio']:6.3f}"
-        f" {row['pairs']:5}",
-        flush=True,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), choices=SIZES, help="tokens")
-    parser.add_argument("--depth", nargs=2, type=int, default=(2, 4), metavar=("DOUBLE", "SINGLE"))
+    parser.add_argument("--depth", nargs=2, type=int, default=(2, 2), metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=60, help="measuring time a case")
-    parser.add_argument("--quick", action="store_true", help="1,152 tokens, two blocks, a few runs")
+    parser.add_argument("--rounds", type=int, default=3, help="at least so many at each size")
+    parser.add_argument("--seconds", type=float, default=60, help="and for at least so long")
+    parser.add_argument("--quick", action="store_true", help="1,152 tokens, two blocks, a few rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--others", nargs="*", default=[], choices=OTHERS, help="other requests to time")
@@ -253,14 +252,16 @@ def main() -> None:
         if options.peak:
             peak_here(options.peak[0], int(options.peak[1]), options.peak[2] == "1", options, params)
             return
-        print(f"{'tokens':>6} {'':10} {'':10} {'without':>10} {'with':>10} {'ratio':>6} {'pairs':>5}")
+        print(f"hidden size {params.hidden_size}, {double} + {single} blocks, {options.steps} steps, {options.dtype}")
+        print(f"{'tokens':>6} {'':20} {'':10} {'against':20} {'':10} {'ratio':>6} {'rounds':>6}", flush=True)
         for tokens in options.sizes:
             rows += [{"tokens": tokens, **row} for row in time_of(tokens, options, params)]
         for tokens in [] if options.without_memory else options.sizes:
             for of in ("fluxlab",) if options.without_diffusers else ("fluxlab", "Diffusers"):
                 without, with_ = (peak_of(tokens, of, looking, options, params) for looking in (False, True))
                 print(
-                    f"{tokens:6} {of:10} {'memory':10} {without:7.0f} MB {with_:7.0f} MB {with_ / without:6.3f}",
+                    f"{tokens:6} {f'{of}, {WORDS}':20} {with_:7.0f} MB {of:20} {without:7.0f} MB "
+                    f"{with_ / without:6.3f}",
                     flush=True,
                 )
                 rows.append({"tokens": tokens, "of": of, "peak_mb": [without, with_], "peak_ratio": with_ / without})
