@@ -1,16 +1,15 @@
 """Text and image ends around the transformer: prompts and seeds in, images out."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fluxlab import positions, sampling
+from fluxlab import batching, positions, sampling
+from fluxlab.batching import Programs
 from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
 from fluxlab.positions import Program
@@ -18,11 +17,6 @@ from fluxlab.probes import Probe
 
 if TYPE_CHECKING:
     from os import PathLike
-
-T = TypeVar("T")
-
-Programs = Program | Mapping[str, Any] | Sequence[Program | Mapping[str, Any] | None] | None
-"""One program for all samples, or one a sample: a `Program`, a config of edits, or None for untouched ids."""
 
 
 @dataclass
@@ -95,18 +89,16 @@ class Pipeline:
         if probe is not None and not isinstance(probe, Probe):
             raise ValueError(f"probe={probe!r}: a fluxlab.probes.Probe is needed, for instance Probe('words')")
         rows, cols = self.grid(height, width)
-        _check_numbers(guidance=guidance, true_cfg=true_cfg)
-        length = self.max_sequence_length if max_sequence_length is None else max_sequence_length
-        if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
-            raise ValueError(f"max_sequence_length={max_sequence_length!r}: a whole number from 1 is needed")
-        batch = _zip(
+        length = batching.check_length(self.max_sequence_length if max_sequence_length is None else max_sequence_length)
+        batch = batching.zipped(
             prompts=prompts,
             seeds=seeds,
             negative_prompts=negative_prompts,
             latents=latents,
-            programs=_programs(programs),
+            programs=batching.read_programs(programs),
         )
-        x = self._start(batch["seeds"], latents, len(batch["prompts"]), rows, cols)
+        shape = len(batch["prompts"]), 4 * self.autoencoder.params.z_channels
+        x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype).to(self.device)
         sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
         velocity = self._velocity(
             batch["prompts"],
@@ -139,7 +131,6 @@ class Pipeline:
     ) -> None:
         """Raise the `ValueError` that `generate` would for a batch of (prompt, program) pairs, before it is run."""
         rows, cols = self.grid(height, width)
-        _check_numbers(guidance=guidance, true_cfg=true_cfg)
         sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
         negatives = None if negative_prompt is None else [negative_prompt] * len(prompts)
         self._velocity(
@@ -172,7 +163,7 @@ class Pipeline:
         in `generate`.
         """
         x, rows, cols = self.encode(images)
-        batch = _zip(prompts=prompts, latents=x, programs=_programs(programs))
+        batch = batching.zipped(prompts=prompts, latents=x, programs=batching.read_programs(programs))
         sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
         velocity = self._velocity(
             batch["prompts"],
@@ -189,7 +180,7 @@ class Pipeline:
     def encode(self, images: "Image.Image | Sequence[Image.Image] | Tensor") -> tuple[Tensor, int, int]:
         """Packed latents `(B, N, C)`, fp32, of images of one size, and their token grid (rows, cols)."""
         if not isinstance(images, Tensor):
-            images = _to_tensor([images] if isinstance(images, Image.Image) else images)
+            images = batching.as_tensor([images] if isinstance(images, Image.Image) else images)
         rows, cols = self.grid(*images.shape[-2:])
         weight = self.autoencoder.encoder.conv_in.weight
         z = self.autoencoder.encode(2 * images.to(weight.device, weight.dtype) - 1)
@@ -201,7 +192,7 @@ class Pipeline:
         weight = self.autoencoder.decoder.conv_in.weight
         z = sampling.unpack(x, rows, cols).to(weight.device, weight.dtype)
         images = (self.autoencoder.decode(z).float() / 2 + 0.5).clamp(0, 1)
-        return images if output == "pt" else _to_pil(images)
+        return images if output == "pt" else batching.to_pil(images)
 
     def encode_prompt(self, prompt: str, length: int | None = None, truncate: bool = False) -> tuple[Tensor, Tensor]:
         """`(txt, y)` of a prompt, `(1, L, C)` and `(1, V)`; encoded once and kept."""
@@ -234,16 +225,8 @@ class Pipeline:
     ) -> sampling.Velocity:
         """The velocity field of a batch: everything but x and t is settled here, once."""
         p = self.transformer.params
-        if p.in_channels != 4 * self.autoencoder.params.z_channels:
-            raise ValueError(
-                f"{self.name or 'this model'} reads {p.in_channels} channels a token, latents have "
-                f"{4 * self.autoencoder.params.z_channels}: Fill, Canny and Depth need an image as condition, "
-                "which generate() does not take"
-            )
-        if guidance is not None and not p.guidance_embed:
-            raise ValueError(f"guidance={guidance}: this model is not guidance-distilled; leave it out or use true_cfg")
-        if true_cfg is None and negative_prompts is not None:
-            raise ValueError("negative_prompts act through true_cfg: give it too, for instance true_cfg=4")
+        batching.check_channels(self.name, p.in_channels, 4 * self.autoencoder.params.z_channels)
+        batching.check_guidance(p.guidance_embed, guidance, true_cfg, negative_prompts)
         batch = len(prompts)
         strength = None
         if p.guidance_embed:
@@ -252,9 +235,8 @@ class Pipeline:
 
         length = self.max_sequence_length if length is None else length
         compiled = self._compile(programs, prompts, length, grid, sigmas)
-
         if probe is not None:
-            probe.begin(self._context(prompts, length, grid, sigmas), batch)
+            probe.begin(self.context(prompts, length, grid, sigmas), batch)
 
         def conditioned(
             texts: Sequence[str], compiled: positions.Compiled, probe: Probe | None = None
@@ -292,26 +274,19 @@ class Pipeline:
         named = None
         if any(program.names_words for program in programs):
             named = [None] if prompts is None else prompts
-        return positions.compile_programs(programs, self._context(named, length, grid, sigmas))
+        return positions.compile_programs(programs, self.context(named, length, grid, sigmas))
 
-    def _context(
+    def context(
         self, prompts: Sequence[str | None] | None, length: int, grid: tuple[int, int], sigmas: Sequence[float]
     ) -> positions.Context:
-        """What programs and probes are settled against."""
-        p = self.transformer.params
-        axes = len(p.axes_dim)
-        ids = torch.cat((sampling.text_ids(1, length, axes), sampling.image_ids(1, *grid, axes)), 1)
-        return positions.Context(
-            ids=ids.to(self.device, torch.float64 if self.dtype == torch.float64 else torch.float32),
-            layout=positions.Layout(length, grid, pixels_per_token=self.pixels_per_token),
-            axes_dim=p.axes_dim,
-            theta=p.theta,
-            double=p.depth,
-            single=p.depth_single_blocks,
-            heads=p.num_heads,
-            sigmas=sigmas,
-            prompts=prompts and [None if prompt is None else self._prompt(prompt, length) for prompt in prompts],
-        )
+        """What programs and probes are settled against: `length` text tokens, a token grid, one value more than steps.
+
+        `prompts` None where nothing depends on words, a None among them for a text that has none of them.
+        """
+        layout = positions.Layout(length, grid, pixels_per_token=self.pixels_per_token)
+        spelt = prompts and [None if prompt is None else self._prompt(prompt, length) for prompt in prompts]
+        ids = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return batching.context(self.transformer.params, layout, sigmas, spelt, self.device, ids)
 
     def _prompt(self, prompt: str, length: int) -> positions.Prompt:
         """A prompt with the characters that each of its T5 tokens stands for."""
@@ -320,84 +295,5 @@ class Pipeline:
 
     def grid(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Token rows and columns of an image size; `ValueError` with the nearest sizes for one that does not divide."""
-        step = self.pixels_per_token
-        for key, pixels in (("height", height), ("width", width)):
-            if pixels is not None and (isinstance(pixels, bool) or not isinstance(pixels, Integral)):
-                raise ValueError(f"{key}={pixels!r}: a whole number of pixels is needed")
-            if pixels is not None and (pixels < step or pixels % step):
-                below = max(step, pixels // step * step)
-                raise ValueError(
-                    f"{key}={pixels}: must be a multiple of {step}, for instance {below} or {below + step}"
-                )
         height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
-        return height // step, width // step
-
-    def _start(self, seeds: Sequence[int], latents: Tensor | None, batch: int, rows: int, cols: int) -> Tensor:
-        """Packed starting noise `(B, N, C)` in fp32: drawn in the model's dtype, as both implementations do."""
-        z_channels = self.autoencoder.params.z_channels
-        if latents is None:
-            drawn = sampling.noise(seeds, z_channels, 2 * rows, 2 * cols, self.dtype)
-            return sampling.pack(drawn).float().to(self.device)
-        if latents.ndim != 3 or latents.shape[1:] != (rows * cols, 4 * z_channels):
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}: packed latents ({batch}, {rows * cols}, {4 * z_channels}) "
-                "are needed for this size"
-            )
-        return latents.float().to(self.device).expand(batch, -1, -1)
-
-
-def _programs(programs: Programs) -> list[Program] | None:
-    """Read one program or a list of them; errors name `programs` and, in a list, which."""
-    if programs is None:
-        return None
-    if isinstance(programs, str | Program | Mapping) or not isinstance(programs, Sequence):
-        return [Program.from_config(programs, "programs")]
-    return [Program.from_config(program, f"programs[{i}]") for i, program in enumerate(programs)]
-
-
-def _zip(**columns: "T | Sequence[T] | None") -> "dict[str, list[T] | None]":
-    """Every column at the batch's length; a single value or a sequence of one is repeated, None stays."""
-    if columns["prompts"] is None:
-        raise ValueError("prompts=None: a prompt or a list of them is needed")
-    lists = {key: _as_list(key, value) for key, value in columns.items() if value is not None}
-    sizes = {key: len(value) for key, value in lists.items()}
-    batch = max(sizes.values())
-    if any(size not in (1, batch) or size == 0 for size in sizes.values()):
-        counts = ", ".join(f"{size} {key}" for key, size in sizes.items())
-        raise ValueError(f"{counts}: equal numbers are needed, or one that serves all")
-    for key in {"prompts", "negative_prompts"} & set(lists):
-        wrong = [value for value in lists[key] if not isinstance(value, str)]
-        if wrong:
-            raise ValueError(f"{key} holds {wrong[0]!r}: strings are needed")
-    return {key: lists[key] * (batch // sizes[key]) if key in lists else None for key in columns}
-
-
-def _as_list(key: str, value: "T | Sequence[T]") -> "list[T]":
-    if isinstance(value, str | Integral):
-        return [value]
-    if not hasattr(value, "__iter__"):
-        raise ValueError(f"{key}={value!r}: one value or a list of them is needed, of strings or whole numbers")
-    return list(value)
-
-
-def _check_numbers(**values: float | None) -> None:
-    for key, value in values.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"{key}={value!r}: a finite number is needed")
-
-
-def _to_pil(images: Tensor) -> list[Image.Image]:
-    array = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(one) for one in array]
-
-
-def _to_tensor(images: Sequence[Image.Image]) -> Tensor:
-    import numpy as np
-
-    sizes = {image.size for image in images}
-    if len(sizes) != 1:
-        raise ValueError(f"images of one size are needed, these have {sorted(sizes)} (width, height)")
-    arrays = [np.asarray(image.convert("RGB")) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+        return batching.token_grid(height, width, self.pixels_per_token)
