@@ -61,7 +61,7 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
     Raises `CheckpointError` for what is missing or damaged.
     """
     paths = {"transformer": row.path, "autoencoder": row.autoencoder or row.path, "text": row.text or row.path}
-    at = {part: _local(path, part, row.variant) for part, path in paths.items()}
+    at = {part: local(path, part, row.variant) for part, path in paths.items()}
     if None in at.values():
         return None
     found = {part: _network(part, at[part], row.variant) for part in _NETWORKS}
@@ -96,7 +96,7 @@ def on_meta(params: FluxParams | AutoEncoderParams) -> nn.Module:
         return Flux(params) if isinstance(params, FluxParams) else AutoEncoder(params)
 
 
-def _local(path: str, part: str, variant: str | None) -> Path | None:
+def local(path: str, part: str, variant: str | None) -> Path | None:
     """`path` on this machine; None for a hub id of which `part` is still to be fetched."""
     if Path(path).expanduser().exists() or not is_hub_id(path):
         return resolve(path, (), variant)

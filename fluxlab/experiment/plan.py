@@ -1,30 +1,25 @@
 """What `plan=true` prints: what a run would do, told by headers and configs. No weights are read, no folder is made."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from fluxlab import checkpoints, sampling
+from fluxlab import checkpoints
 from fluxlab.checkpoints.memory import free_memory, total_memory
-from fluxlab.checkpoints.stored import ENCODERS, Stored, here, on_meta, published, stored
+from fluxlab.checkpoints.stored import Stored, here, published, stored
 from fluxlab.config import ModelRow
-from fluxlab.experiment import runner
+from fluxlab.experiment import captures, runner
 from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
+from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
-from fluxlab.experiment.store import CELLS, EXPERIMENT, LOCK, REFERENCES, Store
-from fluxlab.model import AutoEncoderParams, FluxParams
-from fluxlab.model.layers import linear
-from fluxlab.model.text import TextEncoders
+from fluxlab.experiment.store import CELLS, EXPERIMENT, LOCK, REFERENCES, TRACKERS, Store
+from fluxlab.loading import hollow
 from fluxlab.pipeline import Pipeline
+from fluxlab.positions.tokens import names_words
+from fluxlab.probes import Probe, memory, settle
 
 __all__ = ["here", "plan"]
-
-EFFICIENCY = 0.5
-"""Of the speed of one matrix product, what a run keeps. Measured on a CPU: 0.3 for 64 channels in bf16, 0.9 for 768."""
 
 
 def plan(
@@ -33,7 +28,8 @@ def plan(
     """What the same run without plan=true would do, in lines: settings, pictures, batches, time and memory.
 
     out: the run folder; None where its name depends on a model that is still to be fetched. Raises the run's own
-    `ValueError`s for what fits neither the model nor the folder; those of prompts and programs once the model is here.
+    `ValueError`s for what fits neither the model nor the folder; those of prompts, programs and words once the model is
+    here.
     """
     store = _store(out)
     known = store.settings() if store else None
@@ -41,124 +37,35 @@ def plan(
     fetched, parts = parts is not None, parts or published(experiment.model)
     dtype, device = runner.dtype_of(experiment.dtype), checkpoints.check_device(runner.device_of(experiment, known))
     pipe = hollow(experiment.model, parts, dtype, device)
-    if known is not None and store.record["digest"] == experiment.digest:
+    same = known is not None and store.record["digest"] == experiment.digest
+    if same:
         settings = known
     else:
         told = known is not None and known.device.split(":")[0] == device.type
         room = None if told or device.type != "cuda" else batch_tokens_beside(pipe, parts, dtype)
         settings = runner.resolve(experiment, pipe, known, batch_tokens or room, threads)
     _refuse_others(settings, out, batch_tokens=batch_tokens, threads=threads)
-    if fetched:
-        runner.check(experiment, pipe, settings)
     work = [(cells(experiment, settings), CELLS), (references(experiment, settings), REFERENCES)]
     made = [[(cell, folder) for cell in batch] for part, folder in work for batch in batches(part, settings)]
-    done = {(c.key, folder) for batch in made for c, folder in batch if store and store.has(c, folder)}
+    held = {(c.key, folder) for batch in made for c, folder in batch if store and store.has(c, folder)}
+    done = {(c.key, f) for batch in made for c, f in batch if store and runner._there(store, experiment, c, f)}
     left = [[c for c, _ in batch] for batch in made if any((c.key, folder) not in done for c, folder in batch)]
+    if left and fetched:
+        runner.check(experiment, pipe, settings)
+        captures.check(experiment, pipe, settings, fixed=same)
     most = max(map(len, made))
     return "\n".join(
         [
             f"{experiment.name}: {experiment.caption}".removesuffix(": "),
             f"folder     {out or 'named once the model is here'} "
-            f"({f'holds {len(done)} of {sum(map(len, made))} pictures already' if done else 'new'})",
+            f"({f'holds {len(held)} of {sum(map(len, made))} pictures already' if held else 'new'})",
             *_model_lines(experiment.model, parts, settings),
             *_count_lines(experiment, settings, [part for part, _ in work], made, left),
             _time_line(settings, pipe, parts, left),
             _memory_line(settings, pipe, parts, dtype, most),
+            *_attention_lines(experiment, settings, pipe, store, batches(work[0][0], settings)),
         ]
     )
-
-
-def hollow(row: ModelRow, parts: dict[str, Stored], dtype: torch.dtype | None, device: torch.device) -> Pipeline:
-    """The pipeline that `load_row` makes, but without weights: enough to settle sizes, and to check prompts, programs.
-
-    Only the transformer's first layer lies on `device`: a pipeline knows its device and dtype by it.
-    """
-    transformer, autoencoder = (
-        on_meta(parts[name].params).to(dtype or parts[name].dtype) for name in ("transformer", "autoencoder")
-    )
-    transformer.img_in.to_empty(device=device)
-    p, like = transformer.params, transformer.img_in.weight
-    clip = _Silent(p.vec_in_dim, dtype or parts["clip"].dtype, like)
-    t5 = _Silent(p.context_in_dim, dtype or parts["t5"].dtype, like)
-    schedule = replace(sampling.FLUX_SCHEDULE, use_dynamic_shifting=p.guidance_embed, shift=1.0)
-    tokenizers = dict.fromkeys(ENCODERS)
-    if parts["t5"].files:
-        from transformers import AutoTokenizer
-
-        root = parts["t5"].files[0].parents[1]
-        tokenizers = {
-            name: AutoTokenizer.from_pretrained(root / folder, local_files_only=True)
-            for name, (_, folder) in ENCODERS.items()
-        }
-        scheduler = parts["transformer"].files[0].parents[1] / "scheduler"
-        if scheduler.is_dir():
-            schedule = sampling.read_schedule(scheduler)
-    side = 128 * autoencoder.params.factor
-    return Pipeline(
-        transformer,
-        autoencoder,
-        TextEncoders(tokenizers["clip"], clip, tokenizers["t5"], t5),
-        schedule,
-        steps=row.steps or (28 if p.guidance_embed else 4),
-        guidance=(3.5 if row.guidance is None else row.guidance) if p.guidance_embed else None,
-        max_sequence_length=row.max_sequence_length or 512,
-        size=row.size or (side, side),
-        name=row.name,
-    )
-
-
-class _Silent(nn.Module):
-    """In a text encoder's place: states of the right shape, always 0."""
-
-    def __init__(self, width: int, dtype: torch.dtype, like: torch.Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(0, dtype=dtype))
-        self.zeros = like.new_zeros(width)
-        self.device = like.device
-
-    def forward(self, ids: torch.Tensor) -> "_States":
-        return _States((self.zeros.expand(*ids.shape, -1),))
-
-
-class _States(tuple):
-    @property
-    def pooler_output(self) -> torch.Tensor:
-        return self[0][:, 0]
-
-
-def forward_flops(p: FluxParams, text: int, image: int) -> float:
-    """Of one forward of one sample: 2 · parameters · the tokens that meet them, and attention's two products."""
-    d, tokens, blocks = p.hidden_size, text + image, p.depth + p.depth_single_blocks
-    layers = tokens * blocks * (4 * d * d + 2 * d * int(d * p.mlp_ratio))  # the same in a single block and in a stream
-    ends = image * d * (p.in_channels + p.out_channels) + text * d * p.context_in_dim
-    once = d * d * (12 * p.depth + 3 * p.depth_single_blocks + 2)  # modulations: once a sample
-    return 2 * (layers + ends + once) + 4 * tokens**2 * d * blocks
-
-
-def decode_flops(p: AutoEncoderParams, height: int, width: int) -> int:
-    """Of decoding one picture of so many pixels, counted on a network without weights."""
-    with FlopCounterMode(display=False) as counted, torch.inference_mode():
-        latents = torch.empty(1, p.z_channels, height // p.factor, width // p.factor, device="meta")
-        on_meta(p).decode(latents, tile=None)
-    return counted.get_total_flops()
-
-
-def matmul_speed(p: FluxParams, tokens: int, dtype: torch.dtype, device: torch.device, threads: int) -> float:
-    """FLOP/s of a product like the model's, from 0.1 s of trying."""
-    most = 4096 if device.type == "cuda" else 1024
-    rows, width, out = (min(n, most) for n in (tokens, p.hidden_size, int(p.hidden_size * p.mlp_ratio)))
-    x, weight = (torch.ones(n, width, dtype=dtype, device=device) for n in (rows, out))
-    took, before = [], torch.get_num_threads()
-    torch.set_num_threads(threads)
-    with torch.inference_mode():
-        while len(took) < 4 or (sum(took) < 0.1 and len(took) < 100):  # the first ones set things up
-            began = time.perf_counter()
-            linear(x, weight, None)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            took.append(time.perf_counter() - began)
-    torch.set_num_threads(before)
-    return 2 * rows * width * out / min(took)
 
 
 def batch_tokens_beside(pipe: Pipeline, parts: dict[str, Stored], dtype: torch.dtype | None) -> int:
@@ -177,7 +84,9 @@ def _store(out: Path | None) -> Store | None:
         return None
     if not out.is_dir():
         raise ValueError(f"out={out}: a file; name a folder")
-    others = [p.name for p in out.iterdir() if p.name != LOCK and not p.name.startswith(f".{EXPERIMENT}")]
+    others = [
+        p.name for p in out.iterdir() if p.name not in (LOCK, *TRACKERS) and not p.name.startswith(f".{EXPERIMENT}")
+    ]
     if others and not (out / EXPERIMENT).is_file():
         raise ValueError(f"out={out}: holds {others[0]!r} and no {EXPERIMENT}, so it is no run folder; name a new one")
     return Store(out) if others else None
@@ -254,7 +163,7 @@ def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list
     encoding = 2 * parts["t5"].parameters.total() * s.max_sequence_length * prompts
     return (
         f"time       about {duration((pictures * picture + encoding) / speed)}, and loading and measuring: "
-        f"{_flop(forward)} a forward of one picture, {_flop(speed)}/s"
+        f"{flop(forward)} a forward of one picture, {flop(speed)}/s"
     )
 
 
@@ -270,21 +179,35 @@ def _memory_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], dtype: t
     return f"memory     about {gb(weights + batch)}: weights {gb(weights)}, a batch {gb(batch)}{told}{short}"
 
 
-def gb(size: float) -> str:
-    """Bytes as a user reads them."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def _attention_lines(
+    experiment: Experiment, s: Settings, pipe: Pipeline, store: Store | None, made: list[list[Cell]]
+) -> list[str]:
+    """What a capture takes of disk and memory; nothing where nothing is captured. Words need the tokenizer."""
+    asked, tokenizer = experiment.capture, pipe.text.t5_tokenizer
+    known = replace(asked, requests=tuple(r for r in asked.requests if tokenizer or not names_words(r.arguments)))
+    later = [request.name for request in asked.requests if request not in known.requests]
+    lines = [f"{', '.join(later)}: unknown until the tokenizer is there"] if later else []
+    if known:
+        rows, cols = pipe.grid(s.height, s.width)
+        sigmas = pipe.schedule.times(s.steps, rows * cols)
 
+        def needed(prompts: tuple[str, ...]) -> dict[str, int]:
+            context = pipe.context(prompts if tokenizer else None, s.max_sequence_length, (rows, cols), sigmas)
+            if tokenizer is None:  # else `captures.check` has refused what is to be refused
+                Probe(known).begin(context, len(prompts))
+            return memory(settle(known, context, len(prompts)), context)
 
-def _flop(count: float) -> str:
-    return f"{count / 1e12:.3g} TFLOP" if count >= 1e12 else f"{count / 1e9:.3g} GFLOP"
-
-
-def duration(seconds: float) -> str:
-    """With two digits, in the unit that suits."""
-    length, unit = next(((n, unit) for n, unit in ((3600, "h"), (60, "min")) if seconds >= 1.5 * n), (1, "s"))
-    return f"{float(f'{seconds / length:.2g}'):g} {unit}"
-
-
-def number(count: int, word: str) -> str:
-    """1 file, 2 files."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
+        prompts = {cell.key: cell.prompt for batch in made for cell in batch}
+        alone = {prompt: needed((prompt,)) for prompt in dict.fromkeys(prompts.values())}
+        together = {tuple(cell.prompt for cell in batch) for batch in made}
+        batch = max(map(needed, together), key=lambda parts: sum(parts.values()))
+        working = batch.pop("working")
+        each = ", ".join(f"{name} {gb(max(one[name] for one in alone.values()))}" for name in batch)
+        disk = sum(alone[prompt][name] for prompt in prompts.values() for name in batch)
+        there = sum(store.has_arrays(cell, experiment.captures) for one in made for cell in one) if store else 0
+        lines += [
+            f"{each} a picture; {number(len(prompts), 'file')}, {gb(disk)} on disk"
+            + (f", {there:,} there already" if there else ""),
+            f"a batch {gb(sum(batch.values()))}, and {gb(working)} to work with, of capture.max_mb={known.max_mb:g} MB",
+        ]
+    return [f"{'' if i else 'attention':<11}{line}" for i, line in enumerate(lines)]

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxlab import check, loading
+from fluxlab import loading
+from fluxlab.check import held
+from fluxlab.check.__main__ import main
 from fluxlab.checkpoints import save_autoencoder, save_transformer
 from fluxlab.checkpoints.manifest import write_manifest
 from fluxlab.checkpoints.random import write_random
@@ -54,7 +56,7 @@ def copy(model, tmp_path):
 def checked(path, capsys, *more):
     """(exit status, the lines that are ok by name, what stands on stderr)."""
     words = ["model=local", f"model.path={path}", "model.max_sequence_length=16", "device=cpu", *more]
-    status = check.main(words)
+    status = main(words)
     out, err = capsys.readouterr()
     lines = [line.removeprefix("ok  ") for line in out.splitlines()]
     assert all(line.startswith("ok  ") for line in out.splitlines())
@@ -95,7 +97,7 @@ def test_a_whole_model_passes(model, capsys, dtype):
 
 
 def test_trained_weights_are_known_as_such(capsys):
-    assert check.main(["model=tiny", "device=cpu"]) == 0
+    assert main(["model=tiny", "device=cpu"]) == 0
     out = capsys.readouterr().out
     assert "every file is what manifest.json says" in out
     assert out.count("as trained weights have it") == 2
@@ -116,11 +118,11 @@ def test_the_published_sizes():
     for name, count, tensors in (("dev", 11_901_408_320, 780), ("schnell", 11_891_178_560, 776)):
         network = on_meta(TRANSFORMERS[name])
         part = Stored((), 0, Counter({torch.bfloat16: count}), torch.bfloat16)
-        said, _ = check.counts(network, part)
+        said, _ = held.counts(network, part)
         assert said.startswith(f"{count:,} parameters in {tensors} tensors, the size of {name}")
         assert said.endswith("stored as bfloat16")
         with pytest.raises(ValueError, match=f"{count - 1:,} in the files"):
-            check.counts(network, Stored((), 0, Counter({torch.bfloat16: count - 1}), torch.bfloat16))
+            held.counts(network, Stored((), 0, Counter({torch.bfloat16: count - 1}), torch.bfloat16))
 
 
 def test_a_flipped_bit_is_named_where_there_is_a_manifest(copy, capsys):
@@ -136,12 +138,12 @@ def test_a_flipped_bit_in_a_hub_s_cache_is_named(model, copy):
     shutil.move(copy / TRANSFORMER, blob)
     (copy / TRANSFORMER).symlink_to(blob)
     used = [copy / TRANSFORMER, copy / AUTOENCODER]
-    assert check.hashes(copy, used) == ("1 weight file as published", None)
+    assert held.hashes(copy, used) == ("1 weight file as published", None)
     weights = bytearray(blob.read_bytes())
     weights[-1000] ^= 1
     blob.write_bytes(weights)
     with pytest.raises(ValueError, match=f"{copy / TRANSFORMER}: not what was published"):
-        check.hashes(copy, used)
+        held.hashes(copy, used)
 
 
 def test_a_truncated_file_is_named(copy, capsys):
@@ -198,7 +200,7 @@ def test_memory_that_does_not_suffice(model, capsys, monkeypatch):
     def full(*_):
         raise error
 
-    monkeypatch.setattr(loading, "load_row", full)
+    monkeypatch.setattr(held, "load_row", full)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     assert "out of memory (CUDA out of memory" in failed(model, capsys, "loading")
     error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
@@ -221,7 +223,7 @@ def test_memory_that_does_not_suffice(model, capsys, monkeypatch):
     ],
 )
 def test_misuse_ends_in_three_lines(words, message, capsys):
-    assert check.main(words) == 2
+    assert main(words) == 2
     out, err = capsys.readouterr()
     assert message in err
     assert not out

@@ -17,12 +17,16 @@ from fluxlab.checkpoints.stored import here, on_meta, published, stored
 from fluxlab.config import ModelRow, find_row
 from fluxlab.experiment import plan as planning
 from fluxlab.experiment import runner
-from fluxlab.experiment.plan import forward_flops, hollow, plan
+from fluxlab.experiment.costs import forward_flops, gb
+from fluxlab.experiment.plan import plan
 from fluxlab.experiment.spec import Experiment, checked
 from fluxlab.experiment.store import open_store
+from fluxlab.loading import hollow
 from fluxlab.model import FluxParams
 from fluxlab.model.rope import Rotary
 from fluxlab.positions import Program
+from fluxlab.probes import Capture, load, probe
+from fluxlab.sampling import read_schedule
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -189,6 +193,72 @@ def test_folders_that_are_no_stores(folder, tmp_path):
         plan(experiment(folder), tmp_path / "notes.txt")
 
 
+def test_a_folder_that_only_a_tracker_has_written_into_is_new(folder, tmp_path):
+    (tmp_path / "wandb" / "run").mkdir(parents=True)
+    (tmp_path / ".lock").touch()
+    assert told(plan(experiment(folder), tmp_path), "folder").endswith("(new)")
+
+
+def test_the_schedule_is_the_one_beside_the_model_that_is_loaded(folder):
+    """A network of its own, though a scheduler of another pipeline lies beside it, has the original release's."""
+    row = ModelRow("local", str(folder / "transformer"), autoencoder=str(folder), text=str(folder))
+    loaded = loading.load_row(row).schedule
+    assert hollow(row, stored(row), None, CPU).schedule == loaded != read_schedule(folder / "scheduler")
+
+
+CAPTURE = {
+    "where": {"kind": "words"},
+    "cat": {"kind": "words", "words": ["cat"], "direction": "word_to_image", "steps": [0], "average": ["blocks"]},
+    "masses": {"kind": "quadrants", "average": ["heads"]},
+}
+
+
+def test_a_capture_takes_what_a_run_of_it_does(folder, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(probe, "_check_budget", lambda parts, max_mb: needed.append(parts))
+    asked, out = experiment(folder, capture=Capture.from_config(CAPTURE)), tmp_path / "run"
+    said = plan(asked, out, batch_tokens=120)
+    with open_store(out) as store:
+        runner.fill(asked, store, loading.load_row, batch_tokens=120)
+    files_made = list((out / "attention").rglob("*.safetensors"))
+    values = [array.values.nbytes for file in files_made for array in load(file).values()]
+    line = told(said, "attention")
+    assert line.endswith(f"; {len(files_made)} files, {sum(values) / 1e3:.1f} kB on disk")
+    one = max(load(file)["where"].values.nbytes for file in files_made)
+    assert line.startswith(f"attention  where {one / 1e3:.1f} kB, cat ")
+    largest = max(needed, key=lambda parts: sum(parts.values()))
+    working = largest.pop("working")
+    batch = f"a batch {gb(sum(largest.values()))}, and {gb(working)} to work with, of capture.max_mb=512 MB"
+    assert said.splitlines()[-1].strip() == batch
+    done = plan(asked, out)
+    assert told(done, "attention").endswith(f", {len(files_made)} there already")
+    assert "0 of them to do" in told(done, "batches")
+    files_made[0].unlink()
+    assert "1 of them to do" in told(plan(asked, out), "batches")
+    other = replace(asked, capture=Capture.from_config({"masses": {"kind": "quadrants"}}))
+    again = plan(other, out)
+    assert told(again, "folder").endswith("(holds 14 of 14 pictures already)")
+    assert "5 of up to 3 pictures" in told(again, "batches")
+    assert "4 of them to do" in told(again, "batches")
+
+
+@pytest.mark.parametrize(
+    ("capture", "message"),
+    [
+        ({"a": {"kind": "words"}, "max_mb": 0.001}, "capture.max_mb: 0.001, but"),
+        ({"a": {"kind": "words", "words": ["dog"]}}, "capture.a.words: 'dog' is not in the prompt"),
+        ({"a": {"kind": "quadrants", "blocks": {"double": [7]}}}, "capture.a.blocks"),
+    ],
+)
+def test_a_capture_that_the_run_would_refuse_is_refused(folder, tmp_path, capture, message):
+    asked = experiment(folder, capture=Capture.from_config(capture))
+    with pytest.raises(ValueError, match=message) as planned:
+        plan(asked)
+    with open_store(tmp_path / "run") as store, pytest.raises(ValueError, match=message) as ran:
+        runner.fill(asked, store, loading.load_row)
+    assert str(planned.value) == str(ran.value)
+
+
 def test_a_damaged_file_is_named(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
@@ -219,6 +289,11 @@ def test_a_published_model_before_it_is_fetched(tmp_path, monkeypatch):
     assert "transformer 23.8 GB bfloat16, autoencoder 0.2 GB bfloat16, text encoders 9.8 GB bfloat16" in said
     assert "1024 × 1024 px, 28 steps, guidance 3.5; 4,608 tokens: 64 × 64 image + 512 text" in said
     assert "74.4 TFLOP a forward" in said
+    capture = Capture.from_config({"where": {"kind": "words"}, "masses": {"kind": "quadrants", "average": ["heads"]}})
+    asked = experiment(tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",), capture=capture)
+    lines = plan(asked).splitlines()
+    assert lines[-3] == "attention  where: unknown until the tokenizer is there"
+    assert lines[-2] == f"           masses {28 * 57 * 4 * 4 / 1e3:.1f} kB a picture; 6 files, 0.2 MB on disk"
     with pytest.raises(ValueError, match="some/model: not on this machine, and its sizes are unknown"):
         plan(experiment(tmp_path, model=ModelRow("local", "some/model")))
 
