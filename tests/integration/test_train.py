@@ -114,18 +114,11 @@ def test_any_trained_folder_can_be_measured(undisturbed, tmp_path):
     verify_manifest(copy)  # the card is no part of it
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    if not (SHIPPED / "model_index.json").is_file():
-        pytest.skip("no embedded model in this checkout")
-    return SHIPPED
-
-
-def test_diffusers_makes_the_same_images(shipped):
+def test_diffusers_makes_the_same_images():
     import diffusers
 
     ours = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
-    theirs = diffusers.FluxPipeline.from_pretrained(shipped, torch_dtype=torch.float32)
+    theirs = diffusers.FluxPipeline.from_pretrained(SHIPPED, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     prompts = ["A cat holding a sign that says hello world", "a blue ring above a green square", ""]
     for seed, prompt in enumerate(prompts):
@@ -143,17 +136,17 @@ def test_diffusers_makes_the_same_images(shipped):
         assert np.abs(np.asarray(image).astype(int) - np.asarray(other).astype(int)).max() <= 1
 
 
-def test_the_shipped_folder_is_what_its_manifest_says_and_small(shipped):
-    verify_manifest(shipped)
-    files = [p for p in shipped.rglob("*") if p.is_file()]
+def test_the_shipped_folder_is_what_its_manifest_says_and_small():
+    verify_manifest(SHIPPED)
+    files = [p for p in SHIPPED.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 32e6
     assert not {p.suffix for p in files} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-    for file in shipped.rglob("*.safetensors"):
+    for file in SHIPPED.rglob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} <= {torch.bfloat16, torch.int64}
 
 
-def test_a_flipped_bit_is_reported_by_name_on_loading(shipped, tmp_path):
-    copy = shutil.copytree(shipped, tmp_path / "tiny")
+def test_a_flipped_bit_is_reported_by_name_on_loading(tmp_path):
+    copy = shutil.copytree(SHIPPED, tmp_path / "tiny")
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -162,11 +155,11 @@ def test_a_flipped_bit_is_reported_by_name_on_loading(shipped, tmp_path):
         fluxlab.load_pipeline(copy)
 
 
-def test_the_model_card_is_made_from_what_was_measured(shipped):
+def test_the_model_card_is_made_from_what_was_measured():
     from fluxlab.training.card import card
 
-    results = json.loads((shipped / "embedded.json").read_text())
-    training = json.loads((shipped / "training.json").read_text())
-    assert card(results, training, shipped) == (shipped / "README.md").read_text()
+    results = json.loads((SHIPPED / "embedded.json").read_text())
+    training = json.loads((SHIPPED / "training.json").read_text())
+    assert card(results, training, SHIPPED) == (SHIPPED / "README.md").read_text()
     assert results["cells"] >= 64
     assert results["steps"] >= 20

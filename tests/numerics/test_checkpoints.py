@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from fluxlab.checkpoints import load_autoencoder, load_transformer, save_autoencoder, save_transformer
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
 
-diffusers = pytest.importorskip("diffusers")
 GOLDEN = Path(__file__).parents[1] / "golden"
 SMALL = {
     "in_channels": 16,

@@ -47,14 +47,9 @@ def save_sharp(where: Path) -> Path:
     return where
 
 
-def folders() -> dict[str, Path | None]:
-    embedded = {"embedded": EMBEDDED} if (EMBEDDED / "model_index.json").is_file() else {}
-    return {"random": None, **embedded}
-
-
-@pytest.fixture(scope="module", params=folders())
+@pytest.fixture(scope="module", params=["random", "embedded"])
 def folder(request, tmp_path_factory) -> Path:
-    return folders()[request.param] or save_sharp(tmp_path_factory.mktemp("folder"))
+    return EMBEDDED if request.param == "embedded" else save_sharp(tmp_path_factory.mktemp("folder"))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from tests.tiny import diffusers_pipeline
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("pipeline")
     diffusers_pipeline().save_pretrained(folder)
     return folder
