@@ -1,6 +1,7 @@
 """Finished stores without a model: scenes stand for a model's pictures, and edits blur them or move them about."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -12,9 +13,11 @@ from PIL import Image, ImageFilter
 
 from fluxlab.config import ModelRow
 from fluxlab.experiment import effects
+from fluxlab.experiment.captures import write_index
 from fluxlab.experiment.cells import Cell, Settings, cells, references
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment, checked, read_variants
-from fluxlab.experiment.store import CELLS, REFERENCES, open_store
+from fluxlab.experiment.store import CELLS, REFERENCES, Store, open_store
+from fluxlab.probes import Capture, Captured, Request
 from fluxlab.sampling.schedule import Schedule
 from fluxlab.scenes import parse, render, sample_scene
 
@@ -43,13 +46,14 @@ def make_store(
     prompts: Sequence[str] = PROMPTS,
     seeds: Sequence[int] = (0, 1),
     size: tuple[int, int] = (64, 64),
+    attention: Mapping[str, Any] | str | None = None,
     **changes: Any,
 ) -> Path:
     """A store as a run leaves it, but for grid.png and report.html. Deterministic; a second on an idle machine.
 
     variants: programs by name; a baseline with none is added where no variant of that name is there. size: (height,
     width) of the pictures in pixels; the scenes are drawn at 64 × 64 and enlarged. changes: other fields of
-    `Experiment`, such as name or caption, and versions and command.
+    `Experiment`, such as name or caption, and versions and command. attention: a capture, whose arrays are made up.
     """
     baseline = changes.get("baseline", "baseline")
     asked = checked(
@@ -62,6 +66,7 @@ def make_store(
                 "variants": read_variants({baseline: {}, **variants}),
                 "prompts": tuple(prompts),
                 "seeds": tuple(seeds),
+                "capture": Capture.from_config(attention),
                 **{key: value for key, value in changes.items() if key not in ("versions", "command")},
             }
         )
@@ -73,9 +78,73 @@ def make_store(
         for part, folder in ((cells(asked, how), CELLS), (references(asked, how), REFERENCES)):
             for cell in part:
                 store.put(cell, picture(cell, size), {"height": size[0], "width": size[1]}, folder)
+        if attention:
+            put_attention(asked, how, store)
         effects.measure(asked, how, store, effects.judges(asked))
         store.seal()
     return Path(path)
+
+
+STREAMS = ("double", "double", "single", "single", "single", "single")
+
+
+def put_attention(asked: Experiment, how: Settings, store: Store) -> None:
+    """Arrays and index as a run with a capture leaves them: a word is looked at from a spot of its own, best in the
+    middle blocks and late steps; programs widen the spot."""
+    for cell in cells(asked, how):
+        arrays = {name: one for request in asked.capture.requests for name, one in attended(request, cell, how).items()}
+        store.put_arrays(cell, asked.captures, arrays)
+    write_index(asked, how, store)
+
+
+def attended(request: Request, cell: Cell, how: Settings) -> dict[str, Captured]:
+    """Made-up arrays of a request for words, quadrants, entropy or distance."""
+    rng = np.random.default_rng([cell.seed, *hashlib.sha256(cell.prompt.encode()).digest()])
+    edited = int(bool(cell.program)) * (1 + sum(map(ord, cell.program.digest)) % 7 / 3)
+    sides = how.height // how.pixels_per_token, how.width // how.pixels_per_token
+    row, col = np.meshgrid(*map(np.arange, sides), indexing="ij")
+    steps, blocks = how.steps, len(STREAMS)
+    sharp = np.sin(np.pi * (np.arange(blocks) + 1) / (blocks + 1)) * np.linspace(0.3, 1, steps)[:, None]
+    sigmas = np.linspace(1, 1 / steps, steps).tolist()
+    coords = {"step": (("step",), list(range(steps))), "sigma": (("step",), sigmas)}
+    coords |= {"block": (("block",), list(range(blocks))), "stream": (("block",), list(STREAMS))}
+    both = ("step", "block")
+
+    def made(values: np.ndarray, axes: tuple[str, ...], unit: str, **labels: Sequence) -> Captured:
+        labelled = {**coords, **{axis: ((axis,), list(some)) for axis, some in labels.items()}}
+        about = {"request": request.to_config(), "unit": unit}
+        return Captured(values.astype(np.float32), (*both, *axes), labelled, about)
+
+    if request.kind == "words":
+        words = re.findall(r"[\w'-]+", cell.prompt)
+        ways = ["image_to_word", "word_to_image"]
+        ways = ways if request.arguments["direction"] == "both" else [request.arguments["direction"]]
+        wide = (1 + edited) * max(sides) / 10
+        spots = rng.uniform(0.1, 0.9, (len(words), 2)) * sides
+        far = np.hypot(row - spots[:, 0, None, None], col - spots[:, 1, None, None])
+        heat = rng.uniform(0.02, 0.3, len(words))[:, None, None] * np.exp(-((far / wide) ** 2))
+        values = np.stack([sharp[..., None, None, None] * heat * share for share in (1, 0.1)[: len(ways)]], 2)
+        axes = ("direction", "word", "row", "col")
+        grid = {"row": range(sides[0]), "col": range(sides[1])}
+        return {request.name: made(values, axes, "probability", direction=ways, word=words, **grid)}
+    if request.kind == "quadrants":
+        text = 0.5 * sharp / (1 + edited)
+        values = np.stack((np.stack((1 - text, text), -1), np.stack((text, 1 - text), -1)), 2)
+        sides = ["text", "image"]
+        return {request.name: made(values, ("from", "to"), "probability", **{"from": sides, "to": sides})}
+    if request.kind == "entropy":
+        values = (np.log(how.tokens) * (1 - sharp / (2 + edited)))[..., None, None] + 0 * row
+        return {request.name: made(values, ("tokens_row", "tokens_col"), "nats")}
+    down, right = np.arange(1 - sides[0], sides[0]), np.arange(1 - sides[1], sides[1])
+    spread = (1 + edited) * (2 - sharp)[..., None, None]
+    histogram = np.exp(-((down[:, None] / spread) ** 2) - (right / spread / 2) ** 2)
+    histogram *= 0.8 / histogram.sum((2, 3), keepdims=True)
+    offset = made(np.zeros((steps, blocks, 3)), ("offset",), "tokens", offset=["row", "col", "distance"])
+    far = {"delta_row": down.tolist(), "delta_col": right.tolist()}
+    return {
+        f"{request.name}.offset": offset,
+        f"{request.name}.histogram": made(histogram, ("delta_row", "delta_col"), "tokens, probability", **far),
+    }
 
 
 def settings(size: tuple[int, int] = (64, 64), **changes: Any) -> Settings:

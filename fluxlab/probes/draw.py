@@ -1,6 +1,8 @@
 """Pictures of what was captured: a map over its image, a sheet of maps, a GIF. Arrays in, PIL images out."""
 
+import io
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,10 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-COLORMAP = "inferno"
+COLORMAP, OPACITY = "inferno", 0.85
 GAP, INK, PAPER, NOTHING = 4, (40, 40, 40), (255, 255, 255), (225, 225, 225)
-SCALES = ("sheet", "row", "cell")
+SCALES, AT_MOST = ("sheet", "row", "cell"), "at most"
+LABEL, LEAST_WIDTH = 200, 360  # px: the widest label of a row; the narrowest sheet, for its title's sake
 
 
 def overlay(
@@ -25,7 +28,7 @@ def overlay(
     *,
     highest: float | None = None,
     size: tuple[int, int] | None = None,
-    opacity: float = 0.85,
+    opacity: float = OPACITY,
     colormap: str = COLORMAP,
 ) -> "Image":
     """A map `(rows, cols)` of values from 0 on, in colour, over an image in grey where one is given.
@@ -34,20 +37,35 @@ def overlay(
     result, None for the image's, or 16 pixels a token. opacity: how far the brightest colour covers the image. NaN is
     grey.
     """
-    from PIL import Image
-
     if heat.ndim != 2:
         raise ValueError(f"heat has shape {heat.shape}: a map (rows, cols) is needed")
     rows, cols = heat.shape
     size = size or (image.size if image is not None else (16 * cols, 16 * rows))
+    return _over(heat, None if image is None else _grey(image, size), highest, size, opacity, colormap)
+
+
+def _over(
+    heat: np.ndarray,
+    grey: "Image | None",
+    highest: float | None,
+    size: tuple[int, int],
+    opacity: float,
+    colormap: str,
+) -> "Image":
+    from PIL import Image
+
     shares = _shares(heat, highest)
-    colours = _coloured(shares, colormap)
-    if image is None:
-        return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+    coloured = Image.fromarray(_coloured(shares, colormap)).resize(size, Image.Resampling.NEAREST)
+    if grey is None:
+        return coloured
     covered = np.uint8(255 * opacity * np.where(np.isfinite(shares), 0.35 + 0.65 * np.nan_to_num(shares), 1))
-    grey = image.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    top, cover = (Image.fromarray(part).resize(size, Image.Resampling.NEAREST) for part in (colours, covered))
-    return Image.composite(top, grey, cover)
+    return Image.composite(coloured, grey, Image.fromarray(covered).resize(size, Image.Resampling.NEAREST))
+
+
+def _grey(image: "Image", size: tuple[int, int]) -> "Image":
+    from PIL import Image
+
+    return image.convert("L").convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _shares(heat: np.ndarray, highest: float | None) -> np.ndarray:
@@ -56,12 +74,18 @@ def _shares(heat: np.ndarray, highest: float | None) -> np.ndarray:
     return np.clip(heat / (top if top > 0 else 1), 0, 1)
 
 
-def _coloured(shares: np.ndarray, colormap: str) -> np.ndarray:
-    """uint8 `(rows, cols, 3)`."""
+@cache
+def colours(colormap: str = COLORMAP) -> np.ndarray:
+    """The colours of shares from 0 to 1 in 256 steps, uint8 `(256, 3)`, not to be changed."""
     import matplotlib
 
-    colours = matplotlib.colormaps[colormap](np.nan_to_num(shares), bytes=True)[..., :3]
-    return np.where(np.isfinite(shares)[..., None], colours, np.uint8(NOTHING))
+    return matplotlib.colormaps[colormap](np.arange(256), bytes=True)[:, :3].copy()
+
+
+def _coloured(shares: np.ndarray, colormap: str) -> np.ndarray:
+    """uint8 `(rows, cols, 3)`."""
+    found = colours(colormap)[np.minimum(256 * np.nan_to_num(shares), 255).astype(int)]  # as matplotlib has it
+    return np.where(np.isfinite(shares)[..., None], found, np.uint8(NOTHING))
 
 
 def sheet(
@@ -69,7 +93,7 @@ def sheet(
     *,
     rows: str = "word",
     columns: str = "block",
-    image: "Image | None" = None,
+    image: "Image | Sequence[Image | None] | None" = None,
     scale: str = "row",
     highest: float | np.ndarray | None = None,
     cell: int = 96,
@@ -79,9 +103,10 @@ def sheet(
     """A contact sheet: the maps (row, col) of an array along two of its axes, labelled, say words × blocks.
 
     captured: has these two axes and `row`, `col`; further ones of a single entry are dropped, of more are an error
-    (`captured.sel(step=3)` chooses one, `captured.mean("step")` averages). scale: what shares a brightest colour, the
-    whole sheet, a row or a single cell; its value is written at the right, or below the cell. highest: that value, or
-    one a row, for sheets that are to be compared. cell: pixels of a map's longer side.
+    (`captured.sel(step=3)` chooses one, `captured.mean("step")` averages). image: what the maps lie over, one for all,
+    or one a column. scale: what shares a brightest colour, the whole sheet, a row or a single cell; its value is
+    written at the right, or below the cell. highest: that value, or one a row, for sheets that are to be compared.
+    cell: pixels of a map's longer side. title: as many lines as it takes.
     """
     from PIL import Image, ImageDraw
 
@@ -91,30 +116,35 @@ def sheet(
     tops = _tops(maps, scale, highest)
     height, width = (max(1, round(cell * n / max(maps.shape[2:]))) for n in maps.shape[2:])
     down, across = captured.labels(rows), [str(label) for label in captured.labels(columns)]
-    down = [label if isinstance(label, str) else f"{rows} {label}" for label in down]
-    font, small = _font(12), _font(9)
-    left = 12 + max([_width(font, text) for text in (*down, columns)])
-    right = 0 if scale == "cell" else 8 + _width(small, "at most")
-    head = 22 + (20 if title else 0)
-    step = (height + GAP + (12 if scale == "cell" else 0), width + GAP)
-    need = _width(font, title) + 20
-    page = Image.new("RGB", (max(left + len(across) * step[1] + right, need), head + len(down) * step[0]), PAPER)
+    under = _one_a_column(image, maps.shape[1])
+    greys = {id(one): None if one is None else _grey(one, (width, height)) for one in under}
+    under = [greys[id(one)] for one in under]
+    font, small = _font(13), _font(11)
+    down = [_cut(label if isinstance(label, str) else f"{rows} {label}", font, LABEL) for label in down]
+    left = 12 + max(*[_width(font, text) for text in down], _width(small, columns))
+    right = 4 if scale == "cell" else 8 + _width(small, AT_MOST)
+    step = (height + GAP + (14 if scale == "cell" else 0), width + GAP)
+    page_width = max(left + len(across) * step[1] + right, LEAST_WIDTH)
+    told = _lines(title, font, page_width - 12)
+    head = 22 + 17 * len(told) + (4 if told else 0)
+    page = Image.new("RGB", (page_width, head + max(len(down) * step[0], 12)), PAPER)
     draw = ImageDraw.Draw(page)
-    draw.text((6, 4), title, INK, font)
-    draw.text((left - 6, head - 4), columns, INK, small, anchor="rs")
-    if right:
-        draw.text((left + len(across) * step[1] + 2, head - 4), "at most", INK, small, anchor="ls")
+    for i, line in enumerate(told):
+        draw.text((6, 4 + 17 * i), line, INK, font)
+    draw.text((left - 6, head - 5), columns, INK, small, anchor="rs")
+    if right > 4:
+        draw.text((left + len(across) * step[1] + 2, head - 5), AT_MOST, INK, small, anchor="ls")
     for j, text in enumerate(across):
-        draw.text((left + j * step[1] + width / 2, head - 4), _cut(text, small, width), INK, small, anchor="ms")
+        draw.text((left + j * step[1] + width / 2, head - 5), _cut(text, small, width), INK, small, anchor="ms")
     for i, text in enumerate(down):
         y = head + i * step[0]
         draw.text((left - 6, y + height / 2), text, INK, font, anchor="rm")
         for j in range(len(across)):
             top, x = tops[i, j], left + j * step[1]
-            page.paste(overlay(maps[i, j], image, highest=top, size=(width, height), colormap=colormap), (x, y))
+            page.paste(_over(maps[i, j], under[j], top, (width, height), OPACITY, colormap), (x, y))
             if scale == "cell":
-                draw.text((x + width / 2, y + height + 11), f"{top:.2g}", INK, small, anchor="ms")
-        if right:
+                draw.text((x + width / 2, y + height + 12), f"{top:.2g}", INK, small, anchor="ms")
+        if right > 4:
             x = left + len(across) * step[1] + 2
             draw.text((x, y + height / 2), f"{tops[i, 0]:.2g}", INK, small, anchor="lm")
     return page
@@ -126,32 +156,51 @@ def frames(
     over: str = "step",
     rows: str = "word",
     columns: str = "block",
-    images: "Image | Sequence[Image] | None" = None,
+    images: "Image | Sequence | None" = None,
     scale: str = "row",
+    title: str = "",
     **options,
 ) -> "list[Image]":
-    """A `sheet` for each entry of the axis `over`, on one scale throughout. images: one for all, or one a frame."""
+    """A `sheet` for each entry of the axis `over`, on one scale throughout, each told below the common title.
+
+    images: one for all, or one a frame; that may again be one a column, as `sheet` takes them.
+    """
     labels = captured.labels(over)
     parts = [captured.sel(**{over: label}) for label in labels]
     maps = np.stack([_maps(part, rows, columns) for part in parts])
     if scale == "cell":
         raise ValueError("scale 'cell': expected sheet or row, or frames could not be compared")
-    highest = _tops(maps.max(0), scale, None)[:, 0]
+    highest = _tops(np.where(np.isfinite(maps), maps, 0).max(0), scale, None)[:, 0]
     each = [images] * len(parts) if images is None or hasattr(images, "size") else list(images)
     if len(each) != len(parts):
         raise ValueError(f"images: {len(each)} for {len(parts)} frames, expected one, or one a frame")
-    titles = [f"{over} {label}{_sigma(captured, over, i)}" for i, label in enumerate(labels)]
+    told = [f"{over} {label}{_sigma(captured, over, i)}" for i, label in enumerate(labels)]
+    titles = [f"{title}\n{text}" if title else text for text in told]
     common = {"rows": rows, "columns": columns, "scale": scale, "highest": highest, **options}
     return [sheet(part, image=im, title=t, **common) for part, im, t in zip(parts, each, titles, strict=True)]
 
 
 def gif(path: "str | PathLike[str]", pictures: "Sequence[Image]", *, seconds: float = 0.5) -> None:
     """Write pictures of one size as a GIF that goes round, `seconds` each; whole or not at all."""
+    write_atomic(Path(path), gif_bytes(pictures, seconds=seconds))
+
+
+def gif_bytes(pictures: "Sequence[Image]", *, seconds: float = 0.5) -> bytes:
+    """What `gif` writes. One palette, of pictures from the first to the last, so that nothing flickers."""
+    from PIL import Image
+
     if not pictures:
         raise ValueError("pictures: there are none")
-    first, *rest = (picture.convert("RGB").quantize(256) for picture in pictures)
+    some = [pictures[round(i)] for i in np.linspace(0, len(pictures) - 1, min(6, len(pictures)))]
+    together = Image.new("RGB", (some[0].width, len(some) * some[0].height))
+    for i, picture in enumerate(some):
+        together.paste(picture, (0, i * picture.height))
+    palette = together.quantize(256)
+    first, *rest = (picture.convert("RGB").quantize(palette=palette, dither=0) for picture in pictures)
+    content = io.BytesIO()
     options = {"save_all": True, "append_images": rest, "duration": round(1000 * seconds), "loop": 0}
-    write_atomic(Path(path), lambda file: first.save(file, format="gif", **options))
+    first.save(content, format="gif", **options)
+    return content.getvalue()
 
 
 def _maps(captured: Captured, rows: str, columns: str) -> np.ndarray:
@@ -182,6 +231,7 @@ def _sigma(captured: Captured, over: str, i: int) -> str:
     return f", σ {values[i]:.2f}" if along == (over,) else ""
 
 
+@cache
 def _font(size: int):
     """matplotlib's own, which has the letters that PIL's lacks."""
     import matplotlib
@@ -195,6 +245,32 @@ def _width(font, text: str) -> int:
 
 
 def _cut(text: str, font, width: int) -> str:
-    while len(text) > 1 and font.getlength(text) > width:
+    """As much of it as has room; an ellipsis stands for the rest."""
+    if font.getlength(text) <= width:
+        return text
+    while len(text) > 1 and font.getlength(text + "…") > width:
         text = text[:-1]
-    return text
+    return text + "…"
+
+
+def _lines(text: str, font, width: int) -> list[str]:
+    """Broken at spaces, and where a word is too long for a line it is cut."""
+    lines = []
+    for part in text.splitlines():
+        lines.append("")
+        for word in part.split():
+            longer = f"{lines[-1]} {word}".strip()
+            if font.getlength(longer) <= width:
+                lines[-1] = longer
+            else:
+                lines += [_cut(word, font, width)] if lines[-1] else []
+                lines[-1] = _cut(word, font, width)
+    return lines
+
+
+def _one_a_column(image, columns: int) -> list:
+    if image is None or hasattr(image, "size"):
+        return [image] * columns
+    if len(image) != columns:
+        raise ValueError(f"image: {len(image)} for {columns} columns, expected one, or one a column")
+    return list(image)

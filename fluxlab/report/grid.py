@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from fluxlab.files import write_atomic
 from fluxlab.report import lettering
+from fluxlab.report.pictures import put
 
 MAX_WIDTH, MAX_HEIGHT = 4000, 8000  # px of the whole, about, as long as cells are not smaller than SMALLEST
 SMALL, LARGE, SMALLEST = 128, 512, 32  # px of a cell's longer side: enlarged to about, reduced to, never below
@@ -40,9 +40,7 @@ def write_grid(
     picture, dpi = draw_grid(rows, columns, images, title)
     content = io.BytesIO()
     picture.save(content, format="png", dpi=(dpi, dpi))
-    if not (file.is_file() and file.read_bytes() == content.getvalue()):
-        write_atomic(file, content.getvalue())
-    return file
+    return put(file, content.getvalue())
 
 
 def draw_grid(

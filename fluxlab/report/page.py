@@ -16,10 +16,10 @@ import yaml
 
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import REFERENCE_NAMES
-from fluxlab.files import write_atomic
 from fluxlab.measure.images import METRICS, Metric
 from fluxlab.measure.summary import SHOWN
-from fluxlab.report.pictures import BUDGET, Picture, data_url, embed, note
+from fluxlab.report import attention_page
+from fluxlab.report.pictures import BUDGET, Picture, data_url, embed, note, put
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -36,9 +36,7 @@ def write_report(stores: "Sequence[str | PathLike[str]]", file: "str | PathLike[
     one that is damaged or not finished, one that is given twice, and a picture that cannot be read.
     """
     file, content = Path(file), render(stores).encode()
-    if not (file.is_file() and file.read_bytes() == content):
-        write_atomic(file, content)
-    return file
+    return put(file, content)
 
 
 def render(stores: "Sequence[str | PathLike[str]]", budget: int = BUDGET) -> str:
@@ -48,8 +46,10 @@ def render(stores: "Sequence[str | PathLike[str]]", budget: int = BUDGET) -> str
     runs = _read(stores)
     names = _names(runs)
     files = [run.image(row["variant"], row["prompt"], row["seed"]) for run in runs for row in run.metrics]
-    embedded = embed(files, budget)
-    script, style = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.js", "report.css"))
+    attention = attention_page.shown(runs, names)
+    embedded = embed(files, max(budget // 4, budget - attention.bytes))
+    scripts = [_template("report.js"), *([_template("attention.js")] if attention.data else [])]
+    style = _template("report.css") + (_template("attention.css") if attention else "")
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -72,9 +72,10 @@ def render(stores: "Sequence[str | PathLike[str]]", budget: int = BUDGET) -> str
         ],
         note=note(list(embedded.values())),
         crisp=all(max(picture.stored) <= CRISP for picture in embedded.values()),
-        script=script,
+        attention=attention,
+        scripts=scripts,
         style=style,
-        script_hash=_hash(script),
+        script_hashes=[_hash(script) for script in scripts],
         style_hash=_hash(style),
     )
 
@@ -273,6 +274,10 @@ def _drawn(program: str, grid: tuple[int, int], text: int, prompt: str, steps: i
     content = io.BytesIO()
     image.save(content, "png", optimize=True)
     return Layout(data_url(content.getvalue(), "png"), image.size)
+
+
+def _template(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from fluxlab.files import write_atomic
+
 BUDGET = 3_000_000
 """Bytes of a page's pictures, of which base64 makes a third more: with text and layouts, a page stays below 5 MB."""
 
@@ -51,6 +53,23 @@ def embed(files: Iterable[Path], budget: int = BUDGET) -> dict[Path, Picture]:
     return pictures
 
 
+def fitting(files: Iterable[Path], budget: int) -> dict[Path, Picture]:
+    """As many of the files that are there, from the first on, as `budget` bytes hold: of full size, as WebP.
+
+    Raises `ValueError` for a file that is no picture.
+    """
+    found: dict[Path, Picture] = {}
+    for file in dict.fromkeys(files):
+        if file.is_file():
+            image = _opened(file)
+            content, size = _webp(image, max(image.size))
+            budget -= len(content)
+            if budget < 0:
+                break
+            found[file] = Picture(data_url(content, "webp"), size, image.size)
+    return found
+
+
 def note(pictures: Sequence[Picture]) -> str:
     """In words, what of the pictures a page does not show; empty where it shows them as they are stored."""
     if not any(picture.url.startswith("data:image/webp") for picture in pictures):
@@ -60,6 +79,13 @@ def note(pictures: Sequence[Picture]) -> str:
     )
     reduced = f"{stored[0]} × {stored[1]} px, shown at {shown[0]} × {shown[1]}" if stored != shown else "of full size"
     return f"Pictures are {reduced}, compressed as WebP; the originals lie in the run folder's cells/."
+
+
+def put(file: Path, content: bytes) -> Path:
+    """Write a file, atomically, unless it already holds just that. Returns it."""
+    if not (file.is_file() and file.read_bytes() == content):
+        write_atomic(file, content)
+    return file
 
 
 def data_url(content: bytes, kind: str) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fluxlab.experiment.reading import Run
+from fluxlab.report.attention import write_pictures
 from fluxlab.report.grid import write_grid
 from fluxlab.report.page import write_report
 
@@ -23,5 +24,6 @@ def grid(run: Run) -> Path:
 
 
 def page(run: Run) -> Path:
-    """Write `report.html`."""
+    """Write the pictures of attention, where a run has captured it, and `report.html`, which shows them."""
+    write_pictures(run)
     return write_report([run.path], run.path / PAGE_FILE)

@@ -13,6 +13,7 @@ from fluxlab.experiment.reading import Run
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import MANIFEST
 from fluxlab.measure.images import METRICS
+from fluxlab.report import attention
 from fluxlab.report.page import layout
 from fluxlab.report.products import GRID_FILE
 from fluxlab.report.wandb_link import Link, tracked
@@ -131,10 +132,13 @@ def messages(run: Run, artifact: bool = False) -> list[dict[str, Any]]:
     """Everything there is to log of a finished store; what a sweep looks for comes first."""
     told = [
         {"config": {key: run.record[key] for key in ("settings", "versions")}},
-        {"summary": summary(run)},
+        {"summary": {**summary(run), **attention.summary(run)}},
         {"tables": {"variants": variant_table(run), "cells": cell_table(run)}},
         {"images": images(run)},
     ]
+    films = attention.pictures(run).films
+    if films:
+        told.append({"videos": {"attention/steps": [(_path(file), caption) for file, caption in films]}})
     if artifact:
         told.append({"artifact": store_artifact(run)})
     return told
@@ -194,7 +198,7 @@ def cell_table(run: Run) -> dict[str, Any]:
 
 
 def images(run: Run) -> dict[str, list[tuple[str, str]]]:
-    """Files, or data URLs, and captions by key: the grid, where tokens stand, then a variant's pictures together."""
+    """Files, or data URLs, and captions by key: the grid, where tokens stand, a variant's pictures, attention."""
     found = {"grid": [(_path(run.path / GRID_FILE), run.record["caption"] or run.record["name"])]}
     layouts = {variant: layout(run, variant, run.places[0][0]).url for variant in run.variants}
     if any(layouts.values()):
@@ -203,6 +207,10 @@ def images(run: Run) -> dict[str, list[tuple[str, str]]]:
         found[f"pictures/{variant}"] = [
             (_path(run.image(variant, prompt, seed)), f"{prompt} · seed {seed}") for prompt, seed in run.places
         ]
+    seen = attention.pictures(run)
+    for key, some in (("sheets", seen.sheets), ("figures", seen.figures)):
+        if some:
+            found[f"attention/{key}"] = [(_path(file), caption) for file, caption in some]
     return found
 
 

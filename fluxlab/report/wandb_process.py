@@ -1,7 +1,7 @@
 """What runs W&B, in a process of its own: `wandb_link` starts it and sends JSON lines, a message each.
 
-The first line says how to start; then come `log`, `images`, `tables`, `config`, `summary` and `artifact`, in any
-combination; at last `finish` with an exit code. A parent that dies closes the pipe, and the run is reported as failed.
+The first line says how to start; then come `log`, `images`, `videos`, `tables`, `config`, `summary` and `artifact`, in
+any combination; at last `finish` with an exit code. A parent that dies closes the pipe, and the run counts as failed.
 What it answers, also a JSON object a line: `mode`, `id`, `folder`, `url` and `why` once W&B has started, then `done`,
 or `lost` with the reason. Started by its path, so nothing of this package is imported here.
 """
@@ -103,6 +103,8 @@ def _tell(run: Any, message: dict[str, Any]) -> None:
         values[key] = wandb.Table(columns=table["columns"], data=[list(_cells(row)) for row in table["rows"]])
     images = message.get("images", {})
     values |= {key: _images(some[:MOST_IMAGES]) for key, some in images.items()}
+    for key, some in message.get("videos", {}).items():
+        values[key] = [wandb.Video(file, caption=caption, format="gif") for file, caption in some]
     if values:
         run.log(values, step=message.get("step"))
     for first in range(MOST_IMAGES, max(map(len, images.values()), default=0), MOST_IMAGES):

@@ -79,8 +79,30 @@ def test_what_a_scale_shares(captured, scale):
 def test_any_two_axes_and_rows_by_number(captured):
     sheet = draw.sheet(captured.sel(word="cat"), rows="step", columns="block")
     assert sheet.height > sheet.width * 0.2
-    wide = draw.sheet(captured.sel(word="cat"), rows="step", columns="block", title="a title " * 20)
-    assert wide.width > sheet.width
+
+
+def test_a_title_takes_the_lines_it_needs(captured):
+    one, plain = captured.sel(step=0), draw.sheet(captured.sel(step=0))
+    titled = draw.sheet(one, title="a title " * 20)
+    assert titled.width == plain.width
+    assert titled.height > plain.height + 40
+    assert draw.sheet(one, title="x" * 500).size == draw.sheet(one, title="x" * 499).size  # cut
+
+
+def test_an_image_a_column(captured):
+    images = [Image.new("RGB", (9, 6), (shade, shade, shade)) for shade in (20, 120, 220)]
+    empty = Captured(np.full_like(captured.values, 0), captured.axes, captured.coords, {}).sel(step=0)
+    page = draw.sheet(empty, image=images, cell=30)
+    each = [draw.sheet(empty, image=image, cell=30) for image in images]
+    shown = [np.asarray(picture).astype(int) for picture in (page, *each)]
+    different = np.ptp(np.stack(shown[1:]), 0).max(-1) > 0
+    columns = np.flatnonzero(different.any(0))
+    parts = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)
+    assert [len(part) for part in parts] == [30] * 3
+    for part, own in zip(parts, shown[1:], strict=True):
+        np.testing.assert_array_equal(shown[0][:, part], own[:, part])
+    with pytest.raises(ValueError, match="image: 2 for 3 columns, expected one, or one a column"):
+        draw.sheet(empty, image=images[:2])
 
 
 def test_what_does_not_fit_is_named(captured):

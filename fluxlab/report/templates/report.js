@@ -164,10 +164,11 @@
       button.ariaDisabled = !beside(cell, ...button.dataset.move.split(" ").map(Number));
     }
     slide();
+    dialog.dispatchEvent(new CustomEvent("compare", { detail: { grid: grids.indexOf(cell.grid), variant: cell.y, column: cell.x } }));
   }
   function slide() {
     const share = Number(slider.value);
-    one(".stage .baseline", dialog).style.clipPath = `inset(0 ${100 - share}% 0 0)`;
+    for (const part of all(".stage .baseline", dialog)) part.style.clipPath = `inset(0 ${100 - share}% 0 0)`;
     one(".line", dialog).style.left = `${share}%`;
     slider.setAttribute("aria-valuetext", `${share} % baseline`);
   }
@@ -193,7 +194,8 @@
   }
   dialog.addEventListener("keydown", (event) => {
     const [dx, dy] = moves[event.key] ?? [0, 0];
-    const slides = event.target === slider && event.key.startsWith("Arrow") && dx;
+    const own = event.target !== slider && event.target.matches("input[type=range], select");  // up and down, too
+    const slides = event.key.startsWith("Arrow") && (own || (event.target === slider && dx));
     if ((!dx && !dy) || slides || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     move(dx, dy);
