@@ -10,9 +10,11 @@ transformer as img_ids, with nothing of fluxlab.positions in between; text and n
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +23,14 @@ from torch import Tensor
 import fluxlab
 from fluxlab import sampling, scenes
 from fluxlab.experiment.versions import commit
-from fluxlab.measure.oracle import Report, inspect
+from fluxlab.measure import METRICS, compare, describe, oracle_columns, summarise
 from fluxlab.pipeline import Pipeline
-from fluxlab.training.card import ATTRIBUTES, write_card
+from fluxlab.training.card import ATTRIBUTES, shown, write_card
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
+COLUMNS = {**{name: name for name in (*ATTRIBUTES, "letters", "ssim")}, "edges": "edge_energy", "size": "thing_size"}
+"""What the card shows, and the metric that it is."""
 
 
 def axis_zero(ids: Tensor) -> Tensor:
@@ -81,37 +85,29 @@ def pictures(
     return torch.cat(made).numpy()
 
 
-def interval(values: Sequence[float], draws: int = 2000) -> list[float] | None:
-    """[mean, low, high]: the bootstrap's 95 % interval over cells; None without values."""
-    given = np.asarray([v for v in values if v is not None and np.isfinite(v)], dtype=float)
-    if not len(given):
-        return None
-    picks = np.random.default_rng(0).integers(len(given), size=(draws, len(given)))
-    low, high = np.percentile(given[picks].mean(axis=1), [2.5, 97.5])
-    return [float(given.mean()), float(low), float(high)]
-
-
-def edge_energy(image: np.ndarray) -> float:
-    """Mean absolute difference of neighbouring pixels, 0 … 1."""
-    values = image.astype(float) / 255
-    return float((np.abs(np.diff(values, axis=0)).mean() + np.abs(np.diff(values, axis=1)).mean()) / 2)
-
-
-def scores(images: np.ndarray, baseline: np.ndarray, captions: Sequence[str]) -> tuple[dict, list[Report]]:
-    """Every number with its interval, for the pictures of one edit."""
-    from skimage.metrics import structural_similarity
-
-    reports = [inspect(image, caption) for image, caption in zip(images, captions, strict=True)]
-    columns: dict[str, list] = {name: [getattr(r, name) for r in reports] for name in ATTRIBUTES}
-    columns["letters"] = [r.letter_accuracy for r in reports]
-    columns["ssim"] = [
-        structural_similarity(a, b, channel_axis=2, data_range=255) for a, b in zip(images, baseline, strict=True)
+def scores(
+    images: np.ndarray, baseline: np.ndarray, captions: Sequence[str], seeds: Sequence[int], period: int
+) -> dict[str, list[float | None] | None]:
+    """Every number of `COLUMNS` with its interval, for the pictures of one edit. period: pixels per token."""
+    rows = [
+        {
+            "variant": "edit",
+            "prompt": caption,
+            "seed": seed,
+            **compare(image, before),
+            **describe(image, period),
+            **oracle_columns(image, caption),
+        }
+        for image, before, caption, seed in zip(images, baseline, captions, seeds, strict=True)
     ]
-    columns["edges"] = [edge_energy(image) for image in images]
-    columns["size"] = [r.things[0].size if r.things else None for r in reports]
-    return {
-        name: interval([None if v is None else float(v) for v in values]) for name, values in columns.items()
-    }, reports
+    found = {row["metric"]: row for row in summarise(rows, "edit", list(COLUMNS.values()))}
+    return {name: interval(found[metric]) for name, metric in COLUMNS.items()}
+
+
+def interval(row: Mapping[str, Any]) -> list[float | None] | None:
+    """[mean, low, high] of a summary's row; None without a value, and for the bounds of a single one."""
+    mean, low, high = (None if math.isnan(row[end]) else float(row[end]) for end in ("mean", "low", "high"))
+    return None if mean is None else [mean, low, high]
 
 
 def sheet(file: Path, rows: Sequence[np.ndarray], count: int = 8, zoom: int = 2) -> None:
@@ -125,10 +121,9 @@ def sheet(file: Path, rows: Sequence[np.ndarray], count: int = 8, zoom: int = 2)
 def table(results: dict) -> str:
     """The results as text, a line an edit."""
     names = list(results["edits"]["as trained"])
-    lines = [f"{'':12}" + "".join(f"{name:>20}" for name in names)]
+    lines = [f"{'':12}" + "".join(f"{name:>24}" for name in names)]
     for edit, row in results["edits"].items():
-        shown = [f"{v[0]:.3f} [{v[1]:.2f}, {v[2]:.2f}]" if v else "-" for v in row.values()]
-        lines.append(f"{edit:12}" + "".join(f"{text:>20}" for text in shown))
+        lines.append(f"{edit:12}" + "".join(f"{shown(row[name], name):>24}" for name in names))
     return "\n".join(lines)
 
 
@@ -152,6 +147,7 @@ def main() -> int:
         "cells": arguments.cells,
         "steps": arguments.steps,
         "commit": commit(),
+        "units": {name: METRICS[metric].unit for name, metric in COLUMNS.items() if METRICS[metric].unit},
         "edits": {},
         "sentences": {},
     }
@@ -159,7 +155,7 @@ def main() -> int:
     for name, (edit, sentence) in EDITS.items():
         images = pictures(pipe, captions, seeds, edit, arguments.steps)
         rows.append(images)
-        results["edits"][name], _ = scores(images, rows[0], captions)
+        results["edits"][name] = scores(images, rows[0], captions, seeds, pipe.pixels_per_token)
         results["sentences"][name] = sentence
         print(f"{name}: done", file=sys.stderr, flush=True)
         if arguments.only_baseline:

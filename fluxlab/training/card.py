@@ -14,9 +14,6 @@ _MEANINGS = {
     "sign": "a sign is there",
     "word": "the sign's words, all letters right",
     "letters": "share of letters right",
-    "ssim": "SSIM to its own baseline",
-    "edges": "edge energy (mean neighbour difference, 0 … 1)",
-    "size": "size of the thing (px)",
 }
 
 _TEXT = """# tiny: the FLUX that ships with fluxlab
@@ -65,14 +62,15 @@ says what position ids do in this model, and what is worth trying on the large o
 """
 
 
-def _shown(value: Sequence[float] | None, percent: bool) -> str:
+def shown(value: Sequence[float | None] | None, name: str) -> str:
+    """A column's mean and interval: `98.4 % [96, 100]`, `0.412 [0.390, 0.431]`, a dash without one."""
     if value is None:
         return "–"
     mean, low, high = value
-    if percent:
-        return f"{100 * mean:.1f} % [{100 * low:.0f}, {100 * high:.0f}]"
-    digits = 1 if mean >= 5 else 3
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    if name in (*ATTRIBUTES, "letters"):
+        return f"{100 * mean:.1f} %" + ("" if low is None else f" [{100 * low:.0f}, {100 * high:.0f}]")
+    digits = 1 if mean >= 5 else 3 if mean >= 0.01 else 4
+    return f"{mean:.{digits}f}" + ("" if low is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -81,7 +79,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _row(scores: dict, names: Sequence[str]) -> list[str]:
-    return [_shown(scores[name], percent=name in (*ATTRIBUTES, "letters")) for name in names]
+    return [shown(scores[name], name) for name in names]
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -109,6 +107,7 @@ def card(results: dict, training: dict, folder: Path) -> str:
     base = results["edits"]["as trained"]
     names = (*ATTRIBUTES, "letters")
     effects = (*names, "ssim", "edges", "size")
+    units = results.get("units", {})
     return _TEXT.format(
         parameters=sum(file.stat().st_size for file in weights) / 2e6,
         hidden=transformer["num_attention_heads"] * transformer["attention_head_dim"],
@@ -128,9 +127,10 @@ def card(results: dict, training: dict, folder: Path) -> str:
         notes=_notes(training["notes"]),
         cells=results["cells"],
         sampling_steps=results["steps"],
-        ability=_table(["", "right"], [[_MEANINGS[n], _shown(base[n], True)] for n in names]),
+        ability=_table(["", "right"], [[_MEANINGS[n], shown(base[n], n)] for n in names]),
         edits=_table(
-            ["edit", *effects], [[f"`{edit}`", *_row(scores, effects)] for edit, scores in results["edits"].items()]
+            ["edit", *(f"{name} ({units[name]})" if name in units else name for name in effects)],
+            [[f"`{edit}`", *_row(scores, effects)] for edit, scores in results["edits"].items()],
         ),
         sentences="\n".join(f"- {edit}: {text}" for edit, text in results["sentences"].items() if edit != "as trained"),
         words=training["words"],
