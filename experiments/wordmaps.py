@@ -25,8 +25,9 @@ class Named(NamedTuple):
 
 def cell_shares(image: Image.Image, prompt: str, captured: Mapping[str, Captured]) -> dict[str, float]:
     """For each kind of word whose region is in the picture: `kind/chance`, the region's share of the image, and for
-    each block and "mean" `kind/block/share`, of the words' maps on it, `…/ratio`, share / chance, and `…/other`, the
-    ratio of the words that name nothing there. Shares are means over steps, and over the words of a kind.
+    each block and "mean" `kind/block/share`, of the words' maps on it, `…/ratio`, share / chance, `…/other`, the ratio
+    of the words that name nothing there, and `…/beyond`, the ratio less that. Shares are means over steps, and over the
+    words of a kind.
 
     Raises `ValueError` for a prompt that is no scene's caption, and where no words of it were captured by block.
     """
@@ -56,6 +57,7 @@ def cell_shares(image: Image.Image, prompt: str, captured: Mapping[str, Captured
             ("share", shares),
             ("ratio", shares / chance[:, None]),
             ("other", plain / chance[:, None]),
+            ("beyond", (shares - plain) / chance[:, None]),
         ):
             by_block = values.mean(0)
             found |= {f"{kind}/{block}/{what}": float(x) for block, x in zip(blocks, by_block, strict=True)}

@@ -39,10 +39,12 @@ MANY = 12
 """Blocks above which intervals are bands rather than bars."""
 
 COLUMNS = ("variant", "words", "of", "block", "n", "share", "share_low", "share_high", "share_sd", "chance")
-COLUMNS += ("ratio", "ratio_low", "ratio_high", "ratio_sd", "other_words", "less_baseline", "less_low", "less_high")
+COLUMNS += ("ratio", "ratio_low", "ratio_high", "ratio_sd", "other_words")
+COLUMNS += ("beyond", "beyond_low", "beyond_high", "less_baseline", "less_low", "less_high")
 """Of the CSV. A row is one block, the mean of all, or the best; share, chance and ratio = share / chance are means over
 cells with bootstrap 95 % intervals, sd the spread over the seeds of one prompt, other_words the ratio of words that
-name neither thing nor sign on the same regions, less_baseline the paired difference of ratios."""
+name neither thing nor sign on the same regions, beyond the ratio less that, cell by cell, less_baseline the ratio less
+the baseline's."""
 
 Finding = dict[str, Any]
 
@@ -134,12 +136,14 @@ def numbers(cells: Sequence[Mapping[str, Any]], baseline: str, keys: Sequence[st
 
 def finding(rows: Mapping[tuple[str, str], dict], variant: str, kind: str, block: str, of: tuple[str, str]) -> Finding:
     nothing = dict.fromkeys(("mean", "low", "high", "sd", "paired_mean", "paired_low", "paired_high"), math.nan)
-    share, ratio, other = (
-        rows.get((variant, f"{kind}/{block}/{what}"), {**nothing, "n": 0}) for what in ("share", "ratio", "other")
+    share, ratio, other, beyond = (
+        rows.get((variant, f"{kind}/{block}/{what}"), {**nothing, "n": 0})
+        for what in ("share", "ratio", "other", "beyond")
     )
     values = [share[end] for end in ("mean", "low", "high", "sd")]
     values += [rows.get((variant, f"{kind}/chance"), nothing)["mean"]]
     values += [ratio[end] for end in ("mean", "low", "high", "sd")] + [other["mean"]]
+    values += [beyond[end] for end in ("mean", "low", "high")]
     values += [ratio[f"paired_{end}"] for end in ("mean", "low", "high")]
     return dict(zip(COLUMNS, (variant, kind, *of, ratio["n"], *values), strict=True))
 
@@ -204,7 +208,10 @@ def panel(axes: "Axes", run: Run, found: Sequence[Finding], variants: Sequence[s
         for at, row in points[: len(beside)]:
             axes.plot([at], [row["ratio"]], **{**looks, "lw": 0})
     plain = [row["other_words"] for row in found if row["variant"] == variants[0] and row["of"] == "block"]
-    axes.plot(range(count), plain, color="0.55", lw=0.9, ls=(0, (1, 1)), label="other words, untouched ids", zorder=1)
+    dotted = {"color": "0.55", "lw": 0.9, "ls": (0, (1, 1)), "zorder": 1}
+    axes.plot(range(count), plain, label="other words, untouched ids", **dotted)
+    for row in (row for row in found if row["variant"] == variants[0] and row["of"] in places):
+        axes.plot([places[row["of"]] + side * wide for side in (-0.35, 0.35)], [row["other_words"]] * 2, **dotted)
     axes.axvline(count - 0.5 + wide / 2, color="0.8", lw=0.6)
     step = 1 if count <= MANY else 10
     ticks = list(range(0, count, step))
@@ -227,7 +234,7 @@ def caption(run: Run, found: Sequence[Finding], variants: Sequence[str]) -> str:
         "the board for words on the sign; pictures where it finds none do not count (n). "
         f"{counted(len(prompts), 'prompt')} × {counted(len(seeds), 'seed')}; intervals are 95 %, bootstrap over "
         "pictures, which count as independent; sd is the spread over the seeds of one prompt. Best: the block with the "
-        f"largest mean for untouched ids at seeds {listed(seeds[::2])}, quoted at seeds {listed(seeds[1::2])}. Other "
+        f"largest mean for untouched ids at {listed(seeds[::2])}, quoted at {listed(seeds[1::2])}. Other "
         "words: those of the caption that name neither thing, colour nor lettering, on the same regions.",
     ]
     for kind in dict.fromkeys(row["words"] for row in found):
@@ -240,21 +247,23 @@ def caption(run: Run, found: Sequence[Finding], variants: Sequence[str]) -> str:
 
 
 def said(row: Finding) -> str:
-    """`block 3, the best: 2.1 [1.9, 2.3] times chance, sd 0.2 (share 0.3 of 0.14, other words 1.2, n = 16)`."""
+    """`block 3, the best: 2.1 [1.9, 2.3] times chance, sd 0.2 (share 0.3 of 0.14; …; n = 16)`."""
     where = "mean of all blocks" if row["of"] == "mean" else f"block {row['block']}, the best"
     if not row["n"]:
         return f"{where}: nothing found, n = 0"
     ratio, low, high, sd = (number(row[key]) for key in ("ratio", "ratio_low", "ratio_high", "ratio_sd"))
-    beside = f"share {number(row['share'])} of {number(row['chance'])}, other words {number(row['other_words'])}"
+    beyond = ", ".join(number(row[f"beyond_{end}"]) for end in ("low", "high"))
+    beside = f"share {number(row['share'])} of {number(row['chance'])}; other words {number(row['other_words'])}, "
+    beside += f"beyond them {number(row['beyond'])} [{beyond}]"
     less = ""
     if not math.isnan(row["less_baseline"]):
         ends = ", ".join(number(row[f"less_{end}"]) for end in ("low", "high"))
         less = f"less the baseline's {number(row['less_baseline'])} [{ends}], "
-    return f"{where}: {ratio} [{low}, {high}] times chance, {less}sd {sd} ({beside}, n = {row['n']})"
+    return f"{where}: {ratio} [{low}, {high}] times chance, {less}sd {sd} ({beside}; n = {row['n']})"
 
 
 def listed(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

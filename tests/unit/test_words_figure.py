@@ -105,6 +105,7 @@ def test_shares_are_those_of_the_pixels(run, prompt):
         plain = [i for i, word in enumerate(labels) if word not in REGIONED]
         other = by_pixels(values[:, 1, plain], box).mean() / chance
         assert got[f"{kind}/1/other"] == pytest.approx(other, rel=1e-5)
+        assert got[f"{kind}/1/beyond"] == pytest.approx(share[1] / chance - other, rel=1e-4)
         assert other == pytest.approx(1, abs=0.01)
     assert ("colour/chance" in got) == (parse(prompt).colour is not None)
 
@@ -174,6 +175,8 @@ def test_an_edit_stands_beside_the_untouched_ids(found):
         assert before["ratio"] > 1.5
         assert half["ratio"] == pytest.approx(1, abs=0.05)
         assert math.isnan(before["less_baseline"])
+        assert before["beyond_low"] > 1 > half["beyond_high"]
+        assert before["beyond"] == pytest.approx(before["ratio"] - before["other_words"])
         assert half["less_baseline"] == pytest.approx(half["ratio"] - before["ratio"])
         assert half["less_high"] < 0
 
