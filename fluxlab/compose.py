@@ -61,6 +61,7 @@ def compose(
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name=schema_name, node=schema)
+    _check_groups(arguments)
     own = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
     try:
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
@@ -71,6 +72,19 @@ def compose(
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(explain(error)) from error
     return to_schema(config, schema)
+
+
+def _check_groups(arguments: Sequence[str]) -> None:
+    """Refuse `capture=5` and `capture={…}`: what a group takes is the name of one of its files."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        group = config_folder() / re.sub(r"@.*", "", key)
+        if key and group.is_dir() and re.fullmatch(r"[\[{].*|[-+]?[\d.]+", value, re.DOTALL):
+            names = ", ".join(sorted(file.stem for file in group.glob("*.yaml")))
+            raise ValueError(
+                f"{key}={value}: a name is needed, one of {names};\nits own keys are set as {key}.<key>=… and added as "
+                f"'+{key}.<key>=…'"
+            )
 
 
 def to_schema(config: Any, schema: type[T]) -> T:

@@ -106,6 +106,8 @@ def test_a_shell_completes(tmp_path):
         (["exp=hello", "model=dev"], "exp=hello model=dev: no experiment named"),
         (["+exp=helo"], "exp=helo: there is none; available: article"),
         (["+exp=hello", "model=dve"], "model=dve: there is none; available: "),
+        (["+exp=hello", "model=5"], "model=5: a name is needed, one of dev, kontext, "),
+        (["+exp=hello", "capture={a: 1}"], "capture={a: 1}: a name is needed, one of distance, full, none, words;"),
         (["+exp=hello", "model=dev", "stepz=3"], "stepz: there is no such key"),
         (["+exp=hello", "model=dev", "+stepz=3"], "stepz: there is no such key"),
         (["+exp=hello", "model=dev", "steps=many"], "steps: Value 'many'"),
