@@ -80,10 +80,10 @@ def _check_groups(arguments: Sequence[str]) -> None:
         key, _, value = argument.lstrip("+").partition("=")
         group = config_folder() / re.sub(r"@.*", "", key)
         if key and group.is_dir() and re.fullmatch(r"[\[{].*|[-+]?[\d.]+", value, re.DOTALL):
-            names = ", ".join(sorted(file.stem for file in group.glob("*.yaml")))
+            names, own = ", ".join(sorted(file.stem for file in group.glob("*.yaml"))), key.rpartition("@")[2]
             raise ValueError(
-                f"{key}={value}: a name is needed, one of {names};\nits own keys are set as {key}.<key>=… and added as "
-                f"'+{key}.<key>=…'"
+                f"{key}={value}: a name is needed, one of {names};\nits own keys are set as {own}.<key>=… and added as "
+                f"'+{own}.<key>=…'"
             )
 
 
