@@ -1,6 +1,7 @@
 """Checkpoints on the Hugging Face hub: what is needed of one is fetched into the hub's cache, or found there."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from fluxlab.checkpoints.errors import CheckpointError
@@ -27,13 +28,13 @@ def fetch(hub_id: str, parts: tuple[str, ...], variant: str | None = None) -> Pa
     """
     found = _HUB_ID.fullmatch(hub_id)
     if found["file"]:
-        return _download(found["repo"], found["revision"], [found["file"]]) / found["file"]
-    root = _download(found["repo"], found["revision"], [p for part in parts for p in _patterns(part, variant)])
+        return snapshot(hub_id, [found["file"]]) / found["file"]
+    root = snapshot(hub_id, [p for part in parts for p in _patterns(part, variant)])
     nets = [part for part in parts if part in _WEIGHTS]
     if any((root / _WEIGHTS[part] / "config.json").is_file() for part in nets):
         return root
     patterns = ["config.json", *_weights("", "diffusion_pytorch_model", variant), *(_ORIGINALS[part] for part in nets)]
-    return _download(found["repo"], found["revision"], patterns) if nets else root
+    return snapshot(hub_id, patterns) if nets else root
 
 
 def _patterns(part: str, variant: str | None) -> list[str]:
@@ -59,13 +60,16 @@ def _weights(folder: str, stem: str, variant: str | None) -> list[str]:
     ]
 
 
-def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def snapshot(hub_id: str, patterns: Sequence[str]) -> Path:
+    """The folder of a hub id in the local cache, holding the files that match the patterns. Errors as of `fetch`."""
     import huggingface_hub
     from huggingface_hub import errors
 
+    found = _HUB_ID.fullmatch(hub_id)
+    repo, revision = found["repo"], found["revision"]
     local = "or download it elsewhere and pass the local folder."
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{repo}: a gated repository: its owner asks you to accept the licence first\n"

@@ -43,7 +43,6 @@ def measure(experiment: Experiment, settings: Settings, store: Store, similariti
     The pictures are read from the store, one (prompt, seed) at a time, so memory does not grow with their number.
     """
     every = cells(experiment, settings)
-    compare = _comparer(experiment, settings, similarities)
     by_place: dict[tuple[str, int], list[Cell]] = {}
     for cell in every:
         by_place.setdefault((cell.prompt, cell.seed), []).append(cell)
@@ -53,18 +52,15 @@ def measure(experiment: Experiment, settings: Settings, store: Store, similariti
     floor, ceiling = REFERENCE_NAMES
     with Progress("measured", len(every), every=10, unit="picture") as progress:
         for (prompt, seed), here in by_place.items():
-            baseline = read_image(store.png(here[0].key))
+            judged = _judge(experiment, settings, similarities, read_image(store.png(here[0].key)), prompt)
             for cell in here:
-                rows[cell.variant, prompt, seed] = _row(
-                    cell, compare(read_image(store.png(cell.key)), baseline, prompt)
-                )
+                rows[cell.variant, prompt, seed] = _row(cell, judged(read_image(store.png(cell.key))))
             if seed == experiment.seeds[0]:
                 cell = extra[floor, prompt]
-                shifted = read_image(store.png(cell.key, REFERENCES))
-                compared.append(_row(cell, compare(shifted, baseline, prompt)))
+                compared.append(_row(cell, judged(read_image(store.png(cell.key, REFERENCES)))))
             other, folder = _neighbour(by_place, extra.get((ceiling, prompt)), prompt, seed, experiment.seeds)
-            there = read_image(store.png(other.key, folder))
-            compared.append(_row(other, compare(there, baseline, prompt)) | {"variant": ceiling, "seed": seed})
+            judgement = judged(read_image(store.png(other.key, folder)))
+            compared.append(_row(other, judgement) | {"variant": ceiling, "seed": seed})
             progress(len(rows))
     ordered = [rows[cell.variant, cell.prompt, cell.seed] for cell in every]
     compared.sort(key=lambda row: REFERENCE_NAMES.index(row["variant"]))
@@ -93,20 +89,20 @@ def _neighbour(
     return by_place[prompt, seeds[(seeds.index(seed) + 1) % len(seeds)]][0], CELLS
 
 
-def _comparer(
-    experiment: Experiment, settings: Settings, similarities: Sequence["Similarity"]
-) -> Callable[[np.ndarray, np.ndarray, str], dict[str, float]]:
-    """All numbers of a picture, given the baseline's and the prompt."""
+def _judge(
+    experiment: Experiment, settings: Settings, similarities: Sequence["Similarity"], baseline: np.ndarray, prompt: str
+) -> Callable[[np.ndarray], dict[str, float]]:
+    """All numbers of a picture beside this baseline, at which the oracle and the models look once."""
+    found = [metrics.oracle_beside(baseline, prompt)] if experiment.model.scenes else []
+    found += [similarity.beside(baseline, prompt) for similarity in similarities]
 
-    def compare(image: np.ndarray, baseline: np.ndarray, prompt: str) -> dict[str, float]:
+    def judged(image: np.ndarray) -> dict[str, float]:
         values = metrics.compare(image, baseline) | metrics.describe(image, settings.pixels_per_token)
-        if experiment.model.scenes:
-            values |= metrics.oracle_columns(image, prompt) | metrics.oracle_compare(image, baseline, prompt)
-        for similarity in similarities:
-            values |= similarity.columns([image], [baseline], [prompt])[0]
+        for columns in found:
+            values |= columns(image)
         return values
 
-    return compare
+    return judged
 
 
 def _row(cell: Cell, values: dict[str, float]) -> Row:

@@ -6,7 +6,7 @@ transformers picks by itself want torchvision.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from fluxlab.checkpoints.errors import CheckpointError, few, first_line
 from fluxlab.checkpoints.files import read_json, weight_files
-from fluxlab.checkpoints.hub import is_hub_id
+from fluxlab.checkpoints.hub import is_hub_id, snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -107,19 +107,18 @@ class Similarity:
             found.append(_unit(vectors))
         return np.concatenate(found) if found else np.empty((0, 0), np.float32)
 
-    def columns(
-        self, images: Sequence[np.ndarray], baselines: Sequence[np.ndarray], prompts: Sequence[str]
-    ) -> list[dict[str, float]]:
-        """For each image the cosine to its baseline (clip_image or dino_image) and, with CLIP, to its prompt
-        (clip_text). ValueError where the three are not equally many."""
-        if not len(images) == len(baselines) == len(prompts):
-            counts = f"{len(images)} images, {len(baselines)} baselines, {len(prompts)} prompts"
-            raise ValueError(f"{counts}: expected a baseline and a prompt for each image")
-        here, there = self.image(images), self.image(baselines)
-        columns = {f"{self.kind}_image": (here * there).sum(-1)}
+    def beside(self, baseline: np.ndarray, prompt: str) -> Callable[[np.ndarray], dict[str, float]]:
+        """A function of an image: its cosine to the baseline (clip_image or dino_image) and, with CLIP, to the prompt
+        (clip_text), both of which are embedded once and not again for each image."""
+        there = {f"{self.kind}_image": self.image([baseline])}
         if self.kind == "clip":
-            columns["clip_text"] = (here * self.text(prompts)).sum(-1)
-        return [{name: float(values[i]) for name, values in columns.items()} for i in range(len(images))]
+            there["clip_text"] = self.text([prompt])
+
+        def columns(image: np.ndarray) -> dict[str, float]:
+            here = self.image([image])
+            return {name: float((here * vector).sum(-1)[0]) for name, vector in there.items()}
+
+        return columns
 
 
 def prepare(images: Sequence[np.ndarray], preparation: Preparation) -> np.ndarray:
@@ -206,18 +205,9 @@ def _folder(checkpoint: str | Path, kind: str) -> Path:
     if local.is_dir():
         return local
     example = f"Pass the folder of a {kind.upper()} checkpoint or a hub id such as {_EXAMPLES[kind]}"
-    if local.exists() or not is_hub_id(str(checkpoint)):
+    if local.exists() or not is_hub_id(str(checkpoint)) or str(checkpoint).endswith(".safetensors"):
         raise ValueError(f"{checkpoint}: no such folder\n{example}.")
-    import huggingface_hub
-
-    repo, _, revision = str(checkpoint).partition("@")
-    try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(_FILES)))
-    except Exception as error:  # the library's own, and those of whichever http client it uses
-        raise ValueError(
-            f"{checkpoint}: no such folder here, and not fetched from the Hugging Face hub ({first_line(error)})\n"
-            f"{example}; connect, or set HF_HUB_OFFLINE=0 if it is set."
-        ) from error
+    return snapshot(str(checkpoint), _FILES)
 
 
 def _config(folder: Path, kind: str) -> dict[str, Any]:

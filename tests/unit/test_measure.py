@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from scipy.ndimage import fourier_shift, gaussian_filter
 
 from fluxlab import scenes
-from fluxlab.measure import METRICS, compare, describe, oracle_columns, oracle_compare, summarise, table, to_csv
+from fluxlab.measure import (
+    METRICS,
+    compare,
+    describe,
+    oracle,
+    oracle_beside,
+    oracle_columns,
+    oracle_compare,
+    summarise,
+    table,
+    to_csv,
+)
 from fluxlab.measure.images import SCENE_SIDE, sawtooth
 from fluxlab.measure.oracle import inspect
 
@@ -348,6 +359,19 @@ def test_a_moved_thing_is_measured():
     assert np.isnan(list(oracle_compare(images[0], images[2], "a cat").values())).all()
 
 
+def test_a_baseline_is_inspected_once(monkeypatch):
+    scene = scene_with_sign()
+    before, other = scenes.render(scene), scenes.render(replace(scene, things=()))
+    expected = [oracle_columns(x, CAPTION) | oracle_compare(x, before, CAPTION) for x in (before, other)]
+    seen = []
+    monkeypatch.setattr(oracle, "inspect", lambda image, wanted: seen.append(image) or inspect(image, wanted))
+    columns = oracle_beside(before, CAPTION)
+    np.testing.assert_equal([columns(before), columns(other)], expected)
+    assert [list(found) for found in map(columns, (before, other))] == [list(found) for found in expected]
+    assert sum(image is before for image in seen) == 3  # as the baseline, and twice as an image
+    assert len(seen) == 5
+
+
 def test_every_metric_is_told_of():
     image = scenes.render(scene_with_sign())
     alone = describe(image, 4) | oracle_columns(image, CAPTION)
@@ -434,9 +458,10 @@ def test_clip_is_transformers_clip(checkpoints, pictures):
     images, texts = similarity.image(pictures), similarity.text(prompts)
     np.testing.assert_allclose(images, expected.image_embeds, atol=1e-5)
     np.testing.assert_allclose(texts, expected.text_embeds, atol=1e-5)
-    columns = similarity.columns(pictures, pictures[::-1], prompts)
+    pairs = zip(pictures, pictures[::-1], prompts, strict=True)
+    columns = [similarity.beside(baseline, prompt)(image) for image, baseline, prompt in pairs]
     assert [c["clip_image"] for c in columns] == pytest.approx((images * images[::-1]).sum(1))
-    assert [c["clip_text"] for c in columns] == pytest.approx((images * texts).sum(1))
+    assert [c["clip_text"] for c in columns] == pytest.approx((images * texts).sum(1), abs=1e-6)  # padding rounds
     assert len({round(c["clip_image"], 4) for c in columns}) == 2  # each pair twice
 
 
@@ -453,14 +478,27 @@ def test_dino_is_the_class_token(checkpoints, pictures, folder):
         pixels = torch.from_numpy(prepare(pictures, similarity.preparation))
         expected = torch.nn.functional.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
     np.testing.assert_allclose(similarity.image(pictures), expected, atol=1e-5)
-    found = similarity.columns(pictures, pictures, [""] * 4)
+    found = [similarity.beside(picture, "")(picture) for picture in pictures]
     assert [list(c) for c in found] == [["dino_image"]] * 4
     assert [c["dino_image"] for c in found] == pytest.approx([1] * 4)
     with pytest.raises(ValueError, match="kind='dino': has no text encoder"):
         similarity.text(["a cat"])
     assert similarity.image([]).shape == (0, 0)
-    with pytest.raises(ValueError, match="4 images, 3 baselines, 4 prompts"):
-        similarity.columns(pictures, pictures[:3], [""] * 4)
+
+
+def test_a_baseline_and_a_prompt_are_embedded_once(checkpoints, pictures, monkeypatch):
+    from fluxlab.measure.similarity import Similarity
+
+    similarity, embedded = Similarity(checkpoints / "clip", "clip"), []
+    for kind in ("image", "text"):
+        embed = getattr(similarity, kind)
+        monkeypatch.setattr(
+            similarity, kind, lambda given, embed=embed, kind=kind: embedded.append(kind) or embed(given)
+        )
+    columns = similarity.beside(pictures[0], "a red fox")
+    assert columns(pictures[0])["clip_image"] == pytest.approx(1)
+    assert columns(pictures[1])["clip_text"] != columns(pictures[0])["clip_text"]
+    assert sorted(embedded) == ["image"] * 4 + ["text"]
 
 
 def changed(source, target, name=None, **content):
@@ -526,7 +564,8 @@ def test_checkpoints_of_another_kind_or_incomplete_are_refused(checkpoints, tmp_
     refused(checkpoints / "clip", "dino", "model_type is 'clip'.*\nFor this one, set kind to 'clip'")
     refused(checkpoints / "dinov2", "clip", "model_type is 'dinov2'.*\nFor this one, set kind to 'dino'")
     refused(tmp_path / "none", "clip", "none: no such folder")
-    refused("owner/none", "dino", "owner/none: no such folder here, and not fetched")
+    refused("owner/none", "dino", "owner/none: no such folder here, and it could not be fetched")
+    refused("owner/none/model.safetensors", "dino", "model.safetensors: no such folder")
     refused(tmp_path, "clip", "no config.json")
     folder = changed(checkpoints / "clip", tmp_path / "other", "config.json", model_type="t5")
     refused(folder, "clip", "config.json: model_type is 't5'.*\nA checkpoint such as")
