@@ -7,19 +7,17 @@ import torch
 
 from fluxlab import checkpoints
 from fluxlab.checkpoints.memory import free_memory, total_memory
-from fluxlab.checkpoints.stored import Stored, here, published, stored
+from fluxlab.checkpoints.stored import Stored, published, stored
 from fluxlab.config import ModelRow
 from fluxlab.experiment import captures, runner
 from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
-from fluxlab.experiment.store import CELLS, EXPERIMENT, LOCK, REFERENCES, TRACKERS, Store
+from fluxlab.experiment.store import CELLS, REFERENCES, Store, look
 from fluxlab.loading import hollow
 from fluxlab.pipeline import Pipeline
 from fluxlab.positions.tokens import names_words
-from fluxlab.probes import Probe, memory, settle
-
-__all__ = ["here", "plan"]
+from fluxlab.probes import WORKING, Probe, memory, settle
 
 
 def plan(
@@ -31,7 +29,8 @@ def plan(
     `ValueError`s for what fits neither the model nor the folder; those of prompts, programs and words once the model is
     here.
     """
-    store = _store(out)
+    runner.check_counts(batch_tokens=batch_tokens, threads=threads)
+    store = look(out) if out else None
     known = store.settings() if store else None
     parts = stored(experiment.model)
     fetched, parts = parts is not None, parts or published(experiment.model)
@@ -42,13 +41,14 @@ def plan(
         settings = known
     else:
         told = known is not None and known.device.split(":")[0] == device.type
-        room = None if told or device.type != "cuda" else batch_tokens_beside(pipe, parts, dtype)
+        unloaded = sum(part.bytes_as(dtype) for part in parts.values())
+        room = None if told else runner.default_batch_tokens(pipe, unloaded)
         settings = runner.resolve(experiment, pipe, known, batch_tokens or room, threads)
-    _refuse_others(settings, out, batch_tokens=batch_tokens, threads=threads)
+    runner.refuse_others(settings, out, batch_tokens=batch_tokens, threads=threads)
     work = [(cells(experiment, settings), CELLS), (references(experiment, settings), REFERENCES)]
     made = [[(cell, folder) for cell in batch] for part, folder in work for batch in batches(part, settings)]
     held = {(c.key, folder) for batch in made for c, folder in batch if store and store.has(c, folder)}
-    done = {(c.key, f) for batch in made for c, f in batch if store and runner._there(store, experiment, c, f)}
+    done = {(c.key, f) for batch in made for c, f in batch if store and runner.there(store, experiment, c, f)}
     left = [[c for c, _ in batch] for batch in made if any((c.key, folder) not in done for c, folder in batch)]
     if left and fetched:
         runner.check(experiment, pipe, settings)
@@ -66,42 +66,6 @@ def plan(
             *_attention_lines(experiment, settings, pipe, store, batches(work[0][0], settings)),
         ]
     )
-
-
-def batch_tokens_beside(pipe: Pipeline, parts: dict[str, Stored], dtype: torch.dtype | None) -> int:
-    """What `runner.default_batch_tokens` will find once the weights, too, are on the GPU."""
-    free = torch.cuda.mem_get_info(pipe.device)[0] - sum(part.bytes_as(dtype) for part in parts.values())
-    return max(1, int(free / 2 / _bytes_a_token(pipe)))
-
-
-def _bytes_a_token(pipe: Pipeline) -> float:
-    return pipe.dtype.itemsize * pipe.transformer.params.hidden_size * (12 + 4 * pipe.transformer.params.mlp_ratio)
-
-
-def _store(out: Path | None) -> Store | None:
-    """The store at `out` to look at, None where there is none yet. Raises what opening it would."""
-    if out is None or not out.exists():
-        return None
-    if not out.is_dir():
-        raise ValueError(f"out={out}: a file; name a folder")
-    others = [
-        p.name for p in out.iterdir() if p.name not in (LOCK, *TRACKERS) and not p.name.startswith(f".{EXPERIMENT}")
-    ]
-    if others and not (out / EXPERIMENT).is_file():
-        raise ValueError(f"out={out}: holds {others[0]!r} and no {EXPERIMENT}, so it is no run folder; name a new one")
-    return Store(out) if others else None
-
-
-def _refuse_others(settings: Settings, out: Path | None, **asked: int | None) -> None:
-    """Raise for what a store's pictures were not made with, as the run does."""
-    for key, value in asked.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{key}={value}: a whole number from 1 is needed, or null")
-        if value is not None and value != getattr(settings, key):
-            raise ValueError(
-                f"{key}={value}: the pictures in {out} were made with {getattr(settings, key)}, and another value "
-                "changes their last bits; leave it out, or name another out= folder"
-            )
 
 
 def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[str]:
@@ -171,7 +135,7 @@ def _memory_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], dtype: t
     a = pipe.autoencoder.params
     weights = sum(part.bytes_as(dtype) for part in parts.values())
     decoding = 3 * a.ch * a.ch_mult[min(1, len(a.ch_mult) - 1)] * most * s.height * s.width * pipe.dtype.itemsize
-    batch = max(_bytes_a_token(pipe) * s.tokens * most, min(decoding, 4e9))  # from 4 GB on it decodes in tiles
+    batch = max(runner.bytes_a_token(pipe) * s.tokens * most, min(decoding, 4e9))  # from 4 GB on it decodes in tiles
     mapped = dtype is None and pipe.device.type == "cpu"  # such weights need main memory, not free memory
     room = total_memory() if mapped else free_memory(pipe.device)
     told = "" if room is None else f"; {s.device} has {gb(room)}{'' if mapped else ' free'}"
@@ -201,7 +165,7 @@ def _attention_lines(
         alone = {prompt: needed((prompt,)) for prompt in dict.fromkeys(prompts.values())}
         together = {tuple(cell.prompt for cell in batch) for batch in made}
         batch = max(map(needed, together), key=lambda parts: sum(parts.values()))
-        working = batch.pop("working")
+        working = batch.pop(WORKING)
         each = ", ".join(f"{name} {gb(max(one[name] for one in alone.values()))}" for name in batch)
         disk = sum(alone[prompt][name] for prompt in prompts.values() for name in batch)
         there = sum(store.has_arrays(cell, experiment.captures) for one in made for cell in one) if store else 0

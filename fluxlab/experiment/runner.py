@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 
@@ -41,22 +42,15 @@ def fill(
     store has the same bits; what is there is not written again. Raises `ValueError` for what does not fit the model or
     the store, before anything is run.
     """
-    for key, asked in (("batch_tokens", batch_tokens), ("threads", threads)):
-        if asked is not None and asked < 1:
-            raise ValueError(f"{key}={asked}: a whole number from 1 is needed, or null")
+    check_counts(batch_tokens=batch_tokens, threads=threads)
     known = store.settings()
     same = known is not None and store.record["digest"] == experiment.digest
     pipe = None if same else load(experiment.model, dtype_of(experiment.dtype), device_of(experiment, known))
     settings = known if same else resolve(experiment, pipe, known, batch_tokens, threads)
-    for key, asked in (("batch_tokens", batch_tokens), ("threads", threads)):
-        if asked is not None and asked != getattr(settings, key):
-            raise ValueError(
-                f"{key}={asked}: the pictures in {store.path} were made with {getattr(settings, key)}, "
-                "and another value changes their last bits; leave it out, or name another out= folder"
-            )
+    refuse_others(settings, store.path, batch_tokens=batch_tokens, threads=threads)
     work = [(cells(experiment, settings), CELLS), (references(experiment, settings), REFERENCES)]
     every = {(cell.key, folder): cell for part, folder in work for cell in part}
-    done = {(key, folder) for (key, folder), cell in every.items() if _there(store, experiment, cell, folder)}
+    done = {(key, folder) for (key, folder), cell in every.items() if there(store, experiment, cell, folder)}
     if len(done) < len(every):
         if pipe is None:
             pipe = load(experiment.model, dtype_of(experiment.dtype), settings.device)
@@ -71,7 +65,24 @@ def fill(
     return settings
 
 
-def _there(store: Store, experiment: Experiment, cell: Cell, folder: str) -> bool:
+def check_counts(**asked: int | None) -> None:
+    """Raise for a number of tokens or threads that is none."""
+    for key, value in asked.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{key}={value}: a whole number from 1 is needed, or null")
+
+
+def refuse_others(settings: Settings, out: Path | None, **asked: int | None) -> None:
+    """Raise for what a store's pictures were not made with."""
+    for key, value in asked.items():
+        if value is not None and value != getattr(settings, key):
+            raise ValueError(
+                f"{key}={value}: the pictures in {out} were made with {getattr(settings, key)}, and another value "
+                "changes their last bits; leave it out, or name another out= folder"
+            )
+
+
+def there(store: Store, experiment: Experiment, cell: Cell, folder: str) -> bool:
     """Whether nothing of a cell is missing. References are pictures only."""
     wanted = experiment.captures if folder == CELLS else ""
     return store.has(cell, folder) and (not wanted or store.has_arrays(cell, wanted))
@@ -167,13 +178,20 @@ def resolve(
     )
 
 
-def default_batch_tokens(pipe: Pipeline) -> int:
-    """From the device's free memory once the model is loaded: half of it, at what the widest block holds a token."""
+def default_batch_tokens(pipe: Pipeline, unloaded: int = 0) -> int:
+    """From the device's free memory once the model is loaded: half of it, at what the widest block holds a token.
+
+    unloaded: bytes of weights that are still to be loaded.
+    """
     if pipe.device.type != "cuda":
         return CPU_BATCH_TOKENS
-    p = pipe.transformer.params
-    a_token = pipe.dtype.itemsize * p.hidden_size * (12 + 4 * p.mlp_ratio)  # q, k, v, MLP and their inputs and copies
-    return max(1, int(torch.cuda.mem_get_info(pipe.device)[0] / 2 / a_token))
+    free = torch.cuda.mem_get_info(pipe.device)[0] - unloaded
+    return max(1, int(free / 2 / bytes_a_token(pipe)))
+
+
+def bytes_a_token(pipe: Pipeline) -> float:
+    """Of a token in the widest block: q, k, v, MLP and their inputs and copies."""
+    return pipe.dtype.itemsize * pipe.transformer.params.hidden_size * (12 + 4 * pipe.transformer.params.mlp_ratio)
 
 
 def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:

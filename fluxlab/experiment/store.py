@@ -147,6 +147,23 @@ class Store:
             return False
 
 
+def look(path: Path) -> Store | None:
+    """The store at `path` to look at, None where there is none yet. Raises `ValueError` for what is no run folder."""
+    if not path.exists():
+        return None
+    if not path.is_dir():
+        raise ValueError(f"out={path}: a file; name a folder")
+    if (path / EXPERIMENT).is_file():
+        return Store(path)
+    names = [p.name for p in path.iterdir() if p.name not in (LOCK, *TRACKERS)]
+    others = [name for name in names if not name.startswith(f".{EXPERIMENT}")]
+    if others:
+        raise ValueError(
+            f"out={path}: holds {others[0]!r} and no {EXPERIMENT}, so it is no run folder; name a new or empty one"
+        )
+    return None
+
+
 @contextmanager
 def open_store(path: Path) -> Iterator[Store]:
     """The store at `path`, made if need be, locked while the block runs.
@@ -156,16 +173,9 @@ def open_store(path: Path) -> Iterator[Store]:
     """
     from filelock import FileLock, Timeout
 
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"out={path}: a file; name a folder")
     try:
+        look(path)
         path.mkdir(parents=True, exist_ok=True)
-        names = [p.name for p in path.iterdir() if p.name not in (LOCK, *TRACKERS)]
-        others = [name for name in names if not name.startswith(f".{EXPERIMENT}")]
-        if others and not (path / EXPERIMENT).is_file():
-            raise ValueError(
-                f"out={path}: holds {others[0]!r} and no {EXPERIMENT}, so it is no run folder; name a new or empty one"
-            )
         lock = FileLock(path / LOCK, timeout=0)
         lock.acquire()
     except Timeout:

@@ -24,12 +24,13 @@ its own sums, and with them p, are off by up to 1e-4 of themselves there (1e-6 w
 
 from fluxlab.probes.arrays import Captured, load, of_sample, whole, write
 from fluxlab.probes.labelled import INDEX, index, label, read, similarity
-from fluxlab.probes.probe import Probe, memory, settle
+from fluxlab.probes.probe import WORKING, Probe, memory, settle
 from fluxlab.probes.requests import KINDS, Capture, Request
 
 __all__ = [
     "INDEX",
     "KINDS",
+    "WORKING",
     "Capture",
     "Captured",
     "Probe",

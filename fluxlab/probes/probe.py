@@ -90,13 +90,17 @@ def settle(capture: Capture, context: Context, samples: int) -> list[Watch]:
     return watches
 
 
+WORKING = "working memory"
+"""No request has this name."""
+
+
 def memory(watches: list[Watch], context: Context) -> dict[str, int]:
-    """Bytes of each request's results, and under "working" what is held while a block attends."""
+    """Bytes of each request's results, and under `WORKING` what is held while a block attends."""
     working = 0
     if watches:  # a stretch of p, and q and k of one sample, widened to fp32 or picked by heads
         turned = 2 * 4 * context.layout.tokens * sum(context.axes_dim) * context.heads
         working = chunk_bytes(context.ids.device) + turned + max(watch.measure.scratch for watch in watches)
-    return {**{watch.request.name: watch.bytes for watch in watches}, "working": working}
+    return {**{watch.request.name: watch.bytes for watch in watches}, WORKING: working}
 
 
 class Probe:

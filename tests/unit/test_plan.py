@@ -15,7 +15,6 @@ from fluxlab import loading
 from fluxlab.checkpoints import CheckpointError, files, save_autoencoder, save_transformer
 from fluxlab.checkpoints.stored import here, on_meta, published, stored
 from fluxlab.config import ModelRow, find_row
-from fluxlab.experiment import plan as planning
 from fluxlab.experiment import runner
 from fluxlab.experiment.costs import forward_flops, gb
 from fluxlab.experiment.plan import plan
@@ -25,7 +24,7 @@ from fluxlab.loading import hollow
 from fluxlab.model import FluxParams
 from fluxlab.model.rope import Rotary
 from fluxlab.positions import Program
-from fluxlab.probes import Capture, load, probe
+from fluxlab.probes import WORKING, Capture, load, probe
 from fluxlab.sampling import read_schedule
 from tests import tiny
 
@@ -227,7 +226,7 @@ def test_a_capture_takes_what_a_run_of_it_does(folder, tmp_path, monkeypatch):
     one = max(load(file)["where"].values.nbytes for file in files_made)
     assert line.startswith(f"attention  where {one / 1e3:.1f} kB, cat ")
     largest = max(needed, key=lambda parts: sum(parts.values()))
-    working = largest.pop("working")
+    working = largest.pop(WORKING)
     batch = f"a batch {gb(sum(largest.values()))}, and {gb(working)} to work with, of capture.max_mb=512 MB"
     assert said.splitlines()[-1].strip() == batch
     done = plan(asked, out)
@@ -321,4 +320,4 @@ def test_batches_on_a_gpu_leave_room_for_the_weights(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     loaded = runner.default_batch_tokens(gpu)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9 + weights, 10**9 + weights))
-    assert planning.batch_tokens_beside(gpu, parts, None) == loaded
+    assert runner.default_batch_tokens(gpu, weights) == loaded

@@ -15,6 +15,7 @@ from fluxlab.model.attention import Attended
 from fluxlab.positions import Context, Layout, Prompt
 from fluxlab.probes import (
     KINDS,
+    WORKING,
     Capture,
     Captured,
     Probe,
@@ -237,7 +238,7 @@ def test_memory_is_planned():
         }
     )
     needed = memory(settle(capture, context(), 3), context())
-    assert needed.pop("working") >= stream.CHUNK_BYTES["cpu"]
+    assert needed.pop(WORKING) >= stream.CHUNK_BYTES["cpu"]
     heads, steps, blocks, samples, tokens = 2, 2, 3, 3, 12
     assert needed == {
         "a": 4 * samples * steps * blocks * heads * 2 * 2 * tokens,
