@@ -100,11 +100,11 @@ def put_attention(asked: Experiment, how: Settings, store: Store) -> None:
 def attended(request: Request, cell: Cell, how: Settings) -> dict[str, Captured]:
     """Made-up arrays of a request for words, quadrants, entropy or distance."""
     rng = np.random.default_rng([cell.seed, *hashlib.sha256(cell.prompt.encode()).digest()])
-    edited = int(bool(cell.program)) * (1 + sum(map(ord, cell.program.digest)) % 7 / 3)
+    edited = 1 + 2 * hashlib.sha256(cell.program.digest.encode()).digest()[0] / 255 if cell.program else 0
     sides = how.height // how.pixels_per_token, how.width // how.pixels_per_token
     row, col = np.meshgrid(*map(np.arange, sides), indexing="ij")
     steps, blocks = how.steps, len(STREAMS)
-    sharp = np.sin(np.pi * (np.arange(blocks) + 1) / (blocks + 1)) * np.linspace(0.3, 1, steps)[:, None]
+    sharp = np.sin(0.8 * np.pi * (np.arange(blocks) + 1) / (blocks + 1)) * np.linspace(0.3, 1, steps)[:, None]
     sigmas = np.linspace(1, 1 / steps, steps).tolist()
     coords = {"step": (("step",), list(range(steps))), "sigma": (("step",), sigmas)}
     coords |= {"block": (("block",), list(range(blocks))), "stream": (("block",), list(STREAMS))}
@@ -122,8 +122,11 @@ def attended(request: Request, cell: Cell, how: Settings) -> dict[str, Captured]
         wide = (1 + edited) * max(sides) / 10
         spots = rng.uniform(0.1, 0.9, (len(words), 2)) * sides
         far = np.hypot(row - spots[:, 0, None, None], col - spots[:, 1, None, None])
-        heat = rng.uniform(0.02, 0.3, len(words))[:, None, None] * np.exp(-((far / wide) ** 2))
-        values = np.stack([sharp[..., None, None, None] * heat * share for share in (1, 0.1)[: len(ways)]], 2)
+        narrow = sharp[..., None, None, None]
+        heat = (
+            narrow * rng.uniform(0.02, 0.3, len(words))[:, None, None] * np.exp(-((far / wide * (0.5 + narrow)) ** 2))
+        )
+        values = np.stack([heat * share for share in (1, 0.1)[: len(ways)]], 2)
         axes = ("direction", "word", "row", "col")
         grid = {"row": range(sides[0]), "col": range(sides[1])}
         return {request.name: made(values, axes, "probability", direction=ways, word=words, **grid)}

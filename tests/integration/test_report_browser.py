@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from fluxlab.experiment.reading import read_store
+from fluxlab.report.attention import write_pictures
 from fluxlab.report.page import write_report
 from tests.stores import make_store
 
@@ -36,9 +38,9 @@ def browser():
 @pytest.fixture
 def visit(browser, report):
     """Open the page; at the end there must have been no error and no request but for the page."""
-    said, asked, contexts = [], [], []
+    said, asked, visited, contexts = [], [], [], []
 
-    def open_page(width=1280, height=900, **options):
+    def open_page(width=1280, height=900, file=report, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
@@ -46,14 +48,15 @@ def visit(browser, report):
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
-        page.goto(report.as_uri())
+        page.goto(file.as_uri())
+        visited.append(file.as_uri())
         return page
 
     yield open_page
     for context in contexts:
         context.close()
     assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()] * len(contexts)
+    assert [url for url in asked if not url.startswith("data:")] == visited
 
 
 def seen(page, selector):
@@ -230,3 +233,110 @@ def test_without_scripts(visit):
     assert page.locator("table.grid img").first.is_visible()
     assert page.locator("noscript p").is_visible()
     assert page.locator("table.findings tbody.references th").all_inner_texts() == ["noise floor", "another seed"]
+
+
+CAPTURE = {
+    "words": {"kind": "words", "direction": "image_to_word", "average": ["heads"]},
+    "quadrants": {"kind": "quadrants"},
+}
+
+
+@pytest.fixture(scope="module")
+def attended(tmp_path_factory):
+    """Two runs on a page; of the second, attention was captured."""
+    folder = tmp_path_factory.mktemp("attended")
+    stores = [
+        make_store(folder / "plain", {}, prompts=("a red cat",), seeds=(0,), caption="plain"),
+        make_store(folder / "seen", prompts=("a red cat", HOSTILE), seeds=(0, 12), attention=CAPTURE),
+    ]
+    for store in stores:
+        write_pictures(read_store(store))
+    return write_report(stores, folder / "page.html")
+
+
+@pytest.fixture
+def looking(visit, attended):
+    """As `visit`, of the page with attention."""
+    return lambda *size, **options: visit(*size, file=attended, **options)
+
+
+PIXELS = "canvas => canvas.hidden ? null : [canvas.width, canvas.height, canvas.toDataURL()]"
+
+
+def painted(page, root=".pair"):
+    return page.eval_on_selector_all(f"{root} canvas", f"all => all.map({PIXELS})")
+
+
+def test_sliders_and_choices_change_the_maps(looking):
+    page = looking()
+    assert page.eval_on_selector_all("#look [name=word] option", "all => all.map(one => one.text)") == [
+        "a",
+        "red",
+        "cat",
+    ]
+    assert page.inner_text(".pair .baseline b") == "baseline, seed 0"
+    assert page.inner_text(".pair .variant b") == "zero, seed 0"
+    sources = page.eval_on_selector_all(".pair img", "all => all.map(one => one.src)")
+    grid = "table.grid >> nth=1 >> tbody tr:nth-child({}) td:nth-of-type(1) img"
+    assert sources == [page.get_attribute(grid.format(row), "src") for row in (1, 2)]
+    seen = [painted(page)]
+    assert seen[0][0][:2] == [16, 16]
+    assert seen[0][0] != seen[0][1]
+    for name, key, told in (
+        ("block", "ArrowRight", "0"),
+        ("block", "End", "5"),
+        ("step", "ArrowRight", "0, σ 1.00"),
+        ("step", "End", "15, σ 0.06"),
+        ("opacity", "ArrowLeft", "84 %"),
+    ):
+        page.focus(f"#look [name={name}]")
+        page.keyboard.press(key)
+        assert page.inner_text(f"#look .{name} output") == told
+        assert told in page.get_attribute(f"#look [name={name}]", "aria-valuetext")
+        assert painted(page) not in seen
+        seen.append(painted(page))
+    for name, label in (("word", "cat"), ("variant", "half"), ("prompt", HOSTILE)):
+        page.select_option(f"#look [name={name}]", label=label)
+        assert painted(page) not in seen
+        seen.append(painted(page))
+    assert page.inner_text(".pair .variant b") == "half, seed 0"
+    largest = [float(text.split()[1]) for text in page.locator(".pair .largest").all_inner_texts()]
+    assert float(page.inner_text("#look .top")) == max(largest) > 0
+
+
+def test_attention_in_the_comparison(looking):
+    page = looking()
+    page.click("table.grid >> nth=0 >> tbody button")
+    assert page.is_hidden("#dialog-attention")  # nothing was captured there
+    page.keyboard.press("Escape")
+    page.click("table.grid >> nth=1 >> tbody tr:nth-child(2) td:nth-of-type(1) button")
+    assert page.is_hidden(".stage canvas >> nth=0")
+    page.select_option("#dialog-attention [name=word]", label="cat")
+    before = painted(page, ".stage")
+    assert before[0] != before[1]
+    page.focus("#dialog-attention [name=block]")
+    page.keyboard.press("ArrowUp")  # the slider's own, not the next variant
+    assert page.inner_text("#compare h2") == "zero, seed 0"
+    assert painted(page, ".stage") != before
+    page.focus("#compare > input")
+    page.keyboard.press("End")
+    clips = page.eval_on_selector_all(".stage .baseline", "all => all.map(one => one.style.clipPath)")
+    assert clips == ["inset(0px 0% 0px 0px)"] * 2
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#compare h2") == "half, seed 0"
+    assert page.is_visible(".stage canvas >> nth=0")
+    page.keyboard.press("PageDown")  # of another seed nothing is on the page
+    assert page.is_hidden("#dialog-attention")
+    assert page.is_hidden(".stage canvas >> nth=0")
+
+
+def test_attention_on_a_phone_and_without_scripts(looking):
+    page = looking(380, 800, has_touch=True)
+    assert page.evaluate("document.documentElement.scrollWidth") == 380
+    boxes = [page.locator(f".pair .{side}").bounding_box() for side in ("baseline", "variant")]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    assert all(box["width"] > 150 for box in boxes)
+    plain = looking(java_script_enabled=False)
+    assert plain.is_hidden("#look")
+    assert plain.is_visible("#attention noscript p")
+    assert plain.locator("#attention .drawings img").first.is_visible()

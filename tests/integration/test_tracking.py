@@ -18,7 +18,9 @@ from fluxlab.checkpoints.random import write_random
 from fluxlab.config import ModelRow
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import Experiment, checked, read_variants
+from fluxlab.probes import Capture
 from fluxlab.report import tracking, wandb_link
+from fluxlab.report.attention import write_pictures
 from fluxlab.report.products import GRID_FILE, grid
 from fluxlab.report.wandb_link import Link
 from fluxlab.run import main
@@ -56,9 +58,11 @@ def patch():
 def store(tmp_path_factory, patch):
     """A store that was tracked twice: a run that failed, and one that finished; HOME and TMPDIR are ours to look at."""
     folder = tmp_path_factory.mktemp("tracked")
-    store = make_store(folder / "store", prompts=PROMPTS[:1], size=(320, 320))
+    words = {"words": {"kind": "words", "direction": "image_to_word"}, "entropy": {"kind": "entropy"}}
+    store = make_store(folder / "store", prompts=PROMPTS[:1], size=(320, 320), attention=words)
     run = read_store(store)
     grid(run)
+    write_pictures(run)
     asked = asked_for(run)
     tracking.messages(run)  # matplotlib leaves its list of fonts in HOME
     for variable, name in (("HOME", "home"), ("TMPDIR", "tmp")):
@@ -76,6 +80,7 @@ def store(tmp_path_factory, patch):
 def asked_for(run: Run) -> Experiment:
     """The experiment that a store was made for."""
     request = dict(run.record["request"])
+    request["capture"] = Capture.from_config(request["capture"] or None)
     request |= {"model": ModelRow(**request["model"]), "variants": read_variants(request["variants"])}
     return checked(Experiment(**{**request, "prompts": tuple(request["prompts"]), "seeds": tuple(request["seeds"])}))
 
@@ -114,6 +119,18 @@ def test_config_summary_table_and_every_image_are_there(store):
 
     assert history["layouts.captions"] == [f"{variant}: {run.describe(variant)}" for variant in run.variants]
     assert all(Image.open(folder / "files" / name).width > 300 for name in history["layouts.filenames"])
+
+    seen = {"sheets": 3, "figures": 1, "steps": 1}
+    assert {name: history[f"attention/{name}.count"] for name in seen} == seen
+    assert told["summary"]["attention.half.entropy"] > 0
+    assert 0 < told["summary"]["attention.half.words"] < 1
+    logged = {
+        name: [folder / "files" / file for file in history[f"attention/{name}.filenames"]] for name in ("sheets",)
+    }
+    sheets = [store / "attention" / f"{entry['cell']}.png" for entry in run.attention if entry["seed"] == 0]
+    assert [sha256(file) for file in logged["sheets"]] == [sha256(file) for file in sheets]
+    films = list((folder / "files" / "media" / "videos").rglob("*.gif"))
+    assert [sha256(file) for file in films] == [sha256(store / "attention" / "steps-1.gif")]
 
     for name, rows in (("cells", 6), ("variants", len(run.summary))):
         table = json.loads((folder / "files" / history[f"{name}.path"]).read_text())

@@ -58,7 +58,7 @@
     const before = select.selectedOptions[0]?.text;
     fill(select, labels, false);
     const again = labels.findIndex(([, text]) => text === before);
-    const telling = labels.findIndex(([value, text]) => value === "" || text.length > 2);  // rather than an article
+    const telling = labels.findIndex(([value, text]) => value === "" || text.replace(/#\d+$/, "").length > 2);  // rather than an article
     select.selectedIndex = Math.max(0, again >= 0 ? again : telling);
   }
   function bound(range, labels, word) {
