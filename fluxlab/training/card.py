@@ -30,7 +30,8 @@ to run anywhere, and its pictures can be judged by a program.
 | command | `{command}` |
 | commit | `{commit}` |
 | data | drawn by `fluxlab.scenes`, no files; one in eight combinations of colour, thing and word is held out |
-| training | {steps} steps of flow matching, {samples} samples; Muon on the blocks' matrices, AdamW on the rest; EMA |
+| training | {steps} steps of flow matching, {samples} samples{guidance} |
+| optimizers | Muon on the blocks' matrices, AdamW on the rest; EMA |
 | weights | bf16 safetensors, {megabytes:.1f} MB; sha256 of every file in `manifest.json` |
 | licence | Apache-2.0 |
 
@@ -82,6 +83,15 @@ def _row(scores: dict, names: Sequence[str]) -> list[str]:
     return [shown(scores[name], name) for name in names]
 
 
+def _guidance(stage: dict | None) -> str:
+    """The third stage in a few words; "" for a run without it."""
+    if not stage or not stage["steps"]:
+        return ""
+    return (
+        f"; then {stage['steps']} steps of {stage['batch']} to say at once what true guidance {stage['scale']:g} gives"
+    )
+
+
 def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
@@ -107,7 +117,7 @@ def card(results: dict, training: dict, folder: Path) -> str:
     base = results["edits"]["as trained"]
     names = (*ATTRIBUTES, "letters")
     effects = (*names, "ssim", "edges", "size")
-    units = results.get("units", {})
+    units = results["units"]
     return _TEXT.format(
         parameters=sum(file.stat().st_size for file in weights) / 2e6,
         hidden=transformer["num_attention_heads"] * transformer["attention_head_dim"],
@@ -119,6 +129,7 @@ def card(results: dict, training: dict, folder: Path) -> str:
         commit=training["commit"],
         steps=training["steps"],
         samples=f"{training['samples']:,}",
+        guidance=_guidance(training.get("guidance")),
         megabytes=size / 1e6,
         curve=_table(
             ["step", *(str(step) for step, _ in training["curve"])],

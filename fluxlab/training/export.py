@@ -29,6 +29,7 @@ def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
         "seed": recipe.seed,
         "steps": recipe.steps,
         "samples": early * recipe.early_batch + (recipe.steps - early) * recipe.batch,
+        "guidance": {"steps": recipe.guidance_steps, "batch": recipe.guidance_batch, "scale": recipe.guidance},
         "curve": curve_points(run / "curve.csv"),
         "notes": notes.read_text().splitlines() if notes.is_file() else [],
         "words": len(VOCABULARY),

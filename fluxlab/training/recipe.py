@@ -38,6 +38,9 @@ class Recipe:
     much and teaches the same lettering. `native_share` of the batches have the phase's own size, the others any.
     `t_mean` is the mean of the logit of the times, from a step on, and `shift` the sampler's μ: flat pictures stand out
     of the noise so early that what the text decides is decided at times above 0.8.
+
+    Afterwards, for `guidance_steps` of `guidance_batch` scenes and `guidance_rate` of the learning rates, the networks
+    learn to say at once what true guidance by `guidance` makes of them; 0 steps leave that out.
     """
 
     name: str = "???"
@@ -76,6 +79,11 @@ class Recipe:
     text_lr: float = 3e-4
     ema: float = 0.995
     clip: float = 1.0
+    guidance: float = 2.0
+    guidance_steps: int = 0
+    guidance_batch: int = 12
+    guidance_rate: float = 0.25
+    guidance_ema: float = 0.95
     compile: bool = False
     save_every: int = 200
     sample_every: int = 300
@@ -106,6 +114,9 @@ def check(recipe: Recipe) -> None:
             raise ValueError(f"{key}={getattr(recipe, key)}: heads are 32 wide, a multiple of 32 is needed")
     if recipe.tracker not in ("wandb", "none"):
         raise ValueError(f"tracker={recipe.tracker}: expected wandb or none")
+    if recipe.guidance_steps < 0 or recipe.guidance_batch < 1:
+        key = "guidance_steps" if recipe.guidance_steps < 0 else "guidance_batch"
+        raise ValueError(f"{key}={getattr(recipe, key)}: a count is needed, guidance_steps=0 leaves the stage out")
     if not 0 < recipe.native_share <= 1:
         raise ValueError(f"native_share={recipe.native_share}: a share above 0, at most 1, is needed")
     if 0 not in recipe.t_mean:

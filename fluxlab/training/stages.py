@@ -1,4 +1,4 @@
-"""A training run from nothing to a Diffusers folder: autoencoder, pool of latents, transformer, export."""
+"""A training run from nothing to a Diffusers folder: autoencoder, pool of latents, transformer, guidance, export."""
 
 import copy
 import math
@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from fluxlab import sampling, scenes
-from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams, Rotary
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
 from fluxlab.progress import Progress
 from fluxlab.training import autoencoder as ae
+from fluxlab.training.guidance import distill
 from fluxlab.training.pool import Pool, build_pool
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.seeds import derived, torch_rng
@@ -58,7 +59,14 @@ def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
     try:
         model = train_autoencoder(recipe, folder, device, tracker)
         pools = load_pools(recipe, folder, model, device)
-        return train_transformer(recipe, folder, device, model, pools, tracker)
+        pipe = train_transformer(recipe, folder, device, model, pools, tracker)
+        if recipe.guidance_steps:
+            batches, tables = supply(recipe, pools, pipe.text, pipe.transformer.params, device)
+            distill(recipe, folder, device, pipe, batches, tables, tracker.log)
+            shown = folder / "samples-guided.png"
+            write_grid(shown, look(pipe), columns=len(LOOK))
+            tracker.log({}, recipe.autoencoder.steps + recipe.steps + recipe.guidance_steps, {"samples": shown})
+        return pipe
     finally:
         tracker.close()
 
@@ -180,25 +188,7 @@ def train_transformer(
         (64, 64),
         recipe.name,
     )
-    turn = round(recipe.early * recipe.steps)
-    phases = [
-        Phase(0, EARLY_SIZE, recipe.native_share, recipe.early_batch),
-        Phase(turn, NATIVE_SIZE, recipe.native_share, recipe.batch),
-    ]
-    batches = Batches(
-        pools,
-        phases,
-        text,
-        seed=recipe.seed,
-        length=recipe.max_sequence_length,
-        unknown=recipe.unknown_share,
-        t_mean=recipe.t_mean,
-        full_share=recipe.full_share,
-        t_std=recipe.t_std,
-    )
-    tables = {
-        pool.size: table_for(nets.transformer.params, recipe.max_sequence_length, pool.grid, device) for pool in pools
-    }
+    batches, tables = supply(recipe, pools, text, nets.transformer.params, device)
     step_nets = torch.compile(nets, dynamic=False) if recipe.compile else nets
     parameters, averages = list(nets.parameters()), list(average.parameters())
     progress = Progress("transformer", recipe.steps, start)
@@ -238,6 +228,31 @@ def train_transformer(
             write_curve(folder / "curve.csv", curve)
     progress.close()
     return pipe
+
+
+def supply(
+    recipe: Recipe, pools: list[Pool], text: TextEncoders, params: FluxParams, device: str
+) -> tuple[Batches, dict[tuple[int, int], Rotary]]:
+    """What every step trains on, and the rotary table of each size."""
+    turn = round(recipe.early * recipe.steps)
+    phases = [
+        Phase(0, EARLY_SIZE, recipe.native_share, recipe.early_batch),
+        Phase(turn, NATIVE_SIZE, recipe.native_share, recipe.batch),
+        Phase(recipe.steps, NATIVE_SIZE, recipe.native_share, recipe.guidance_batch),
+    ]
+    batches = Batches(
+        pools,
+        phases,
+        text,
+        seed=recipe.seed,
+        length=recipe.max_sequence_length,
+        unknown=recipe.unknown_share,
+        t_mean=recipe.t_mean,
+        full_share=recipe.full_share,
+        t_std=recipe.t_std,
+    )
+    tables = {pool.size: table_for(params, recipe.max_sequence_length, pool.grid, device) for pool in pools}
+    return batches, tables
 
 
 def look(pipe: Pipeline, seeds: int = 2):

@@ -25,7 +25,7 @@ MICRO = [
     "t5_width=32", "clip_width=32", "text_layers=1", "pool=16", "pool_early=16", "pool_other=4", "batch=2",
     "early_batch=2", "warmup=2", "sample_steps=1", "save_every=2", "sample_every=100",
     "autoencoder.ch=32", "autoencoder.crop=16", "autoencoder.steps=3", "autoencoder.polish=1", "autoencoder.batch=2",
-    "autoencoder.whole_batch=1",
+    "autoencoder.whole_batch=1", "guidance_steps=6", "guidance_batch=2",
 ]  # fmt: skip
 
 
@@ -43,11 +43,12 @@ def undisturbed(tmp_path_factory):
     return out
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(undisturbed, tmp_path):
+@pytest.mark.parametrize("stage", ["state", "guidance"])
+def test_a_killed_run_goes_on_to_the_same_weights(undisturbed, tmp_path, stage):
     out = tmp_path / "killed"
     run = start(out, 8)
     deadline = time.monotonic() + 300
-    while not (out / "state.safetensors").is_file() and time.monotonic() < deadline:
+    while not (out / f"{stage}.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(run.pid, signal.SIGKILL)
     run.communicate()
@@ -56,7 +57,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(undisturbed, tmp_path):
     again = start(out, 8)
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
-    for name in ("state.safetensors", "autoencoder.safetensors"):
+    for name in ("state.safetensors", "autoencoder.safetensors", "guidance.safetensors"):
         one, two = load_file(undisturbed / name), load_file(out / name)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
@@ -84,11 +85,13 @@ def test_another_recipe_in_the_same_folder_is_an_error_of_use(undisturbed, tmp_p
 
 
 def test_the_export_s_weights_are_the_average_in_bf16(undisturbed):
-    state = load_file(undisturbed / "state.safetensors")
+    state = load_file(undisturbed / "guidance.safetensors")
     pipe = fluxlab.load_pipeline(undisturbed / "pipeline")
     average = state["ema.transformer.img_in.weight"]
     assert torch.equal(pipe.transformer.img_in.weight, average.bfloat16())
     assert not torch.equal(average, state["net.transformer.img_in.weight"])
+    taught_by = load_file(undisturbed / "state.safetensors")["ema.transformer.img_in.weight"]
+    assert not torch.equal(average, taught_by)
 
 
 def test_a_flipped_bit_in_an_exported_folder_is_named(undisturbed, tmp_path):

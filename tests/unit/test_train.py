@@ -12,7 +12,9 @@ from fluxlab import scenes
 from fluxlab.checkpoints import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest, write_manifest
 from fluxlab.compose import compose
-from fluxlab.model import AutoEncoder, AutoEncoderParams
+from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from fluxlab.sampling import with_negative
+from fluxlab.training.guidance import guided
 from fluxlab.training.pool import NOISE_WORD, build_pool, captions, token_weights
 from fluxlab.training.recipe import Recipe, check
 from fluxlab.training.seeds import numpy_rng, torch_rng
@@ -25,7 +27,7 @@ from fluxlab.training.state import (
     write_tensors,
 )
 from fluxlab.training.text import PAD, UNK, text_encoders, token_ids
-from fluxlab.training.transformer import Batches, Phase, flow_loss, learning_rate, table_for
+from fluxlab.training.transformer import Batches, Nets, Phase, flow_loss, learning_rate, table_for
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +134,36 @@ def test_flow_loss_of_the_true_velocity_is_zero(pools, text):
 
     weighted, plain = flow_loss(true, batch, None)
     assert weighted == plain == 0
+
+
+def test_what_guidance_teaches_is_what_true_cfg_does(pools, text):
+    torch.manual_seed(0)
+    params = FluxParams(
+        in_channels=32, out_channels=32, vec_in_dim=32, context_in_dim=32, hidden_size=64, mlp_ratio=4.0, num_heads=1,
+        depth=1, depth_single_blocks=1, axes_dim=(8, 28, 28), theta=10000, qkv_bias=True, guidance_embed=False,
+    )  # fmt: skip
+    small = text_encoders(length=24, t5_width=32, clip_width=32, layers=1)
+    nets = Nets(Flux(params), small).eval()
+    pool, batch = batches(pools, small)(0, "cpu")
+    table = table_for(params, 24, pool.grid)
+    length = small.clip_tokenizer.model_max_length
+    empty = {
+        "t5_ids": token_ids(small.t5_tokenizer, [""], 24),
+        "clip_ids": token_ids(small.clip_tokenizer, [""], length),
+    }
+    found = guided(nets, batch["noise"], batch, empty, table, 3.0)
+
+    def velocity(t5_ids, clip_ids):
+        return lambda x, t: nets(x, batch["t"], t5_ids, clip_ids, table)
+
+    count = len(batch["t"])
+    with_text = velocity(batch["t5_ids"], batch["clip_ids"])
+    without = velocity(empty["t5_ids"].repeat(count, 1), empty["clip_ids"].repeat(count, 1))
+    with torch.no_grad():
+        expected = with_negative(with_text, without, 3.0)(batch["noise"], 0.5)
+        plain = with_text(batch["noise"], 0.5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - plain).abs().max() > 1e-3
 
 
 def test_tables_stay_exact_under_autocast():

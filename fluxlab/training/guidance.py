@@ -1,0 +1,102 @@
+"""The third stage: true guidance, which takes two forwards, learned into the one (arXiv 2210.03142, first stage)."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fluxlab.model import Rotary
+from fluxlab.pipeline import Pipeline
+from fluxlab.progress import Progress
+from fluxlab.training.pool import Pool
+from fluxlab.training.recipe import Recipe
+from fluxlab.training.state import (
+    load_optimizers,
+    load_parameters,
+    optimizer_tensors,
+    parameter_tensors,
+    read_tensors,
+    write_tensors,
+)
+from fluxlab.training.text import token_ids
+from fluxlab.training.transformer import Nets, learning_rate, move_average, optimizers
+
+WARMUP, DECAY = 10, 0.8
+
+
+@torch.no_grad()
+def guided(teacher: Nets, x: Tensor, batch: dict[str, Tensor], empty: dict[str, Tensor], table: Rotary, scale: float):
+    """The velocity v⁻ + scale · (v⁺ - v⁻), `(B, N, C)`: away from what the empty caption gives, as `true_cfg` does."""
+    count = len(x)
+    ids = [torch.cat((batch[key], empty[key].expand(count, -1))) for key in ("t5_ids", "clip_ids")]
+    with_text, without = teacher(torch.cat((x, x)), batch["t"].repeat(2), *ids, table).float().chunk(2)
+    return without + scale * (with_text - without)
+
+
+def distill(
+    recipe: Recipe,
+    folder: Path,
+    device: str,
+    pipe: Pipeline,
+    batches: Callable[[int, str], tuple[Pool, dict[str, Tensor]]],
+    tables: dict[tuple[int, int], Rotary],
+    log: Callable[[dict, int], None],
+) -> None:
+    """Teach the pipeline's networks, in place, what they say under `recipe.guidance`.
+
+    `guidance.safetensors` in the folder says how far it is. The target is a function of its input, without the noise
+    that flow matching's target has: few steps are enough.
+    """
+    teacher = Nets(pipe.transformer, pipe.text)
+    nets = copy.deepcopy(teacher).train().requires_grad_(True)
+    average = copy.deepcopy(teacher)
+    chosen = optimizers(
+        nets,
+        muon_lr=recipe.lr * recipe.guidance_rate,
+        adam_lr=recipe.adam_lr * recipe.guidance_rate,
+        text_lr=recipe.text_lr * recipe.guidance_rate,
+    )
+    file, start = folder / "guidance.safetensors", 0
+    if file.is_file():
+        tensors, notes = read_tensors(file)
+        load_parameters("net.", nets, tensors)
+        load_parameters("ema.", average, tensors)
+        load_optimizers(chosen, tensors)
+        start = notes["step"]
+    clip, t5 = pipe.text.clip_tokenizer, pipe.text.t5_tokenizer
+    empty = {
+        "t5_ids": token_ids(t5, [""], recipe.max_sequence_length).to(device),
+        "clip_ids": token_ids(clip, [""], clip.model_max_length).to(device),
+    }
+    parameters, averages = list(nets.parameters()), list(average.parameters())
+    progress = Progress("guidance", recipe.guidance_steps, start)
+    for step in range(start, recipe.guidance_steps):
+        pool, batch = batches(recipe.steps + step, device)
+        t = batch["t"][:, None, None]
+        x = (1 - t) * batch["x0"] + t * batch["noise"]
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            target = guided(teacher, x, batch, empty, tables[pool.size], recipe.guidance)
+            velocity = nets(x, batch["t"], batch["t5_ids"], batch["clip_ids"], tables[pool.size])
+        error, weights = (velocity.float() - target).square().mean(dim=-1), batch["weights"]
+        loss = (weights * error).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        share = learning_rate(step, recipe.guidance_steps, WARMUP, DECAY)
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * share
+            optimizer.step()
+            optimizer.zero_grad()
+        move_average(averages, parameters, recipe.guidance_ema, step)
+        progress(step + 1, f"loss {loss.item():.4f}")
+        last = step + 1 == recipe.guidance_steps
+        if (step + 1) % 10 == 0 or last:
+            log({"guidance/loss": loss.item()}, recipe.autoencoder.steps + recipe.steps + step + 1)
+        if (step + 1) % recipe.save_every == 0 or last:
+            states = parameter_tensors("net.", nets) | parameter_tensors("ema.", average) | optimizer_tensors(chosen)
+            write_tensors(file, states, {"step": step + 1})
+    progress.close()
+    load_parameters("", teacher, dict(average.named_parameters()))
+    pipe._encoded.clear()  # what the encoders said before
