@@ -87,9 +87,8 @@ def _guidance(stage: dict | None) -> str:
     """The third stage in a few words; "" for a run without it."""
     if not stage or not stage["steps"]:
         return ""
-    return (
-        f"; then {stage['steps']} steps of {stage['batch']} to say at once what true guidance {stage['scale']:g} gives"
-    )
+    steps, batch, scale = stage["steps"], stage["batch"], stage["scale"]
+    return f"; then {steps} steps of {batch} samples to say at once what true guidance by {scale:g} gives"
 
 
 def _notes(notes: Sequence[str]) -> str:

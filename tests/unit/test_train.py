@@ -254,6 +254,8 @@ def test_recipes_compose_and_open_with_their_command(name):
         ("t5_width", 40),
         ("tracker", "tensorboard"),
         ("native_share", 0.0),
+        ("guidance_batch", 0),
+        ("guidance_steps", -1),
         ("t_mean", {5: 0.0}),
     ],
 )
