@@ -32,6 +32,7 @@ from fluxlab.training.transformer import Batches, Nets, Phase, flow_loss, learni
 
 @pytest.fixture(scope="module")
 def text():
+    torch.manual_seed(0)
     return text_encoders(length=24, t5_width=32, clip_width=32, layers=1)
 
 
@@ -105,7 +106,7 @@ def test_tokenizers_know_every_word_and_one_mark_for_all_others(text):
 def test_order_of_words_reaches_the_transformer(text):
     """Text ids are all zero, so that T5 alone can tell "hello world" from "world hello"."""
     one, two = (text.t5(token_ids(text.t5_tokenizer, [p], 24))[0] for p in ("hello world", "world hello"))
-    assert (one[0, 0] - two[0, 1]).abs().max() > 1e-3
+    assert (one[0, 0] - two[0, 1]).abs().max() > 1e-4  # rounding is 1e-6
 
 
 def test_batches_are_a_function_of_seed_and_step(pools, text):
@@ -139,7 +140,7 @@ def test_flow_loss_of_the_true_velocity_is_zero(pools, text):
 def test_what_guidance_teaches_is_what_true_cfg_does(pools, text):
     torch.manual_seed(0)
     params = FluxParams(
-        in_channels=32, out_channels=32, vec_in_dim=32, context_in_dim=32, hidden_size=64, mlp_ratio=4.0, num_heads=1,
+        in_channels=16, out_channels=16, vec_in_dim=32, context_in_dim=32, hidden_size=64, mlp_ratio=4.0, num_heads=1,
         depth=1, depth_single_blocks=1, axes_dim=(8, 28, 28), theta=10000, qkv_bias=True, guidance_embed=False,
     )  # fmt: skip
     small = text_encoders(length=24, t5_width=32, clip_width=32, layers=1)
