@@ -240,7 +240,7 @@ def test_a_budget_that_some_batch_passes_is_refused_before_anything_runs(model, 
     large = "+capture.all={kind: map, from: image, to: image}"  # 37 kB a picture, besides 8.41 MB to work with
     assert run(model, tmp_path / "run", large, "capture.max_mb=8.43") == 2
     told = capsys.readouterr().err.strip().splitlines()
-    assert told[0].startswith("capture.max_mb: 8.43, but 9 MB are needed (working 8.4")
+    assert told[0].startswith("capture.max_mb: 8.43, but 9 MB are needed (working memory 8.4")
     assert len(told) == 2  # a single picture needs more
     assert run(model, tmp_path / "run", large, "capture.max_mb=8.5") == 2
     told = capsys.readouterr().err.strip().splitlines()
