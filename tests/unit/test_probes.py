@@ -250,7 +250,8 @@ def test_memory_is_planned():
 
 def test_a_small_budget_is_refused_before_the_run():
     big = {"max_mb": 9, "all": {"kind": "map", "from": "image", "to": "image"}}
-    with pytest.raises(ValueError, match=r"capture.max_mb: 9, but 132 MB are needed \(all 123, working memory 8.8\)") as error:
+    told = r"capture.max_mb: 9, but 132 MB are needed \(all 123, working memory 8.8\)"
+    with pytest.raises(ValueError, match=told) as error:
         Probe(big).begin(context((40, 40)), 1)
     assert len(str(error.value).splitlines()) <= 3
     Probe({**big, "max_mb": 133}).begin(context((40, 40)), 1)
