@@ -14,7 +14,7 @@ import time
 import torch
 
 from fluxlab.model import Flux, FluxParams
-from fluxlab.positions import Context, Layout, Program
+from fluxlab.positions import Context, Layout, Program, compile_programs
 from fluxlab.sampling import image_ids, text_ids
 
 TEXT, GRID, HEADS = 128, (32, 32), 8
@@ -69,7 +69,7 @@ def main() -> None:
     }
     chosen = {name: program for name, program in PROGRAMS.items() if options.only is None or name in options.only}
     chosen.setdefault("untouched", {})
-    compiled = {name: Program.from_config(program).compile(context) for name, program in chosen.items()}
+    compiled = {name: compile_programs([Program.from_config(program)], context) for name, program in chosen.items()}
     now = time.process_time if options.cpu_time else time.perf_counter
 
     def clock(function, *arguments, **keywords):

@@ -34,8 +34,9 @@ from experiments.results import (
 )
 from experiments.sheet import DPI, LINES, POINTS, SMALL, add_axes, blank, dots, lay, lettered, sized, write
 from experiments.style import COLUMN, OKABE_ITO, PAGE, paper, save, save_caption
+from fluxlab.drawing.lettering import broken, clean, length, line_height, squeezed
+from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
-from fluxlab.report.lettering import broken, clean, length, line_height, squeezed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,16 +99,16 @@ class Sheet:
 def sheet(native: tuple[int, int], rows: int, places: Sequence[Place], plots: int, width: str) -> Sheet:
     """Pictures as large as width and height allow, enlarged by a whole factor; what is left goes to the plots.
 
-    native: (width, height) of a picture in pixels. Raises `ValueError` for more than fits.
+    native: (width, height) of a picture in pixels. Raises `UserError` for more than fits.
     """
     across = round((PAGE if width == "page" else COLUMN) * DPI)
     gaps = [0, *(GAP if a[0] == b[0] else PROMPT_GAP for a, b in itertools.pairwise(places))]
     room = (across - LABEL[width] - MARGIN - plots * (PANEL[width] + BEFORE) - sum(gaps)) / len(places)
     down = (TALLEST - head(PROMPT_LINES) - FOOT) / rows - GAP
     if down + GAP < LEAST_ROW:
-        raise ValueError(f"{rows} variants do not fit a page; name some of them with --variants")
+        raise UserError(f"{rows} variants do not fit a page; name some of them with --variants")
     if room < LEAST_PICTURE:
-        raise ValueError(f"{len(places)} pictures do not fit {width} width; name fewer with --prompt and --seeds")
+        raise UserError(f"{len(places)} pictures do not fit {width} width; name fewer with --prompt and --seeds")
     cell = sized(Image.new("L", native), (min(room, LARGEST), min(down, LARGEST))).size
     lefts = [LABEL[width] + sum(gaps[: j + 1]) + j * cell[0] for j in range(len(places))]
     spans = []

@@ -31,9 +31,10 @@ from experiments.results import (
 )
 from experiments.sheet import DPI, LINES, POINTS, SMALL, add_axes, blank, dots, lay, lettered, sized, write
 from experiments.style import COLUMN, OKABE_ITO, PAGE, paper, save, save_caption
+from fluxlab.drawing.lettering import line_height
+from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
 from fluxlab.positions import Program
-from fluxlab.report.lettering import line_height
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +73,7 @@ def make(
 def varied(run: Run, variants: Sequence[str]) -> tuple[str, Doses]:
     """What varies, in words, and its (number, variant) in order of the numbers.
 
-    Raises `ValueError` unless the programs are the same but for one number.
+    Raises `UserError` unless the programs are the same but for one number.
     """
     programs = [Program.from_config(run.record["variants"][variant]["program"]) for variant in variants]
     found = [parts(program) for program in programs]
@@ -81,7 +82,7 @@ def varied(run: Run, variants: Sequence[str]) -> tuple[str, Doses]:
     values = [one.get(differ[0]) for one in found] if len(differ) == 1 else []
     if not values or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
         names = ", ".join(sorted({".".join(map(str, key[1:])) for key in differ})) or "nothing"
-        raise ValueError(
+        raise UserError(
             f"{run.path}: a curve needs two variants or more that differ in one number; these differ in {names[:120]}\n"
             "name those that do with --variants, or draw them with python -m experiments.article"
         )

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from experiments.style import COLUMN, PAGE, command, figure, paper, save, save_caption
+from fluxlab.drawing.token_layout import sequence, view
 from fluxlab.positions import IMAGE, TEXT, Program
-from fluxlab.positions.plot import sequence, view
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

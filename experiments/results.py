@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from fluxlab.compose import guarded
+from fluxlab.errors import UserError
 from fluxlab.experiment.cells import FLOOR_SHIFT
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import REFERENCE_NAMES
 from fluxlab.measure.images import METRICS
 from fluxlab.positions import Program
-from fluxlab.positions.arguments import AXES
 from fluxlab.positions.program import Edit
+from fluxlab.select.arguments import AXES
 
 DEFAULT_METRICS = ("ssim", "letters", "object", "sawtooth", "displacement", "sharpness")
 """Which measures a figure takes unless told, the first that have values."""
@@ -76,7 +77,7 @@ def run_command(make: Callable[..., list[Path]], name: str, arguments: list[str]
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message}; see --help")
+    raise UserError(f"{message}; see --help")
 
 
 def _split(text: str | None) -> list[str] | None:
@@ -87,13 +88,13 @@ def pick_places(
     run: Run, prompts: Sequence[str] | None, seeds: Sequence[str] | None, most: int
 ) -> list[tuple[str, int]]:
     """The (prompt, seed) whose pictures are shown, those of a prompt together: all that are asked for, or else at most
-    `most`, from as many prompts. A prompt is named by a part of it that no other has. Raises `ValueError`.
+    `most`, from as many prompts. A prompt is named by a part of it that no other has. Raises `UserError`.
     """
     known_prompts, known_seeds = (list(dict.fromkeys(place[i] for place in run.places)) for i in (0, 1))
     shown = [_prompt(known_prompts, part) for part in prompts or ()] or known_prompts
     wrong = [seed for seed in seeds or () if seed not in map(str, known_seeds)]
     if wrong or seeds == []:
-        raise ValueError(f"--seeds {','.join(seeds)}: the store has {', '.join(map(str, known_seeds))}")
+        raise UserError(f"--seeds {','.join(seeds)}: the store has {', '.join(map(str, known_seeds))}")
     numbers = list(dict.fromkeys(map(int, seeds))) if seeds else known_seeds
     if not prompts:
         shown = shown[: max(1, most // len(numbers) if seeds else most)]
@@ -106,26 +107,26 @@ def _prompt(known: Sequence[str], part: str) -> str:
     found = [prompt for prompt in known if part == prompt] or [p for p in known if part.lower() in p.lower()]
     if len(found) != 1:
         said = "more than one prompt has that" if found else "no prompt has that"
-        raise ValueError(f"--prompt {part!r}: {said}; the store has\n" + "; ".join(map(repr, found or known))[:400])
+        raise UserError(f"--prompt {part!r}: {said}; the store has\n" + "; ".join(map(repr, found or known))[:400])
     return found[0]
 
 
 def pick_metrics(run: Run, names: Sequence[str] | None, most: int) -> list[str]:
-    """The measures that are asked for, or else the first of `DEFAULT_METRICS` that have values. Raises `ValueError`."""
+    """The measures that are asked for, or else the first of `DEFAULT_METRICS` that have values. Raises `UserError`."""
     known = dict.fromkeys(row["metric"] for row in run.summary if not math.isnan(row["mean"]))
     wrong = [name for name in names or () if name not in known]
     if wrong or names == []:
-        raise ValueError(f"--metrics {','.join(names)}: the store has {', '.join(known)}")
+        raise UserError(f"--metrics {','.join(names)}: the store has {', '.join(known)}")
     if len(names or ()) > most:
-        raise ValueError(f"--metrics {','.join(names)}: {len(names)}, expected at most {most}")
+        raise UserError(f"--metrics {','.join(names)}: {len(names)}, expected at most {most}")
     return list(dict.fromkeys(names)) if names else [name for name in DEFAULT_METRICS if name in known][: min(2, most)]
 
 
 def pick_variants(run: Run, names: Sequence[str] | None) -> list[str]:
-    """The baseline, and the variants that are asked for or all. Raises `ValueError`."""
+    """The baseline, and the variants that are asked for or all. Raises `UserError`."""
     wrong = [name for name in names or () if name not in run.variants]
     if wrong or names == []:
-        raise ValueError(f"--variants {','.join(names)}: the store has {', '.join(run.variants)}")
+        raise UserError(f"--variants {','.join(names)}: the store has {', '.join(run.variants)}")
     return list(dict.fromkeys([run.baseline, *(names or run.variants)]))
 
 
@@ -157,12 +158,12 @@ def single(run: Run, variant: str, metric: str) -> list[float]:
 
 
 def picture(file: Path) -> Image.Image:
-    """A cell's picture, in RGB. Raises `ValueError` for one that is not there or damaged."""
+    """A cell's picture, in RGB. Raises `UserError` for one that is not there or damaged."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # the second is Pillow's word for some broken PNGs
-        raise ValueError(f"{file}: no picture that can be read; run the store's command again") from error
+        raise UserError(f"{file}: no picture that can be read; run the store's command again") from error
 
 
 def title(metric: str) -> str:
@@ -180,7 +181,7 @@ def label(run: Run, variant: str) -> str:
     """What a variant does, as a formula where there is one: `img_ids × 0.5`, `img_ids (index) = 1`."""
     try:
         program = Program.from_config(run.record["variants"][variant]["program"])
-    except ValueError:  # an op of the user's own, whose module is not loaded here
+    except UserError:  # an op of the user's own, whose module is not loaded here
         return run.describe(variant)
     return "; then ".join(map(formula, program.edits)) or "untouched ids"
 

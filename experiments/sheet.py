@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from experiments.style import figure
+from fluxlab.drawing.lettering import broken, clean, clipped
 from fluxlab.experiment.spec import REFERENCE_NAMES
-from fluxlab.report.lettering import broken, clean, clipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxlab.compose import guarded
+from fluxlab.drawing.token_layout import OKABE_ITO, style, write_figure
 from fluxlab.files import write_atomic
-from fluxlab.positions.plot import OKABE_ITO, style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

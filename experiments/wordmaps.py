@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from fluxlab.errors import UserError
 from fluxlab.measure.oracle import inspect
 from fluxlab.measure.regions import Box
 from fluxlab.probes import Captured
@@ -29,12 +30,12 @@ def cell_shares(image: Image.Image, prompt: str, captured: Mapping[str, Captured
     of the words that name nothing there, and `…/beyond`, the ratio less that. Shares are means over steps, and over the
     words of a kind.
 
-    Raises `ValueError` for a prompt that is no scene's caption, and where no words of it were captured by block.
+    Raises `UserError` for a prompt that is no scene's caption, and where no words of it were captured by block.
     """
     try:
         wanted = parse(prompt)
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"prompt {prompt!r} is no caption of fluxlab.scenes, so that nothing can find its things in a picture"
         ) from None
     words = [match[0].lower() for match in re.finditer(r"[\w'-]+", prompt)]
@@ -90,10 +91,10 @@ def word_maps(captured: Mapping[str, Captured]) -> tuple[np.ndarray, list[str], 
         if one.about["request"]["kind"] == "words" and "image_to_word" in one.labels("direction"):
             break
     else:
-        raise ValueError("no words were captured; run the store's command again with capture=words")
+        raise UserError("no words were captured; run the store's command again with capture=words")
     one = one.sel(direction="image_to_word").mean(*({"head"} & set(one.axes)))
     if one.axes[-4:] != ("block", "word", "row", "col"):
-        raise ValueError("the words were averaged over blocks; run the store's command again with capture=words")
+        raise UserError("the words were averaged over blocks; run the store's command again with capture=words")
     values = one.values if "step" in one.axes else one.values[None]
     values = values.astype(np.float64)
     labels, blocks = [str(word).lower() for word in one.labels("word")], list(map(str, one.labels("block")))

@@ -23,6 +23,7 @@ from experiments.results import conditions, counted, label, number, opening, pic
 from experiments.style import COLUMN, OKABE_ITO, PAGE, figure, paper, save, save_caption
 from experiments.wordmaps import KINDS, cell_shares
 from fluxlab.compose import guarded
+from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.files import write_atomic
 from fluxlab.measure.summary import summarise
@@ -65,20 +66,20 @@ def make(
 
 
 def pick(run: Run, names: Sequence[str] | None) -> list[str]:
-    """The baseline, and the variants asked for or all. `ValueError` for one that the store lacks, and too many."""
+    """The baseline, and the variants asked for or all. `UserError` for one that the store lacks, and too many."""
     wrong = [name for name in names or () if name not in run.variants]
     if wrong or names == []:
-        raise ValueError(f"--variants {','.join(names)}: the store has {', '.join(run.variants)}")
+        raise UserError(f"--variants {','.join(names)}: the store has {', '.join(run.variants)}")
     shown = list(dict.fromkeys([run.baseline, *(names or run.variants)]))
     if len(shown) > len(LOOKS):
-        raise ValueError(f"{len(shown)} variants: at most {len(LOOKS)} can be told apart; name some with --variants")
+        raise UserError(f"{len(shown)} variants: at most {len(LOOKS)} can be told apart; name some with --variants")
     return shown
 
 
 def findings(run: Run, variants: Sequence[str]) -> list[Finding]:
     """A row of `COLUMNS` for every kind of word, variant, and block, the mean of all blocks, and the best."""
     if not run.attention:
-        raise ValueError(f"{run.path}: no attention was captured; run its command again with capture=words")
+        raise UserError(f"{run.path}: no attention was captured; run its command again with capture=words")
     cells = [
         {"variant": variant, "prompt": prompt, "seed": seed}
         | cell_shares(picture(run.image(variant, prompt, seed)), prompt, run.captured(variant, prompt, seed))
@@ -87,7 +88,7 @@ def findings(run: Run, variants: Sequence[str]) -> list[Finding]:
     ]
     present = [key for key in dict.fromkeys(key for cell in cells for key in cell) if "/" in key]
     if not present:
-        raise ValueError(f"{run.path}: in none of its pictures is there a thing or sign that the caption asks for")
+        raise UserError(f"{run.path}: in none of its pictures is there a thing or sign that the caption asks for")
     choosing, quoted = halves(cells)
     overall, second = (numbers(part, variants[0], present) for part in (cells, quoted))
     found = []
@@ -106,7 +107,7 @@ def halves(cells: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping], list[Mapp
     """Cells of every other seed from the first, on which a block is chosen, and the others, at which it is quoted."""
     seeds = list(dict.fromkeys(cell["seed"] for cell in cells))
     if len(seeds) < 2:
-        raise ValueError(
+        raise UserError(
             f"seeds: the store has {seeds[0]} only, and a block is not quoted on the pictures that it was chosen on\n"
             "run its command again with seeds=2 or more"
         )

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxlab import sampling
+from fluxlab.errors import UserError
 from fluxlab.model import FluxParams
 from fluxlab.positions import Context, Layout, Program, Prompt
 
@@ -31,17 +32,17 @@ def read_programs(programs: Programs) -> list[Program] | None:
 def zipped(**columns: "T | Sequence[T] | None") -> "dict[str, list[T] | None]":
     """Every column at the batch's length; a single value or a sequence of one is repeated, None stays."""
     if columns["prompts"] is None:
-        raise ValueError("prompts=None: a prompt or a list of them is needed")
+        raise UserError("prompts=None: a prompt or a list of them is needed")
     lists = {key: _as_list(key, value) for key, value in columns.items() if value is not None}
     sizes = {key: len(value) for key, value in lists.items()}
     batch = max(sizes.values())
     if any(size not in (1, batch) or size == 0 for size in sizes.values()):
         counts = ", ".join(f"{size} {key}" for key, size in sizes.items())
-        raise ValueError(f"{counts}: equal numbers are needed, or one that serves all")
+        raise UserError(f"{counts}: equal numbers are needed, or one that serves all")
     for key in {"prompts", "negative_prompts"} & set(lists):
         wrong = [value for value in lists[key] if not isinstance(value, str)]
         if wrong:
-            raise ValueError(f"{key} holds {wrong[0]!r}: strings are needed")
+            raise UserError(f"{key} holds {wrong[0]!r}: strings are needed")
     return {key: lists[key] * (batch // sizes[key]) if key in lists else None for key in columns}
 
 
@@ -49,7 +50,7 @@ def _as_list(key: str, value: "T | Sequence[T]") -> "list[T]":
     if isinstance(value, str | Integral):
         return [value]
     if not hasattr(value, "__iter__"):
-        raise ValueError(f"{key}={value!r}: one value or a list of them is needed, of strings or whole numbers")
+        raise UserError(f"{key}={value!r}: one value or a list of them is needed, of strings or whole numbers")
     return list(value)
 
 
@@ -61,24 +62,24 @@ def check_guidance(
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"{key}={value!r}: a finite number is needed")
+            raise UserError(f"{key}={value!r}: a finite number is needed")
     if guidance is not None and not distilled:
-        raise ValueError(f"guidance={guidance}: this model is not guidance-distilled; leave it out or use true_cfg")
+        raise UserError(f"guidance={guidance}: this model is not guidance-distilled; leave it out or use true_cfg")
     if true_cfg is None and negative_prompts is not None:
-        raise ValueError("negative_prompts act through true_cfg: give it too, for instance true_cfg=4")
+        raise UserError("negative_prompts act through true_cfg: give it too, for instance true_cfg=4")
 
 
 def check_length(length: int) -> int:
     """The number of T5 tokens, a whole number from 1."""
     if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
-        raise ValueError(f"max_sequence_length={length!r}: a whole number from 1 is needed")
+        raise UserError(f"max_sequence_length={length!r}: a whole number from 1 is needed")
     return length
 
 
 def check_channels(name: str, read: int, held: int) -> None:
     """Raise for a transformer that reads more channels a token than latents hold."""
     if read != held:
-        raise ValueError(
+        raise UserError(
             f"{name or 'this model'} reads {read} channels a token, latents have {held}: Fill, Canny and Depth need an "
             "image as condition, which generate() does not take"
         )
@@ -88,10 +89,10 @@ def token_grid(height: int, width: int, step: int) -> tuple[int, int]:
     """Token rows and columns of a size in pixels, `step` of them a token."""
     for key, pixels in (("height", height), ("width", width)):
         if isinstance(pixels, bool) or not isinstance(pixels, Integral):
-            raise ValueError(f"{key}={pixels!r}: a whole number of pixels is needed")
+            raise UserError(f"{key}={pixels!r}: a whole number of pixels is needed")
         if pixels < step or pixels % step:
             below = max(step, pixels // step * step)
-            raise ValueError(f"{key}={pixels}: must be a multiple of {step}, for instance {below} or {below + step}")
+            raise UserError(f"{key}={pixels}: must be a multiple of {step}, for instance {below} or {below + step}")
     return height // step, width // step
 
 
@@ -124,13 +125,13 @@ def start(
 ) -> Tensor:
     """Packed starting noise `(B, N, C)` in fp32: `latents`, or drawn in the model's dtype, as both implementations do.
 
-    Raises `ValueError` for latents of another shape.
+    Raises `UserError` for latents of another shape.
     """
     rows, cols = grid
     if latents is None:
         return sampling.pack(sampling.noise(seeds, channels // 4, 2 * rows, 2 * cols, dtype)).float()
     if latents.ndim != 3 or latents.shape[1:] != (rows * cols, channels):
-        raise ValueError(
+        raise UserError(
             f"latents have shape {tuple(latents.shape)}: packed latents ({batch}, {rows * cols}, {channels}) are "
             "needed for this size"
         )
@@ -149,6 +150,6 @@ def as_tensor(images: Sequence[Image.Image]) -> Tensor:
 
     sizes = {image.size for image in images}
     if len(sizes) != 1:
-        raise ValueError(f"images of one size are needed, these have {sorted(sizes)} (width, height)")
+        raise UserError(f"images of one size are needed, these have {sorted(sizes)} (width, height)")
     arrays = [np.asarray(image.convert("RGB")) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255

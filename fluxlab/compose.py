@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fluxlab.config import config_folder
+from fluxlab.errors import UserError
 
 T = TypeVar("T")
 
 
 def flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Hydra's flags that we know, and `overrides`. Raises `ValueError` for one that we do not."""
+    """Hydra's flags that we know, and `overrides`. Raises `UserError` for one that we do not."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=Path, default=None)
@@ -27,16 +28,16 @@ def flags(arguments: Sequence[str]) -> argparse.Namespace:
     known, others = parser.parse_known_intermixed_args(list(arguments))
     unknown = [other for other in others if other.startswith("-")]
     if unknown:
-        raise ValueError(f"{unknown[0]}: there is no such flag; keys are set as key=value, see --help")
+        raise UserError(f"{unknown[0]}: there is no such flag; keys are set as key=value, see --help")
     known.overrides += others
     if known.config_dir and not known.config_dir.is_dir():
-        raise ValueError(f"--config-dir {known.config_dir}: there is no such folder; it holds exp/, model/ or op/")
+        raise UserError(f"--config-dir {known.config_dir}: there is no such folder; it holds exp/, model/ or op/")
     return known
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(f"{message}; see --help")
+        raise UserError(f"{message}; see --help")
 
 
 def compose(
@@ -50,7 +51,7 @@ def compose(
     """The config `name` under `configs/` with `arguments` as overrides, as an object of the dataclass `schema`.
 
     Configs call the schema `schema_name` in their defaults lists; `folder` holds a user's own groups. With `show` the
-    composed YAML is returned as it stands. Raises `ValueError`, of one to three lines, for a key or type that the
+    composed YAML is returned as it stands. Raises `UserError`, of one to three lines, for a key or type that the
     schema does not know, a value left open, and whatever else Hydra refuses.
     """
     from hydra import compose as hydra_compose
@@ -70,7 +71,7 @@ def compose(
             return OmegaConf.to_yaml(config)
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from error
+        raise UserError(explain(error)) from error
     return to_schema(config, schema)
 
 
@@ -81,23 +82,23 @@ def _check_groups(arguments: Sequence[str]) -> None:
         group = config_folder() / re.sub(r"@.*", "", key)
         if key and group.is_dir() and re.fullmatch(r"[\[{].*|[-+]?[\d.]+", value, re.DOTALL):
             names, own = ", ".join(sorted(file.stem for file in group.glob("*.yaml"))), key.rpartition("@")[2]
-            raise ValueError(
+            raise UserError(
                 f"{key}={value}: a name is needed, one of {names};\nits own keys are set as {own}.<key>=… and added as "
                 f"'+{own}.<key>=…'"
             )
 
 
 def to_schema(config: Any, schema: type[T]) -> T:
-    """An object of the dataclass `schema`. Raises `ValueError` for unknown keys and values left open."""
+    """An object of the dataclass `schema`. Raises `UserError` for unknown keys and values left open."""
     from omegaconf import OmegaConf
 
     known = [f.name for f in fields(schema)]
     unknown = sorted(set(config) - set(known))  # Hydra lets +key=value past the schema
     if unknown:
-        raise ValueError(f"{unknown[0]}: there is no such key; known: {', '.join(known)}")
+        raise UserError(f"{unknown[0]}: there is no such key; known: {', '.join(known)}")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        raise ValueError(f"{missing[0]} is missing: add {missing[0]}=… to the command line")
+        raise UserError(f"{missing[0]} is missing: add {missing[0]}=… to the command line")
     return OmegaConf.to_object(config)
 
 
@@ -114,8 +115,8 @@ def hydra_main(
 ) -> None:
     """Let Hydra itself run `work(config)`: once a combination with -m, or to complete a command line for a shell.
 
-    Hydra writes nothing. A combination that fails is said and the others go on; at the end `ValueError` counts them.
-    Raises `ValueError` for what Hydra refuses, too.
+    Hydra writes nothing. A combination that fails is said and the others go on; at the end `UserError` counts them.
+    Raises `UserError` for what Hydra refuses, too.
     """
     import hydra
     from hydra.core.config_store import ConfigStore
@@ -135,7 +136,7 @@ def hydra_main(
 
         try:
             work(config)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             elsewhere = HydraConfig.get().runtime.choices.get("hydra/launcher", "basic") != "basic"
             if before[1] == "1" or elsewhere:  # a job elsewhere has only its exception to tell us by
                 raise
@@ -148,7 +149,7 @@ def hydra_main(
     try:
         hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(one)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error)) from error
+        raise UserError(explain(error)) from error
     finally:
         own.cleanup()
         sys.argv = before[0]
@@ -157,7 +158,7 @@ def hydra_main(
         else:
             os.environ["HYDRA_FULL_ERROR"] = before[1]
     if failed:
-        raise ValueError(f"{len(failed)} of the combinations failed; the others are done")
+        raise UserError(f"{len(failed)} of the combinations failed; the others are done")
 
 
 def guarded(work: Callable[[], None], interrupted: str) -> int:
@@ -173,7 +174,7 @@ def guarded(work: Callable[[], None], interrupted: str) -> int:
     except BrokenPipeError:  # whoever read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(_short(str(error)), file=sys.stderr)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
 
+from fluxlab.errors import UserError
+
 PACKAGE = Path(__file__).parent
 
 
@@ -42,10 +44,10 @@ def model_names() -> list[str]:
 
 
 def find_row(name: str | PathLike[str]) -> ModelRow:
-    """The row called `name`, or for a path or hub id a row that holds just that. `ValueError` for an unknown word."""
+    """The row called `name`, or for a path or hub id a row that holds just that. `UserError` for an unknown word."""
     if str(name) not in model_names():
         if re.fullmatch(r"[\w-]+", str(name)) and not Path(name).exists():
-            raise ValueError(
+            raise UserError(
                 f"model {name!r}: there is none; known: {', '.join(model_names())}.\n"
                 "Or pass a folder, a .safetensors file, or a hub id such as owner/name."
             )
@@ -57,18 +59,18 @@ def find_row(name: str | PathLike[str]) -> ModelRow:
 
 
 def model_row(values: dict, where: str) -> ModelRow:
-    """A row from its YAML keys. Raises `ValueError` naming `where`, the key and its value."""
+    """A row from its YAML keys. Raises `UserError` naming `where`, the key and its value."""
     known = [f.name for f in fields(ModelRow)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}, expected some of {', '.join(known)}")
+        raise UserError(f"{where}: unknown key {unknown[0]!r}, expected some of {', '.join(known)}")
     if not values.get("path"):
-        raise ValueError(f"{where}: path is missing (a folder, a file or a hub id)")
+        raise UserError(f"{where}: path is missing (a folder, a file or a hub id)")
     size = values.get("size")
     if size is not None and not (
         isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
     ):
-        raise ValueError(f"{where}: size {size!r}, expected [height, width] in pixels")
+        raise UserError(f"{where}: size {size!r}, expected [height, width] in pixels")
     path = values["path"]
     if path.startswith("fluxlab/"):
         path = str(PACKAGE.parent / path)

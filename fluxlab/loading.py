@@ -10,6 +10,7 @@ from fluxlab import checkpoints, sampling
 from fluxlab.checkpoints.manifest import verify_manifest
 from fluxlab.checkpoints.stored import ENCODERS, Stored, local, on_meta
 from fluxlab.config import ModelRow, find_row
+from fluxlab.errors import UserError
 from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
@@ -31,7 +32,7 @@ def load_pipeline(
 
     `dtype` None keeps each part as it is stored. A BFL file holds the transformer only: `autoencoder` names its
     `ae.safetensors` (or a folder) and `text` a Diffusers folder or hub id with both text encoders. `variant` chooses
-    files such as `….fp16.safetensors`. Raises `ValueError` for what is missing, damaged or does not fit the device.
+    files such as `….fp16.safetensors`. Raises `UserError` for what is missing, damaged or does not fit the device.
     """
     row = find_row(name)
     given = {"autoencoder": autoencoder, "text": text, "variant": variant}
@@ -46,12 +47,12 @@ def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torc
     found = checkpoints.find(row.path, variant=row.variant)
     verify_manifest(found.path)
     if found.kind == "autoencoder":
-        raise ValueError(f"{row.path}: an autoencoder; pass the transformer's file, and this one as autoencoder=")
+        raise UserError(f"{row.path}: an autoencoder; pass the transformer's file, and this one as autoencoder=")
     lacks = {"pipeline": (), "originals": ("text",), "transformer": ("autoencoder", "text")}[found.kind]
     for part in lacks:
         if getattr(row, part) is None:
             what = {"autoencoder": "ae.safetensors or a folder", "text": "a Diffusers folder or hub id of FLUX.1"}[part]
-            raise ValueError(f"{row.path}: holds no {part}; pass {part}=, {what}")
+            raise UserError(f"{row.path}: holds no {part}; pass {part}=, {what}")
     common = {"dtype": dtype, "device": device, "variant": row.variant}
     transformer = checkpoints.load_transformer(found.path, **common)
     autoencoder = checkpoints.load_autoencoder(row.autoencoder or found.path, **common)

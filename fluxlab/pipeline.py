@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fluxlab import batching, positions, sampling
 from fluxlab.batching import Programs
+from fluxlab.errors import UserError
 from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
 from fluxlab.positions import Program
@@ -82,12 +83,12 @@ class Pipeline:
         A `probe` looks on at attention (`fluxlab.probes`), and has what it saw in `probe.arrays` afterwards.
 
         Returns PIL images, or with output="latent" the packed latents `(B, N, C)` in fp32, or with output="pt" images
-        `(B, 3, H, W)` in 0 … 1. Raises `ValueError` for whatever does not fit together.
+        `(B, 3, H, W)` in 0 … 1. Raises `UserError` for whatever does not fit together.
         """
         if output not in ("pil", "latent", "pt"):
-            raise ValueError(f"output {output!r}: expected pil, latent or pt")
+            raise UserError(f"output {output!r}: expected pil, latent or pt")
         if probe is not None and not isinstance(probe, Probe):
-            raise ValueError(f"probe={probe!r}: a fluxlab.probes.Probe is needed, for instance Probe('words')")
+            raise UserError(f"probe={probe!r}: a fluxlab.probes.Probe is needed, for instance Probe('words')")
         rows, cols = self.grid(height, width)
         length = batching.check_length(self.max_sequence_length if max_sequence_length is None else max_sequence_length)
         batch = batching.zipped(
@@ -129,7 +130,7 @@ class Pipeline:
         negative_prompt: str | None = None,
         probe: Probe | None = None,
     ) -> None:
-        """Raise the `ValueError` that `generate` would for a batch of (prompt, program) pairs, before it is run."""
+        """Raise the `UserError` that `generate` would for a batch of (prompt, program) pairs, before it is run."""
         rows, cols = self.grid(height, width)
         sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
         negatives = None if negative_prompt is None else [negative_prompt] * len(prompts)
@@ -294,6 +295,6 @@ class Pipeline:
         return positions.Prompt(prompt, tuple(map(tuple, spans.offset_mapping)))
 
     def grid(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Token rows and columns of an image size; `ValueError` with the nearest sizes for one that does not divide."""
+        """Token rows and columns of an image size; `UserError` with the nearest sizes for one that does not divide."""
         height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
         return batching.token_grid(height, width, self.pixels_per_token)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxlab.compose import compose, flags, guarded, hydra_main, to_schema
 from fluxlab.config import config_folder, model_row
+from fluxlab.errors import UserError
 
 if TYPE_CHECKING:
     from fluxlab.experiment.spec import Experiment
@@ -66,7 +67,7 @@ def _main(arguments: list[str]) -> None:
     elif asked.help or not asked.overrides:
         print(usage(asked.config_dir))
     elif not named:  # a forgotten + must not look like a run that is done
-        raise ValueError(f"{' '.join(arguments)}: no experiment named; add +exp=<name>")
+        raise UserError(f"{' '.join(arguments)}: no experiment named; add +exp=<name>")
     elif asked.cfg:
         print(compose("config", RunConfig, "schema", asked.overrides, asked.config_dir, show=True), end="")
     else:
@@ -74,7 +75,7 @@ def _main(arguments: list[str]) -> None:
 
 
 def read(config: RunConfig) -> "Experiment":
-    """The experiment that a config asks for. Raises `ValueError` naming the key, its value, and what to do."""
+    """The experiment that a config asks for. Raises `UserError` naming the key, its value, and what to do."""
     from fluxlab.checkpoints.identity import fingerprint
     from fluxlab.experiment.prompts import read_prompts
     from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
@@ -120,8 +121,8 @@ def run(config: RunConfig, command: str) -> None:
     from fluxlab.experiment.store import open_store
     from fluxlab.loading import load_row
     from fluxlab.probes import INDEX
-    from fluxlab.report import tracking as tracker
     from fluxlab.report.products import GRID_FILE, PAGE_FILE, grid, page
+    from fluxlab.report.wandb import tracking as tracker
 
     if config.plan:
         from fluxlab.experiment.plan import plan

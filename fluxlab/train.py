@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fluxlab.compose import compose, guarded
 from fluxlab.config import config_folder
+from fluxlab.errors import UserError
 from fluxlab.training.recipe import Recipe, check
 
 
@@ -32,7 +33,7 @@ def run(recipe: Recipe, arguments: list[str]) -> None:
 
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: torch sees no CUDA device here; leave device out or set device=cpu")
+        raise UserError(f"device={device}: torch sees no CUDA device here; leave device out or set device=cpu")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     folder = Path(recipe.out or f"runs/train-{recipe.name}")

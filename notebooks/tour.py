@@ -31,8 +31,9 @@ import numpy as np
 from PIL import Image
 
 import fluxlab
+from fluxlab.drawing import token_layout as plot
 from fluxlab.experiment.reading import read_store
-from fluxlab.positions import Program, plot
+from fluxlab.positions import Program
 from fluxlab.run import main
 from fluxlab.sampling import image_ids, text_ids
 

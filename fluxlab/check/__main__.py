@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fluxlab.compose import compose, flags, guarded
 from fluxlab.config import model_names, model_row
+from fluxlab.errors import UserError
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str]) -> None:
     asked = flags(arguments)
     if asked.multirun or asked.shell_completion:
-        raise ValueError("-m, -sc: one model at a time is checked, see --help")
+        raise UserError("-m, -sc: one model at a time is checked, see --help")
     if asked.help or not asked.overrides:
         print(_USAGE.format(names=", ".join(model_names())))
     elif asked.cfg:
@@ -52,7 +53,7 @@ hub id that is fetched. Exits 0 when all is ok, 2 with what failed and what to d
 
 
 def run(config: CheckConfig) -> None:
-    """Check after check; raises `ValueError` with the name of the first that fails, and what to do."""
+    """Check after check; raises `UserError` with the name of the first that fails, and what to do."""
     import torch
 
     from fluxlab.check import computed, held
@@ -60,7 +61,7 @@ def run(config: CheckConfig) -> None:
     from fluxlab.experiment.spec import DTYPES
 
     if config.dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype={config.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
+        raise UserError(f"dtype={config.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
     dtype = getattr(torch, config.dtype) if config.dtype else None
     device = check_device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
@@ -88,12 +89,12 @@ def _checked(name: str, check: Callable[[], tuple[str, T]]) -> T:
         lack = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
         if not lack:
             raise
-        raise ValueError(
+        raise UserError(
             f"failed  {name}: out of memory ({str(error)[:120].splitlines()[0]})\n"
             "Close what else runs there, or try dtype=bfloat16, or device=cpu."
         ) from error
-    except (ValueError, OSError) as error:
-        raise ValueError(f"failed  {name}: {error}") from error
+    except (UserError, OSError) as error:
+        raise UserError(f"failed  {name}: {error}") from error
     print(f"ok  {name:<12}{said}", flush=True)
     return value
 

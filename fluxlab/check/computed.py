@@ -8,6 +8,7 @@ import torch
 from fluxlab import sampling, scenes
 from fluxlab.check.held import memory
 from fluxlab.checkpoints.stored import Stored
+from fluxlab.errors import UserError
 from fluxlab.experiment.costs import decode_flops, duration, forward_flops
 from fluxlab.pipeline import Pipeline
 from fluxlab.positions import Program, noise_floor
@@ -34,9 +35,9 @@ def text_encoders(pipe: Pipeline, parts: dict[str, Stored]) -> tuple[str, None]:
     for name, states, others in (("T5", txt, other_txt), ("CLIP", y, other_y)):
         if not states.isfinite().all():
             hint = "T5 overflows in float16 on some devices: try dtype=bfloat16" if name == "T5" else "fetch it again"
-            raise ValueError(f"{name} gives values that are not finite\n{hint}.")
+            raise UserError(f"{name} gives values that are not finite\n{hint}.")
         if states.equal(others):
-            raise ValueError(
+            raise UserError(
                 f"{name} gives the same for {PROMPTS[0]!r} and {PROMPTS[1]!r}\nFetch it and its tokenizer again."
             )
     numbers = [f"{parts[name].parameters.total():,}" for name in ("clip", "t5")]
@@ -68,10 +69,10 @@ def one_step(start: torch.Tensor, velocity: Callable[..., torch.Tensor]) -> tupl
     v = velocity()
     seconds = time.perf_counter() - began
     if not v.isfinite().all():
-        raise ValueError("the velocity is not finite\nTry dtype=bfloat16 or float32; else fetch the transformer again.")
+        raise UserError("the velocity is not finite\nTry dtype=bfloat16 or float32; else fetch the transformer again.")
     std, alike = v.std().item(), torch.corrcoef(torch.stack((v.flatten(), start.flatten())))[0, 1].item()
     if not STD[0] <= std <= STD[1]:
-        raise ValueError(
+        raise UserError(
             f"the velocity's deviation is {std:.3g}, {STD[0]:g} to {STD[1]:g} is expected of noise minus picture\n"
             "The weights are damaged, or not a flow matching model's; fetch them again."
         )
@@ -89,7 +90,7 @@ def shifting(
     rounding = change(nudged, untouched)
     told = f"shifting all ids changes the velocity by {floor:.1e} std, rounding the latents once by {rounding:.1e}"
     if not floor <= ROUNDINGS * rounding:
-        raise ValueError(
+        raise UserError(
             f"{told}\nIt should be rounding alone, for attention sees differences of positions only. "
             "See whether dtype=float32 device=cpu fails too, and report both."
         )
@@ -100,7 +101,7 @@ def zeroing(velocity: Callable[..., torch.Tensor], untouched: torch.Tensor, floo
     """Ids matter: without the image's, the velocity is another."""
     effect = change(velocity(Program.from_config({"zero": {"op": "zero"}})), untouched)
     if not effect > floor:
-        raise ValueError(
+        raise UserError(
             f"setting all image ids to 0 changes the velocity by {effect:.1e} std, no more than shifting all ids does "
             f"({floor:.1e})\nThe ids are not used, or their effect is below rounding: try dtype=float32."
         )
@@ -121,7 +122,7 @@ def pictures(pipe: Pipeline, tokens: int) -> tuple[str, None]:
     latents, rows, cols = pipe.encode(picture)
     back = pipe.decode(latents, rows, cols, "pt").cpu()
     if not (latents.isfinite().all() and back.isfinite().all()):
-        raise ValueError("the autoencoder gives values that are not finite\nTry dtype=bfloat16 or float32.")
+        raise UserError("the autoencoder gives values that are not finite\nTry dtype=bfloat16 or float32.")
     psnr = -10 * torch.log10((back - picture).square().mean()).item()
     kind = "as trained weights have it" if psnr > 25 else "trained weights have more than 25"
     return f"encoded and decoded again: {psnr:.1f} dB: {kind}; latents std {latents.std():.2f}", None

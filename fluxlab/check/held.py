@@ -15,6 +15,7 @@ from fluxlab.checkpoints.finding import resolve
 from fluxlab.checkpoints.manifest import NAME, verify_manifest
 from fluxlab.checkpoints.stored import Stored, on_meta, stored
 from fluxlab.config import ModelRow
+from fluxlab.errors import UserError
 from fluxlab.experiment.costs import gb, number
 from fluxlab.files import sha256_of
 from fluxlab.loading import load_row
@@ -82,7 +83,7 @@ def counts(network: torch.nn.Module, part: Stored) -> tuple[str, None]:
     numbers.append(part.parameters.total())
     shapes = [{name: tuple(tensor.shape) for name, tensor in some.items()} for some in (held, expected)]
     if len(set(numbers)) > 1 or shapes[0] != shapes[1]:
-        raise ValueError(
+        raise UserError(
             f"{numbers[0]:,} parameters in {len(held)} tensors, {numbers[1]:,} in {len(expected)} expected, "
             f"{numbers[2]:,} in the files\nThe files are of another model than their config says; fetch them again."
         )

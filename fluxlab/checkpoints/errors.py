@@ -2,8 +2,10 @@
 
 from collections.abc import Collection
 
+from fluxlab.errors import UserError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or written; the message names the file and what to do."""
 
 

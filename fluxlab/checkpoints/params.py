@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import quantised
+from fluxlab.errors import UserError
 from fluxlab.model import AutoEncoderParams, FluxParams
 
 TRANSFORMER_CLASS, AUTOENCODER_CLASS = "FluxTransformer2DModel", "AutoencoderKL"
@@ -180,7 +181,7 @@ def from_metadata(cls: type, text: str, where: Path) -> Any:
     try:
         values = json.loads(text)
         if sorted(values) != sorted(names):
-            raise ValueError(f"expected {', '.join(names)}")
+            raise UserError(f"expected {', '.join(names)}")
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{where}: metadata {METADATA_KEY} is no {cls.__name__}: {error}") from None

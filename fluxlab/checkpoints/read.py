@@ -69,7 +69,7 @@ def load_transformer(
     dtype: None keeps each tensor's own. On the CPU without a cast the weights stay mapped from the file and are read
     when used; writing to them never changes it. variant: for files such as `….fp16.safetensors`. params: the sizes of
     a single file, where its metadata and tensor shapes cannot tell them. check_memory: refuse what does not fit
-    before reading it. Raises `CheckpointError` (a `ValueError`) naming the file and what to do.
+    before reading it. Raises `CheckpointError` (a `UserError`) naming the file and what to do.
     """
     return _load(_TRANSFORMER, path, dtype, device, variant, params, check_memory)
 

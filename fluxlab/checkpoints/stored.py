@@ -15,6 +15,7 @@ from fluxlab.checkpoints.hub import is_hub_id
 from fluxlab.checkpoints.params import METADATA_KEY, autoencoder_params, from_metadata, transformer_params
 from fluxlab.checkpoints.shapes import autoencoder_params_from_shapes, transformer_params_from_shapes
 from fluxlab.config import ModelRow, find_row, model_names
+from fluxlab.errors import UserError
 from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoder, AutoEncoderParams, Flux, FluxParams
 
 ENCODERS = {"clip": ("text_encoder", "tokenizer"), "t5": ("text_encoder_2", "tokenizer_2")}
@@ -73,13 +74,11 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
 def published(row: ModelRow) -> dict[str, Stored]:
     """The same of a model of `configs/model` that is still to be fetched: FLUX.1's sizes, in bf16.
 
-    Raises `ValueError` for a model of which no sizes are known.
+    Raises `UserError` for a model of which no sizes are known.
     """
     names = {find_row(name).path: name for name in model_names() if name in TRANSFORMERS}
     if row.path not in names:
-        raise ValueError(
-            f"{row.path}: not on this machine, and its sizes are unknown; fetch it: hf download {row.path}"
-        )
+        raise UserError(f"{row.path}: not on this machine, and its sizes are unknown; fetch it: hf download {row.path}")
     sizes = {"transformer": TRANSFORMERS[names[row.path]], "autoencoder": AUTOENCODERS["flux1"]}
     shapes = {part: [weight.numel() for weight in on_meta(params).parameters()] for part, params in sizes.items()}
     counts = {**shapes, **{part: [count] for part, count in _PUBLISHED.items()}}

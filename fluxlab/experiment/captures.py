@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from fluxlab.errors import UserError
 from fluxlab.experiment.cells import Cell, Settings, batches, cells
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
@@ -31,7 +32,7 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: boo
     if refused:
         prompt, message = refused[0]
         alike = len(set(told)) == 1
-        raise ValueError(message if alike else f"{message}\nThis is of the prompt {prompt!r}.")
+        raise UserError(message if alike else f"{message}\nThis is of the prompt {prompt!r}.")
     every = cells(experiment, settings)
     message = _refused(settle, every, settings)
     if message:
@@ -39,14 +40,14 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: boo
         smaller = (replace(settings, batch_tokens=size * settings.tokens) for size in range(largest - 1, 0, -1))
         fits = next(one.batch_tokens for one in smaller if not _refused(settle, every, one))
         elsewhere = " with another out= folder" if fixed else ""
-        raise ValueError(f"{message}\nOr batch_tokens={fits}{elsewhere}: fewer pictures at a time.")
+        raise UserError(f"{message}\nOr batch_tokens={fits}{elsewhere}: fewer pictures at a time.")
 
 
 def _refusal(settle: Settle, prompts: Sequence[str]) -> str:
     """Why a batch of these prompts cannot be captured; "" where it can."""
     try:
         settle(prompts)
-    except ValueError as error:
+    except UserError as error:
         return str(error)
     return ""
 

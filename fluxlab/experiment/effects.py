@@ -28,7 +28,7 @@ FILES = (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE)
 
 
 def judges(experiment: Experiment) -> list["Similarity"]:
-    """The similarity models that the experiment names, loaded. Raises `ValueError` for one that cannot be."""
+    """The similarity models that the experiment names, loaded. Raises `UserError` for one that cannot be."""
     named = [(kind, getattr(experiment, kind)) for kind in ("clip", "dino")]
     if not any(checkpoint for _, checkpoint in named):
         return []

@@ -16,8 +16,8 @@ from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, look
 from fluxlab.loading import hollow
 from fluxlab.pipeline import Pipeline
-from fluxlab.positions.tokens import names_words
 from fluxlab.probes import WORKING, Probe, memory, settle
+from fluxlab.select.tokens import names_words
 
 
 def plan(
@@ -26,7 +26,7 @@ def plan(
     """What the same run without plan=true would do, in lines: settings, pictures, batches, time and memory.
 
     out: the run folder; None where its name depends on a model that is still to be fetched. Raises the run's own
-    `ValueError`s for what fits neither the model nor the folder; those of prompts, programs and words once the model is
+    `UserError`s for what fits neither the model nor the folder; those of prompts, programs and words once the model is
     here.
     """
     runner.check_counts(batch_tokens=batch_tokens, threads=threads)

@@ -5,7 +5,7 @@ import json
 from os import PathLike
 from pathlib import Path
 
-from fluxlab.positions.spelling import show
+from fluxlab.errors import UserError, show
 
 
 def read_prompts(path: "str | PathLike[str]") -> list[str]:
@@ -15,7 +15,7 @@ def read_prompts(path: "str | PathLike[str]") -> list[str]:
     ends in .jsonl each line that is not blank is a JSON string, or an object with the key `prompt` (its other keys are
     ignored); such a prompt is taken as it stands, and may open with # or be empty.
 
-    Raises `ValueError` naming the file and the line for what cannot be read, a file without a prompt, and a prompt that
+    Raises `UserError` naming the file and the line for what cannot be read, a file without a prompt, and a prompt that
     is there twice: its pictures would be the same.
     """
     file = Path(path).expanduser()
@@ -27,12 +27,12 @@ def read_prompts(path: "str | PathLike[str]") -> list[str]:
             continue
         prompt = _from_json(line, f"{file}, line {number}") if jsonl else line
         if prompt in prompts:
-            raise ValueError(
+            raise UserError(
                 f"{file}, lines {prompts[prompt]} and {number}: {show(prompt)} is there twice; leave one of them out"
             )
         prompts[prompt] = number
     if not prompts:
-        raise ValueError(f"{file}: no prompt in it; write one a line")
+        raise UserError(f"{file}: no prompt in it; write one a line")
     return list(prompts)
 
 
@@ -40,17 +40,17 @@ def _lines(file: Path) -> list[str]:
     try:
         content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError:
-        raise ValueError(f"{file}: there is no such file") from None
+        raise UserError(f"{file}: there is no such file") from None
     except IsADirectoryError:
-        raise ValueError(f"{file}: a folder; name a file with one prompt a line") from None
+        raise UserError(f"{file}: a folder; name a file with one prompt a line") from None
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
         return content.decode().split("\n")  # splitlines would also cut a prompt at U+2028 and the like
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{file}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise UserError(f"{file}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def _from_json(line: str, where: str) -> str:
@@ -58,14 +58,14 @@ def _from_json(line: str, where: str) -> str:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {show(line)}, {accepted} ({error})") from None
+        raise UserError(f"{where}: {show(line)}, {accepted} ({error})") from None
     if isinstance(value, dict) and "prompt" not in value:
-        raise ValueError(f"{where}: no key prompt among {', '.join(value) or 'none'}; {accepted}")
+        raise UserError(f"{where}: no key prompt among {', '.join(value) or 'none'}; {accepted}")
     prompt = value["prompt"] if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise ValueError(f"{where}: {show(prompt)} is no prompt, {accepted}")
+        raise UserError(f"{where}: {show(prompt)} is no prompt, {accepted}")
     try:
         prompt.encode()
     except UnicodeEncodeError:  # "\ud83d" without its other half is valid JSON
-        raise ValueError(f"{where}: {prompt!a} holds half a character (a lone surrogate)") from None
+        raise UserError(f"{where}: {prompt!a} holds half a character (a lone surrogate)") from None
     return prompt

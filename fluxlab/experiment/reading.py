@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fluxlab.errors import UserError
 from fluxlab.experiment.store import CELLS, read_experiment
 from fluxlab.probes import Captured, index, load
 
@@ -62,12 +63,10 @@ class Run:
     def captured(self, variant: str, prompt: str, seed: int) -> dict[str, Captured]:
         """What was captured of a cell, by the names of the requests. `KeyError` for one that was not.
 
-        Raises `ValueError` for a run without a capture, and for a file that is missing or damaged.
+        Raises `UserError` for a run without a capture, and for a file that is missing or damaged.
         """
         if not self.attention:
-            raise ValueError(
-                f"{self.path}: nothing of attention was captured; run its command again with capture=words"
-            )
+            raise UserError(f"{self.path}: nothing of attention was captured; run its command again with capture=words")
         return load(self.path / self._captured[variant, prompt, seed])
 
     @cached_property
@@ -80,7 +79,7 @@ class Run:
 
 
 def read_store(path: "str | Path") -> Run:
-    """Raises `ValueError` for a folder that is no store, is damaged, or has not come to its numbers yet."""
+    """Raises `UserError` for a folder that is no store, is damaged, or has not come to its numbers yet."""
     path = Path(path)
     record = read_experiment(path)
     tables = [read_table(path / name) for name in (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE)]
@@ -93,9 +92,9 @@ def read_table(file: Path) -> list[dict[str, Any]]:
         with open(file, newline="", encoding="utf-8") as handle:
             return [{key: _value(key, value) for key, value in row.items()} for row in csv.DictReader(handle)]
     except FileNotFoundError:
-        raise ValueError(f"{file}: not there; the run is not finished: run its command again") from None
+        raise UserError(f"{file}: not there; the run is not finished: run its command again") from None
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
+        raise UserError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
 
 
 def _value(key: str, text: str) -> Any:

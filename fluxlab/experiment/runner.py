@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from fluxlab.config import ModelRow
+from fluxlab.errors import UserError
 from fluxlab.experiment import captures
 from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.spec import Experiment
@@ -39,7 +40,7 @@ def fill(
     hears of every batch.
 
     A batch with a missing cell is computed whole, in the composition that an undisturbed run has, so that a resumed
-    store has the same bits; what is there is not written again. Raises `ValueError` for what does not fit the model or
+    store has the same bits; what is there is not written again. Raises `UserError` for what does not fit the model or
     the store, before anything is run.
     """
     check_counts(batch_tokens=batch_tokens, threads=threads)
@@ -69,14 +70,14 @@ def check_counts(**asked: int | None) -> None:
     """Raise for a number of tokens or threads that is none."""
     for key, value in asked.items():
         if value is not None and value < 1:
-            raise ValueError(f"{key}={value}: a whole number from 1 is needed, or null")
+            raise UserError(f"{key}={value}: a whole number from 1 is needed, or null")
 
 
 def refuse_others(settings: Settings, out: Path | None, **asked: int | None) -> None:
     """Raise for what a store's pictures were not made with."""
     for key, value in asked.items():
         if value is not None and value != getattr(settings, key):
-            raise ValueError(
+            raise UserError(
                 f"{key}={value}: the pictures in {out} were made with {getattr(settings, key)}, and another value "
                 "changes their last bits; leave it out, or name another out= folder"
             )
@@ -198,7 +199,7 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
     """Raise for every prompt and program that the model cannot take, before anything is run."""
     now = kernel(pipe.device.type, pipe.dtype, settings.tokens)
     if now != settings.kernel:
-        raise ValueError(
+        raise UserError(
             f"this folder's pictures were made with the attention kernel {settings.kernel!r}, here it would be "
             f"{now!r}; name another out= folder"
         )
@@ -225,7 +226,7 @@ def halved(settings: Settings, error: Exception) -> Settings:
     if not lack:
         raise error
     if settings.batch_tokens // settings.tokens <= 1:
-        raise ValueError(
+        raise UserError(
             f"out of memory with one picture of {settings.height} × {settings.width} ({told[:120]}); "
             "smaller height= and width=, or dtype=bfloat16, need less"
         ) from error

@@ -10,8 +10,8 @@ from typing import Any
 
 from fluxlab.checkpoints import check_device
 from fluxlab.config import ModelRow
+from fluxlab.errors import UserError, join
 from fluxlab.positions import Program
-from fluxlab.positions.spelling import join
 from fluxlab.probes import Capture
 
 SCHEMA = 1
@@ -86,39 +86,39 @@ _NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip"
 
 
 def checked(experiment: Experiment) -> Experiment:
-    """The experiment with its numbers normalised. Raises `ValueError` naming the key, its value, and what to do."""
+    """The experiment with its numbers normalised. Raises `UserError` naming the key, its value, and what to do."""
     if not re.fullmatch(r"\w[\w.-]*", experiment.name):
-        raise ValueError(f"name={experiment.name}: names a folder; use letters, digits, -, . and _")
+        raise UserError(f"name={experiment.name}: names a folder; use letters, digits, -, . and _")
     if not experiment.variants:
-        raise ValueError("variants={}: at least one variant is needed, for instance variants.baseline={}")
+        raise UserError("variants={}: at least one variant is needed, for instance variants.baseline={}")
     if experiment.baseline not in experiment.variants:
-        raise ValueError(
+        raise UserError(
             f"baseline={experiment.baseline}: no such variant, which the others are compared with; "
             f"there are {', '.join(experiment.variants)}"
         )
     if not experiment.prompts:
-        raise ValueError("prompts=[]: at least one prompt is needed")
+        raise UserError("prompts=[]: at least one prompt is needed")
     twice = [prompt for i, prompt in enumerate(experiment.prompts) if prompt in experiment.prompts[:i]]
     if twice:
-        raise ValueError(f"prompts: {twice[0]!r} is there twice; its pictures would be the same")
+        raise UserError(f"prompts: {twice[0]!r} is there twice; its pictures would be the same")
     for key in ("height", "width", "steps"):
         value = getattr(experiment, key)
         if value is not None and value < 1:
-            raise ValueError(f"{key}={value}: a whole number from 1 is needed")
+            raise UserError(f"{key}={value}: a whole number from 1 is needed")
     if experiment.dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype={experiment.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
+        raise UserError(f"dtype={experiment.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
     if experiment.device:
         check_device(experiment.device)
     for request in experiment.capture.requests:
         if request.kind == "similarity":
-            raise ValueError(
+            raise UserError(
                 f"{join(request.path, 'kind')}: similarity compares samples of one batch; a run has its own batches.\n"
                 "Capture words and compare what is stored: fluxlab.probes.similarity(a, b), fluxlab.probes.read(out).\n"
                 "Or put what is to be compared into one pipe.generate(probe=…)."
             )
     numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
     if experiment.negative_prompt is not None and experiment.true_cfg is None:
-        raise ValueError("negative_prompt acts through true_cfg: give it too, for instance true_cfg=4")
+        raise UserError("negative_prompt acts through true_cfg: give it too, for instance true_cfg=4")
     return replace(experiment, **numbers)
 
 
@@ -126,29 +126,29 @@ def _number(key: str, value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) < float("inf"):
-        raise ValueError(f"{key}={value}: a finite number is needed")
+        raise UserError(f"{key}={value}: a finite number is needed")
     return float(value)
 
 
 def read_variants(variants: Mapping[str, Any]) -> dict[str, Program]:
-    """Programs by name. Raises `ValueError` with the path of what is wrong, such as `variants.half.a.factor`."""
+    """Programs by name. Raises `UserError` with the path of what is wrong, such as `variants.half.a.factor`."""
     for name in variants:
         if not re.fullmatch(r"\w[\w.+ -]*", str(name)) or str(name) in REFERENCE_NAMES:
-            raise ValueError(f"variants: {str(name)!r} is no name for a variant; use letters, digits, - and _")
+            raise UserError(f"variants: {str(name)!r} is no name for a variant; use letters, digits, - and _")
     return {str(name): Program.from_config(program, f"variants.{name}") for name, program in variants.items()}
 
 
 def read_seeds(seeds: Any) -> tuple[int, ...]:
-    """`4` means seeds 0 … 3, `[3, 5]` those two. Raises `ValueError` for anything else."""
+    """`4` means seeds 0 … 3, `[3, 5]` those two. Raises `UserError` for anything else."""
     if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
         if seeds > 1_000_000:
-            raise ValueError(f"seeds={seeds}: that many, from 0; for this one seed write seeds=[{seeds}]")
+            raise UserError(f"seeds={seeds}: that many, from 0; for this one seed write seeds=[{seeds}]")
         return tuple(range(seeds))
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds:
-        raise ValueError(f"seeds={seeds}: expected a count such as 4, or a list such as [3,5]")
+        raise UserError(f"seeds={seeds}: expected a count such as 4, or a list such as [3,5]")
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
-            raise ValueError(f"seeds={seeds}: {seed} is no seed; whole numbers from 0 to 2^63 - 1 are")
+            raise UserError(f"seeds={seeds}: {seed} is no seed; whole numbers from 0 to 2^63 - 1 are")
     if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds={seeds}: one of them is there twice")
+        raise UserError(f"seeds={seeds}: one of them is there twice")
     return tuple(seeds)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fluxlab.errors import UserError
 from fluxlab.experiment.cells import Cell, Settings
 from fluxlab.experiment.spec import SCHEMA, Experiment
 from fluxlab.files import sha256_of, sweep, write_atomic
@@ -148,17 +149,17 @@ class Store:
 
 
 def look(path: Path) -> Store | None:
-    """The store at `path` to look at, None where there is none yet. Raises `ValueError` for what is no run folder."""
+    """The store at `path` to look at, None where there is none yet. Raises `UserError` for what is no run folder."""
     if not path.exists():
         return None
     if not path.is_dir():
-        raise ValueError(f"out={path}: a file; name a folder")
+        raise UserError(f"out={path}: a file; name a folder")
     if (path / EXPERIMENT).is_file():
         return Store(path)
     names = [p.name for p in path.iterdir() if p.name not in (LOCK, *TRACKERS)]
     others = [name for name in names if not name.startswith(f".{EXPERIMENT}")]
     if others:
-        raise ValueError(
+        raise UserError(
             f"out={path}: holds {others[0]!r} and no {EXPERIMENT}, so it is no run folder; name a new or empty one"
         )
     return None
@@ -168,7 +169,7 @@ def look(path: Path) -> Store | None:
 def open_store(path: Path) -> Iterator[Store]:
     """The store at `path`, made if need be, locked while the block runs.
 
-    Raises `ValueError` for a folder with other things in it, a store of another schema, one that another process holds,
+    Raises `UserError` for a folder with other things in it, a store of another schema, one that another process holds,
     or one that cannot be written.
     """
     from filelock import FileLock, Timeout
@@ -179,18 +180,18 @@ def open_store(path: Path) -> Iterator[Store]:
         lock = FileLock(path / LOCK, timeout=0)
         lock.acquire()
     except Timeout:
-        raise ValueError(
+        raise UserError(
             f"out={path}: another process is running in this folder; wait for it, or name another"
         ) from None
     except OSError as error:
-        raise ValueError(f"out={path}: cannot be written ({error.strerror or error}); name another folder") from error
+        raise UserError(f"out={path}: cannot be written ({error.strerror or error}); name another folder") from error
     try:
         sweep(path)
         yield Store(path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG):
             raise
-        raise ValueError(
+        raise UserError(
             f"{error.filename or path}: {error.strerror}\n"
             "What was finished is kept; make room and run the same command again."
         ) from error
@@ -203,18 +204,18 @@ def open_store(path: Path) -> Iterator[Store]:
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
-    """What `experiment.yaml` holds. Raises `ValueError` for one that is damaged or of another schema."""
+    """What `experiment.yaml` holds. Raises `UserError` for one that is damaged or of another schema."""
     file = path / EXPERIMENT
     try:
         record = yaml.safe_load(file.read_text(encoding="utf-8"))
         schema = record["schema"]
     except FileNotFoundError:
-        raise ValueError(f"{path}: no {EXPERIMENT} in it, so it is no run folder") from None
+        raise UserError(f"{path}: no {EXPERIMENT} in it, so it is no run folder") from None
     except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read ({str(error).splitlines()[0]}); name another out= folder") from error
+        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); name another out= folder") from error
     if schema != SCHEMA:
-        raise ValueError(f"{file}: schema {schema}, this fluxlab writes {SCHEMA}; name another out= folder")
+        raise UserError(f"{file}: schema {schema}, this fluxlab writes {SCHEMA}; name another out= folder")
     missing = {f.name for f in fields(Settings)} - set(record.get("settings") or ())
     if missing or "request" not in record:
-        raise ValueError(f"{file}: {min(missing, default='request')} is missing; name another out= folder")
+        raise UserError(f"{file}: {min(missing, default='request')} is missing; name another out= folder")
     return record

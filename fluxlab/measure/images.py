@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from fluxlab.errors import UserError
 from fluxlab.scenes import parse
 
 if TYPE_CHECKING:
@@ -72,14 +73,14 @@ def compare(image: np.ndarray, baseline: np.ndarray) -> dict[str, float]:
     in CIELAB and so ignores where things are. displacement is the translation that phase correlation finds, to 0.1 px,
     or none where the pictures agree better unmoved. It is nan for pictures that have nothing in common: laid over each
     other either way, their lumas correlate by less than `MIN_AGREEMENT`, or one has no contrast and they are not equal.
-    Raises ValueError for images of another kind and for two of different sizes.
+    Raises UserError for images of another kind and for two of different sizes.
     """
     from skimage.color import deltaE_ciede2000, rgb2lab
     from skimage.metrics import mean_squared_error, structural_similarity
 
     image, baseline = _pixels(image, "image"), _pixels(baseline, "baseline")
     if image.shape != baseline.shape:
-        raise ValueError(f"image: {_size(image)} against a baseline of {_size(baseline)}; only equal sizes compare")
+        raise UserError(f"image: {_size(image)} against a baseline of {_size(baseline)}; only equal sizes compare")
     mse = float(mean_squared_error(image, baseline))
     mean_colours = [rgb2lab(x / np.float32(255)).mean((0, 1), dtype=np.float64) for x in (image, baseline)]
     row, col = _displacement(image, baseline)
@@ -101,7 +102,7 @@ def describe(image: np.ndarray, period: int) -> dict[str, float]:
     |d| and edge_energy the mean of |d|²: blur leaves the first of a lone edge as it is and lowers the second.
     spectrum_slope is fitted to the power spectrum of Y under a Hann window, averaged over rings of equal frequency up
     to 0.5 cycles/px; nan without contrast. `sawtooth` says what the last one is.
-    Raises ValueError for an image of another kind and another period.
+    Raises UserError for an image of another kind and another period.
     """
     from skimage.color import rgb2gray
 
@@ -127,7 +128,7 @@ def sawtooth(luma: np.ndarray, period: int) -> float:
     one with a side below 2 period + 3 px nan.
     """
     if period != int(period) or period < 2:
-        raise ValueError(f"period={period!r}: expected the pixels per token, a whole number of at least 2")
+        raise UserError(f"period={period!r}: expected the pixels per token, a whole number of at least 2")
     if min(luma.shape) < 2 * period + 3:
         return np.nan
     found = [_steps(lines, int(period)) for lines in (luma, luma.T)]
@@ -184,7 +185,7 @@ def _inspect(image: np.ndarray, caption: str) -> "Report | None":
         return None
     try:
         wanted = parse(caption)
-    except ValueError:  # a prompt of the user's own
+    except UserError:  # a prompt of the user's own
         return None
     return inspect(image, wanted)
 
@@ -196,7 +197,7 @@ def _first_thing(report: "Report | None") -> "FoundThing | None":
 def _pixels(image: np.ndarray, name: str) -> np.ndarray:
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or min(array.shape[:2]) < MIN_SIDE:
-        raise ValueError(
+        raise UserError(
             f"{name}: {array.dtype} {array.shape}, expected uint8 (height, width, 3) of {MIN_SIDE} px or more a side"
         )
     return array

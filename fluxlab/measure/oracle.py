@@ -187,7 +187,7 @@ def inspect(image, wanted: str | Wanted) -> Report:
 
     image: uint8 (H, W, 3) in 0 ... 255, floats (H, W, 3) in 0 ... 1, or a PIL image; any content, noise included.
     wanted: a caption or what `fluxlab.scenes.parse` makes of one. All lengths in the report are pixels of the image.
-    Raises ValueError for an image of another shape or kind, and for a caption outside the grammar.
+    Raises UserError for an image of another shape or kind, and for a caption outside the grammar.
     """
     wanted = parse(wanted) if isinstance(wanted, str) else wanted
     pixels = pixels_of(image)

@@ -15,6 +15,7 @@ import numpy as np
 from fluxlab.checkpoints.errors import CheckpointError, few, first_line
 from fluxlab.checkpoints.files import read_json, weight_files
 from fluxlab.checkpoints.hub import is_hub_id, snapshot
+from fluxlab.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +54,7 @@ class Preparation(NamedTuple):
 class Similarity:
     """A CLIP or DINO model from a folder or a hub id (owner/name, owner/name@revision).
 
-    kind: "clip" or "dino" (also DINOv2 and DINOv3). batch: how many go through the model at once. Raises ValueError,
+    kind: "clip" or "dino" (also DINOv2 and DINOv3). batch: how many go through the model at once. Raises UserError,
     saying what to do, for another kind, a checkpoint of another model, missing, damaged or incomplete files, and where
     the hub cannot be reached.
     """
@@ -62,9 +63,9 @@ class Similarity:
         self, checkpoint: str | Path, kind: str, device: "str | torch.device" = "cpu", batch: int = 16
     ) -> None:
         if kind not in TYPES:
-            raise ValueError(f"kind={kind!r}: expected one of {', '.join(TYPES)}")
+            raise UserError(f"kind={kind!r}: expected one of {', '.join(TYPES)}")
         if batch < 1:
-            raise ValueError(f"batch={batch!r}: expected at least 1")
+            raise UserError(f"batch={batch!r}: expected at least 1")
         folder = _folder(checkpoint, kind)
         config = _config(folder, kind)
         self.kind, self.batch = kind, batch
@@ -92,7 +93,7 @@ class Similarity:
         import torch
 
         if self.tokenizer is None:
-            raise ValueError(f"kind={self.kind!r}: has no text encoder; prompts need kind='clip'")
+            raise UserError(f"kind={self.kind!r}: has no text encoder; prompts need kind='clip'")
         found = []
         for start in range(0, len(prompts), self.batch):
             tokens = self.tokenizer(
@@ -147,13 +148,13 @@ def read_preparation(folder: Path, kind: str, config: dict[str, Any]) -> Prepara
     """How the checkpoint in a folder wants its pictures: by its preprocessor_config.json (or processor_config.json),
     or without one at the image size in its config.json, bicubic, with the kind's usual mean and deviation.
 
-    Raises ValueError, naming the file, for settings that are not supported or make no picture that the model takes.
+    Raises UserError, naming the file, for settings that are not supported or make no picture that the model takes.
     """
     trained = config.get("vision_config", config).get("image_size", 224)
     file, settings = _settings(folder)
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not settings.get(step, True):
-            raise ValueError(
+            raise UserError(
                 f"{file}: {step} is false; only models of resized, scaled, normalised pictures are supported"
             )
     cropped = settings.get("do_center_crop", kind == "clip")
@@ -162,12 +163,12 @@ def read_preparation(folder: Path, kind: str, config: dict[str, Any]) -> Prepara
     resized = (resize, resize) if isinstance(resize, int) else resize
     size = crop if cropped else resize
     if not (isinstance(size, tuple) and resized and size[0] <= resized[0] and size[1] <= resized[1]):
-        raise ValueError(
+        raise UserError(
             f"{file}: size {settings.get('size')}, crop_size {settings.get('crop_size')}: expected a shorter side and "
             "a crop within it, or a height and a width"
         )
     if config["model_type"] in ("clip", "vit") and size != (trained, trained):
-        raise ValueError(
+        raise UserError(
             f"{file}: makes pictures of {size[0]} x {size[1]} px, where the model takes {trained} x {trained}"
         )
     mean, std = _MEAN_STD[kind]
@@ -206,19 +207,19 @@ def _folder(checkpoint: str | Path, kind: str) -> Path:
         return local
     example = f"Pass the folder of a {kind.upper()} checkpoint or a hub id such as {_EXAMPLES[kind]}"
     if local.exists() or not is_hub_id(str(checkpoint)) or str(checkpoint).endswith(".safetensors"):
-        raise ValueError(f"{checkpoint}: no such folder\n{example}.")
+        raise UserError(f"{checkpoint}: no such folder\n{example}.")
     return snapshot(str(checkpoint), _FILES)
 
 
 def _config(folder: Path, kind: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder}: no config.json; pass the folder of a {kind.upper()} checkpoint as transformers saves it"
         )
     config = read_json(folder / "config.json")
     if config.get("model_type") not in TYPES[kind]:
         other = next((k for k, types in TYPES.items() if config.get("model_type") in types), None)
-        raise ValueError(
+        raise UserError(
             f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, where {kind!r} needs one of "
             f"{', '.join(TYPES[kind])}\n"
             + (
@@ -266,11 +267,11 @@ def _tokenizer(folder: Path) -> "CLIPTokenizer":
     from transformers import CLIPTokenizer
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); download it again")
+        raise UserError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt); download it again")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ValueError(
+        raise UserError(
             f"{folder}: no tokenizer that can be loaded ({first_line(error)}); download it again"
         ) from error
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluxlab.errors import UserError
 from fluxlab.measure.images import METRICS
 
 if TYPE_CHECKING:
@@ -32,17 +33,15 @@ def summarise(rows: Sequence[Mapping[str, Any]], baseline: str, metrics: Sequenc
     For metrics of one image by itself, paired_* is the same for variant - baseline at equal (prompt, seed); nan for the
     baseline, for comparisons, and without pairs. psnr is pooled as mean squared error, so that it is finite unless all
     pictures equal their baselines.
-    Variants come in the order of the rows. Raises ValueError for a baseline or metric that no row has, two rows of one
+    Variants come in the order of the rows. Raises UserError for a baseline or metric that no row has, two rows of one
     cell, and infinite numbers other than psnr.
     """
     cells = _cells(rows)
     if baseline not in cells:
-        raise ValueError(
-            f"baseline={baseline!r}: no such variant in the rows, which have {', '.join(map(repr, cells))}"
-        )
+        raise UserError(f"baseline={baseline!r}: no such variant in the rows, which have {', '.join(map(repr, cells))}")
     unknown = [name for name in metrics if not any(name in row for row in rows)]
     if unknown:
-        raise ValueError(f"metrics: {unknown[0]!r} is in none of the rows")
+        raise UserError(f"metrics: {unknown[0]!r} is in none of the rows")
     found: list[dict[str, Any]] = []
     samples: list[np.ndarray] = []
     for variant, own in cells.items():
@@ -72,7 +71,7 @@ def table(
     """A summary for a terminal: a row a variant, means with their 95 % intervals, the references below a rule.
 
     metrics: the columns; by default those of `SHOWN` that have values, as many as fit `width` characters. Print it on a
-    console of that width: rich takes 80 where stdout is no terminal, and cuts. Raises ValueError for a metric that is
+    console of that width: rich takes 80 where stdout is no terminal, and cuts. Raises UserError for a metric that is
     not in the summary.
     """
     from rich import box
@@ -82,7 +81,7 @@ def table(
     present = dict.fromkeys(row["metric"] for row in summary if not math.isnan(row["mean"]))
     unknown = [name for name in metrics or () if not any(name == row["metric"] for row in summary)]
     if unknown:
-        raise ValueError(f"metrics: no {unknown[0]!r} in the summary, which has {', '.join(present)}")
+        raise UserError(f"metrics: no {unknown[0]!r} in the summary, which has {', '.join(present)}")
     variants = list(dict.fromkeys(row["variant"] for row in summary))
     last = [name for name in references if name in variants]
     variants = [name for name in variants if name not in last] + last
@@ -128,7 +127,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple, Mapping[s
     for row in rows:
         own, key = cells.setdefault(row["variant"], {}), (row["prompt"], row["seed"])
         if key in own:
-            raise ValueError(f"rows: variant {row['variant']!r} has prompt {key[0]!r} with seed {key[1]!r} twice")
+            raise UserError(f"rows: variant {row['variant']!r} has prompt {key[0]!r} with seed {key[1]!r} twice")
         own[key] = row
     return cells
 
@@ -140,7 +139,7 @@ def _value(row: Mapping[str, Any], metric: str) -> float:
     if metric == "psnr":
         return 10 ** (-value / 10)
     if math.isinf(value):
-        raise ValueError(
+        raise UserError(
             f"rows: {metric} of variant {row['variant']!r}, seed {row['seed']!r} is {value}; only psnr may be"
         )
     return value

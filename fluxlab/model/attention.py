@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxlab.errors import UserError
+
 SCORE_BYTES = 4 << 20
 """Scores that `dense_attention` holds at a time: with their bf16 copy they fit two cores' share of a cache."""
 
@@ -35,12 +37,12 @@ Tap = Callable[[Attended], None]
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A boolean mask (True = may look) as an additive one: the CPU flash kernel takes no booleans.
 
-    Raises `ValueError` for integers: 0 and 1 would be added to the scores, and mask nothing.
+    Raises `UserError` for integers: 0 and 1 would be added to the scores, and mask nothing.
     """
     if mask.is_floating_point():
         return mask.to(dtype)
     if mask.dtype != torch.bool:
-        raise ValueError(f"mask has dtype {mask.dtype}: expected booleans (True = may look) or floats to add to scores")
+        raise UserError(f"mask has dtype {mask.dtype}: expected booleans (True = may look) or floats to add to scores")
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
 
 

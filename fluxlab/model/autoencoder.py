@@ -11,6 +11,8 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fluxlab.errors import UserError
+
 
 @dataclass(frozen=True)
 class AutoEncoderParams:
@@ -30,7 +32,7 @@ class AutoEncoderParams:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         bad = [self.ch * mult for mult in self.ch_mult if self.ch * mult % 32]
         if bad or not self.ch_mult:
-            raise ValueError(f"ch {self.ch} × ch_mult {self.ch_mult}: every level's channels must be divisible by 32")
+            raise UserError(f"ch {self.ch} × ch_mult {self.ch_mult}: every level's channels must be divisible by 32")
 
     @property
     def factor(self) -> int:
@@ -185,11 +187,11 @@ class AutoEncoder(nn.Module):
     def encode(self, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None) -> Float[Tensor, "b z i j"]:
         """The posterior's mean, or with a `generator` a sample of it, as latents ready for the transformer.
 
-        H and W must be divisible by `params.factor`; raises `ValueError` otherwise.
+        H and W must be divisible by `params.factor`; raises `UserError` otherwise.
         """
         f = self.params.factor
         if x.shape[-2] % f or x.shape[-1] % f:
-            raise ValueError(f"image of {x.shape[-2]} × {x.shape[-1]} pixels: both sides must be divisible by {f}")
+            raise UserError(f"image of {x.shape[-2]} × {x.shape[-1]} pixels: both sides must be divisible by {f}")
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
@@ -204,7 +206,7 @@ class AutoEncoder(nn.Module):
         Decoding needs memory in proportion to the pixels. `tile` latent pixels a side bound it: the middle, with its
         attention, still sees the whole image, the rest runs in tiles that overlap by a quarter and are blended. Group
         norms then see a tile's statistics, so pixels move a little; `None` never tiles, "auto" tiles (by 64) only where
-        the whole would need more than 4 GB. Raises `ValueError` for a tile under 8.
+        the whole would need more than 4 GB. Raises `UserError` for a tile under 8.
         """
         if tile == "auto":
             tile = 64 if self._decode_bytes(z) > 4e9 else None
@@ -212,7 +214,7 @@ class AutoEncoder(nn.Module):
         if tile is None:
             return self.decoder(z)
         if isinstance(tile, bool) or not isinstance(tile, int) or tile < 8:
-            raise ValueError(f"tile {tile!r}: expected a whole number of latent pixels from 8, auto or None")
+            raise UserError(f"tile {tile!r}: expected a whole number of latent pixels from 8, auto or None")
         return torch.cat([self._decode_tiled(one, tile) for one in z.split(1)])
 
     def _decode_bytes(self, z: Tensor) -> int:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fluxlab.errors import UserError
 from fluxlab.model.attention import Tap, additive_mask
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.layers import (
@@ -26,7 +27,7 @@ class FluxParams:
 
     in_channels, out_channels: of a packed token (latent channels × 4). vec_in_dim: pooled text. context_in_dim: text
     tokens. axes_dim: the share of a head's width that each id axis turns; its sum is hidden_size / num_heads.
-    Raises `ValueError` for sizes that do not fit together.
+    Raises `UserError` for sizes that do not fit together.
     """
 
     in_channels: int
@@ -47,12 +48,12 @@ class FluxParams:
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
         for name in ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: at least 1 is needed")
+                raise UserError(f"{name} {getattr(self, name)}: at least 1 is needed")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+            raise UserError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         head = self.hidden_size // self.num_heads
         if sum(self.axes_dim) != head or any(dim % 2 or dim < 2 for dim in self.axes_dim):
-            raise ValueError(
+            raise UserError(
                 f"axes_dim {self.axes_dim}: even numbers are needed that add up to the head's width, {head}"
             )
 
@@ -104,7 +105,7 @@ class Flux(nn.Module):
         `guidance` is the distilled guidance strength; a model without guidance embedding has no use for it.
         `taps`, one a block or None, look on while the blocks attend (`fluxlab.probes`).
 
-        Raises `ValueError` for ids of another shape or dtype, missing guidance, or a wrong number of tables, masks or
+        Raises `UserError` for ids of another shape or dtype, missing guidance, or a wrong number of tables, masks or
         taps.
         """
         tables = self._tables(img, img_ids, txt, txt_ids, rotary)
@@ -126,14 +127,14 @@ class Flux(nn.Module):
         vec = self.time_in(timestep_embedding(timesteps, dtype))
         if self.params.guidance_embed:
             if guidance is None:
-                raise ValueError("guidance is missing: this model is guidance-distilled (FLUX.1 dev: 3.5)")
+                raise UserError("guidance is missing: this model is guidance-distilled (FLUX.1 dev: 3.5)")
             vec = vec + self.guidance_in(timestep_embedding(guidance, dtype))
         return vec + self.vector_in(y)
 
     def _taps(self, taps: Sequence[Tap | None] | None) -> Sequence[Tap | None]:
         blocks = self.params.depth + self.params.depth_single_blocks
         if taps is not None and len(taps) != blocks:
-            raise ValueError(f"taps has {len(taps)} entries, the model has {blocks} blocks")
+            raise UserError(f"taps has {len(taps)} entries, the model has {blocks} blocks")
         return [None] * blocks if taps is None else taps
 
     def _masks(self, mask: Tensor | Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
@@ -142,7 +143,7 @@ class Flux(nn.Module):
         if mask is None or isinstance(mask, Tensor):
             return [mask if mask is None else additive_mask(mask, dtype)] * blocks
         if len(mask) != blocks:
-            raise ValueError(f"mask has {len(mask)} entries, the model has {blocks} blocks")
+            raise UserError(f"mask has {len(mask)} entries, the model has {blocks} blocks")
         converted = {id(one): additive_mask(one, dtype) for one in mask if one is not None}
         return [converted.get(id(one)) for one in mask]
 
@@ -159,7 +160,7 @@ class Flux(nn.Module):
         blocks = p.depth + p.depth_single_blocks
         if rotary is None:
             if img_ids is None or txt_ids is None:
-                raise ValueError("img_ids and txt_ids are needed where no rotary tables are given")
+                raise UserError("img_ids and txt_ids are needed where no rotary tables are given")
             dtype = torch.float64 if self.img_in.weight.dtype == torch.float64 else torch.float32
             for name, ids, tokens in (("img_ids", img_ids, img), ("txt_ids", txt_ids, txt)):
                 check_ids(name, ids, batch=len(img), tokens=tokens.shape[1], axes=len(p.axes_dim), dtype=dtype)
@@ -167,27 +168,27 @@ class Flux(nn.Module):
             ids = torch.cat((txt_ids.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)), dim=1)
             rotary = rotary_table(ids, p.axes_dim, p.theta)
         elif img_ids is not None or txt_ids is not None:
-            raise ValueError("rotary tables take the place of img_ids and txt_ids: give one or the other")
+            raise UserError("rotary tables take the place of img_ids and txt_ids: give one or the other")
         pairs = [(rotary, rotary)] * blocks if isinstance(rotary, Rotary) else rotary
         if len(pairs) != blocks:
-            raise ValueError(f"rotary has {len(pairs)} pairs of tables, the model has {blocks} blocks")
+            raise UserError(f"rotary has {len(pairs)} pairs of tables, the model has {blocks} blocks")
         changes = [pair for before, pair in zip([None, *pairs], pairs, strict=False) if pair is not before]
         self._check_tables(changes, batch=len(img), tokens=txt.shape[1] + img.shape[1])
         return pairs
 
     def _check_tables(self, pairs: Sequence[BlockTables], batch: int, tokens: int) -> None:
-        """Raise `ValueError` for a table of another shape or dtype than this model's."""
+        """Raise `UserError` for a table of another shape or dtype than this model's."""
         p = self.params
         dtype = torch.float64 if self.img_in.weight.dtype == torch.float64 else torch.float32
         width = p.hidden_size // p.num_heads // 2
         given = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
         for table in [t for part in given for t in (part.tables if isinstance(part, KeyGroups) else (part,))]:
             if not isinstance(table, Rotary):
-                raise ValueError(f"rotary holds a {type(table).__name__}: a Rotary, or a (queries, keys) pair a block")
+                raise UserError(f"rotary holds a {type(table).__name__}: a Rotary, or a (queries, keys) pair a block")
             for x in table:
                 fits = x.ndim == 4 and x.shape[0] in (1, batch) and x.shape[1] in (1, p.num_heads)
                 if not fits or x.shape[2:] != (tokens, width) or x.dtype != dtype:
-                    raise ValueError(
+                    raise UserError(
                         f"rotary table of shape {tuple(x.shape)} and {x.dtype}: this input needs ({batch} or 1, "
                         f"{p.num_heads} or 1, {tokens}, {width}) and {dtype}"
                     )

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fluxlab.errors import UserError
+
 
 class Rotary(NamedTuple):
     """One rotary table: cos and sin of every angle, each `(B or 1, H or 1, N, d/2)`."""
@@ -25,13 +27,13 @@ def frequencies(dim: int, theta: float) -> Float[Tensor, " d"]:
 
 
 def check_ids(name: str, ids: Tensor, *, batch: int, tokens: int, axes: int, dtype: torch.dtype) -> None:
-    """Raise `ValueError` unless `ids` is `(batch or 1, tokens, axes)` in `dtype`."""
+    """Raise `UserError` unless `ids` is `(batch or 1, tokens, axes)` in `dtype`."""
     if ids.ndim != 3:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}: ids are per sample, (B, N, A); add the batch axis")
+        raise UserError(f"{name} has shape {tuple(ids.shape)}: ids are per sample, (B, N, A); add the batch axis")
     if ids.dtype != dtype:
-        raise ValueError(f"{name} has dtype {ids.dtype}: ids are {dtype} (bf16 and integer ids lose positions)")
+        raise UserError(f"{name} has dtype {ids.dtype}: ids are {dtype} (bf16 and integer ids lose positions)")
     if ids.shape[0] not in (1, batch) or ids.shape[1:] != (tokens, axes):
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, but the tokens need ({batch}, {tokens}, {axes})")
+        raise UserError(f"{name} has shape {tuple(ids.shape)}, but the tokens need ({batch}, {tokens}, {axes})")
 
 
 def rotary_table(ids: Float[Tensor, "b n a"], axes_dim: Sequence[int], theta: float) -> Rotary:
@@ -40,7 +42,7 @@ def rotary_table(ids: Float[Tensor, "b n a"], axes_dim: Sequence[int], theta: fl
     Positions may be fractional or negative. fp32 ids give fp32 tables, fp64 ids fp64 tables; differentiable in `ids`.
     """
     if ids.shape[-1] != len(axes_dim):
-        raise ValueError(f"ids have {ids.shape[-1]} axes, the model has {len(axes_dim)} (axes_dim {tuple(axes_dim)})")
+        raise UserError(f"ids have {ids.shape[-1]} axes, the model has {len(axes_dim)} (axes_dim {tuple(axes_dim)})")
     angles = torch.cat(
         [ids[..., a, None].double() * frequencies(dim, theta).to(ids.device) for a, dim in enumerate(axes_dim)], dim=-1
     )[:, None]  # (B, 1, N, d/2)

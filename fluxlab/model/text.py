@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fluxlab.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
@@ -36,11 +38,11 @@ class TextEncoders:
         """`(txt, y)` of one prompt: T5's last layer `(1, max_sequence_length, d_model)` and CLIP's pooled output.
 
         As in both public implementations the padding is attended to, and CLIP reads the first 77 tokens only: it
-        summarises, T5 carries the words. A prompt of more T5 tokens than `max_sequence_length` raises `ValueError`
+        summarises, T5 carries the words. A prompt of more T5 tokens than `max_sequence_length` raises `UserError`
         with the words that would be lost, unless `truncate`.
         """
         if not truncate and (cut := words_cut(self.t5_tokenizer, prompt, max_sequence_length)):
-            raise ValueError(
+            raise UserError(
                 f"prompt is longer than max_sequence_length={max_sequence_length} tokens: {_ends(cut)!r} would be cut. "
                 "Shorten it, raise max_sequence_length, or pass truncate=True"
             )

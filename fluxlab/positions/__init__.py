@@ -2,11 +2,11 @@
 
 from fluxlab.positions import attention_ops, ops
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
-from fluxlab.positions.layout import IMAGE, REFERENCE, TEXT, Context, Layout, Scope
-from fluxlab.positions.oracle import noise_floor, shifted
+from fluxlab.positions.noise import noise_floor, shifted
 from fluxlab.positions.program import Edit, Program
 from fluxlab.positions.registry import OPS, Op, load_plugins, op
-from fluxlab.positions.words import Prompt, find_word
+from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout, Scope
+from fluxlab.select.words import Prompt, find_word
 
 __all__ = [
     "IMAGE",

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fluxlab.compose import guarded
-from fluxlab.positions import plot
+from fluxlab.drawing import token_layout as plot
+from fluxlab.errors import UserError, show
 from fluxlab.positions.program import Program
 from fluxlab.positions.registry import load_plugins
-from fluxlab.positions.spelling import show
 
 EPILOG = """examples:
   python -m fluxlab.positions '{a: {op: scale, factor: 2}}' -o layout.png
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
 def read_program(given: str) -> Program:
     """A program from YAML, or from a YAML file: `@file`, or a path that exists or ends in .yaml or .yml.
 
-    A file may also hold a single edit, as those under `configs/op` do. Raises `ValueError` naming what cannot be read.
+    A file may also hold a single edit, as those under `configs/op` do. Raises `UserError` naming what cannot be read.
     """
     file = given[1:] if given.startswith("@") else given
     is_file = given.startswith("@") or given.endswith((".yaml", ".yml")) or os.path.isfile(given)
@@ -75,20 +75,20 @@ def read_program(given: str) -> Program:
         text = Path(file).read_text(encoding="utf-8") if is_file else given
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ValueError(f"{file}: cannot be read ({reason}), expected a YAML file with a program") from None
+        raise UserError(f"{file}: cannot be read ({reason}), expected a YAML file with a program") from None
     try:
         found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise ValueError(f"{where}: {show(text)}, not YAML that can be read: {reason}") from None
+        raise UserError(f"{where}: {show(text)}, not YAML that can be read: {reason}") from None
     if not text.strip() or not isinstance(found, dict) or found == {text.strip(): None}:
-        raise ValueError(f"{where}: {show(text)}, expected a mapping of edits such as {{a: {{op: scale, factor: 2}}}}")
+        raise UserError(f"{where}: {show(text)}, expected a mapping of edits such as {{a: {{op: scale, factor: 2}}}}")
     if is_file and isinstance(found.get("op"), str):
         found = {Path(file).stem: found}
     try:
         return Program.from_config(found)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if is_file else str(error)) from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if is_file else str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,7 +149,7 @@ def _axes(text: str) -> tuple[int, ...]:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message}\npython -m fluxlab.positions --help lists what there is")
+    raise UserError(f"{message}\npython -m fluxlab.positions --help lists what there is")
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxlab.positions.arguments import AXES
-from fluxlab.positions.layout import Context, Scope
+from fluxlab.errors import UserError, join
 from fluxlab.positions.registry import Op, find_op
-from fluxlab.positions.spelling import join
-from fluxlab.positions.tokens import parse_tokens, resolve_tokens
-from fluxlab.positions.where import resolve_blocks, resolve_heads, resolve_steps, strength_at
+from fluxlab.select.arguments import AXES
+from fluxlab.select.layout import Context, Scope
+from fluxlab.select.tokens import parse_tokens, resolve_tokens
+from fluxlab.select.where import resolve_blocks, resolve_heads, resolve_steps, strength_at
 
 if TYPE_CHECKING:
-    from fluxlab.positions.program import Edit
+    from fluxlab.positions.edit import Edit
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +59,10 @@ class Resolved:
 
 
 def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
-    """`ValueError` naming the path of what the context does not have."""
+    """`UserError` naming the path of what the context does not have."""
     op, where = find_op(edit.op, join(edit.path, "op")), edit.where
     if len(context.axes_dim) != len(AXES):
-        raise ValueError(f"{edit.path}: programs name {len(AXES)} axes, this model has {len(context.axes_dim)}")
+        raise UserError(f"{edit.path}: programs name {len(AXES)} axes, this model has {len(context.axes_dim)}")
 
     def chosen(selection: Any, key: str) -> Tensor:
         mask = torch.zeros(context.layout.tokens, dtype=torch.bool, device=context.ids.device)
@@ -129,10 +129,10 @@ def _changed(before: Tensor, edit: Resolved, strength: float, times: bool = Fals
     start = before[edit.tokens]
     try:
         after = edit.op.function(torch.ones_like(start) if times else start, edit.scope, **edit.arguments)
-    except ValueError as error:
-        raise ValueError(join(edit.path, str(error))) from None
+    except UserError as error:
+        raise UserError(join(edit.path, str(error))) from None
     if after.shape != start.shape or not torch.isfinite(after).all():
-        raise ValueError(f"{edit.path}: {edit.op.name} gave {tuple(after.shape)} with NaN or inf, or of another shape")
+        raise UserError(f"{edit.path}: {edit.op.name} gave {tuple(after.shape)} with NaN or inf, or of another shape")
     after = start * after if times else after
     if strength < 1:
         after = start + strength * (after - start)
@@ -144,7 +144,7 @@ def _changed(before: Tensor, edit: Resolved, strength: float, times: bool = Fals
 def blocked(edits: Sequence[Resolved], strengths: Sequence[tuple[int, float]], ids: Tensor) -> Tensor:
     """The additive mask `(N, N)` of some mask edits: strength s multiplies the odds of a forbidden look by 1 - s.
 
-    `ValueError` where a query would be left with nothing to look at.
+    `UserError` where a query would be left with nothing to look at.
     """
     bias = ids.new_zeros(len(ids), len(ids))
     for n, strength in strengths:
@@ -152,7 +152,7 @@ def blocked(edits: Sequence[Resolved], strengths: Sequence[tuple[int, float]], i
         weight = torch.log1p(torch.tensor(-strength, dtype=ids.dtype)).item()
         bias = torch.where(edit.op.function(**edit.arguments), bias + weight, bias)
         if torch.isneginf(bias).all(1).any():
-            raise ValueError(f"{edit.path}: leaves some tokens nothing to look at; let them look at something")
+            raise UserError(f"{edit.path}: leaves some tokens nothing to look at; let them look at something")
     return bias
 
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fluxlab.positions import arguments as kind
-from fluxlab.positions.layout import Scope
 from fluxlab.positions.registry import op
-from fluxlab.positions.tokens import parse_tokens
+from fluxlab.select import arguments as kind
+from fluxlab.select.layout import Scope
+from fluxlab.select.tokens import parse_tokens
 
 
 @op(

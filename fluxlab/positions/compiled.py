@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fluxlab.errors import UserError
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary, rotary_table
 from fluxlab.positions.apply import Placed, Resolved, apply_edits, blocked, resolve, try_out
-from fluxlab.positions.layout import Context
+from fluxlab.select.layout import Context
 
 if TYPE_CHECKING:
     from fluxlab.positions.program import Program
@@ -235,16 +236,16 @@ def _join_masks(rows: list[list[Tensor | None]], like: Tensor) -> Tensor:
 def compile_programs(programs: "Sequence[Program]", context: Context) -> Compiled:
     """Compile one program a sample, or one for all. Samples that come out equal share everything.
 
-    Raises `ValueError` naming the path of what the context does not have.
+    Raises `UserError` naming the path of what the context does not have.
     """
     ids = context.ids
     tokens, axes = context.layout.tokens, len(context.axes_dim)
     if ids.ndim != 3 or ids.shape[1:] != (tokens, axes) or not ids.is_floating_point():
-        raise ValueError(f"ids have shape {tuple(ids.shape)}: (B, {tokens}, {axes}) floating point is needed")
+        raise UserError(f"ids have shape {tuple(ids.shape)}: (B, {tokens}, {axes}) floating point is needed")
     batch = max(len(programs), len(ids), len(context.prompts or ()))
     sizes = {"programs": len(programs), "ids": len(ids), "prompts": len(context.prompts or [None])}
     if any(n not in (1, batch) for n in sizes.values()):
-        raise ValueError(", ".join(f"{n} {key}" for key, n in sizes.items()) + ": equal numbers are needed, or one")
+        raise UserError(", ".join(f"{n} {key}" for key, n in sizes.items()) + ": equal numbers are needed, or one")
     samples, sources, of = [], [], []
     for b in range(batch):
         program = programs[b % len(programs)]

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fluxlab.positions.program import Edit
+    from fluxlab.positions.edit import Edit
 
 
 def describe_edit(edit: "Edit") -> str:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxlab.positions import arguments as kind
-from fluxlab.positions.layout import TEXT, Scope
+from fluxlab.errors import UserError
 from fluxlab.positions.registry import op
 from fluxlab.positions.targets import grid_field, place, targets
+from fluxlab.select import arguments as kind
+from fluxlab.select.layout import TEXT, Scope
 
 ROW, COL = 1, 2
 
@@ -157,6 +158,6 @@ def centre(ids: Tensor, scope: Scope) -> Tensor:
 def text_line(ids: Tensor, scope: Scope, axis: str | int, start: float = 0.0) -> Tensor:
     """Text tokens in a row: token l at `start` + l on `axis` (FLUX.2; Lumina 2: index from 0; Z-Image: from 1)."""
     if (scope.kind != TEXT).any():
-        raise ValueError("tokens: text_line lays out text, select text tokens only")
+        raise UserError("tokens: text_line lays out text, select text tokens only")
     chosen = torch.tensor([name == kind.axis(axis, "axis") for name in kind.AXES], device=ids.device)
     return torch.where(chosen, (start + scope.index)[:, None].to(ids), ids)

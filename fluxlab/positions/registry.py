@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluxlab.positions.arguments import Kind
-from fluxlab.positions.spelling import join, wrong
-from fluxlab.positions.where import parse_plugins
+from fluxlab.errors import UserError, join, wrong
+from fluxlab.select.arguments import Kind
+from fluxlab.select.where import parse_plugins
 
 WHERE = ("tokens", "axes", "steps", "blocks", "heads", "side", "seen_by", "strength")
 
@@ -43,11 +43,11 @@ class Op:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     def parse(self, given: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """All arguments, defaults included, in canonical form. `ValueError` for a missing or wrong one."""
+        """All arguments, defaults included, in canonical form. `UserError` for a missing or wrong one."""
         for name in self.required:
             if given.get(name) is None:
                 others = ", ".join(self.kinds)
-                raise ValueError(f"{join(path, name)}: missing, {self.name} needs it (arguments: {others})")
+                raise UserError(f"{join(path, name)}: missing, {self.name} needs it (arguments: {others})")
         return {
             name: kind(given[name], join(path, name)) if given.get(name) is not None else self.defaults.get(name)
             for name, kind in self.kinds.items()
@@ -75,7 +75,7 @@ def op(name: str, kinds: Mapping[str, Kind] | None = None, *, acts_on: str = "id
             function.__module__,
             function.__qualname__,
         ):
-            raise ValueError(f"op {name!r} is taken by {known.function.__module__}; choose another name")
+            raise UserError(f"op {name!r} is taken by {known.function.__module__}; choose another name")
         required = tuple(key for key in kinds if arguments[key].default is inspect.Parameter.empty)
         defaults = {
             key: None if arguments[key].default is None else kind(arguments[key].default, key)
@@ -92,16 +92,16 @@ def op(name: str, kinds: Mapping[str, Kind] | None = None, *, acts_on: str = "id
 
 def find_op(name: Any, path: str) -> Op:
     if name is None:
-        raise ValueError(f"{path}: missing, expected one of {', '.join(sorted(OPS))}")
+        raise UserError(f"{path}: missing, expected one of {', '.join(sorted(OPS))}")
     if not isinstance(name, str) or name not in OPS:
         raise wrong(path, name, f"one of {', '.join(sorted(OPS))}", OPS)
     return OPS[name]
 
 
 def load_plugins(modules: Any, path: str = "plugins") -> None:
-    """Import modules (names) so that the ops in them register. `ValueError` for one that cannot be imported."""
+    """Import modules (names) so that the ops in them register. `UserError` for one that cannot be imported."""
     for i, name in enumerate(parse_plugins(modules, path)):
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise ValueError(f"{path}[{i}]: {name!r}, expected a module that can be imported ({error})") from error
+            raise UserError(f"{path}[{i}]: {name!r}, expected a module that can be imported ({error})") from error

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxlab.positions.arguments import UNITS, bitmap, box, choice, is_list, number, per_axis, plain
-from fluxlab.positions.layout import Layout, Scope
-from fluxlab.positions.spelling import join, unknown_key, wrong
-from fluxlab.positions.tokens import box_in_tokens, mask_on_grid
+from fluxlab.errors import UserError, join, unknown_key, wrong
+from fluxlab.select.arguments import UNITS, bitmap, box, choice, is_list, number, per_axis, plain
+from fluxlab.select.layout import Layout, Scope
+from fluxlab.select.tokens import box_in_tokens, mask_on_grid
 
 SHAPES = ("point", "box", "line", "mask")
 
@@ -113,7 +113,7 @@ def _in_mask(inside: Tensor, spread: str, n: int) -> list[list[float]]:
     """grid: the mask's own tokens, as evenly taken as n allows; line: its middle row of mass; point: its middle."""
     places = inside.nonzero().double()
     if not len(places):
-        raise ValueError("to.mask: covers no token of the image")
+        raise UserError("to.mask: covers no token of the image")
     if spread == "grid":
         return places[[int((i + 0.5) * len(places) / n) for i in range(n)]].tolist()
     middle = places.mean(0).tolist()

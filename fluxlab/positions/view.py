@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxlab.errors import UserError
 from fluxlab.model import TRANSFORMERS
 from fluxlab.positions.apply import resolve
-from fluxlab.positions.arguments import AXES
-from fluxlab.positions.compiled import Compiled
-from fluxlab.positions.layout import Context, Layout
+from fluxlab.positions.compiled import Compiled, compile_programs
 from fluxlab.positions.program import Program
-from fluxlab.positions.words import Prompt
+from fluxlab.select.arguments import AXES
+from fluxlab.select.layout import Context, Layout
+from fluxlab.select.words import Prompt
 
 FLUX = TRANSFORMERS["dev"]
 INDEX, ROW, COL = range(len(AXES))
@@ -60,20 +61,20 @@ def sequence(
     """FLUX.1's sequence: text at (0, 0, 0), image tokens at (0, row, col), those of reference k at (k + 1, row, col).
 
     The schedule is even. A prompt given as a string counts one token a word, which T5 does not; a `Prompt` brings its
-    tokenizer's spans. Raises `ValueError` for sizes that are not whole numbers.
+    tokenizer's spans. Raises `UserError` for sizes that are not whole numbers.
     """
     counts = {"text": (text, 0), "double": (double, 0), "single": (single, 0), "heads": (heads, 1), "steps": (steps, 1)}
     counts |= {f"{key} {size[0]}x{size[1]}": (min(size), 1) for key, size in [("grid", grid)]}
     counts |= {f"references[{k}]": (min(size), 1) for k, size in enumerate(references)}
     for key, (n, least) in counts.items():
         if isinstance(n, bool) or not isinstance(n, Integral) or n < least:
-            raise ValueError(f"{key}: {n!r}, expected a whole number from {least}")
+            raise UserError(f"{key}: {n!r}, expected a whole number from {least}")
     if double + single < 1:
-        raise ValueError("double, single: 0, expected at least one block")
+        raise UserError("double, single: 0, expected at least one block")
     if len(axes_dim) != len(AXES) or any(d < 2 or d % 2 for d in axes_dim):
-        raise ValueError(f"axes_dim: {tuple(axes_dim)}, expected an even number for each of {', '.join(AXES)}")
+        raise UserError(f"axes_dim: {tuple(axes_dim)}, expected an even number for each of {', '.join(AXES)}")
     if not 1 < theta < math.inf:
-        raise ValueError(f"theta: {theta!r}, expected a finite number above 1")
+        raise UserError(f"theta: {theta!r}, expected a finite number above 1")
     kinds = [torch.zeros(text, len(AXES))]
     for index, (rows, cols) in enumerate((grid, *references)):
         kinds.append(
@@ -106,13 +107,13 @@ def view(
 ) -> View:
     """A program where it acts first, or at the step, block, side and head that are given. Of a batch, the first sample.
 
-    Raises `ValueError` for what the sequence does not have.
+    Raises `UserError` for what the sequence does not have.
     """
     program = Program.from_config(program)
-    compiled = program.compile(context)
+    compiled = compile_programs([program], context)
     edits = [resolve(edit, context, 0) for edit in program.edits]
     if side not in (None, "queries", "keys"):
-        raise ValueError(f"side: {side!r}, expected queries or keys")
+        raise UserError(f"side: {side!r}, expected queries or keys")
     choices = (
         _choices("step", step, context.steps),
         _choices("block", block, context.blocks),
@@ -152,7 +153,7 @@ def _choices(key: str, chosen: int | None, count: int) -> Sequence[int]:
     if chosen is None:
         return range(count)
     if isinstance(chosen, bool) or not isinstance(chosen, Integral) or not 0 <= chosen < count:
-        raise ValueError(f"{key}: {chosen!r}, expected a whole number from 0 to {count - 1}")
+        raise UserError(f"{key}: {chosen!r}, expected a whole number from 0 to {count - 1}")
     return (int(chosen),)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ class Captured:
     about: Mapping[str, Any]
 
     def sel(self, **labels: Any) -> "Captured":
-        """The part with these labels, `sel(block=3, word="cat")`; the axes named are gone. `ValueError` otherwise."""
+        """The part with these labels, `sel(block=3, word="cat")`; the axes named are gone. `UserError` otherwise."""
         found = self
         for axis, label in labels.items():
             known = found.labels(axis)
             if label not in known:
                 listed = ", ".join(map(str, known[:8])) + (" …" if len(known) > 8 else "")
-                raise ValueError(f"{axis}={label!r}: there is none, expected one of {listed}")
+                raise UserError(f"{axis}={label!r}: there is none, expected one of {listed}")
             found = found._at(axis, known.index(label))
         return found
 
@@ -58,7 +59,7 @@ class Captured:
 
     def _number(self, axis: str) -> int:
         if axis not in self.axes:
-            raise ValueError(f"{axis}: there is no such axis, expected one of {', '.join(self.axes)}")
+            raise UserError(f"{axis}: there is no such axis, expected one of {', '.join(self.axes)}")
         return self.axes.index(axis)
 
     def _at(self, axis: str, i: int) -> "Captured":
@@ -106,7 +107,7 @@ def write(path: "str | PathLike[str]", arrays: Mapping[str, Captured]) -> None:
 
 
 def load(path: "str | PathLike[str]") -> dict[str, Captured]:
-    """The arrays of a file that `write` wrote. `ValueError` for any other file."""
+    """The arrays of a file that `write` wrote. `UserError` for any other file."""
     with opened(path) as (file, described):
         return {name: replace(one, values=file.get_tensor(name)) for name, one in described.items()}
 
@@ -122,7 +123,7 @@ def whole(path: "str | PathLike[str]") -> bool:
 
 @contextmanager
 def opened(path: "str | PathLike[str]") -> Iterator[tuple[Any, dict[str, Captured]]]:
-    """The open file, and its arrays without their values (NaN that takes no memory). `ValueError` as `load`."""
+    """The open file, and its arrays without their values (NaN that takes no memory). `UserError` as `load`."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -135,6 +136,6 @@ def opened(path: "str | PathLike[str]") -> Iterator[tuple[Any, dict[str, Capture
                 found[name] = Captured(empty, tuple(one["axes"]), coords, one["about"])
             yield file, found
     except FileNotFoundError:
-        raise ValueError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: there is no such file") from None
     except (SafetensorError, KeyError, OSError) as error:
-        raise ValueError(f"{path}: holds no captured arrays, or is damaged ({error})") from None
+        raise UserError(f"{path}: holds no captured arrays, or is damaged ({error})") from None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from fluxlab.errors import UserError
 from fluxlab.probes.arrays import Captured, load, opened
 
 if TYPE_CHECKING:
@@ -23,11 +24,11 @@ INDEX = "attention/index.json"
 
 
 def label(captured: Captured, name: str | None = None) -> "DataArray":
-    """As an xarray `DataArray`. `ValueError` telling how to get xarray where it is missing."""
+    """As an xarray `DataArray`. `UserError` telling how to get xarray where it is missing."""
     try:
         from xarray import DataArray
     except ImportError:
-        raise ValueError(
+        raise UserError(
             "labelled arrays need xarray: pip install 'fluxlab[probes]' (or use fluxlab.probes.load)"
         ) from None
     coords = {key: (along, np.asarray(values)) for key, (along, values) in captured.coords.items()}
@@ -47,7 +48,7 @@ def read(
     Where prompts have words of their own, the axis `word` has them all, and a prompt's values are NaN where it lacks
     one.
 
-    Raises `ValueError` for a folder in which nothing was captured, for what a run does not have, for any other file,
+    Raises `UserError` for a folder in which nothing was captured, for what a run does not have, for any other file,
     and where xarray is missing (pip install 'fluxlab[probes]').
     """
     asked = {"variant": variants, "prompt": prompts, "seed": seeds}
@@ -56,7 +57,7 @@ def read(
     else:
         needless = [f"{key}s" for key, value in asked.items() if value is not None]
         if needless:
-            raise ValueError(f"{needless[0]}= chooses from a run folder, which {path} is not")
+            raise UserError(f"{needless[0]}= chooses from a run folder, which {path} is not")
         captured = load(path)
     return {name: label(one, name) for name, one in captured.items()}
 
@@ -65,7 +66,7 @@ def index(folder: "str | PathLike[str]") -> dict[str, Any] | None:
     """What `attention/index.json` of a run folder tells; None where nothing was captured.
 
     `capture` is the config, `digest` tells captures apart, `cells` has a row a cell: variant, prompt, seed, cell (its
-    key) and file (of its arrays, in the folder). Raises `ValueError` for a damaged one.
+    key) and file (of its arrays, in the folder). Raises `UserError` for a damaged one.
     """
     file = Path(folder) / INDEX
     try:
@@ -74,12 +75,12 @@ def index(folder: "str | PathLike[str]") -> dict[str, Any] | None:
             key for row in found["cells"] for key in ("variant", "prompt", "seed", "cell", "file") if key not in row
         ]
         if lacking:
-            raise ValueError(f"{lacking[0]} is missing")
+            raise UserError(f"{lacking[0]} is missing")
         return found
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
+        raise UserError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
 
 
 def similarity(a: Maps, b: Maps, over: str | Sequence[str] = ("row", "col")) -> Maps:
@@ -90,22 +91,22 @@ def similarity(a: Maps, b: Maps, over: str | Sequence[str] = ("row", "col")) -> 
     the other too, and of labels that differ those that both have are kept: with `maps = fluxlab.probes.read(folder)`,
     `similarity(maps["words"], maps["words"].sel(variant="baseline"))` compares every variant with the baseline.
 
-    Raises `ValueError` for axes that are not there, and for maps of different places.
+    Raises `UserError` for axes that are not there, and for maps of different places.
     """
     over = (over,) if isinstance(over, str) else tuple(over)
     plain = isinstance(a, Captured)
     if plain != isinstance(b, Captured):
-        raise ValueError("similarity: two of a kind are needed; fluxlab.probes.label makes a DataArray of a Captured")
+        raise UserError("similarity: two of a kind are needed; fluxlab.probes.label makes a DataArray of a Captured")
     for one in (a, b):
         axes = one.axes if plain else one.dims
         if not over or not {*over} <= {*axes}:
-            raise ValueError(f"over={list(over)}: expected some of {', '.join(map(str, axes))}")
+            raise UserError(f"over={list(over)}: expected some of {', '.join(map(str, axes))}")
     if plain and a.axes != b.axes:
-        raise ValueError(f"similarity: the axes differ, {', '.join(a.axes)} and {', '.join(b.axes)}")
+        raise UserError(f"similarity: the axes differ, {', '.join(a.axes)} and {', '.join(b.axes)}")
     for axis in a.axes if plain else over:
         here, there = (one.labels(axis) if plain else one[axis].values.tolist() for one in (a, b))
         if here != there:
-            raise ValueError(f"similarity: {axis} has {len(here)} places and {len(there)}, or other ones")
+            raise UserError(f"similarity: {axis} has {len(here)} places and {len(there)}, or other ones")
     if plain:
         places, rest = [a.axes.index(axis) for axis in over], tuple(axis for axis in a.axes if axis not in over)
         moved = [np.moveaxis(one.values, places, range(-len(over), 0)) for one in (a, b)]
@@ -132,7 +133,7 @@ def _read_run(folder: Path, asked: Mapping[str, Any]) -> dict[str, Captured]:
     """The arrays of the cells asked for, in one, with the axes of `asked` in front."""
     told = index(folder)
     if told is None:
-        raise ValueError(f"{folder}: nothing of attention was captured; run its command again with capture=words")
+        raise UserError(f"{folder}: nothing of attention was captured; run its command again with capture=words")
     labels = {key: _choose(told["cells"], key, values) for key, values in asked.items()}
     files = {tuple(row[key] for key in labels): folder / row["file"] for row in told["cells"]}
     cells = [files[place] for place in product(*labels.values())]
@@ -166,5 +167,5 @@ def _choose(rows: Sequence[Mapping[str, Any]], key: str, asked: Any) -> list:
     for one in wanted or [asked]:
         if one not in there:
             listed = ", ".join(map(str, there[:8])) + (" …" if len(there) > 8 else "")
-            raise ValueError(f"{key}s={one!r}: there is none, expected some of {listed}")
+            raise UserError(f"{key}s={one!r}: there is none, expected some of {listed}")
     return wanted

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from fluxlab.model.attention import Attended
 from fluxlab.model.rope import frequencies
-from fluxlab.positions.arguments import AXES
-from fluxlab.positions.layout import IMAGE, TEXT
 from fluxlab.probes.outputs import (
     ALL,
     Add,
@@ -30,6 +28,8 @@ from fluxlab.probes.outputs import (
     word_axis,
 )
 from fluxlab.probes.stream import Tokens, present, probabilities, take
+from fluxlab.select.arguments import AXES
+from fluxlab.select.layout import IMAGE, TEXT
 
 
 def words(arguments: Mapping[str, Any], place: Place) -> Measure:

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fluxlab.errors import UserError, join, wrong
 from fluxlab.model.attention import Attended
-from fluxlab.positions.layout import IMAGE, Context
-from fluxlab.positions.spelling import join, wrong
-from fluxlab.positions.tokens import resolve_tokens
-from fluxlab.positions.words import Prompt, find_word
 from fluxlab.probes.arrays import Coords
 from fluxlab.probes.stream import Tokens, tokens
+from fluxlab.select.layout import IMAGE, Context
+from fluxlab.select.tokens import resolve_tokens
+from fluxlab.select.words import Prompt, find_word
 
 ALL = slice(None)
 
@@ -62,7 +62,7 @@ class Measure:
 
 
 def chosen(selection: Any, place: Place, key: str) -> list[Tokens]:
-    """A token selection's places, for each sample. `ValueError` naming the path where nothing is selected."""
+    """A token selection's places, for each sample. `UserError` naming the path where nothing is selected."""
     where = join(place.path, key)
     return [tokens(resolve_tokens(selection, place.context, b, where)) for b in range(place.samples)]
 
@@ -110,12 +110,12 @@ def named_axis(name: str, labels: Sequence) -> Axes:
 
 def token_axes(selections: Sequence[Tokens], place: Place, key: str, prefix: str = "") -> Axes:
     """Axes `row`, `col` for a rectangle of a grid, else `token`, labelled by places in the sequence; `from_row` or
-    `from` with a prefix. `ValueError` where samples select different numbers of tokens.
+    `from` with a prefix. `UserError` where samples select different numbers of tokens.
     """
     first = selections[0].index
     counts = [len(one) for one in selections]
     if len(set(counts)) > 1:
-        raise ValueError(f"{join(place.path, key)}: selects {counts} tokens of the samples, expected equal numbers")
+        raise UserError(f"{join(place.path, key)}: selects {counts} tokens of the samples, expected equal numbers")
     name = prefix or "token"
     if any(not torch.equal(one.index, first) for one in selections):
         labels = {f"{name}_place": (("sample", name), [one.index.tolist() for one in selections])}
@@ -134,7 +134,7 @@ def spelt_words(asked: str | list[str], place: Place) -> list[list[tuple[str, li
     """For each sample, words with the text tokens that spell them: those asked for, or "all" of its prompt."""
     path, prompts = join(place.path, "words"), place.context.prompts
     if prompts is None or any(prompt is None for prompt in prompts):
-        raise ValueError(f"{path}: {asked}, but no prompt was given to find them in")
+        raise UserError(f"{path}: {asked}, but no prompt was given to find them in")
     if asked == "all":
         return [_all_words(prompt, path) for prompt in prompts]
     return [[(word, find_word(prompt, word, path)) for word in asked] for prompt in prompts]
@@ -151,7 +151,7 @@ def _all_words(prompt: Prompt, path: str) -> list[tuple[str, list[int]]]:
         if spelt:
             words.append((name, spelt))
     if not words:
-        raise ValueError(f"{path}: all, but the prompt {prompt.text!r} has no words")
+        raise UserError(f"{path}: all, but the prompt {prompt.text!r} has no words")
     return words
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fluxlab.errors import UserError, join
 from fluxlab.model.attention import Attended, Tap
-from fluxlab.positions.layout import Context
-from fluxlab.positions.spelling import join
-from fluxlab.positions.where import resolve_blocks, resolve_heads, resolve_steps
 from fluxlab.probes import measures, queries
 from fluxlab.probes.arrays import Captured
 from fluxlab.probes.outputs import Axes, Measure, Place
 from fluxlab.probes.requests import KINDS, Capture, Request
 from fluxlab.probes.stream import chunk_bytes
+from fluxlab.select.layout import Context
+from fluxlab.select.where import resolve_blocks, resolve_heads, resolve_steps
 
 MEASURES = {
     "words": measures.words,
@@ -67,7 +67,7 @@ class Watch:
 
 
 def settle(capture: Capture, context: Context, samples: int) -> list[Watch]:
-    """A capture against a run. `ValueError` naming the path of what the run does not have: a word, a step, a block."""
+    """A capture against a run. `UserError` naming the path of what the run does not have: a word, a step, a block."""
     if context.prompts is not None and len(context.prompts) != samples:
         context = replace(context, prompts=[*context.prompts] * samples)
     watches = []
@@ -122,7 +122,7 @@ class Probe:
     def begin(self, context: Context, samples: int) -> None:
         """Get ready for a run of `samples` in one batch; `context` has their prompts where a request names words.
 
-        Raises `ValueError` for what this run does not have, and where results and working memory pass the budget.
+        Raises `UserError` for what this run does not have, and where results and working memory pass the budget.
         """
         self._context, self._values = None, []
         watches = settle(self.capture, context, samples)
@@ -135,11 +135,11 @@ class Probe:
     def taps(self, step: int) -> list[Tap | None] | None:
         """`taps=` of `Flux.forward` at one step, for one forward: one a block, None where nobody asked.
 
-        Raises `ValueError` for a step that was looked at already: a second forward would add to what the first gave.
+        Raises `UserError` for a step that was looked at already: a second forward would add to what the first gave.
         """
         asked = {block for watch in self._watches if step in watch.steps for block in watch.blocks}
         if asked and step not in self._unseen:
-            raise ValueError(f"probe: step {step} was looked at already; begin() starts afresh")
+            raise UserError(f"probe: step {step} was looked at already; begin() starts afresh")
         self._step = step
         self._unseen.discard(step)
         return [tap if block in asked else None for block, tap in enumerate(self._taps)] if asked else None
@@ -149,7 +149,7 @@ class Probe:
             with torch.no_grad(), torch.autocast(seen.q.device.type, enabled=False):
                 for watch, values in zip(self._watches, self._values, strict=True):
                     if len(seen.q) != watch.samples:
-                        raise ValueError(f"probe: a batch of {len(seen.q)}, but begin() was told {watch.samples}")
+                        raise UserError(f"probe: a batch of {len(seen.q)}, but begin() was told {watch.samples}")
                     if self._step in watch.steps and block in watch.blocks:
                         _observe(watch, values, self._step, block, seen)
 
@@ -160,10 +160,10 @@ class Probe:
     def arrays(self) -> dict[str, Captured]:
         """What was seen, by the names of the requests (`name.offset` where one gives several).
 
-        Raises `ValueError` before a run, and for one that broke off.
+        Raises `UserError` before a run, and for one that broke off.
         """
         if self._context is None or self._unseen:
-            raise ValueError("probe.arrays: nothing was captured yet, or the run broke off; generate(probe=…) first")
+            raise UserError("probe.arrays: nothing was captured yet, or the run broke off; generate(probe=…) first")
         pairs = zip(self._watches, self._values, strict=True)
         return {
             watch.name(output): _labelled(watch, output, values[output], self._context)
@@ -177,7 +177,7 @@ def _check_budget(needed: Mapping[str, int], max_mb: float) -> None:
     if total > max_mb:
         largest = sorted(needed.items(), key=lambda item: -item[1])[:4]
         listed = ", ".join(f"{name} {size / 1e6:.3g}" for name, size in largest)
-        raise ValueError(
+        raise UserError(
             f"capture.max_mb: {max_mb:g}, but {math.ceil(total)} MB are needed ({listed}).\n"
             "Raise it, average over heads, or ask for fewer blocks, steps or tokens."
         )

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxlab.errors import join, wrong
 from fluxlab.model.attention import Attended
-from fluxlab.positions.layout import IMAGE
-from fluxlab.positions.spelling import join, wrong
 from fluxlab.probes.outputs import Add, Axes, Measure, Place, chosen, chosen_image, grid, named_axis, span, token_axes
 from fluxlab.probes.stream import Places, Tokens, chunk_bytes, probabilities, take
+from fluxlab.select.layout import IMAGE
 
 
 def _axes(queries: Sequence[Tokens], place: Place, averaged: bool) -> Axes:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxlab.config import config_folder
-from fluxlab.positions.arguments import choice, integer, is_list, positive
-from fluxlab.positions.spelling import join, show, unknown_key, wrong
-from fluxlab.positions.tokens import parse_tokens
-from fluxlab.positions.where import parse_blocks, parse_heads, parse_steps
+from fluxlab.errors import UserError, join, show, unknown_key, wrong
+from fluxlab.select.arguments import choice, integer, is_list, positive
+from fluxlab.select.tokens import parse_tokens
+from fluxlab.select.where import parse_blocks, parse_heads, parse_steps
 
 MAX_MB = 512.0
 """The budget where a config names none, in MB of 10⁶ bytes."""
@@ -93,7 +93,7 @@ class Capture:
         """A capture from `{name: {kind: words, words: [cat], blocks: …, steps: …, heads: …, average: [heads]}}`, from
         the name of a file in `configs/capture`, or nothing. `max_mb` among the names is the budget.
 
-        Raises `ValueError`, one line, naming the path of what it cannot take, the value and what would be accepted.
+        Raises `UserError`, one line, naming the path of what it cannot take, the value and what would be accepted.
         """
         if isinstance(config, Capture):
             return config
@@ -104,7 +104,7 @@ class Capture:
         if not isinstance(config, Mapping):
             raise wrong(path, config, "a mapping of requests, for instance {cats: {kind: words, words: [cat]}}")
         if isinstance(config.get("kind"), str):
-            raise ValueError(f"{path}: {show(dict(config))} is a request without a name, expected {{a: {{…}}}}")
+            raise UserError(f"{path}: {show(dict(config))} is a request without a name, expected {{a: {{…}}}}")
         max_mb = positive(config.get("max_mb", MAX_MB), join(path, "max_mb"))
         requests = [(name, request) for name, request in config.items() if name != "max_mb"]
         return cls(tuple(_request(str(name), request, join(path, name)) for name, request in requests), max_mb)
@@ -119,12 +119,12 @@ class Capture:
 
 def _request(name: str, config: Any, path: str) -> Request:
     if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"{path}: {name!r}, expected a name of letters, digits, _ and -")
+        raise UserError(f"{path}: {name!r}, expected a name of letters, digits, _ and -")
     if not isinstance(config, Mapping):
         raise wrong(path, config, "a request such as {kind: words, words: [cat]}")
     given, listed = config.get("kind"), ", ".join(KINDS)
     if given is None:
-        raise ValueError(f"{join(path, 'kind')}: missing, expected one of {listed}")
+        raise UserError(f"{join(path, 'kind')}: missing, expected one of {listed}")
     if not isinstance(given, str) or given not in KINDS:
         raise wrong(join(path, "kind"), given, f"one of {listed}", KINDS)
     kind = KINDS[given]
@@ -135,7 +135,7 @@ def _request(name: str, config: Any, path: str) -> Request:
     for key, (parse, default) in kind.keys.items():
         value = config.get(key)
         if value is None and default is REQUIRED:
-            raise ValueError(f"{join(path, key)}: missing, {given} needs it (keys: {', '.join(kind.keys)})")
+            raise UserError(f"{join(path, key)}: missing, {given} needs it (keys: {', '.join(kind.keys)})")
         arguments[key] = default if value is None else parse(value, join(path, key))
     common = {key: parse(config[key], join(path, key)) for key, parse in COMMON.items() if config.get(key) is not None}
     average = _average(config.get("average"), given, join(path, "average"))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fluxlab.compose import guarded
+from fluxlab.errors import UserError
 from fluxlab.report.page import REPORT_FILE, write_report
 
 
@@ -21,9 +22,9 @@ def run(options: argparse.Namespace) -> None:
 
     file = options.out or (options.stores[0] / REPORT_FILE if len(options.stores) == 1 else Path(REPORT_FILE))
     if file.is_dir():
-        raise ValueError(f"-o {file}: a folder; name a file, for instance {file / REPORT_FILE}")
+        raise UserError(f"-o {file}: a folder; name a file, for instance {file / REPORT_FILE}")
     if options.out and not file.parent.is_dir():
-        raise ValueError(f"-o {file}: there is no folder {file.parent}; make it, or name another")
+        raise UserError(f"-o {file}: there is no folder {file.parent}; make it, or name another")
     load_plugins(options.plugins, "--plugins")
     write_report(options.stores, file)
     print(f"{file}  {file.stat().st_size / 1e6:.1f} MB")
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message}\npython -m fluxlab.report --help lists what there is")
+    raise UserError(f"{message}\npython -m fluxlab.report --help lists what there is")
 
 
 if __name__ == "__main__":

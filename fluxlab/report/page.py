@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 
+from fluxlab.drawing.pictures import BUDGET, Picture, data_url, embed, note, put
+from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import REFERENCE_NAMES
 from fluxlab.measure.images import METRICS, Metric
 from fluxlab.measure.summary import SHOWN
-from fluxlab.report import attention_page
-from fluxlab.report.pictures import BUDGET, Picture, data_url, embed, note, put
+from fluxlab.report.attention import page as attention_page
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -32,7 +33,7 @@ Row = dict[str, Any]
 def write_report(stores: "Sequence[str | PathLike[str]]", file: "str | PathLike[str]") -> Path:
     """Write the page of one or several stores, atomically; the same stores give the same bytes. Returns the file.
 
-    A file that already holds just that is left alone, and nothing else is written. Raises `ValueError` for no store,
+    A file that already holds just that is left alone, and nothing else is written. Raises `UserError` for no store,
     one that is damaged or not finished, one that is given twice, and a picture that cannot be read.
     """
     file, content = Path(file), render(stores).encode()
@@ -83,14 +84,14 @@ def render(stores: "Sequence[str | PathLike[str]]", budget: int = BUDGET) -> str
 def _read(stores: "Sequence[str | PathLike[str]]") -> list[Run]:
     paths = [Path(path) for path in stores]
     if not paths:
-        raise ValueError("no run folder named, of which there has to be one at least")
+        raise UserError("no run folder named, of which there has to be one at least")
     for i, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:i]]:
-            raise ValueError(f"{path}: named twice; leave one of them out")
+            raise UserError(f"{path}: named twice; leave one of them out")
     runs = [read_store(path) for path in paths]
     for run in runs:
         if not run.metrics:
-            raise ValueError(f"{run.path}: no cell in its tables; run its command again")
+            raise UserError(f"{run.path}: no cell in its tables; run its command again")
     return runs
 
 
@@ -254,7 +255,7 @@ def _drawn(program: str, grid: tuple[int, int], text: int, prompt: str, steps: i
     token each. A program that cannot be read here, for want of a plugin, has no picture."""
     from PIL import Image
 
-    from fluxlab.positions import plot
+    from fluxlab.drawing import token_layout as plot
     from fluxlab.sampling.schedule import Schedule
 
     known = {field.name for field in fields(Schedule)}
@@ -265,7 +266,7 @@ def _drawn(program: str, grid: tuple[int, int], text: int, prompt: str, steps: i
         view = plot.view(json.loads(program), context)
         # how many of the blocks are double is the model's affair, which no store knows
         view = replace(view, told={key: told for key, told in view.told.items() if key != "block"})
-    except ValueError as error:
+    except UserError as error:
         return Layout(missing=str(error))
     content = io.BytesIO()
     with plot.style(plot.STYLE):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from fluxlab.drawing.grid import write_grid
 from fluxlab.experiment.reading import Run
-from fluxlab.report.attention import write_pictures
-from fluxlab.report.grid import write_grid
+from fluxlab.report.attention.pictures import write_pictures
 from fluxlab.report.page import write_report
 
 GRID_FILE, PAGE_FILE = "grid.png", "report.html"

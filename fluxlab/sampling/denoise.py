@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fluxlab.errors import UserError
+
 Velocity = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, float, Tensor], None]
 
@@ -37,11 +39,11 @@ def round_timesteps(values: Tensor, like: str | None) -> Tensor:
     """Timesteps (or guidance strengths), fp32 `(B,)`, as a bf16 run of another implementation feeds them on.
 
     `None` leaves them alone. "bfl": bf16(1000 · bf16(t)) / 1000. "diffusers": t goes through bf16(bf16(1000 t) / 1000)
-    first. Both multiply by 1000 in bf16, so a guidance of 3.5 acts as 3.504. Raises `ValueError` for another word.
+    first. Both multiply by 1000 in bf16, so a guidance of 3.5 acts as 3.504. Raises `UserError` for another word.
     """
     if like is None:
         return values
     if like not in ("bfl", "diffusers"):
-        raise ValueError(f"timestep_rounding {like!r}: expected bfl, diffusers or nothing")
+        raise UserError(f"timestep_rounding {like!r}: expected bfl, diffusers or nothing")
     low = values.to(torch.bfloat16) if like == "bfl" else (1000 * values).to(torch.bfloat16) / 1000
     return (1000 * low).float() / 1000

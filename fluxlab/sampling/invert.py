@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fluxlab.errors import UserError
 from fluxlab.sampling.denoise import OnStep, Velocity
 
 
@@ -16,10 +17,10 @@ def invert(
     `sigmas` is the sampling schedule, 1 → 0; it is walked backwards. An Euler step is implicit in that direction: the
     x_t sought has x_next = x_t + (t_next - t) · v(x_t, t), solved by fixed-point iteration (as AIDI, arXiv 2309.04907)
     from the explicit guess. `iterations` counts velocities a step: 1 is plain DDIM-like inversion. The error shrinks by
-    |t_next - t| · Lipschitz constant an iteration. Raises `ValueError` for less than one.
+    |t_next - t| · Lipschitz constant an iteration. Raises `UserError` for less than one.
     """
     if iterations < 1:
-        raise ValueError(f"iterations {iterations}: at least 1 is needed")
+        raise UserError(f"iterations {iterations}: at least 1 is needed")
     steps = list(itertools.pairwise(sigmas))
     for i, (t, t_next) in enumerate(reversed(steps)):
         origin = x

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from pathlib import Path
 
+from fluxlab.errors import UserError
+
 # Settings of Diffusers' FlowMatchEulerDiscreteScheduler that change the times in ways FLUX.1 does not use.
 _UNUSED = {
     "invert_sigmas": False,
@@ -36,7 +38,7 @@ class Schedule:
     def times(self, num_steps: int, image_seq_len: int) -> list[float]:
         """`num_steps + 1` times from 1 (noise) to 0 (image) for `image_seq_len` packed image tokens."""
         if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
-            raise ValueError(f"steps {num_steps!r}: a whole number, at least 1, is needed")
+            raise UserError(f"steps {num_steps!r}: a whole number, at least 1, is needed")
         times = [1 - i / num_steps for i in range(num_steps + 1)]
         if not self.use_dynamic_shifting:
             return [self.shift * t / (1 + (self.shift - 1) * t) for t in times]
@@ -59,7 +61,7 @@ def schedule(
     """`num_steps + 1` times from 1 to 0, as FLUX.1's original release spreads them.
 
     t ← e^μ / (e^μ + 1/t - 1), μ linear in `image_seq_len`, the number of packed image tokens: `base_shift` at 256,
-    `max_shift` at 4,096. `shift=False` (schnell) keeps them even. Raises `ValueError` for less than one step.
+    `max_shift` at 4,096. `shift=False` (schnell) keeps them even. Raises `UserError` for less than one step.
     """
     return Schedule(use_dynamic_shifting=shift, base_shift=base_shift, max_shift=max_shift).times(
         num_steps, image_seq_len
@@ -69,7 +71,7 @@ def schedule(
 def read_schedule(path: str | Path) -> Schedule:
     """The schedule of a Diffusers `scheduler/` folder or its `scheduler_config.json`.
 
-    Raises `ValueError` naming the file and key for another scheduler class or a setting that FLUX.1 has no use for:
+    Raises `UserError` naming the file and key for another scheduler class or a setting that FLUX.1 has no use for:
     sampling on with other times than the file asks for would be another experiment.
     """
     file = Path(path)
@@ -77,15 +79,15 @@ def read_schedule(path: str | Path) -> Schedule:
     try:
         config = json.loads(file.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file}: no readable scheduler config ({error})") from None
+        raise UserError(f"{file}: no readable scheduler config ({error})") from None
     name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
     if name != "FlowMatchEulerDiscreteScheduler":
-        raise ValueError(f"{file}: scheduler {name} is not supported, only FlowMatchEulerDiscreteScheduler")
+        raise UserError(f"{file}: scheduler {name} is not supported, only FlowMatchEulerDiscreteScheduler")
     for key, neutral in _UNUSED.items():
         if config.get(key, neutral) not in (neutral, None):
-            raise ValueError(f"{file}: {key}={config[key]} is not supported, only {neutral}")
+            raise UserError(f"{file}: {key}={config[key]} is not supported, only {neutral}")
     if config.get("time_shift_type", "exponential") not in ("exponential", "linear"):
-        raise ValueError(f"{file}: time_shift_type={config['time_shift_type']}, expected exponential or linear")
+        raise UserError(f"{file}: time_shift_type={config['time_shift_type']}, expected exponential or linear")
     # Diffusers' own default is no dynamic shifting; ours is FLUX.1 dev's
     known = {"use_dynamic_shifting": False}
     known |= {f.name: config[f.name] for f in fields(Schedule) if config.get(f.name) is not None}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fluxlab.errors import UserError
 from fluxlab.scenes.font import WORDS
 from fluxlab.scenes.scene import COLOURS, RELATIONS, Scene, render, sample_scene
 from fluxlab.scenes.shapes import THINGS
@@ -90,20 +91,20 @@ def caption(scene: Scene, rng: np.random.Generator, form: str | None = None) -> 
 
     "full" says everything; "partial" leaves out colour, place or both (of a pair: both colours); "relation" is the full
     form of a pair and "thing" of a lone thing without a sign; "empty" is "". Half of all captions begin with a capital.
-    Raises ValueError for an unknown form, and for "relation" or "thing" where the scene is not such.
+    Raises UserError for an unknown form, and for "relation" or "thing" where the scene is not such.
     """
     if form is None:
         draw = rng.random()
         form = "empty" if draw < EMPTY_SHARE else "full" if draw < EMPTY_SHARE + 0.5 else "partial"
     if form not in FORMS:
-        raise ValueError(f"form={form!r}: expected one of {', '.join(FORMS)}")
+        raise UserError(f"form={form!r}: expected one of {', '.join(FORMS)}")
     if form == "empty":
         return ""
     everything = wanted_of(scene)
     if form == "relation" and not everything.relation:
-        raise ValueError(f"form={form!r}: the scene has one thing, a relation takes two")
+        raise UserError(f"form={form!r}: the scene has one thing, a relation takes two")
     if form == "thing" and (everything.relation or everything.sign):
-        raise ValueError(f"form={form!r}: the scene holds more than one thing alone")
+        raise UserError(f"form={form!r}: the scene holds more than one thing alone")
     wanted = everything
     if form == "partial" and everything.relation:
         wanted = Wanted(everything.thing, relation=everything.relation, second=everything.second)
@@ -129,7 +130,7 @@ _PLACE_OF_PHRASE = {phrase: place for place, phrase in PLACE_PHRASES.items()}
 def parse(text: str) -> Wanted:
     """What a caption asks for; case and spacing do not matter, nor a full stop at the end.
 
-    Raises ValueError for a caption outside the grammar at the head of this module, a word on the sign that is not in
+    Raises UserError for a caption outside the grammar at the head of this module, a word on the sign that is not in
     WORDS, or the wrong one of a and an.
     """
     plain = " ".join(text.lower().removesuffix(".").split())
@@ -138,15 +139,15 @@ def parse(text: str) -> Wanted:
     match = _CAPTION.fullmatch(plain)
     if not match:
         example = write(Wanted("fox", "red", "left", ("hello", "world")))
-        raise ValueError(f"caption={text!r}: expected {example!r} or the like")
+        raise UserError(f"caption={text!r}: expected {example!r} or the like")
     found = match.groupdict()
     sign = tuple(found["sign"].split()) if found["sign"] else None
     for word in sign or ():
         if word not in WORDS:
-            raise ValueError(f"caption={text!r}: no sign says {word!r}; expected one of {', '.join(WORDS)}")
+            raise UserError(f"caption={text!r}: no sign says {word!r}; expected one of {', '.join(WORDS)}")
     wanted = Wanted(**{**found, "sign": sign, "place": _PLACE_OF_PHRASE.get(found["place"])})
     if write(wanted) != plain:
-        raise ValueError(f"caption={text!r}: expected {write(wanted)!r}")
+        raise UserError(f"caption={text!r}: expected {write(wanted)!r}")
     return wanted
 
 
@@ -155,10 +156,10 @@ def batch(
 ) -> tuple[np.ndarray, list[str]]:
     """n scenes and a caption of each: uint8 (n, height, width, 3) and n strings.
 
-    Raises ValueError as `sample_scene` does, and for n < 1.
+    Raises UserError as `sample_scene` does, and for n < 1.
     """
     if n < 1:
-        raise ValueError(f"n={n!r}: expected at least 1")
+        raise UserError(f"n={n!r}: expected at least 1")
     images, captions = [], []
     for _ in range(n):
         scene = sample_scene(rng, size, split)

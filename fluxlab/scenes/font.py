@@ -9,6 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from fluxlab.errors import UserError
+
 GLYPH_HEIGHT, GLYPH_WIDTH = 7, 3
 CELL_HEIGHT, CELL_WIDTH = 8, 4
 
@@ -58,15 +60,15 @@ def text_size(words: tuple[str, ...]) -> tuple[int, int]:
 def text_mask(words: tuple[str, ...]) -> np.ndarray:
     """Ink of words set one to a line, flush left: bool (8 * lines - 1, 4 * longest - 1), read-only.
 
-    Raises ValueError for no words, an empty word or a letter outside a-z.
+    Raises UserError for no words, an empty word or a letter outside a-z.
     """
     if not words or not all(words):
-        raise ValueError(f"words={words!r}: expected at least one word, none of them empty")
+        raise UserError(f"words={words!r}: expected at least one word, none of them empty")
     mask = np.zeros(text_size(words), dtype=bool)
     for line, word in enumerate(words):
         for place, letter in enumerate(word):
             if letter not in GLYPHS:
-                raise ValueError(f"words={words!r}: no glyph for {letter!r}; the font has a to z")
+                raise UserError(f"words={words!r}: no glyph for {letter!r}; the font has a to z")
             y, x = CELL_HEIGHT * line, CELL_WIDTH * place
             mask[y : y + GLYPH_HEIGHT, x : x + GLYPH_WIDTH] = GLYPHS[letter]
     mask.setflags(write=False)

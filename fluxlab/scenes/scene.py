@@ -10,6 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from fluxlab.errors import UserError
 from fluxlab.scenes.font import WORDS, text_mask, text_size
 from fluxlab.scenes.shapes import THINGS, thing_mask
 
@@ -79,9 +80,9 @@ class Scene:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raise ValueError unless size is (height, width), both multiples of 4 from 48 to 80."""
+    """Raise UserError unless size is (height, width), both multiples of 4 from 48 to 80."""
     if len(size) != 2 or any(side % 4 or not 48 <= side <= 80 for side in size):
-        raise ValueError(f"size={size!r}: expected (height, width), both multiples of 4 from 48 to 80 pixels")
+        raise UserError(f"size={size!r}: expected (height, width), both multiples of 4 from 48 to 80 pixels")
 
 
 @lru_cache(maxsize=65536)
@@ -244,12 +245,12 @@ def sample_scene(rng: np.random.Generator, size: tuple[int, int] = (64, 64), spl
     lone thing, 14 % two things in a relation.
 
     size is (height, width) in pixels; split is "train" (nothing held out), "heldout" (nothing else) or "all".
-    Raises ValueError for a size that is not a multiple of 4 from 48 to 80 and for an unknown split.
+    Raises UserError for a size that is not a multiple of 4 from 48 to 80 and for an unknown split.
     """
     size = (int(size[0]), int(size[1])) if len(size) == 2 else size
     check_size(size)
     if split not in SPLITS:
-        raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+        raise UserError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
     while True:
         kind = rng.random()
         if kind < 0.14:
@@ -263,26 +264,26 @@ def sample_scene(rng: np.random.Generator, size: tuple[int, int] = (64, 64), spl
 def render(scene: Scene) -> np.ndarray:
     """The picture of a scene: uint8 (height, width, 3), RGB, flat colours, no antialiasing.
 
-    Raises ValueError where a thing or the sign reaches out of the frame, or a name is unknown.
+    Raises UserError where a thing or the sign reaches out of the frame, or a name is unknown.
     """
     height, width = scene.size
     if scene.background not in BACKGROUNDS:
-        raise ValueError(f"background={scene.background!r}: expected one of {', '.join(BACKGROUNDS)}")
+        raise UserError(f"background={scene.background!r}: expected one of {', '.join(BACKGROUNDS)}")
     image = np.empty((height, width, 3), dtype=np.uint8)
     image[:] = BACKGROUNDS[scene.background]
     if scene.sign:
         top, left, bottom, right = scene.sign.box
         if top < 0 or left < 0 or bottom > height or right > width:
-            raise ValueError(f"sign={scene.sign!r}: reaches out of the frame of {height} x {width} pixels")
+            raise UserError(f"sign={scene.sign!r}: reaches out of the frame of {height} x {width} pixels")
         start, stop, col = scene.sign.stick
         image[start:stop, col : col + 2] = INK
     for thing in scene.things:
         if thing.colour not in COLOURS:
-            raise ValueError(f"colour={thing.colour!r}: expected one of {', '.join(COLOURS)}")
+            raise UserError(f"colour={thing.colour!r}: expected one of {', '.join(COLOURS)}")
         mask = thing_mask(thing.name, thing.size)
         r, c = round(thing.row - thing.size / 2), round(thing.col - thing.size / 2)
         if r < 0 or c < 0 or r + thing.size > height or c + thing.size > width:
-            raise ValueError(f"thing={thing!r}: reaches out of the frame of {height} x {width} pixels")
+            raise UserError(f"thing={thing!r}: reaches out of the frame of {height} x {width} pixels")
         image[r : r + thing.size, c : c + thing.size][mask] = COLOURS[thing.colour]
     if scene.sign:
         image[top:bottom, left:right] = INK

@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from fluxlab.errors import UserError
+
 _SUBSAMPLES = 4
 
 
@@ -102,12 +104,12 @@ THINGS = tuple(_SHAPES)
 def thing_mask(name: str, size: int) -> np.ndarray:
     """The silhouette of a thing in a box of `size` pixels: bool (size, size), read-only.
 
-    Raises ValueError for an unknown name or a size under 4.
+    Raises UserError for an unknown name or a size under 4.
     """
     if name not in _SHAPES:
-        raise ValueError(f"name={name!r}: expected one of {', '.join(THINGS)}")
+        raise UserError(f"name={name!r}: expected one of {', '.join(THINGS)}")
     if size < 4:
-        raise ValueError(f"size={size!r}: expected at least 4 pixels")
+        raise UserError(f"size={size!r}: expected at least 4 pixels")
     points = (np.arange(size * _SUBSAMPLES) + 0.5) / (size * _SUBSAMPLES) * 2 - 1
     fine = _SHAPES[name](points[None, :], points[:, None])
     mask = fine.reshape(size, _SUBSAMPLES, size, _SUBSAMPLES).mean(axis=(1, 3)) >= 0.5

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from fluxlab.errors import UserError
+
 
 @dataclass
 class AutoencoderRecipe:
@@ -92,7 +94,7 @@ class Recipe:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise `ValueError` naming the key, its value and what would be accepted."""
+    """Raise `UserError` naming the key, its value and what would be accepted."""
     for key in (
         "steps",
         "batch",
@@ -106,18 +108,18 @@ def check(recipe: Recipe) -> None:
     ):
         value = getattr(recipe, key)
         if value < 1:
-            raise ValueError(f"{key}={value}: at least 1 is needed")
+            raise UserError(f"{key}={value}: at least 1 is needed")
     if recipe.hidden_size % 64:
-        raise ValueError(f"hidden_size={recipe.hidden_size}: heads are 64 wide, a multiple of 64 is needed")
+        raise UserError(f"hidden_size={recipe.hidden_size}: heads are 64 wide, a multiple of 64 is needed")
     for key in ("t5_width", "clip_width"):
         if getattr(recipe, key) % 32:
-            raise ValueError(f"{key}={getattr(recipe, key)}: heads are 32 wide, a multiple of 32 is needed")
+            raise UserError(f"{key}={getattr(recipe, key)}: heads are 32 wide, a multiple of 32 is needed")
     if recipe.tracker not in ("wandb", "none"):
-        raise ValueError(f"tracker={recipe.tracker}: expected wandb or none")
+        raise UserError(f"tracker={recipe.tracker}: expected wandb or none")
     if recipe.guidance_steps < 0 or recipe.guidance_batch < 1:
         key = "guidance_steps" if recipe.guidance_steps < 0 else "guidance_batch"
-        raise ValueError(f"{key}={getattr(recipe, key)}: a count is needed, guidance_steps=0 leaves the stage out")
+        raise UserError(f"{key}={getattr(recipe, key)}: a count is needed, guidance_steps=0 leaves the stage out")
     if not 0 < recipe.native_share <= 1:
-        raise ValueError(f"native_share={recipe.native_share}: a share above 0, at most 1, is needed")
+        raise UserError(f"native_share={recipe.native_share}: a share above 0, at most 1, is needed")
     if 0 not in recipe.t_mean:
-        raise ValueError(f"t_mean={recipe.t_mean}: a mean from step 0 on is needed")
+        raise UserError(f"t_mean={recipe.t_mean}: a mean from step 0 on is needed")

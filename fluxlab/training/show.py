@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from fluxlab.files import write_atomic
-from fluxlab.report.wandb_link import Link
+from fluxlab.report.wandb.link import Link
 
 
 class Tracker:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fluxlab import sampling, scenes
+from fluxlab.errors import UserError
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams, Rotary
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
@@ -207,7 +208,7 @@ def train_transformer(
         move_average(averages, parameters, recipe.ema, step)
         curve.append([step + 1, *(round(v, 5) for v in (loss.item(), plain.item(), norm.item(), share))])
         if not math.isfinite(curve[-1][1]):
-            raise ValueError(
+            raise UserError(
                 f"the loss is {curve[-1][1]} at step {step + 1}: lower lr={recipe.lr} or adam_lr={recipe.adam_lr}"
             )
         recent = curve[-50:]

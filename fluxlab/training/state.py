@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fluxlab.errors import UserError
 from fluxlab.files import sync
 
 
@@ -26,13 +27,13 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], notes: dict) -> None:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, notes) of `write_tensors`. Raises `ValueError` naming a file that cannot be read."""
+    """(tensors, notes) of `write_tensors`. Raises `UserError` naming a file that cannot be read."""
     try:
         with safe_open(file, "pt") as handle:
             names = list(handle.keys())
             return {name: handle.get_tensor(name) for name in names}, json.loads(handle.metadata()["notes"])
     except Exception as error:  # safetensors raises its own, and a bare Exception for some files
-        raise ValueError(f"{file}: not a checkpoint of a training run ({error}); delete it to start again") from error
+        raise UserError(f"{file}: not a checkpoint of a training run ({error}); delete it to start again") from error
 
 
 def parameter_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
@@ -42,12 +43,12 @@ def parameter_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_parameters(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `parameter_tensors`. Raises `ValueError` if the tensors are another recipe's."""
+    """The inverse of `parameter_tensors`. Raises `UserError` if the tensors are another recipe's."""
     own = dict(module.named_parameters())
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     wrong = sorted(set(own) ^ set(given)) or [name for name in own if own[name].shape != given[name].shape]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint is of another recipe ({wrong[0]} differs): choose another out=, or delete its folder"
         )
     for name, parameter in own.items():

@@ -21,7 +21,8 @@ from fluxlab.checkpoints.stored import Stored, on_meta
 from fluxlab.config import ModelRow
 from fluxlab.files import sha256_of
 from fluxlab.model import TRANSFORMERS
-from fluxlab.positions import Program, oracle
+from fluxlab.positions import Program
+from fluxlab.positions import noise as oracle
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from fluxlab.experiment.reading import read_store
-from fluxlab.report.attention import write_pictures
+from fluxlab.report.attention.pictures import write_pictures
 from fluxlab.report.page import write_report
 from tests.stores import make_store
 

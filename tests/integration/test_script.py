@@ -8,7 +8,7 @@ from pathlib import Path
 SCRIPT = Path(sys.executable).with_name("fluxlab")
 PLUGIN = """
 from fluxlab.positions import op
-from fluxlab.positions.arguments import number
+from fluxlab.select.arguments import number
 
 @op("lean", {"by": number})
 def lean(ids, scope, by=1.0):

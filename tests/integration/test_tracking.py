@@ -19,10 +19,11 @@ from fluxlab.config import ModelRow
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import Experiment, checked, read_variants
 from fluxlab.probes import Capture
-from fluxlab.report import tracking, wandb_link
-from fluxlab.report.attention import write_pictures
+from fluxlab.report.attention.pictures import write_pictures
 from fluxlab.report.products import GRID_FILE, grid
-from fluxlab.report.wandb_link import Link
+from fluxlab.report.wandb import link as wandb_link
+from fluxlab.report.wandb import tracking
+from fluxlab.report.wandb.link import Link
 from fluxlab.run import main
 from tests.stores import PROMPTS, make_store
 
@@ -181,7 +182,7 @@ def test_more_images_than_fit_into_one_step(store, tmp_path):
 SLEEPER = """
 import sys, time
 from pathlib import Path
-from fluxlab.report.wandb_link import Link
+from fluxlab.report.wandb.link import Link
 link = Link(Path(sys.argv[1]), {"project": "p"}, {}, mode="offline")
 link.say({"log": {"x": 1}})
 print("ready", flush=True)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from fluxlab import sampling, scenes
 from fluxlab.compose import compose
 from fluxlab.config import config_folder
-from fluxlab.positions import Context, Layout, Program, Prompt
+from fluxlab.positions import Context, Layout, Program, Prompt, compile_programs
 from fluxlab.run import RunConfig
 
 NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
@@ -115,8 +115,8 @@ def test_programs_fit_both_models_and_move_something(name):
     for prompt in config.prompts:
         tiny, flux = contexts(prompt)
         for variant, program in programs(config).items():
-            program.compile(flux)  # every step, block, word and place is there
-            compiled = program.compile(tiny)
+            compile_programs([program], flux)  # every step, block, word and place is there
+            compiled = compile_programs([program], tiny)
             moved = any(
                 not torch.equal(compiled.ids(sigma, block, side), tiny.ids[0])
                 for sigma in tiny.sigmas[:-1:5]  # of each quarter
@@ -142,7 +142,7 @@ def test_the_article():
     found = programs(config)
     assert list(found) == list(expected)
     for name, program in found.items():
-        assert torch.equal(program.compile(tiny).ids(), torch.cat((text, expected[name]))), name
+        assert torch.equal(compile_programs([program], tiny).ids(), torch.cat((text, expected[name]))), name
 
 
 def test_the_dose():
@@ -168,9 +168,9 @@ def test_the_probe_extends_to_every_block_of_flux():
     for block in range(57):
         assert found[f"block_{block}"] == Program.from_config({"a": {"op": "zero", "side": "keys", "blocks": block}})
     tiny, flux = contexts("a cat")
-    assert found["block_56"].compile(flux)
+    assert compile_programs([found["block_56"]], flux)
     with pytest.raises(ValueError, match=r"variants\.block_6\.a\.blocks: 6, expected a block below 6"):
-        found["block_6"].compile(tiny)
+        compile_programs([found["block_6"]], tiny)
 
 
 @pytest.mark.parametrize("name", NAMES)

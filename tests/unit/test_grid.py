@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFont, features
 from scipy.ndimage import find_objects
 
-from fluxlab.report import grid, lettering
-from fluxlab.report.grid import draw_grid, write_grid
+from fluxlab.drawing import grid, lettering
+from fluxlab.drawing.grid import draw_grid, write_grid
 
 CAT, FOX = "A cat holding a sign that says hello world", "a red fox on the left"
 ROWS = [("baseline", "identity"), ("half", "scale factor 0.5 on image"), ("zero", "zero on image")]
@@ -298,7 +298,7 @@ def test_lines_fit_and_lose_nothing(text, size, width, most):
 def test_pyplot_is_left_alone(tmp_path):
     code = f"""
 import sys
-from fluxlab.report.grid import write_grid
+from fluxlab.drawing.grid import write_grid
 assert "matplotlib" not in sys.modules
 write_grid({str(tmp_path / "grid.png")!r}, [("a", "b")], [("c", 0)], lambda i, j: None)
 assert "matplotlib.pyplot" not in sys.modules and "torch" not in sys.modules

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxlab.positions import OPS, Context, Layout, Program, attention_ops, ops
+from fluxlab.positions import OPS, Context, Layout, Program, attention_ops, compile_programs, ops
 
 LAYOUT = Layout(text=2, grid=(2, 3))
 TEXT = [(0, 0, 0), (0, 0, 0)]
@@ -24,7 +24,7 @@ def context(layout=LAYOUT, dtype=torch.float32, **more) -> Context:
 
 def edited(edit: dict, layout=LAYOUT, side="queries", **more) -> list[tuple]:
     """The ids that a one-edit program leaves."""
-    ids = Program.from_config({"a": edit}).compile(context(layout, **more)).ids(side=side)
+    ids = compile_programs([Program.from_config({"a": edit})], context(layout, **more)).ids(side=side)
     return [tuple(round(x, 5) + 0.0 for x in row) for row in ids.tolist()]
 
 
@@ -162,7 +162,7 @@ def test_centre_lays_all_out_as_qwen():
 def test_drop_turns_nothing():
     """No rotation on an axis: cos 1 and sin 0, whatever later edits do to the ids."""
     program = {"a": {"op": "drop", "axes": "row", "side": "keys"}, "b": {"op": "offset", "by": 5, "tokens": "all"}}
-    (queries, keys), *_ = Program.from_config(program).compile(context()).at(1.0).rotary
+    (queries, keys), *_ = compile_programs([Program.from_config(program)], context()).at(1.0).rotary
     assert (keys.cos[0, 0, 2:, 2:9] == 1).all()
     assert (keys.sin[0, 0, 2:, 2:9] == 0).all()
     assert torch.equal(keys.cos[0, 0, :, 9:], queries.cos[0, 0, :, 9:])
@@ -173,7 +173,7 @@ def test_drop_turns_nothing():
 
 def test_temperature_scales_the_queries():
     edit = {"op": "temperature", "factor": 3, "tokens": {"indices": [1, 2]}}
-    (queries, keys), *_ = Program.from_config({"a": edit}).compile(context()).at(1.0).rotary
+    (queries, keys), *_ = compile_programs([Program.from_config({"a": edit})], context()).at(1.0).rotary
     expected = torch.ones(8)
     expected[3:5] = 3
     assert torch.allclose(queries.cos, keys.cos * expected[:, None])
@@ -192,8 +192,9 @@ def test_mask_by_hand():
 
 def test_mask_strength_multiplies_the_odds():
     bias = [
-        Program.from_config({"a": {"op": "mask", "from": "image", "to": "text", "strength": s}})
-        .compile(context())
+        compile_programs(
+            [Program.from_config({"a": {"op": "mask", "from": "image", "to": "text", "strength": s}})], context()
+        )
         .at(1.0)
         .mask
         for s in (1, 0.75, 0)
@@ -214,7 +215,7 @@ def run(edits: list[dict], ids: torch.Tensor | None = None) -> torch.Tensor:
     ctx = context(dtype=torch.float64)
     if ids is not None:
         ctx = Context(**{**vars(ctx), "ids": ids})
-    return Program.from_config({str(i): edit for i, edit in enumerate(edits)}).compile(ctx).ids()
+    return compile_programs([Program.from_config({str(i): edit for i, edit in enumerate(edits)})], ctx).ids()
 
 
 SOME = [

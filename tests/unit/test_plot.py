@@ -10,8 +10,10 @@ import torch
 from matplotlib.figure import Figure
 
 from fluxlab.config import config_folder
+from fluxlab.drawing import rope_similarity as kernel
+from fluxlab.drawing import token_layout as plot
 from fluxlab.model.rope import frequencies
-from fluxlab.positions import Program, Prompt, kernel, plot
+from fluxlab.positions import Program, Prompt, compile_programs
 from fluxlab.positions.__main__ import main, read_program
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +67,7 @@ def test_points_are_the_ids(program):
     assert torch.equal(points(figure, "image"), image)
     context = plot.sequence(grid=GRID, text=TEXT)
     assert torch.equal(points(figure, "untouched"), context.ids[0][:, [2, 1]])
-    compiled = Program.from_config(program).compile(context)
+    compiled = compile_programs([Program.from_config(program)], context)
     assert torch.equal(torch.cat((text, image)), compiled.ids()[:, [2, 1]])
 
 
@@ -256,8 +258,8 @@ def test_equal_figures_have_equal_bytes(ending, tmp_path):
 
 def test_figures_leave_pyplot_alone():
     code = (
-        "import sys; from fluxlab.positions import plot; assert 'matplotlib' not in sys.modules;"
-        "plot.layout({}, grid=(2, 2)); assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys; from fluxlab.drawing import token_layout; assert 'matplotlib' not in sys.modules;"
+        "token_layout.layout({}, grid=(2, 2)); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

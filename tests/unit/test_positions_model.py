@@ -144,7 +144,7 @@ def test_a_block_acts_from_itself_on(flux, k, edit):
 def test_a_step_acts_from_itself_on(flux, s, edit):
     def path(program):
         ctx = context()
-        compiled, x, states = Program.from_config(program).compile(ctx), inputs(), []
+        compiled, x, states = compile_programs([Program.from_config(program)], ctx), inputs(), []
 
         def field(img, t):
             rotary, mask = compiled.at(t)
@@ -164,7 +164,7 @@ def test_equivariance(permutation, name):
     torch.manual_seed(0)
     flux = sharp(Flux(PARAMS)).double().requires_grad_(False)
     x, ctx = inputs(dtype=torch.float64), context(torch.float64)
-    ids = Program.from_config(PROGRAMS[name]).compile(ctx).ids(0.6, head=1)[None]
+    ids = compile_programs([Program.from_config(PROGRAMS[name])], ctx).ids(0.6, head=1)[None]
     rest = (x["txt"], ids[:, :TEXT], x["timesteps"], x["y"])
     plain = flux(x["img"], ids[:, TEXT:], *rest)
     moved = flux(x["img"][:, permutation], ids[:, TEXT:][:, permutation], *rest)
@@ -221,7 +221,7 @@ def dense_model(flux, program, monkeypatch):
     """The model with its attention replaced by one that asks `Compiled` for the ids of each query, key and head."""
     from fluxlab.model import layers
 
-    compiled = Program.from_config(program).compile(context(torch.float64))
+    compiled = compile_programs([Program.from_config(program)], context(torch.float64))
     block = iter(range(4))
 
     def attention(q, k, v, keys, mask, tap):
@@ -263,7 +263,7 @@ def test_against_dense_attention(flux, name, monkeypatch):
 def test_a_mask_hides(flux):
     """What image tokens may not look at cannot reach them."""
     program = {"a": {"op": "mask", "from": "image", "to": "text"}}
-    rotary, mask = Program.from_config(program).compile(context()).at(0.6)
+    rotary, mask = compile_programs([Program.from_config(program)], context()).at(0.6)
     x = inputs()
     outputs = [
         flux(x["img"], None, txt, None, x["timesteps"], x["y"], rotary=rotary, mask=mask)
@@ -291,7 +291,7 @@ def test_gradcheck():
 
     def out(ids):
         ctx = Context(ids, layout, small.axes_dim, small.theta, 1, 1, 1)
-        rotary, mask = Program.from_config(edits).compile(ctx).at(1.0)
+        rotary, mask = compile_programs([Program.from_config(edits)], ctx).at(1.0)
         return flux(img, None, txt, None, torch.ones(1).double(), y, rotary=rotary, mask=mask)
 
     assert torch.autograd.gradcheck(out, (ids.requires_grad_(),))
@@ -303,7 +303,7 @@ def test_a_position_found_by_gradient_descent(flux):
 
     def run(where):
         ids = context().ids.index_put((torch.tensor([0]), torch.tensor([TEXT + 4])), where[None])
-        rotary, _ = Program().compile(context_of(ids)).at(0.6)
+        rotary, _ = compile_programs([Program()], context_of(ids)).at(0.6)
         return flux(x["img"], None, x["txt"], None, x["timesteps"], x["y"], rotary=rotary)
 
     def context_of(ids):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxlab.probes import Captured, draw
+from fluxlab.drawing import attention as draw
+from fluxlab.probes import Captured
 
 WORDS, BLOCKS, STEPS, GRID = ["cat", "σign"], [0, 4, 7], [0, 1], (2, 3)
 

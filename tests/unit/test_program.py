@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 import fluxlab.positions
 from fluxlab.config import config_folder
 from fluxlab.positions import OPS, Context, Layout, Program, Prompt, compile_programs, find_word
-from fluxlab.positions.tokens import parse_tokens, resolve_tokens
-from fluxlab.positions.where import parse_strength, strength_at
+from fluxlab.select.tokens import parse_tokens, resolve_tokens
+from fluxlab.select.where import parse_strength, strength_at
 
 SIZES = {"axes_dim": (4, 14, 14), "theta": 10000, "double": 2, "single": 3, "heads": 4}
 CAT = "A cat on the mat, a red Cat says hello world"
@@ -63,7 +63,7 @@ def test_round_trip():
     assert again.to_config() == whole.to_config()
     assert OmegaConf.to_container(OmegaConf.create(whole.to_config())) == whole.to_config()  # plain values
     assert Program.from_config(OmegaConf.create(EVERYTHING)) == whole
-    assert whole.compile(context()).at(1.0)
+    assert compile_programs([whole], context()).at(1.0)
 
 
 def test_identity():
@@ -218,7 +218,7 @@ def test_a_mask_from_an_image_file(tmp_path):
 def active(**edit) -> list[bool]:
     """For each step, whether the program does anything."""
     ctx = context()
-    compiled, base = program(**edit).compile(ctx), ctx.ids[0]
+    compiled, base = compile_programs([program(**edit)], ctx), ctx.ids[0]
     return [not torch.equal(compiled.ids(t), base) for t in ctx.sigmas[:-1]]
 
 
@@ -254,7 +254,7 @@ def test_steps(steps, expected):
     ],
 )
 def test_blocks(blocks, expected):
-    compiled, base = program(blocks=blocks).compile(context()), context().ids[0]
+    compiled, base = compile_programs([program(blocks=blocks)], context()), context().ids[0]
     assert {k for k in range(5) if not torch.equal(compiled.ids(block=k), base)} == expected
 
 
@@ -275,41 +275,48 @@ def test_strength(strength, sigma, expected):
 
 def test_tables_are_shared():
     """Equal tables are one object: over blocks, sides, heads, samples and steps."""
-    base = Program().compile(context()).at(1.0)
+    base = compile_programs([Program()], context()).at(1.0)
     assert type(base.rotary).__name__ == "Rotary"
     assert base.mask is None
     assert base.rotary.cos.shape == (1, 1, context().layout.tokens, 16)
 
-    keys = program(blocks=[1, 3], side="keys").compile(context(prompts=None)).at(1.0).rotary
+    keys = compile_programs([program(blocks=[1, 3], side="keys")], context(prompts=None)).at(1.0).rotary
     assert len({id(q) for q, _ in keys}) == 1
     assert keys[0][0] is keys[0][1]
     assert keys[1][1] is keys[3][1] is not keys[0][1]
     assert keys[0][1] is keys[2][1] is keys[4][1]
 
     nothing = Program.from_config({"a": {"op": "scale", "factor": 1}, "b": {"op": "zero", "strength": 0}})
-    rotary = nothing.compile(context()).at(1.0).rotary
+    rotary = compile_programs([nothing], context()).at(1.0).rotary
     assert torch.equal(rotary.cos, base.rotary.cos)
     assert torch.equal(rotary.sin, base.rotary.sin)
 
 
 def test_tables_are_reused_across_steps():
-    compiled = Program.from_config(
-        {
-            "still": {"op": "zero", "blocks": [0]},
-            "fading": {"op": "zero", "blocks": [1], "strength": {"from": 1, "to": 0}},
-        }
-    ).compile(context())
+    compiled = compile_programs(
+        [
+            Program.from_config(
+                {
+                    "still": {"op": "zero", "blocks": [0]},
+                    "fading": {"op": "zero", "blocks": [1], "strength": {"from": 1, "to": 0}},
+                }
+            )
+        ],
+        context(),
+    )
     first, again, second = compiled.at(1.0), compiled.at(1.0), compiled.at(0.9)
     assert first is again
     assert first.rotary[0][0] is second.rotary[0][0]
     assert first.rotary[2][0] is second.rotary[2][0]
     assert first.rotary[1][0] is not second.rotary[1][0]
-    window = program(steps=[1]).compile(context())
+    window = compile_programs([program(steps=[1])], context())
     assert window.at(0.7) is window.at(0.4)
 
 
 def test_old_tables_are_let_go():
-    compiled = program(strength={"from": 1, "to": 0}).compile(context(sigmas=[1 - i / 100 for i in range(101)]))
+    compiled = compile_programs(
+        [program(strength={"from": 1, "to": 0})], context(sigmas=[1 - i / 100 for i in range(101)])
+    )
     for i in range(100):
         compiled.at(1 - i / 100)
     assert sum(len(part) for part in (compiled._kept._now, compiled._kept._before)) < 10
@@ -319,7 +326,7 @@ def test_a_batch_holds_each_samples_table():
     programs = [Program(), program(), program(heads=[1]), program(side="keys")]
     both = compile_programs(programs, context()).at(1.0).rotary
     for b, p in enumerate(programs):
-        alone = p.compile(context()).at(1.0).rotary
+        alone = compile_programs([p], context()).at(1.0).rotary
         alone = [(alone, alone)] * 5 if hasattr(alone, "cos") else alone
         for block in range(5):
             for side in (0, 1):
@@ -344,7 +351,7 @@ def test_a_negative_prompt_has_none_of_the_words():
         "b": {"op": "mask", "from": "image", "to": {"words": ["mat"]}, "rule": "only"},
         "c": {"op": "offset", "by": 1, "tokens": [{"words": ["mat"]}, {"indices": [0]}]},
     }
-    compiled = Program.from_config(edits).compile(context(prompts=[None]))
+    compiled = compile_programs([Program.from_config(edits)], context(prompts=[None]))
     changed = (compiled.ids() != context().ids[0]).any(1).nonzero()[:, 0].tolist()
     assert changed == [FIRST]
     assert compiled.at(1.0).mask is None
@@ -353,8 +360,8 @@ def test_a_negative_prompt_has_none_of_the_words():
 def test_key_groups():
     edit = {"op": "zero", "side": "keys", "seen_by": {"box": [0, 0, 1, 4]}}
     ctx = context()
-    pair = Program.from_config({"a": edit}).compile(ctx).at(1.0).rotary[0]
-    base = Program().compile(ctx).at(1.0).rotary
+    pair = compile_programs([Program.from_config({"a": edit})], ctx).at(1.0).rotary[0]
+    base = compile_programs([Program()], ctx).at(1.0).rotary
     groups = pair[1]
     assert torch.equal(pair[0].cos, base.cos)
     assert torch.cat(groups.queries).sort()[0].tolist() == list(range(ctx.layout.tokens))
@@ -488,13 +495,13 @@ def test_bad_for_this_context(edit, path, value, accepted, nearest, layout):
     """What only the grid, prompt, schedule or model can tell: refused when compiled, before anything runs."""
     p = Program.from_config({"a": edit}, "variants.half")
     with pytest.raises(ValueError) as error:
-        p.compile(context(layout))
+        compile_programs([p], context(layout))
     check_message(error, path, value, accepted, nearest)
 
 
 def test_words_need_a_prompt():
     with pytest.raises(ValueError, match=r"a.tokens.words: \['cat'\], but no prompt was given"):
-        program(tokens={"words": "cat"}).compile(context(prompts=None))
+        compile_programs([program(tokens={"words": "cat"})], context(prompts=None))
 
 
 def test_a_word_that_was_cut_off():
@@ -515,7 +522,7 @@ def test_presets():
         assert not any(isinstance(value, dict) for value in edit.values())
         assert [key for key, value in edit.items() if value == "???"] == (["to"] if name == "relocate" else [])
         edit = {key: [1, 1] if value == "???" else value for key, value in edit.items()}
-        Program.from_config({"a": edit}).compile(context())
+        compile_programs([Program.from_config({"a": edit})], context())
         assert file.read_text().startswith("# "), f"{file} says nothing of itself"
 
 
@@ -526,7 +533,7 @@ def test_the_readmes_program():
         assert Program.from_config(variant)
     p = Program.from_config(OmegaConf.to_container(OmegaConf.create(yaml)))
     assert len(p.edits) == 4
-    p.compile(context(Layout(text=len(WORDS.spans), grid=(8, 8)), double=4, heads=12))
+    compile_programs([p], context(Layout(text=len(WORDS.spans), grid=(8, 8)), double=4, heads=12))
     assert all(f"`{name}`" in text for name in OPS)
 
 
@@ -536,7 +543,7 @@ def test_every_op_is_documented():
 
 PLUGIN = '''
 from fluxlab.positions import op
-from fluxlab.positions.arguments import number
+from fluxlab.select.arguments import number
 
 @op("spiral", {"turns": number})
 def spiral(ids, scope, turns=1.0):
@@ -560,7 +567,7 @@ def test_plugins(plugin):
     fluxlab.positions.load_plugins([plugin])
     fluxlab.positions.load_plugins([plugin])
     p = program(op="spiral", turns=2)
-    assert torch.equal(p.compile(context()).ids()[FIRST:-4], context().ids[0, FIRST:-4] + 2)
+    assert torch.equal(compile_programs([p], context()).ids()[FIRST:-4], context().ids[0, FIRST:-4] + 2)
     assert p.to_config() == {"a": {"op": "spiral", "turns": 2}}
     with pytest.raises(ValueError, match=r"unknown key of spiral.*did you mean turns"):
         program(op="spiral", turn=2)
@@ -587,7 +594,7 @@ def test_an_op_that_breaks_is_named():
     fluxlab.positions.op("broken")(lambda ids, scope: ids / 0)
     try:
         with pytest.raises(ValueError, match=r"^half\.a: broken gave .* NaN or inf"):
-            Program.from_config({"a": {"op": "broken"}}, "half").compile(context()).at(1.0)
+            compile_programs([Program.from_config({"a": {"op": "broken"}}, "half")], context()).at(1.0)
     finally:
         OPS.pop("broken")
 
@@ -660,7 +667,7 @@ def test_junk_is_refused_or_read_never_an_accident(config):
         p = Program.from_config(config, "v")
         p.describe()
         assert Program.from_config(p.to_config()) == p
-        p.compile(context()).at(1.0)
+        compile_programs([p], context()).at(1.0)
     except ValueError as error:
         message = str(error)
     else:

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from fluxlab.drawing import pictures
 from fluxlab.experiment.reading import read_store
-from fluxlab.report import page, pictures
+from fluxlab.report import page
 from fluxlab.report.__main__ import main
 from fluxlab.report.page import render, write_report
 from tests.stores import make_store

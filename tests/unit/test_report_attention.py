@@ -11,8 +11,11 @@ from PIL import Image
 
 from fluxlab.experiment.reading import read_store
 from fluxlab.probes import Captured
-from fluxlab.report import attention, attention_page, products, tracking
+from fluxlab.report import products
+from fluxlab.report.attention import page as attention_page
+from fluxlab.report.attention import pictures as attention
 from fluxlab.report.page import render
+from fluxlab.report.wandb import tracking
 from tests.stores import make_store
 
 CAPTURE = {

@@ -12,9 +12,11 @@ import pytest
 from fluxlab.config import ModelRow
 from fluxlab.experiment.reading import read_store
 from fluxlab.experiment.spec import Experiment, checked, read_variants
-from fluxlab.report import tracking, wandb_link, wandb_process
 from fluxlab.report.products import GRID_FILE, grid
-from fluxlab.report.wandb_link import Link, tracked
+from fluxlab.report.wandb import link as wandb_link
+from fluxlab.report.wandb import process as wandb_process
+from fluxlab.report.wandb import tracking
+from fluxlab.report.wandb.link import Link, tracked
 from tests.stores import PROMPTS, VARIANTS, make_store
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
 from fluxlab.probes.arrays import Captured
 
@@ -38,7 +39,7 @@ def overlay(
     grey.
     """
     if heat.ndim != 2:
-        raise ValueError(f"heat has shape {heat.shape}: a map (rows, cols) is needed")
+        raise UserError(f"heat has shape {heat.shape}: a map (rows, cols) is needed")
     rows, cols = heat.shape
     size = size or (image.size if image is not None else (16 * cols, 16 * rows))
     return _over(heat, None if image is None else _grey(image, size), highest, size, opacity, colormap)
@@ -112,7 +113,7 @@ def sheet(
 
     maps = _maps(captured, rows, columns)
     if scale not in SCALES:
-        raise ValueError(f"scale {scale!r}: expected one of {', '.join(SCALES)}")
+        raise UserError(f"scale {scale!r}: expected one of {', '.join(SCALES)}")
     tops = _tops(maps, scale, highest)
     height, width = (max(1, round(cell * n / max(maps.shape[2:]))) for n in maps.shape[2:])
     down, across = captured.labels(rows), [str(label) for label in captured.labels(columns)]
@@ -169,11 +170,11 @@ def frames(
     parts = [captured.sel(**{over: label}) for label in labels]
     maps = np.stack([_maps(part, rows, columns) for part in parts])
     if scale == "cell":
-        raise ValueError("scale 'cell': expected sheet or row, or frames could not be compared")
+        raise UserError("scale 'cell': expected sheet or row, or frames could not be compared")
     highest = _tops(np.where(np.isfinite(maps), maps, 0).max(0), scale, None)[:, 0]
     each = [images] * len(parts) if images is None or hasattr(images, "size") else list(images)
     if len(each) != len(parts):
-        raise ValueError(f"images: {len(each)} for {len(parts)} frames, expected one, or one a frame")
+        raise UserError(f"images: {len(each)} for {len(parts)} frames, expected one, or one a frame")
     told = [f"{over} {label}{_sigma(captured, over, i)}" for i, label in enumerate(labels)]
     titles = [f"{title}\n{text}" if title else text for text in told]
     common = {"rows": rows, "columns": columns, "scale": scale, "highest": highest, **options}
@@ -190,7 +191,7 @@ def gif_bytes(pictures: "Sequence[Image]", *, seconds: float = 0.5) -> bytes:
     from PIL import Image
 
     if not pictures:
-        raise ValueError("pictures: there are none")
+        raise UserError("pictures: there are none")
     some = [pictures[round(i)] for i in np.linspace(0, len(pictures) - 1, min(6, len(pictures)))]
     together = Image.new("RGB", (some[0].width, len(some) * some[0].height))
     for i, picture in enumerate(some):
@@ -208,10 +209,10 @@ def _maps(captured: Captured, rows: str, columns: str) -> np.ndarray:
     wanted = (rows, columns, "row", "col")
     for axis, size in zip(captured.axes, captured.values.shape, strict=True):
         if axis not in wanted and size > 1:
-            raise ValueError(f"{axis} has {size} entries: choose one with .sel({axis}=…), or .mean({axis!r}) averages")
+            raise UserError(f"{axis} has {size} entries: choose one with .sel({axis}=…), or .mean({axis!r}) averages")
     for axis in wanted:
         if axis not in captured.axes:
-            raise ValueError(f"{axis}: there is no such axis, expected {', '.join(wanted)}, got {captured.axes}")
+            raise UserError(f"{axis}: there is no such axis, expected {', '.join(wanted)}, got {captured.axes}")
     spare = tuple(i for i, axis in enumerate(captured.axes) if axis not in wanted)
     left = [axis for axis in captured.axes if axis in wanted]
     return captured.values.squeeze(spare).transpose([left.index(axis) for axis in wanted])
@@ -272,5 +273,5 @@ def _one_a_column(image, columns: int) -> list:
     if image is None or hasattr(image, "size"):
         return [image] * columns
     if len(image) != columns:
-        raise ValueError(f"image: {len(image)} for {columns} columns, expected one, or one a column")
+        raise UserError(f"image: {len(image)} for {columns} columns, expected one, or one a column")
     return list(image)

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
-from fluxlab.positions.layout import IMAGE, REFERENCE, TEXT
 from fluxlab.positions.view import View
+from fluxlab.select.layout import IMAGE, REFERENCE, TEXT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +56,7 @@ def style(settings: Mapping[str, Any]) -> Iterator[None]:
 
 def write_figure(figure: "Figure", path: str | Path, dpi: int = 200) -> Path:
     """Write a figure as PNG, PDF or SVG, whichever the name says: the same bytes for the same figure, letters as
-    letters in a PDF. Raises `ValueError` for another ending.
+    letters in a PDF. Raises `UserError` for another ending.
     """
     file = check_ending(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +69,7 @@ def write_figure(figure: "Figure", path: str | Path, dpi: int = 200) -> Path:
 
 
 def check_ending(path: str | Path) -> Path:
-    """The path of a figure. `ValueError` for an ending that `write_figure` does not write."""
+    """The path of a figure. `UserError` for an ending that `write_figure` does not write."""
     if Path(path).suffix not in NO_DATES:
-        raise ValueError(f"{path}: expected a name that ends in {', '.join(NO_DATES)}")
+        raise UserError(f"{path}: expected a name that ends in {', '.join(NO_DATES)}")
     return Path(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
 
 BUDGET = 3_000_000
@@ -31,7 +32,7 @@ def embed(files: Iterable[Path], budget: int = BUDGET) -> dict[Path, Picture]:
     """A picture for every file that is there: as stored where `budget` bytes hold them all, else as WebP, no larger
     than the first of `SIDES` with which they do; with the last where none does.
 
-    Raises `ValueError` for a file that is no picture.
+    Raises `UserError` for a file that is no picture.
     """
     found = [file for file in dict.fromkeys(files) if file.is_file()]
     if sum(file.stat().st_size for file in found) <= budget:
@@ -56,7 +57,7 @@ def embed(files: Iterable[Path], budget: int = BUDGET) -> dict[Path, Picture]:
 def fitting(files: Iterable[Path], budget: int) -> dict[Path, Picture]:
     """As many of the files that are there, from the first on, as `budget` bytes hold: of full size, as WebP.
 
-    Raises `ValueError` for a file that is no picture.
+    Raises `UserError` for a file that is no picture.
     """
     found: dict[Path, Picture] = {}
     for file in dict.fromkeys(files):
@@ -102,7 +103,7 @@ def _opened(file: Path) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # the second is Pillow's word for some broken PNGs
-        raise ValueError(
+        raise UserError(
             f"{file}: no picture that can be read ({error}); remove it and run its command again"
         ) from error
 

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fluxlab.drawing.style import GREY, MARKS, OKABE_ITO, STYLE, style, title
 from fluxlab.model import Rotary, rotary_table
 from fluxlab.model.groups import KeyGroups
-from fluxlab.positions.arguments import AXES
-from fluxlab.positions.figures import GREY, MARKS, OKABE_ITO, STYLE, style, title
-from fluxlab.positions.layout import IMAGE, REFERENCE
 from fluxlab.positions.view import COL, INDEX, ROW, View, kinds
+from fluxlab.select.arguments import AXES
+from fluxlab.select.layout import IMAGE, REFERENCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,4 +1,4 @@
-"""Kinds of op arguments: each a function (value, path) → the value in canonical form, or `ValueError`.
+"""Kinds of op arguments: each a function (value, path) → the value in canonical form, or `UserError`.
 
 Canonical values are plain (str, int, float, list, dict, None), so that they serialise and two spellings of one thing
 are equal.
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from fluxlab.positions.spelling import join, unknown_key, wrong
+from fluxlab.errors import UserError, join, unknown_key, wrong
 
 Kind = Callable[[Any, str], Any]
 
@@ -158,5 +158,5 @@ def _read_bitmap(file: str, path: str) -> list[str]:
     try:
         bright = np.asarray(Image.open(file).convert("L")) >= 128
     except OSError as error:
-        raise ValueError(f"{path}: {file!r}, expected an image file ({type(error).__name__})") from None
+        raise UserError(f"{path}: {file!r}, expected an image file ({type(error).__name__})") from None
     return ["".join(np.where(row, "#", ".")) for row in bright]

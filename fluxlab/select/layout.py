@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fluxlab.positions.words import Prompt
+from fluxlab.select.words import Prompt
 
 TEXT, IMAGE, REFERENCE = 0, 1, 2
 """Kinds of tokens; a second reference is REFERENCE + 1, and so on."""

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluxlab.drawing.token_layout import NO_DATES, OKABE_ITO, STYLE, style
 from fluxlab.experiment.reading import Run
-from fluxlab.positions.plot import NO_DATES, OKABE_ITO, STYLE, style
 from fluxlab.probes import Captured
 
 DPI = 150

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluxlab.drawing import attention as draw
+from fluxlab.drawing.pictures import put
 from fluxlab.experiment.reading import Run
-from fluxlab.probes import Captured, draw, index
-from fluxlab.report.pictures import put
+from fluxlab.probes import Captured, index
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -112,7 +113,7 @@ def write_pictures(run: Run) -> list[Path]:
             if file not in written:  # variants may come to the same program, and so to the same cell
                 written[put(file, content)] = None
     for name, request in asked.items():
-        from fluxlab.report.attention_figures import figure
+        from fluxlab.report.attention.figures import figure
 
         content = figure(run, name, request)
         if content is not None:
@@ -147,7 +148,7 @@ def summary(run: Run) -> dict[str, float]:
     of the first seed; of entropy its mean in nats; of distance the mean distance in tokens; of quadrants the share of
     the text in what the image looks at. The last three over all cells.
     """
-    from fluxlab.report.attention_figures import KINDS, headline
+    from fluxlab.report.attention.figures import KINDS, headline
 
     asked, values = requests(run), {}
     wanted = [name for name, request in asked.items() if request["kind"] in KINDS]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxlab.report import wandb_process
+from fluxlab.report.wandb import process as wandb_process
 
 INIT_SECONDS = 20
 """How long W&B's server has to answer before the run is kept offline."""

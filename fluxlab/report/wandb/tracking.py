@@ -13,10 +13,11 @@ from fluxlab.experiment.reading import Run
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import MANIFEST
 from fluxlab.measure.images import METRICS
-from fluxlab.report import attention
+from fluxlab.report.attention import pictures as attention
 from fluxlab.report.page import layout
 from fluxlab.report.products import GRID_FILE
-from fluxlab.report.wandb_link import Link, tracked
+from fluxlab.errors import UserError
+from fluxlab.report.wandb.link import Link, tracked
 
 PROJECT, JOB_TYPE = "fluxlab", "run"
 MODES = ("online", "offline", "disabled")
@@ -89,10 +90,10 @@ def start(settings: Mapping[str, Any], store: Path, experiment: Experiment, comm
 
 
 def checked(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings. Raises `ValueError` naming the key, its value, and what to do."""
+    """The settings. Raises `UserError` naming the key, its value, and what to do."""
     for key, value in settings.items():
         if key not in SETTINGS:
-            raise ValueError(f"tracking.{key}: there is no such key; known: {', '.join(SETTINGS)}")
+            raise UserError(f"tracking.{key}: there is no such key; known: {', '.join(SETTINGS)}")
         fits = {
             "name": value in ("none", "wandb"),
             "tags": isinstance(value, Sequence) and all(isinstance(tag, str) for tag in value),
@@ -101,7 +102,7 @@ def checked(settings: Mapping[str, Any]) -> Mapping[str, Any]:
             "seconds": isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf,
         }.get(key, value is None or isinstance(value, str))
         if not fits or (isinstance(value, str) and key == "tags"):
-            raise ValueError(f"tracking.{key}={value}: expected {SETTINGS[key]}")
+            raise UserError(f"tracking.{key}={value}: expected {SETTINGS[key]}")
     return settings
 
 

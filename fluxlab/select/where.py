@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluxlab.positions.arguments import AXES, axis, choice, integer, is_list, number
-from fluxlab.positions.spelling import join, unknown_key, wrong
+from fluxlab.errors import UserError, join, unknown_key, wrong
+from fluxlab.select.arguments import AXES, axis, choice, integer, is_list, number
 
 SIDES = ("both", "queries", "keys")
 
@@ -64,7 +64,7 @@ def parse_steps(value: Any, path: str) -> str | list[int] | dict:
 
 
 def resolve_steps(steps: str | list[int] | dict, sigmas: Sequence[float], path: str) -> tuple[bool, ...]:
-    """For each step, whether the edit acts. `ValueError` for a step that is not there, or none at all."""
+    """For each step, whether the edit acts. `UserError` for a step that is not there, or none at all."""
     count = len(sigmas) - 1
     if steps == "all":
         return (True,) * count
@@ -81,7 +81,7 @@ def resolve_steps(steps: str | list[int] | dict, sigmas: Sequence[float], path: 
         chosen = {i for i in range(count) if low <= sigmas[i] <= high}
     if not chosen:
         starts = ", ".join(f"{s:.3g}" for s in sigmas[:-1][:8]) + (" …" if count > 8 else "")
-        raise ValueError(f"{path}: {steps} selects none of the {count} steps, which start at σ = {starts}")
+        raise UserError(f"{path}: {steps} selects none of the {count} steps, which start at σ = {starts}")
     return tuple(i in chosen for i in range(count))
 
 
@@ -113,7 +113,7 @@ def parse_blocks(value: Any, path: str) -> str | dict:
 
 
 def resolve_blocks(blocks: str | dict, double: int, single: int, path: str) -> frozenset[int]:
-    """Block numbers through the model, double blocks first. `ValueError` for one that the model lacks."""
+    """Block numbers through the model, double blocks first. `UserError` for one that the model lacks."""
     if blocks == "all":
         return frozenset(range(double + single))
     chosen = set()
@@ -125,7 +125,7 @@ def resolve_blocks(blocks: str | dict, double: int, single: int, path: str) -> f
                 raise wrong(path, n, f"a {key + ' ' if key != 'through' else ''}block below {count} (this model: {of})")
             chosen.add(first + n)
     if not chosen:
-        raise ValueError(f"{path}: {blocks} selects none of this model's {double} double and {single} single blocks")
+        raise UserError(f"{path}: {blocks} selects none of this model's {double} double and {single} single blocks")
     return frozenset(chosen)
 
 
@@ -134,7 +134,7 @@ def parse_heads(value: Any, path: str) -> str | list[int]:
 
 
 def resolve_heads(heads: str | list[int], count: int, path: str) -> frozenset[int] | None:
-    """Head numbers, None for all. `ValueError` for one that the model lacks."""
+    """Head numbers, None for all. `UserError` for one that the model lacks."""
     if heads == "all":
         return None
     for n in heads:
@@ -189,7 +189,7 @@ def strength_at(strength: float | list[list[float]], sigma: float) -> float:
 
 
 def parse_plugins(plugins: Any, path: str = "plugins") -> list[str]:
-    """Module names. `ValueError` for anything else."""
+    """Module names. `UserError` for anything else."""
     names = [plugins] if isinstance(plugins, str) else plugins
     if not is_list(names) or any(not isinstance(name, str) or not name for name in names):
         raise wrong(path, plugins, "a list of module names")

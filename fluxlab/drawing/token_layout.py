@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fluxlab.positions.figures import GREY, MARKS, NO_DATES, OKABE_ITO, STYLE, check_ending, style, title, write_figure
-from fluxlab.positions.kernel import draw_kernel, fall_off
-from fluxlab.positions.layout import IMAGE, REFERENCE, TEXT
+from fluxlab.drawing.rope_similarity import draw_kernel, fall_off
+from fluxlab.drawing.style import GREY, MARKS, NO_DATES, OKABE_ITO, STYLE, check_ending, style, title, write_figure
 from fluxlab.positions.program import Program
 from fluxlab.positions.view import COL, FLUX, INDEX, ROW, View, kinds, places, sequence, summary, view
-from fluxlab.positions.words import Prompt
+from fluxlab.select.layout import IMAGE, REFERENCE, TEXT
+from fluxlab.select.words import Prompt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

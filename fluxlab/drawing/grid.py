@@ -9,8 +9,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from fluxlab.report import lettering
-from fluxlab.report.pictures import put
+from fluxlab.drawing import lettering
+from fluxlab.drawing.pictures import put
+from fluxlab.errors import UserError
 
 MAX_WIDTH, MAX_HEIGHT = 4000, 8000  # px of the whole, about, as long as cells are not smaller than SMALLEST
 SMALL, LARGE, SMALLEST = 128, 512, 32  # px of a cell's longer side: enlarged to about, reduced to, never below
@@ -54,13 +55,13 @@ def draw_grid(
     or reduced; an image of another shape is fitted into its cell. Where columns are too narrow for their prompts these
     are numbered, and listed under the grid.
 
-    Raises `ValueError` for no row or no column, rows of paths that do not fit them, and a file that is no image.
+    Raises `UserError` for no row or no column, rows of paths that do not fit them, and a file that is no image.
     """
     if not rows or not columns:
-        raise ValueError(f"a grid of {len(rows)} variants and {len(columns)} columns: one of each is needed at least")
+        raise UserError(f"a grid of {len(rows)} variants and {len(columns)} columns: one of each is needed at least")
     if not callable(images) and [len(paths) for paths in images] != [len(columns)] * len(rows):
         counts = ", ".join(str(len(paths)) for paths in images)
-        raise ValueError(f"images: rows of {counts or 'nothing'} for {len(rows)} variants and {len(columns)} columns")
+        raise UserError(f"images: rows of {counts or 'nothing'} for {len(rows)} variants and {len(columns)} columns")
     at = images if callable(images) else lambda row, column: images[row][column]
     frame = _frame(_first_size(at, len(rows), len(columns)), len(rows), columns)
     head, ruled, listed = _head(frame, columns, title)
@@ -272,7 +273,7 @@ def _opened(path: "Path | None") -> Image.Image | None:
     except FileNotFoundError:
         return None
     except (OSError, SyntaxError) as error:  # the second is Pillow's word for some broken PNGs
-        raise ValueError(f"{path}: no image that can be read ({error}); remove it and make it again") from error
+        raise UserError(f"{path}: no image that can be read ({error}); remove it and make it again") from error
 
 
 def _fitted(image: Image.Image, cell: tuple[int, int]) -> Image.Image:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxlab.positions.arguments import UNITS, bitmap, box, choice, integer, is_list
-from fluxlab.positions.layout import IMAGE, REFERENCE, TEXT, Context, Layout
-from fluxlab.positions.spelling import join, unknown_key, wrong
-from fluxlab.positions.words import find_word
+from fluxlab.errors import UserError, join, unknown_key, wrong
+from fluxlab.select.arguments import UNITS, bitmap, box, choice, integer, is_list
+from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout
+from fluxlab.select.words import find_word
 
 GROUPS = ("image", "text", "all", "reference")
 FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "indices": ("of",), "reference": ()}
@@ -18,7 +18,7 @@ ACCEPTED = f"{', '.join(GROUPS)}, or one of {{words}}, {{box}}, {{mask}}, {{indi
 
 
 def parse_tokens(value: Any, path: str) -> str | dict | list:
-    """A token selection in canonical form; a list is the union of what it holds. `ValueError` for anything else."""
+    """A token selection in canonical form; a list is the union of what it holds. `UserError` for anything else."""
     if is_list(value):
         if not value:
             raise wrong(path, list(value), ACCEPTED)
@@ -76,7 +76,7 @@ _PARSE = {
 
 
 def resolve_tokens(selection: str | dict | list, context: Context, sample: int, path: str) -> Tensor:
-    """Indices `(n,)` into the sequence, ascending. `ValueError` naming `path` where nothing is selected."""
+    """Indices `(n,)` into the sequence, ascending. `UserError` naming `path` where nothing is selected."""
     layout = context.layout
     chosen = torch.zeros(layout.tokens, dtype=torch.bool)
     lenient = False
@@ -84,7 +84,7 @@ def resolve_tokens(selection: str | dict | list, context: Context, sample: int, 
         here = f"{path}[{i}]" if isinstance(selection, list) else path
         if isinstance(part, dict) and "words" in part:
             if not context.prompts:
-                raise ValueError(f"{join(here, 'words')}: {part['words']}, but no prompt was given to find them in")
+                raise UserError(f"{join(here, 'words')}: {part['words']}, but no prompt was given to find them in")
             prompt = context.prompts[sample]
             lenient |= prompt is None
             found = (
@@ -96,7 +96,7 @@ def resolve_tokens(selection: str | dict | list, context: Context, sample: int, 
         else:
             chosen[_indices(part, layout, here)] = True
     if not chosen.any() and not lenient:
-        raise ValueError(f"{path}: {selection} selects none of {_described(layout)}")
+        raise UserError(f"{path}: {selection} selects none of {_described(layout)}")
     return chosen.nonzero()[:, 0].to(context.ids.device)
 
 
@@ -146,7 +146,7 @@ def _span(group: str, layout: Layout) -> tuple[int, int]:
 
 
 def box_in_tokens(edges: list[float], unit: str, layout: Layout, path: str) -> list[float]:
-    """[top, left, bottom, right] as edges in tokens: token r covers r … r + 1. `ValueError` beyond the image."""
+    """[top, left, bottom, right] as edges in tokens: token r covers r … r + 1. `UserError` beyond the image."""
     rows, cols = layout.grid
     to_tokens = {"tokens": (1, 1), "pixels": (1 / layout.pixels_per_token,) * 2, "fraction": (rows, cols)}[unit]
     found = [edge * to_tokens[i % 2] for i, edge in enumerate(edges)]
@@ -163,6 +163,6 @@ def mask_on_grid(rows: list[str], unit: str, layout: Layout, path: str) -> Tenso
     shape = (len(rows), len(rows[0]))
     scale = {"tokens": 1, "pixels": layout.pixels_per_token, "fraction": None}[unit]
     if scale and shape != (need := tuple(n * scale for n in layout.grid)):
-        raise ValueError(f"{path}: {shape[0]} × {shape[1]}, expected {need[0]} × {need[1]} {unit}, or unit: fraction")
+        raise UserError(f"{path}: {shape[0]} × {shape[1]}, expected {need[0]} × {need[1]} {unit}, or unit: fraction")
     marks = torch.tensor([[mark == "#" for mark in row] for row in rows], dtype=torch.float32)
     return F.adaptive_avg_pool2d(marks[None, None], layout.grid)[0, 0] >= 0.5

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluxlab.drawing import attention as draw
+from fluxlab.drawing.pictures import Picture, fitting
 from fluxlab.experiment.reading import Run
-from fluxlab.probes import Captured, draw
-from fluxlab.report.attention import FOLDER, first_seed, fold, pictures, place, requests, thin, views
-from fluxlab.report.pictures import Picture, fitting
+from fluxlab.probes import Captured
+from fluxlab.report.attention.pictures import FOLDER, first_seed, fold, pictures, place, requests, thin, views
 
 MAPS_BUDGET, SHEETS_BUDGET = 2_000_000, 600_000
 """Bytes of all runs' maps, and of sheets and figures; what a page's pictures have less for them."""

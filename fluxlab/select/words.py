@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fluxlab.positions.spelling import nearest
+from fluxlab.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Prompt:
 def find_word(prompt: Prompt, word: str, path: str) -> list[int]:
     """Indices of the text tokens that spell `word` (or a phrase) in the prompt, case ignored, whole words only.
 
-    `cat#2` is the second of several cats. Raises `ValueError` listing what there is for a word that is absent, that
+    `cat#2` is the second of several cats. Raises `UserError` listing what there is for a word that is absent, that
     occurs more than once without a number, or whose tokens were cut off.
     """
     numbered = re.fullmatch(r"(.+)#(\d+)", word.strip())
@@ -28,14 +28,14 @@ def find_word(prompt: Prompt, word: str, path: str) -> list[int]:
     if not places:
         words = list(dict.fromkeys(re.findall(r"[\w'-]+", prompt.text)))
         hint = nearest(phrase, [w.lower() for w in words])
-        raise ValueError(f"{path}: {word!r} is not in the prompt, which has: {', '.join(words) or 'no words'}{hint}")
+        raise UserError(f"{path}: {word!r} is not in the prompt, which has: {', '.join(words) or 'no words'}{hint}")
     if (which is None and len(places) > 1) or (which is not None and not 1 <= which <= len(places)):
         listed = ", ".join(f"{phrase}#{i + 1} ({_around(prompt.text, *at)})" for i, at in enumerate(places))
-        raise ValueError(f"{path}: {word!r} occurs {len(places)} times in the prompt; name one or several of {listed}")
+        raise UserError(f"{path}: {word!r} occurs {len(places)} times in the prompt; name one or several of {listed}")
     start, end = places[(which or 1) - 1]
     tokens = [i for i, (a, b) in enumerate(prompt.spans) if a < b and a < end and b > start]
     if not tokens:
-        raise ValueError(f"{path}: {word!r} was cut off: it lies beyond the {len(prompt.spans)} text tokens")
+        raise UserError(f"{path}: {word!r} was cut off: it lies beyond the {len(prompt.spans)} text tokens")
     return tokens
 
 

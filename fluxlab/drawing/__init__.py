@@ -1,0 +1,1 @@
+"""Figures and pictures: style, lettering, grids, attention overlays, token layouts, RoPE similarity."""
