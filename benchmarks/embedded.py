@@ -1,11 +1,14 @@
-"""What the embedded model can do, and what the article's edits of img_ids do to it. The model card is made from it.
+"""Measure what the embedded model can do, and what the article's edits of img_ids do to it.
 
-    python benchmarks/embedded.py --model runs/train-tiny/pipeline     # about 10 min on 2 CPU cores
+    python benchmarks/embedded.py --model runs/train-tiny/pipeline     # about 12 min on 2 CPU cores
 
-writes `embedded.json` and the card, `README.md`, into the model's folder (`--model tiny`: the one that ships).
+writes `embedded.json` and the model card, `README.md`, into the model's folder. `--model tiny` measures the model that
+is part of the package. README's table of results is then refreshed by `python docs/tables.py`.
 
-Cells are (held-out caption, seed) pairs: combinations that no training scene has. The edits are given to the
-transformer as img_ids, with nothing of fluxlab.positions in between; text and noise are the baseline's.
+A cell is a held-out caption and a seed: no training scene has the caption's combination of colour, object and word.
+The edits change img_ids directly, without `fluxlab.positions`. Captions and initial noise are the same for every edit.
+Two controls show how to read the effects: the noise floor shifts all ids by a constant, and another seed draws the
+baseline again from different noise.
 """
 
 import argparse
@@ -14,7 +17,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +25,7 @@ from torch import Tensor
 
 import fluxlab
 from fluxlab import sampling, scenes
+from fluxlab.experiment.cells import FLOOR_SHIFT
 from fluxlab.experiment.versions import commit
 from fluxlab.measure import METRICS, compare, describe, oracle_columns, summarise
 from fluxlab.pipeline import Pipeline
@@ -30,44 +34,69 @@ from fluxlab.training.card import ATTRIBUTES, shown, write_card
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
 COLUMNS = {**{name: name for name in (*ATTRIBUTES, "letters", "ssim")}, "edges": "edge_energy", "size": "thing_size"}
-"""What the card shows, and the metric that it is."""
+"""The card's columns, and the metric that each shows."""
+
+
+def unchanged(ids: Tensor) -> Tensor:
+    return ids
 
 
 def axis_zero(ids: Tensor) -> Tensor:
-    """The ids with 1 on axis 0."""
+    """Set axis 0 of image ids, which is 0, to 1."""
     return ids + torch.tensor([1.0, 0.0, 0.0])
 
 
-EDITS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-    "as trained": (lambda ids: ids, "the original picture"),
-    "all zero": (lambda ids: ids * 0, "image destroyed: position is the only thing that orders the tokens"),
-    "× 0.5": (lambda ids: ids * 0.5, "blurred, saw-toothed; the lettering still tries to be right"),
-    "× 2": (lambda ids: ids * 2, "structure breaks down, “Hello World” still readable"),
-    "× 1.2": (lambda ids: ids * 1.2, "nearly normal: the model treats positions as continuous"),
-    "axis 0 = 1": (axis_zero, "layout unchanged, details move"),
+def shifted(ids: Tensor) -> Tensor:
+    """Shift ids by the constant that runs use for their noise floor."""
+    return ids + torch.tensor(FLOOR_SHIFT)
+
+
+class Row(NamedTuple):
+    """One row of the results: what happens to the ids, and whether the initial noise is a different one."""
+
+    image: Callable[[Tensor], Tensor]
+    text: Callable[[Tensor], Tensor] = unchanged
+    other_seed: bool = False
+
+
+EDITS = {
+    "as trained": Row(unchanged),
+    "all zero": Row(lambda ids: ids * 0),
+    "× 0.5": Row(lambda ids: ids * 0.5),
+    "× 2": Row(lambda ids: ids * 2),
+    "× 1.2": Row(lambda ids: ids * 1.2),
+    "axis 0 = 1": Row(axis_zero),
 }
+CONTROLS = {"noise floor": Row(shifted, shifted), "another seed": Row(unchanged, other_seed=True)}
+ARTICLE = {
+    "as trained": "the original picture",
+    "all zero": "image destroyed: position is the only thing that orders the tokens",
+    "× 0.5": "blurred, saw-toothed; the lettering still tries to be right",
+    "× 2": "structure breaks down, “Hello World” still readable",
+    "× 1.2": "nearly normal: the model treats positions as continuous",
+    "axis 0 = 1": "layout unchanged, details move",
+}
+"""What the article reports for FLUX.1 schnell."""
 
 
 def heldout_captions(count: int, seed: int) -> list[str]:
-    """Full captions of held-out scenes with a sign, in lower case, so that every attribute is asked for."""
+    """Return full captions of held-out scenes with a sign, in lower case, so that every attribute can be scored."""
     rng = np.random.default_rng(seed)
-    found = []
-    while len(found) < count:
+    captions = []
+    while len(captions) < count:
         scene = scenes.sample_scene(rng, (64, 64), "heldout")
         if scene.sign:
-            found.append(scenes.caption(scene, rng, "full").lower())
-    return found
+            captions.append(scenes.caption(scene, rng, "full").lower())
+    return captions
 
 
 @torch.inference_mode()
-def pictures(
-    pipe: Pipeline, captions: Sequence[str], seeds: Sequence[int], edit: Callable[[Tensor], Tensor], steps: int
-) -> np.ndarray:
-    """uint8 `(cells, 64, 64, 3)`: the pipeline's own sampler, with `edit` applied to img_ids."""
+def images_of(pipe: Pipeline, captions: Sequence[str], seeds: Sequence[int], row: Row, steps: int) -> np.ndarray:
+    """Return uint8 images `(cells, 64, 64, 3)` from the pipeline's own sampler with the row's ids."""
     rows, cols = (side // pipe.pixels_per_token for side in pipe.size)
-    ids = edit(sampling.image_ids(1, rows, cols)).to(pipe.device)
+    ids = row.image(sampling.image_ids(1, rows, cols)).to(pipe.device)
     times = pipe.schedule.times(steps, rows * cols)
-    made = []
+    batches = []
     for start in range(0, len(captions), BATCH):
         part = slice(start, start + BATCH)
         txt, y = (torch.cat(both) for both in zip(*(pipe.encode_prompt(text) for text in captions[part]), strict=True))
@@ -75,20 +104,20 @@ def pictures(
         z = sampling.noise(
             seeds[part], pipe.autoencoder.params.z_channels, pipe.size[0] // factor, pipe.size[1] // factor
         )
-        txt_ids = sampling.text_ids(1, txt.shape[1]).to(pipe.device)
+        txt_ids = row.text(sampling.text_ids(1, txt.shape[1])).to(pipe.device)
 
         def velocity(x: Tensor, t: float, txt=txt, y=y, txt_ids=txt_ids) -> Tensor:
             return pipe.transformer(x.to(pipe.dtype), ids, txt, txt_ids, torch.full((len(x),), t, device=x.device), y)
 
         x = sampling.euler(velocity, sampling.pack(z).to(pipe.device), times)
-        made.append((pipe.decode(x, rows, cols, "pt") * 255).round().byte().permute(0, 2, 3, 1).cpu())
-    return torch.cat(made).numpy()
+        batches.append((pipe.decode(x, rows, cols, "pt") * 255).round().byte().permute(0, 2, 3, 1).cpu())
+    return torch.cat(batches).numpy()
 
 
 def scores(
     images: np.ndarray, baseline: np.ndarray, captions: Sequence[str], seeds: Sequence[int], period: int
 ) -> dict[str, list[float | None] | None]:
-    """Every number of `COLUMNS` with its interval, for the pictures of one edit. period: pixels per token."""
+    """Return every number of `COLUMNS` with its interval, for the images of one row. period: pixels per token."""
     rows = [
         {
             "variant": "edit",
@@ -100,18 +129,18 @@ def scores(
         }
         for image, before, caption, seed in zip(images, baseline, captions, seeds, strict=True)
     ]
-    found = {row["metric"]: row for row in summarise(rows, "edit", list(COLUMNS.values()))}
-    return {name: interval(found[metric]) for name, metric in COLUMNS.items()}
+    by_metric = {row["metric"]: row for row in summarise(rows, "edit", list(COLUMNS.values()))}
+    return {name: interval(by_metric[metric]) for name, metric in COLUMNS.items()}
 
 
 def interval(row: Mapping[str, Any]) -> list[float | None] | None:
-    """[mean, low, high] of a summary's row; None without a value, and for the bounds of a single one."""
+    """Return [mean, low, high] of a summary row. None if it has no value; low and high are None for a single value."""
     mean, low, high = (None if math.isnan(row[end]) else float(row[end]) for end in ("mean", "low", "high"))
     return None if mean is None else [mean, low, high]
 
 
 def sheet(file: Path, rows: Sequence[np.ndarray], count: int = 8, zoom: int = 2) -> None:
-    """The first pictures of every edit, an edit a row."""
+    """Write a PNG of the first images of every row."""
     from PIL import Image
 
     whole = Image.fromarray(np.concatenate([np.concatenate(list(images[:count]), axis=1) for images in rows]))
@@ -119,10 +148,11 @@ def sheet(file: Path, rows: Sequence[np.ndarray], count: int = 8, zoom: int = 2)
 
 
 def table(results: dict) -> str:
-    """The results as text, a line an edit."""
+    """Return the results as text, one line per edit and control."""
+    rows = {**results["edits"], **results.get("controls", {})}
     names = list(results["edits"]["as trained"])
     lines = [f"{'':12}" + "".join(f"{name:>24}" for name in names)]
-    for edit, row in results["edits"].items():
+    for edit, row in rows.items():
         lines.append(f"{edit:12}" + "".join(f"{shown(row[name], name):>24}" for name in names))
     return "\n".join(lines)
 
@@ -133,13 +163,13 @@ def main() -> int:
     parser.add_argument("--cells", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--sheet", type=Path, help="also write a PNG of the first pictures of every edit")
+    parser.add_argument("--sheet", type=Path, help="also write a PNG of the first images of every row")
     parser.add_argument("--no-card", action="store_true", help="only print: write neither embedded.json nor the card")
-    parser.add_argument("--only-baseline", action="store_true", help="leave the edits out")
+    parser.add_argument("--only-baseline", action="store_true", help="skip the edits and controls")
     arguments = parser.parse_args()
 
     pipe = fluxlab.load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
-    if pipe.max_sequence_length > 77:  # a bare folder does not say its text length; its tokenizer does
+    if pipe.max_sequence_length > 77:  # a bare folder does not state its text length; its tokenizer does
         pipe.max_sequence_length, pipe.size = pipe.text.t5_tokenizer.model_max_length, (64, 64)
     captions, seeds = heldout_captions(arguments.cells, seed=1), list(range(arguments.cells))
     results = {
@@ -149,20 +179,21 @@ def main() -> int:
         "commit": commit(),
         "units": {name: METRICS[metric].unit for name, metric in COLUMNS.items() if METRICS[metric].unit},
         "edits": {},
-        "sentences": {},
+        "controls": {},
+        "sentences": ARTICLE,
     }
-    rows = []
-    for name, (edit, sentence) in EDITS.items():
-        images = pictures(pipe, captions, seeds, edit, arguments.steps)
-        rows.append(images)
-        results["edits"][name] = scores(images, rows[0], captions, seeds, pipe.pixels_per_token)
-        results["sentences"][name] = sentence
+    made: list[np.ndarray] = []
+    for name, row in {**EDITS, **CONTROLS}.items():
+        drawn_from = [seed + arguments.cells for seed in seeds] if row.other_seed else seeds
+        made.append(images_of(pipe, captions, drawn_from, row, arguments.steps))
+        group = results["controls" if name in CONTROLS else "edits"]
+        group[name] = scores(made[-1], made[0], captions, seeds, pipe.pixels_per_token)
         print(f"{name}: done", file=sys.stderr, flush=True)
         if arguments.only_baseline:
             break
     print(table(results))
     if arguments.sheet:
-        sheet(arguments.sheet, rows)
+        sheet(arguments.sheet, made)
     if not arguments.no_card and not arguments.only_baseline:
         folder = ROOT / "fluxlab/assets/tiny" if arguments.model == "tiny" else Path(arguments.model)
         (folder / "embedded.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

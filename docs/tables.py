@@ -1,0 +1,153 @@
+"""Refresh the generated tables in README.md and docs/: `python docs/tables.py`.
+
+A generated table stands between `<!-- table: NAME -->` and `<!-- end table -->`. Its rows come from the code, the
+configs, or a file of results, so that they cannot drift apart from what they describe. `tests/unit/test_docs.py` fails
+while a committed table differs from what this script writes.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDED = ROOT / "fluxlab" / "assets" / "tiny" / "embedded.json"
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+
+ANSWER_COLUMNS = {
+    "object": "object found",
+    "shape": "right shape",
+    "word": "word right",
+    "size": "object's size, px",
+    "ssim": "SSIM to baseline",
+}
+ROW_TITLES = {
+    "as trained": "unchanged (baseline)",
+    "all zero": "all ids 0",
+    "× 0.5": "ids × 0.5",
+    "× 2": "ids × 2",
+    "× 1.2": "ids × 1.2",
+    "axis 0 = 1": "axis 0 set to 1",
+    "noise floor": "*control: noise floor*",
+    "another seed": "*control: another seed*",
+}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, one line per row."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def answer() -> str:
+    """The article's edits of img_ids on the embedded model, with the two controls, from `embedded.json`."""
+    from fluxlab.training.card import shown
+
+    results = json.loads(EMBEDDED.read_text())
+    rows = [
+        [ROW_TITLES[name], *(shown(scores[column], column) for column in ANSWER_COLUMNS), article(results, name)]
+        for name, scores in {**results["edits"], **results["controls"]}.items()
+    ]
+    return markdown(["edit of `img_ids`", *ANSWER_COLUMNS.values(), "the article, FLUX.1 schnell"], rows)
+
+
+def article(results: dict[str, Any], edit: str) -> str:
+    """What the article reports for an edit, or an empty cell."""
+    return "" if edit == "as trained" else results["sentences"].get(edit, "")
+
+
+def experiments() -> str:
+    """Every experiment of `configs/exp`: its caption, the number of images and the time its header states."""
+    rows = []
+    default = yaml.safe_load((ROOT / "configs" / "config.yaml").read_text())
+    for file in sorted((ROOT / "configs" / "exp").glob("*.yaml")):
+        text = file.read_text()
+        config = default | yaml.safe_load(text)
+        variants = len(config["variants"]) + ("baseline" not in config["variants"])
+        seeds = config["seeds"] if isinstance(config["seeds"], int) else len(config["seeds"])
+        if config["variants"] == default["variants"]:
+            variants = 1
+        time = re.search(r"\babout (\d+ (?:s|min))\b", text)
+        rows.append(
+            [
+                f"`{file.stem}`",
+                config["caption"],
+                str(variants * len(config["prompts"]) * seeds),
+                time[1] if time else "seconds",
+            ]
+        )
+    return markdown(["`+exp=`", "what it compares", "images", "time with `tiny`, 2 CPU cores"], rows)
+
+
+def models() -> str:
+    """Every file of `configs/model`."""
+    rows = []
+    for file in sorted((ROOT / "configs" / "model").glob("*.yaml")):
+        text = file.read_text()
+        config = yaml.safe_load(text)
+        steps, size = config.get("steps"), config.get("size")
+        about = " ".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+        rows.append([f"`{file.stem}`", about, str(steps or "–"), " × ".join(map(str, size)) if size else "–"])
+    return markdown(["`model=`", "what it is", "steps", "size, px"], rows)
+
+
+def ops() -> str:
+    """Every registered op: arguments and the first line of its docstring."""
+    from fluxlab.positions import OPS
+
+    rows = []
+    for name, op in OPS.items():
+        arguments = [f"`{key}`" + ("" if key in op.required else f" = {op.defaults[key]}") for key in op.kinds]
+        rows.append([f"`{name}`", ", ".join(arguments) or "none", op.summary])
+    return markdown(["op", "arguments", "what it does"], rows)
+
+
+def metrics() -> str:
+    """Every metric: unit, direction and meaning."""
+    from fluxlab.measure import METRICS
+
+    rows = [[f"`{name}`", m.unit or "–", m.better, m.meaning] for name, m in METRICS.items()]
+    return markdown(["column", "unit", "better", "what it is"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "answer": answer,
+    "experiments": experiments,
+    "models": models,
+    "ops": ops,
+    "metrics": metrics,
+}
+
+
+def rendered(text: str) -> str:
+    """Return a document's text with every generated table replaced by its current rows."""
+
+    def replace(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise KeyError(f"table {match[2]!r}, expected one of {', '.join(TABLES)}")
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+
+    return BLOCK.sub(replace, text)
+
+
+def documents() -> list[Path]:
+    """Return the Markdown files that may hold generated tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> int:
+    for file in documents():
+        before = file.read_text()
+        after = rendered(before)
+        if after != before:
+            file.write_text(after)
+            print(f"{file.relative_to(ROOT)}: refreshed")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
