@@ -1,4 +1,4 @@
-"""With what a store was made."""
+"""The versions that a store was made with."""
 
 import platform
 import subprocess
@@ -9,10 +9,10 @@ import fluxlab
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that pixels or numbers may depend on, and the commit where this is a checkout."""
+    """Return the versions of everything that pixels or metrics may depend on, and the git commit of a checkout."""
     import torch
 
-    packages = ("torch", "transformers", "numpy", "pillow", "scikit-image")
+    packages = ("torch", "transformers", "numpy", "scipy", "pillow", "scikit-image")
     return {
         "fluxlab": fluxlab.__version__,
         "commit": commit(),
@@ -23,7 +23,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` where files differ from it; "none" outside a checkout."""
+    """Return the commit of the checkout, "<40 digits>-dirty" if tracked files are modified, or "none" without git.
+
+    Print it whole: a shortened commit loses the mark.
+    """
     root = Path(fluxlab.__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return "none"
@@ -34,4 +37,4 @@ def commit() -> str:
         )
     except (OSError, subprocess.SubprocessError):
         return "none"
-    return head.strip() + ("+" if status.strip() else "")
+    return head.strip() + ("-dirty" if status.strip() else "")
