@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: run test lint soak clean
+.PHONY: run test test-processors lint soak clean
 
 run: $(VENV)/.core
 	$(PY) -m fluxlab.run +exp=article
 
 test: $(VENV)/.dev
 	$(PY) -m pytest tests/unit tests/numerics tests/integration tests/gpu -m "not soak"
+
+test-processors: $(VENV)/.dev
+	PYTHON=$(PY) tests/processors.sh
 
 soak: $(VENV)/.dev
 	$(PY) -m pytest tests -m soak

@@ -1,7 +1,7 @@
 """Rotary position embedding over several axes (RoFormer, arXiv 2104.09864), in FLUX's interleaved layout.
 
 Ids are fp32, angles are fp64, tables are fp32, whatever the model's dtype: bf16 ids collapse neighbouring positions
-and fp32 angles are off by 1e-5 at id 255 (NUMERICS.md).
+and fp32 angles are off by 1e-5 at id 255 (docs/numerics.md).
 """
 
 from collections.abc import Sequence

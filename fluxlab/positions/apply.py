@@ -1,5 +1,6 @@
 """One sample's edits: resolved against a context, then applied to its ids."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -149,7 +150,7 @@ def blocked(edits: Sequence[Resolved], strengths: Sequence[tuple[int, float]], i
     bias = ids.new_zeros(len(ids), len(ids))
     for n, strength in strengths:
         edit = edits[n]
-        weight = torch.log1p(torch.tensor(-strength, dtype=ids.dtype)).item()
+        weight = math.log1p(-strength) if strength < 1 else -math.inf  # in fp64: see docs/numerics.md, "Processors"
         bias = torch.where(edit.op.function(**edit.arguments), bias + weight, bias)
         if torch.isneginf(bias).all(1).any():
             raise UserError(f"{edit.path}: leaves some tokens nothing to look at; let them look at something")

@@ -109,10 +109,12 @@ def transpose(ids: Tensor, scope: Scope) -> Tensor:
 @op("rotate", {"degrees": kind.number, "about": ORIGIN})
 def rotate(ids: Tensor, scope: Scope, degrees: float | Tensor, about: Origin = "centre") -> Tensor:
     """Rows and columns turned by `degrees`, counter-clockwise as one sees the picture."""
-    angle = torch.as_tensor(degrees, dtype=ids.dtype, device=ids.device) * (math.pi / 180)
+    # fp64 on the host: fp32 cos and sin differ between processors, and some devices have no fp64
+    angle = torch.as_tensor(degrees, dtype=torch.float64, device="cpu") * (math.pi / 180)
     c, s = angle.cos(), angle.sin()
     if not isinstance(degrees, Tensor) and degrees % 90 == 0:  # quarter turns exactly
         c, s = c.round(), s.round()
+    c, s = (part.to(ids.dtype).to(ids.device) for part in (c, s))
     at = origin_of(about, ids)
     row, col = (ids - at)[:, ROW], (ids - at)[:, COL]
     turned = torch.stack((c * row - s * col, s * row + c * col), -1) + at[ROW:]
