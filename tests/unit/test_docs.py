@@ -1,11 +1,13 @@
 """README, CONTRIBUTING and docs/ describe the project as it is."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from docs import tables
+from docs import architecture, tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,3 +57,26 @@ def test_the_glossary_has_at_most_25_terms_and_defines_each_once():
     terms = re.findall(r"^\| \*\*(.+?)\*\* \|", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)
     assert 20 <= len(terms) <= 25
     assert len(set(terms)) == len(terms)
+
+
+def test_the_import_graph_is_current():
+    """`python docs/architecture.py` refreshes it."""
+    imported = architecture.imports()
+    assert json.loads(architecture.DATA.read_text()) == imported, "run python docs/architecture.py"
+    with Image.open(architecture.PICTURE) as picture:
+        assert picture.text["Description"] == architecture.digest(imported)
+
+
+def test_the_page_on_architecture_lists_every_package():
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(architecture.imports())
+
+
+def test_arrows_are_the_imports_that_no_chain_implies():
+    imported = {"run": ["model", "errors", "files"], "model": ["errors"], "errors": [], "files": []}
+    assert architecture.arrows(imported) == [("run", "model"), ("run", "files"), ("model", "errors")]
+    assert architecture.levels(imported) == {"run": 2, "model": 1, "errors": 0, "files": 0}
+    column = architecture.columns(imported)
+    assert abs(column["errors"] - column["files"]) >= architecture.ARROW_GAP
+    with pytest.raises(ValueError, match="import cycle: a -> b -> a"):
+        architecture.levels({"a": ["b"], "b": ["a"]})
