@@ -1,6 +1,8 @@
 """`python -m fluxlab.train +train=<name> [overrides]`: train an embedded model, or go on with a run that was stopped"""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fluxlab.compose import compose, guarded
@@ -37,10 +39,28 @@ def run(recipe: Recipe, arguments: list[str]) -> None:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     folder = Path(recipe.out or f"runs/train-{recipe.name}")
-    pipe = train(recipe, folder, device)
-    training = facts(recipe, folder, arguments)
-    made = export(pipe, Path(recipe.export) if recipe.export else folder / "pipeline", training)
+    with locked(folder):
+        pipe = train(recipe, folder, device)
+        training = facts(recipe, folder, arguments)
+        made = export(pipe, Path(recipe.export) if recipe.export else folder / "pipeline", training)
     print(f"{made}: a Diffusers folder; python -m fluxlab.run +exp=hello model=local model.path={made}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder. Raises UserError if another training process holds it."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"out={folder}: another process is training in this folder; wait for it or set out=") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _usage() -> str:

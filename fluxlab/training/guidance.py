@@ -10,7 +10,6 @@ from torch import Tensor
 from fluxlab.model import Rotary
 from fluxlab.pipeline import Pipeline
 from fluxlab.progress import Progress
-from fluxlab.training.pool import Pool
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.state import (
     load_optimizers,
@@ -21,7 +20,7 @@ from fluxlab.training.state import (
     write_tensors,
 )
 from fluxlab.training.text import token_ids
-from fluxlab.training.transformer import Nets, learning_rate, move_average, optimizers
+from fluxlab.training.transformer import Batches, Nets, learning_rate, move_average, optimizers
 
 WARMUP, DECAY = 10, 0.8
 
@@ -40,9 +39,10 @@ def distill(
     folder: Path,
     device: str,
     pipe: Pipeline,
-    batches: Callable[[int, str], tuple[Pool, dict[str, Tensor]]],
+    batches: Batches,
     tables: dict[tuple[int, int], Rotary],
     log: Callable[[dict, int], None],
+    workers: int = 0,
 ) -> None:
     """Teach the pipeline's networks, in place, what they say under `recipe.guidance`.
 
@@ -72,8 +72,8 @@ def distill(
     }
     parameters, averages = list(nets.parameters()), list(average.parameters())
     progress = Progress("guidance", recipe.guidance_steps, start)
-    for step in range(start, recipe.guidance_steps):
-        pool, batch = batches(recipe.steps + step, device)
+    steps = range(recipe.steps + start, recipe.steps + recipe.guidance_steps)
+    for step, (pool, batch) in enumerate(batches.stream(steps, device, workers), start):
         t = batch["t"][:, None, None]
         x = (1 - t) * batch["x0"] + t * batch["noise"]
         with torch.autocast(torch.device(device).type, torch.bfloat16):
@@ -90,9 +90,9 @@ def distill(
             optimizer.step()
             optimizer.zero_grad()
         move_average(averages, parameters, recipe.guidance_ema, step)
-        progress(step + 1, f"loss {loss.item():.4f}")
         last = step + 1 == recipe.guidance_steps
         if (step + 1) % 10 == 0 or last:
+            progress(step + 1, f"loss {loss.item():.4f}")
             log({"guidance/loss": loss.item()}, recipe.autoencoder.steps + recipe.steps + step + 1)
         if (step + 1) % recipe.save_every == 0 or last:
             states = parameter_tensors("net.", nets) | parameter_tensors("ema.", average) | optimizer_tensors(chosen)

@@ -1,7 +1,10 @@
 """Scenes with their latents, drawn and encoded once: neither rendering nor encoding ever stalls a step."""
 
 import math
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from fluxlab.training.autoencoder import to_pixels
 from fluxlab.training.seeds import numpy_rng
 
 TOKEN = 4  # image pixels a token, along a side
+BATCH = 50  # images that the autoencoder encodes at a time
 NOISE_WORD = "photo"  # stands for every word the model does not know
 
 
@@ -52,6 +56,41 @@ def token_weights(scene: scenes.Scene, *, sign: float, thing: float) -> Tensor:
     return weights.flatten()
 
 
+CHUNK = 500
+"""Scenes drawn by one process at a time. Part of what a pool is: each chunk has a generator of its own."""
+
+
+def draw_chunk(
+    seed: int, size: tuple[int, int], chunk: int, count: int, two_words: float
+) -> tuple[list[scenes.Scene], np.ndarray]:
+    """Draw `count` training scenes of one size; return them and their images, uint8 `(count, height, width, 3)`.
+
+    A share `two_words` of them, on average, are drawn again until they have a sign with two words.
+    """
+    rng = numpy_rng(seed, f"pool {size[0]}x{size[1]}", chunk)
+    drawn = []
+    for _ in range(count):
+        two = rng.random() < two_words
+        scene = scenes.sample_scene(rng, size)
+        while two and not (scene.sign and len(scene.sign.words) == 2):
+            scene = scenes.sample_scene(rng, size)
+        drawn.append(scene)
+    return drawn, np.stack([scenes.render(scene) for scene in drawn])
+
+
+def draw_scenes(
+    seed: int, size: tuple[int, int], count: int, two_words: float, workers: int
+) -> Iterator[tuple[list[scenes.Scene], np.ndarray]]:
+    """Yield the chunks of a pool in order, drawn by `workers` processes (0: by this one)."""
+    counts = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
+    arguments = [(seed, size, chunk, n, two_words) for chunk, n in enumerate(counts)]
+    if workers == 0:
+        yield from (draw_chunk(*values) for values in arguments)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as processes:
+        yield from processes.map(draw_chunk, *zip(*arguments, strict=True))
+
+
 @torch.no_grad()
 def build_pool(
     model: AutoEncoder | None,
@@ -61,27 +100,31 @@ def build_pool(
     seed: int,
     sign_weight: float,
     thing_weight: float,
+    two_words: float = 0.0,
+    workers: int = 0,
     device: str = "cpu",
     latents: Tensor | None = None,
-    batch: int = 50,
 ) -> Pool:
-    """`count` training scenes of one size (height, width), a pure function of the seed and the autoencoder.
+    """Return `count` training scenes of one size (height, width): a function of the seed and the autoencoder.
 
-    `latents`, if they are there from an earlier time, take the autoencoder's place.
+    Args:
+        model: encodes the images; not needed if `latents`, from an earlier call, are given.
+        sign_weight, thing_weight: as in `token_weights`.
+        two_words: share of scenes that must have a sign with two words, in addition to those that happen to have one.
+        workers: processes that draw scenes. The result does not depend on their number.
     """
-    rng = numpy_rng(seed, f"pool {size[0]}x{size[1]}", 0)
-    drawn = [scenes.sample_scene(rng, size) for _ in range(count)]
-    weights = torch.stack([token_weights(scene, sign=sign_weight, thing=thing_weight) for scene in drawn])
-    if latents is not None:
-        return Pool(size, drawn, latents, weights)
+    drawn: list[scenes.Scene] = []
     encoded = []
-    for start in range(0, count, batch):
-        pixels = to_pixels(np.stack([scenes.render(scene) for scene in drawn[start : start + batch]]))
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            mean, _ = model.encoder(pixels.to(device, memory_format=torch.channels_last)).chunk(2, dim=1)
-        z = (mean.float() - model.params.shift_factor) * model.params.scale_factor
-        encoded.append(pack(z).bfloat16().cpu())
-    return Pool(size, drawn, torch.cat(encoded), weights)
+    for chunk, images in draw_scenes(seed, size, count, two_words, workers):
+        drawn += chunk
+        for start in range(0, len(chunk) if latents is None else 0, BATCH):
+            pixels = to_pixels(images[start : start + BATCH])
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                mean, _ = model.encoder(pixels.to(device, memory_format=torch.channels_last)).chunk(2, dim=1)
+            z = (mean.float() - model.params.shift_factor) * model.params.scale_factor
+            encoded.append(pack(z).bfloat16().cpu())
+    weights = torch.stack([token_weights(scene, sign=sign_weight, thing=thing_weight) for scene in drawn])
+    return Pool(size, drawn, torch.cat(encoded) if latents is None else latents, weights)
 
 
 def captions(drawn: list[scenes.Scene], rng: np.random.Generator, unknown_share: float, full_share: float) -> list[str]:

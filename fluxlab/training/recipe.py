@@ -38,6 +38,8 @@ class Recipe:
 
     For the first `early` share of the steps most batches are 48 × 48 pixels instead of 64 × 64, which costs half as
     much and teaches the same lettering. `native_share` of the batches have the phase's own size, the others any.
+    `two_words` is the share of scenes that are drawn again until they have a sign with two words, the hardest to
+    spell. `workers` processes draw scenes and batches (null: chosen by the device).
     `t_mean` is the mean of the logit of the times, from a step on, and `shift` the sampler's μ: flat pictures stand out
     of the noise so early that what the text decides is decided at times above 0.8.
 
@@ -62,6 +64,7 @@ class Recipe:
     pool: int = 20000
     pool_early: int = 12000
     pool_other: int = 600
+    two_words: float = 0.0
     early: float = 0.8
     early_batch: int = 24
     native_share: float = 0.75
@@ -86,7 +89,7 @@ class Recipe:
     guidance_batch: int = 12
     guidance_rate: float = 0.25
     guidance_ema: float = 0.95
-    compile: bool = False
+    workers: int | None = None
     save_every: int = 200
     sample_every: int = 300
     sample_steps: int = 20
@@ -119,6 +122,10 @@ def check(recipe: Recipe) -> None:
     if recipe.guidance_steps < 0 or recipe.guidance_batch < 1:
         key = "guidance_steps" if recipe.guidance_steps < 0 else "guidance_batch"
         raise UserError(f"{key}={getattr(recipe, key)}: a count is needed, guidance_steps=0 leaves the stage out")
+    if not 0 <= recipe.two_words <= 1:
+        raise UserError(f"two_words={recipe.two_words}: expected a share from 0 to 1")
+    if recipe.workers is not None and recipe.workers < 0:
+        raise UserError(f"workers={recipe.workers}: expected a number of processes, 0 for none")
     if not 0 < recipe.native_share <= 1:
         raise UserError(f"native_share={recipe.native_share}: a share above 0, at most 1, is needed")
     if 0 not in recipe.t_mean:

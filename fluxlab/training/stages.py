@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,6 +42,7 @@ from fluxlab.training.transformer import (
 )
 
 NATIVE_SIZE, EARLY_SIZE = (64, 64), (48, 48)
+READ_EVERY = 10  # steps between two readings of the loss
 LOOK = (
     "A cat holding a sign that says hello world",
     "a red fox on the left holding a sign that says hello world",
@@ -63,7 +65,7 @@ def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
         pipe = train_transformer(recipe, folder, device, model, pools, tracker)
         if recipe.guidance_steps:
             batches, tables = supply(recipe, pools, pipe.text, pipe.transformer.params, device)
-            distill(recipe, folder, device, pipe, batches, tables, tracker.log)
+            distill(recipe, folder, device, pipe, batches, tables, tracker.log, workers_for(recipe, device))
             shown = folder / "samples-guided.png"
             write_grid(shown, look(pipe), columns=len(LOOK))
             tracker.log({}, recipe.autoencoder.steps + recipe.steps + recipe.guidance_steps, {"samples": shown})
@@ -123,7 +125,8 @@ def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) ->
     progress = Progress("pools", len(counts))
     for done, (size, count) in enumerate(counts.items()):
         file = folder / f"pool-{size[0]}x{size[1]}.safetensors"
-        common = {"seed": recipe.seed, "sign_weight": recipe.sign_weight, "thing_weight": recipe.thing_weight}
+        common = {"seed": recipe.seed, "workers": workers_for(recipe, device), "two_words": recipe.two_words}
+        common |= {"sign_weight": recipe.sign_weight, "thing_weight": recipe.thing_weight}
         if file.is_file():
             tensors, _ = read_tensors(file)
             pools.append(build_pool(None, size, count, latents=tensors["latents"], **common))
@@ -190,14 +193,14 @@ def train_transformer(
         recipe.name,
     )
     batches, tables = supply(recipe, pools, text, nets.transformer.params, device)
-    step_nets = torch.compile(nets, dynamic=False) if recipe.compile else nets
     parameters, averages = list(nets.parameters()), list(average.parameters())
     progress = Progress("transformer", recipe.steps, start)
-    for step in range(start, recipe.steps):
-        pool, batch = batches(step, device)
+    steps = range(start, recipe.steps)
+    pending: list[tuple] = []  # values of recent steps that are still on the device: reading one waits for it
+    for step, (pool, batch) in zip(steps, batches.stream(steps, device, workers_for(recipe, device)), strict=True):
         share = learning_rate(step, recipe.steps, recipe.warmup, recipe.decay)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss, plain = flow_loss(step_nets, batch, tables[pool.size])
+            loss, plain = flow_loss(nets, batch, tables[pool.size])
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
         for optimizer in chosen:
@@ -206,19 +209,17 @@ def train_transformer(
             optimizer.step()
             optimizer.zero_grad()
         move_average(averages, parameters, recipe.ema, step)
-        curve.append([step + 1, *(round(v, 5) for v in (loss.item(), plain.item(), norm.item(), share))])
-        if not math.isfinite(curve[-1][1]):
-            raise UserError(
-                f"the loss is {curve[-1][1]} at step {step + 1}: lower lr={recipe.lr} or adam_lr={recipe.adam_lr}"
-            )
-        recent = curve[-50:]
-        progress(step + 1, f"loss {sum(row[2] for row in recent) / len(recent):.4f}")
-        if (step + 1) % 10 == 0:
+        last = step + 1 == recipe.steps
+        pending.append((step + 1, loss.detach(), plain, norm, share))
+        if (step + 1) % READ_EVERY == 0 or (step + 1) % recipe.save_every == 0 or last:
+            curve += read_values(pending, recipe)
+            pending.clear()
+            recent = curve[-50:]
+            progress(step + 1, f"loss {sum(row[2] for row in recent) / len(recent):.4f}")
             tracker.log(
                 {"loss": curve[-1][1], "plain_loss": curve[-1][2], "grad_norm": curve[-1][3]},
                 recipe.autoencoder.steps + step + 1,
             )
-        last = step + 1 == recipe.steps
         if (step + 1) % recipe.sample_every == 0 or last:
             shown = folder / f"samples-{step + 1:06}.png"
             write_grid(shown, look(pipe), columns=len(LOOK))
@@ -229,6 +230,28 @@ def train_transformer(
             write_curve(folder / "curve.csv", curve)
     progress.close()
     return pipe
+
+
+def workers_for(recipe: Recipe, device: str) -> int:
+    """Return the number of processes that draw scenes and batches. The default is 0 on a CPU, at most 12 on a GPU."""
+    if recipe.workers is not None:
+        return recipe.workers
+    return max(0, min(12, (os.cpu_count() or 1) - 2)) if device.startswith("cuda") else 0
+
+
+def read_values(pending: list[tuple], recipe: Recipe) -> list[list[float]]:
+    """Return rows (step, loss, plain loss, gradient norm, learning rate's share) of steps whose values are tensors.
+
+    Raises UserError if a loss is not finite.
+    """
+    rows = []
+    for step, loss, plain, norm, share in pending:
+        rows.append([step, *(round(v, 5) for v in (loss.item(), plain.item(), norm.item(), share))])
+        if not math.isfinite(rows[-1][1]):
+            raise UserError(
+                f"the loss is {rows[-1][1]} at step {step}: lower lr={recipe.lr} or adam_lr={recipe.adam_lr}"
+            )
+    return rows
 
 
 def supply(

@@ -1,9 +1,12 @@
 """The second stage: the transformer and both text encoders, by flow matching on the latents."""
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from fluxlab.model import Flux, FluxParams, Rotary, rotary_table
 from fluxlab.model.text import TextEncoders
@@ -91,7 +94,7 @@ class Phase:
     count: int
 
 
-class Batches:
+class Batches(Dataset):
     """What a step trains on, a pure function of (seed, step)."""
 
     def __init__(
@@ -111,8 +114,11 @@ class Batches:
         self.seed, self.length, self.unknown, self.t_mean = seed, length, unknown, t_mean
         self.full_share, self.t_std = full_share, t_std
 
-    def __call__(self, step: int, device: str) -> tuple[Pool, dict[str, Tensor]]:
-        """The pool of this step's size, and x0, noise `(B, N, C)`, t `(B,)`, weights `(B, N)` and both ids `(B, L)`."""
+    def __getitem__(self, step: int) -> tuple[tuple[int, int], dict[str, Tensor]]:
+        """Return the image size of a step and its batch, on the CPU.
+
+        The batch has x0 and noise `(B, N, C)`, t `(B,)`, weights `(B, N)`, and t5_ids and clip_ids `(B, L)`.
+        """
         rng = numpy_rng(self.seed, "batch", step)
         phase = [phase for phase in self.phases if phase.start <= step][-1]
         others = [size for size in self.pools if size != phase.size]
@@ -134,7 +140,26 @@ class Batches:
             "t5_ids": token_ids(self.text.t5_tokenizer, texts, self.length),
             "clip_ids": token_ids(self.text.clip_tokenizer, texts, self.text.clip_tokenizer.model_max_length),
         }
-        return pool, {key: part.to(device) for key, part in parts.items()}
+        return size, parts
+
+    def stream(self, steps: range, device: str, workers: int = 0) -> Iterator[tuple[Pool, dict[str, Tensor]]]:
+        """Yield the pool and the batch of each step on `device`. `workers` processes draw batches ahead of time."""
+        loader = DataLoader(
+            self,
+            sampler=steps,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.device(device).type == "cuda",
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=_one_thread,
+        )
+        for size, parts in loader:
+            yield self.pools[tuple(size)], {key: part.to(device, non_blocking=True) for key, part in parts.items()}
+
+
+def _one_thread(worker: int) -> None:
+    """The processes are the parallelism: the tokenizers' own threads do not survive a fork."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary) -> tuple[Tensor, Tensor]:

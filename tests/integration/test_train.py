@@ -23,7 +23,7 @@ SHIPPED = Path(fluxlab.__file__).parent / "assets" / "tiny"
 MICRO = [
     "+train=tiny", "tracker=none", "device=cpu", "threads=1", "hidden_size=64", "depth=1", "depth_single_blocks=1",
     "t5_width=32", "clip_width=32", "text_layers=1", "pool=16", "pool_early=16", "pool_other=4", "batch=2",
-    "early_batch=2", "warmup=2", "sample_steps=1", "save_every=2", "sample_every=100",
+    "early_batch=2", "workers=0", "warmup=2", "sample_steps=1", "save_every=2", "sample_every=100",
     "autoencoder.ch=32", "autoencoder.crop=16", "autoencoder.steps=3", "autoencoder.polish=1", "autoencoder.batch=2",
     "autoencoder.whole_batch=1", "guidance_steps=6", "guidance_batch=2",
 ]  # fmt: skip
