@@ -27,7 +27,6 @@ from experiments.results import (
     pick_metrics,
     pick_places,
     pick_variants,
-    picture,
     plain_name,
     run_command,
     single,
@@ -35,6 +34,7 @@ from experiments.results import (
 from experiments.sheet import DPI, LINES, POINTS, SMALL, add_axes, blank, dots, lay, lettered, sized, write
 from experiments.style import COLUMN, OKABE_ITO, PAGE, paper, save, save_caption
 from fluxlab.drawing.lettering import broken, clean, length, line_height, squeezed
+from fluxlab.drawing.pictures import open_cell
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
 
@@ -132,7 +132,7 @@ def head(lines: int) -> int:
 
 def draw(run: Run, variants: Sequence[str], places: Sequence[Place], metrics: Sequence[str], width: str) -> "Figure":
     """The figure. width: "column" or "page"."""
-    first = picture(run.image(variants[0], *places[0]))
+    first = open_cell(run.image(variants[0], *places[0]))
     at = sheet(first.size, len(variants), places, len(metrics), width)
     with paper():
         whole, canvas = blank(PAGE if width == "page" else COLUMN, at.height)
@@ -140,7 +140,7 @@ def draw(run: Run, variants: Sequence[str], places: Sequence[Place], metrics: Se
         names(canvas, at, {variant: label(run, variant) for variant in variants})
         for row, variant in enumerate(variants):
             for left, place in zip(at.lefts, places, strict=True):
-                image = sized(picture(run.image(variant, *place)), at.cell)
+                image = sized(open_cell(run.image(variant, *place)), at.cell)
                 aside = (at.cell[0] - image.width) // 2  # of a picture of another shape
                 lay(canvas, image, left + aside, round(at.middle(row) - image.height / 2))
         for (left, across), metric in zip(at.panels, metrics, strict=True):

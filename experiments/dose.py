@@ -25,13 +25,13 @@ from experiments.results import (
     pick_metrics,
     pick_places,
     pick_variants,
-    picture,
     plain_name,
     run_command,
 )
 from experiments.sheet import DPI, LINES, POINTS, SMALL, add_axes, blank, dots, lay, lettered, sized, write
 from experiments.style import COLUMN, OKABE_ITO, PAGE, paper, save, save_caption
 from fluxlab.drawing.lettering import line_height
+from fluxlab.drawing.pictures import open_cell
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
 from fluxlab.positions import Program
@@ -112,7 +112,7 @@ def draw(run: Run, name: str, doses: Doses, place: tuple[str, int], metrics: Seq
     """The figure. width: "column" or "page"."""
     inches = PAGE if width == "page" else COLUMN
     across = round(inches * DPI) - LEFT - RIGHT
-    images = {variant: sized(picture(run.image(variant, *place)), (LARGEST[width],) * 2) for _, variant in doses}
+    images = {variant: sized(open_cell(run.image(variant, *place)), (LARGEST[width],) * 2) for _, variant in doses}
     large = max(image.height for image in images.values())
     told = lettered(f"“{place[0]}”, seed {place[1]}", POINTS, across, 2)
     head = len(told) * line_height(dots(POINTS)) + 16

@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from PIL import Image
-
 from fluxlab.compose import guarded
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import FLOOR_SHIFT
@@ -155,15 +153,6 @@ def single(run: Run, variant: str, metric: str) -> list[float]:
             before = run.cell(run.baseline, row["prompt"], row["seed"])[metric] if changes(run, metric) else 0
             values.append(row[metric] - before)
     return [value for value in values if math.isfinite(value)]
-
-
-def picture(file: Path) -> Image.Image:
-    """A cell's picture, in RGB. Raises `UserError` for one that is not there or damaged."""
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # the second is Pillow's word for some broken PNGs
-        raise UserError(f"{file}: no picture that can be read; run the store's command again") from error
 
 
 def title(metric: str) -> str:

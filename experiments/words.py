@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.results import conditions, counted, label, number, opening, picture, plain_name
+from experiments.results import conditions, counted, label, number, opening, plain_name
 from experiments.style import COLUMN, OKABE_ITO, PAGE, figure, paper, save, save_caption
 from experiments.wordmaps import KINDS, cell_shares
 from fluxlab.compose import guarded
+from fluxlab.drawing.pictures import open_cell
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.files import write_atomic
@@ -82,7 +83,7 @@ def findings(run: Run, variants: Sequence[str]) -> list[Finding]:
         raise UserError(f"{run.path}: no attention was captured; run its command again with capture=words")
     cells = [
         {"variant": variant, "prompt": prompt, "seed": seed}
-        | cell_shares(picture(run.image(variant, prompt, seed)), prompt, run.captured(variant, prompt, seed))
+        | cell_shares(open_cell(run.image(variant, prompt, seed)), prompt, run.captured(variant, prompt, seed))
         for variant in variants
         for prompt, seed in run.places
     ]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fluxlab.config import config_folder
 from fluxlab.errors import UserError
+from fluxlab.terminal import tolerant_output
 
 T = TypeVar("T")
 
@@ -164,16 +165,18 @@ def hydra_main(
 def guarded(work: Callable[[], None], interrupted: str) -> int:
     """Run `work`; 0 when done, 2 for what the user can mend (at most three lines on stderr), 130 when interrupted.
 
-    `HYDRA_FULL_ERROR=1` shows the traceback instead.
+    `HYDRA_FULL_ERROR=1` shows the traceback instead. Output that nobody reads any more stops nothing.
     """
+    with tolerant_output():
+        return _exit_code(work, interrupted)
+
+
+def _exit_code(work: Callable[[], None], interrupted: str) -> int:
     try:
         work()
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (UserError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from fluxlab.drawing import lettering
-from fluxlab.drawing.pictures import put
+from fluxlab.drawing.pictures import open_cell, put
 from fluxlab.errors import UserError
 
 MAX_WIDTH, MAX_HEIGHT = 4000, 8000  # px of the whole, about, as long as cells are not smaller than SMALLEST
@@ -261,19 +261,8 @@ def _first_size(at: Callable[[int, int], "Path | None"], rows: int, columns: int
 
 
 def _opened(path: "Path | None") -> Image.Image | None:
-    """An image in RGB, on white where it is transparent; None where there is none."""
-    if path is None:
-        return None
-    try:
-        with Image.open(path) as image:
-            if not image.has_transparency_data:
-                return image.convert("RGB")
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    except FileNotFoundError:
-        return None
-    except (OSError, SyntaxError) as error:  # the second is Pillow's word for some broken PNGs
-        raise UserError(f"{path}: no image that can be read ({error}); remove it and make it again") from error
+    """Return an image in RGB, or None if its file is missing."""
+    return open_cell(path) if path is not None and path.is_file() else None
 
 
 def _fitted(image: Image.Image, cell: tuple[int, int]) -> Image.Image:

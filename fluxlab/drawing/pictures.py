@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
+from fluxlab.images import open_image
 
 BUDGET = 3_000_000
 """Bytes of a page's pictures, of which base64 makes a third more: with text and layouts, a page stays below 5 MB."""
@@ -37,7 +37,7 @@ def embed(files: Iterable[Path], budget: int = BUDGET) -> dict[Path, Picture]:
     found = [file for file in dict.fromkeys(files) if file.is_file()]
     if sum(file.stat().st_size for file in found) <= budget:
         return {file: _as_stored(file) for file in found}
-    sample = [_opened(file) for file in found[:: max(1, len(found) // SAMPLE)]]
+    sample = [open_cell(file) for file in found[:: max(1, len(found) // SAMPLE)]]
     longest = max(max(image.size) for image in sample)
     for side in (longest, *(side for side in SIDES if side < longest)):
         expected = sum(len(_webp(image, side)[0]) for image in sample) / len(sample) * len(found)
@@ -45,7 +45,7 @@ def embed(files: Iterable[Path], budget: int = BUDGET) -> dict[Path, Picture]:
             continue
         pictures, total = {}, 0
         for file in found:
-            image = _opened(file)
+            image = open_cell(file)
             content, size = _webp(image, side)
             pictures[file] = Picture(data_url(content, "webp"), size, image.size)
             total += len(content)
@@ -62,7 +62,7 @@ def fitting(files: Iterable[Path], budget: int) -> dict[Path, Picture]:
     found: dict[Path, Picture] = {}
     for file in dict.fromkeys(files):
         if file.is_file():
-            image = _opened(file)
+            image = open_cell(file)
             content, size = _webp(image, max(image.size))
             budget -= len(content)
             if budget < 0:
@@ -94,18 +94,13 @@ def data_url(content: bytes, kind: str) -> str:
 
 
 def _as_stored(file: Path) -> Picture:
-    size = _opened(file).size
+    size = open_cell(file).size
     return Picture(data_url(file.read_bytes(), "png"), size, size)
 
 
-def _opened(file: Path) -> Image.Image:
-    try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # the second is Pillow's word for some broken PNGs
-        raise UserError(
-            f"{file}: no picture that can be read ({error}); remove it and run its command again"
-        ) from error
+def open_cell(file: Path) -> Image.Image:
+    """Return a cell's image in RGB. Raises `UserError` for a file that is missing or not an image."""
+    return open_image(file, remedy="remove it and run the command of its run folder again")
 
 
 def _webp(image: Image.Image, side: int) -> tuple[bytes, tuple[int, int]]:

@@ -189,7 +189,7 @@ def test_a_failure_leaves_the_old_file(painted, tmp_path):
     write_grid(file, ROWS, COLUMNS, image)
     before = file.read_bytes()
     (tmp_path / "bad.png").write_bytes(image(0, 0).read_bytes()[:90])
-    with pytest.raises(ValueError, match=r"bad\.png: no image that can be read .*; remove it"):
+    with pytest.raises(ValueError, match=r"bad\.png: not a readable image .*; remove it"):
         write_grid(file, ROWS, COLUMNS, lambda i, j: tmp_path / "bad.png" if i == 2 else image(i, j))
     assert file.read_bytes() == before
     assert os.listdir(file.parent) == ["grid.png"]
@@ -203,7 +203,7 @@ def test_errors(painted, tmp_path):
     with pytest.raises(ValueError, match="images: rows of 4, 3 for 3 variants and 4 columns"):
         draw_grid(ROWS, COLUMNS, [[None] * 4, [None] * 3])
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"text\.png: no image that can be read"):
+    with pytest.raises(ValueError, match=r"text\.png: not a readable image"):
         draw_grid(ROWS, COLUMNS, lambda i, j: tmp_path / "text.png")
 
 

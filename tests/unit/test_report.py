@@ -280,7 +280,7 @@ def test_a_missing_picture_is_said(store, tmp_path):
         (tmp_path / "cells" / file.name).symlink_to(file)
     assert render([tmp_path]).count(">missing<") == 1
     (tmp_path / "cells" / files[0].name).write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=rf"{files[0].name}: no picture that can be read"):
+    with pytest.raises(ValueError, match=rf"{files[0].name}: not a readable image"):
         render([tmp_path])
 
 
