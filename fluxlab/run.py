@@ -1,5 +1,6 @@
 """`python -m fluxlab.run +exp=<name> [overrides]`: compose the configs, check them, run."""
 
+import argparse
 import os
 import shlex
 import sys
@@ -63,7 +64,7 @@ def _main(arguments: list[str]) -> None:
     command = f"python -m fluxlab.run {shlex.join(arguments)}"
     named = any(argument.startswith("+exp=") for argument in asked.overrides)
     if asked.shell_completion or (asked.multirun and named):
-        hydra_main(arguments, RunConfig, "schema", "config", lambda c: run(to_schema(c, RunConfig), command))
+        hydra_main(arguments, RunConfig, "schema", "config", lambda c: run(to_schema(c, RunConfig), _own(asked)))
     elif asked.help or not asked.overrides:
         print(usage(asked.config_dir))
     elif not named:  # a forgotten + must not look like a run that is done
@@ -72,6 +73,14 @@ def _main(arguments: list[str]) -> None:
         print(compose("config", RunConfig, "schema", asked.overrides, asked.config_dir, show=True), end="")
     else:
         run(compose("config", RunConfig, "schema", asked.overrides, asked.config_dir), command)
+
+
+def _own(asked: argparse.Namespace) -> str:
+    """Return the command that repeats the current combination of -m alone."""
+    from hydra.core.hydra_config import HydraConfig
+
+    folder = ["--config-dir", str(asked.config_dir)] if asked.config_dir else []
+    return f"python -m fluxlab.run {shlex.join([*folder, *HydraConfig.get().overrides.task])}"
 
 
 def read(config: RunConfig) -> "Experiment":

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import fluxlab.run
 from fluxlab.drawing import pictures
 from fluxlab.experiment.reading import read_store
 from fluxlab.report import page
@@ -375,3 +377,13 @@ def test_drawings_know_the_prompt_and_the_schedule():
     assert drawn[0].startswith("data:image/png;base64,")
     assert drawn[0] != drawn[1]  # σ falls to 0.5 at another step
     assert "words" in page._drawn(program, (16, 16), 24, "a red fox", 16, even).missing
+
+
+def test_each_combination_of_m_keeps_its_own_command(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(fluxlab.run, "run", lambda config, command: commands.append(command))
+    monkeypatch.chdir(tmp_path)
+    assert fluxlab.run.main(["-m", "+exp=hello", "seeds=1,2", "prompts=['a red fox']"]) == 0
+    assert [shlex.split(command) for command in commands] == [
+        ["python", "-m", "fluxlab.run", "+exp=hello", f"seeds={seeds}", "prompts=['a red fox']"] for seeds in (1, 2)
+    ]
