@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import MANIFEST
@@ -16,7 +17,6 @@ from fluxlab.measure.images import METRICS
 from fluxlab.report.attention import pictures as attention
 from fluxlab.report.page import layout
 from fluxlab.report.products import GRID_FILE
-from fluxlab.errors import UserError
 from fluxlab.report.wandb.link import Link, tracked
 
 PROJECT, JOB_TYPE = "fluxlab", "run"

@@ -1,0 +1,1 @@
+"""Sends a finished or running store to Weights & Biases."""
