@@ -14,7 +14,7 @@ from fluxlab.errors import UserError
 from fluxlab.experiment.cells import FLOOR_SHIFT
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import REFERENCE_NAMES
-from fluxlab.measure.images import METRICS
+from fluxlab.measure.registry import METRICS
 from fluxlab.positions import Program
 from fluxlab.positions.program import Edit
 from fluxlab.select.arguments import AXES

@@ -45,6 +45,7 @@ class RunConfig:
     capture: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
     plan: bool = False
+    measure: bool = False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,7 +149,8 @@ def run(config: RunConfig, command: str) -> None:
     with open_store(out) as store:
         sealed = (*products, INDEX) if experiment.capture else products
         finished = store.record.get("request") == experiment.request() and store.sealed(sealed)
-        similarities = [] if finished else effects.judges(experiment)
+        finished = finished and not config.measure and effects.measured(experiment, store)
+        similarities = {} if finished else effects.load_models(experiment)
         with tracker.start(tracking, out, experiment, command) as tracked:
             settings = fill(
                 experiment,
@@ -166,7 +168,7 @@ def run(config: RunConfig, command: str) -> None:
                 page(made)
                 store.seal()
             tracked.finish(read_store(out))
-        effects.show(store)
+        effects.show(store, experiment.baseline)
         told = captures.summary(store)
     print("  ".join(str(out / name) for name in products))
     if told:

@@ -80,7 +80,7 @@ def make_store(
                 store.put(cell, picture(cell, size), {"height": size[0], "width": size[1]}, folder)
         if attention:
             put_attention(asked, how, store)
-        effects.measure(asked, how, store, effects.judges(asked))
+        effects.measure(asked, how, store, effects.load_models(asked))
         store.seal()
     return Path(path)
 

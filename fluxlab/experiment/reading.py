@@ -9,11 +9,13 @@ from typing import Any
 
 from fluxlab.errors import UserError
 from fluxlab.experiment.store import CELLS, read_experiment
+from fluxlab.measure import summary
+from fluxlab.measure.summary import Effect
 from fluxlab.probes import Captured, index, load
 
 METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE = "metrics.csv", "references.csv", "summary.csv"
 _TEXT = ("variant", "prompt", "digest", "cell", "metric")
-_WHOLE = ("seed", "n")
+_WHOLE = ("seed", "n", "paired_n")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,14 @@ class Run:
     def _captured(self) -> dict[tuple[str, str, int], str]:
         return {(row["variant"], row["prompt"], row["seed"]): row["file"] for row in self.attention}
 
+    @cached_property
+    def effects(self) -> list[Effect]:
+        """Every metric of every variant and control, comparable with the baseline at equal prompt and seed.
+
+        In the order of `summary`. See `fluxlab.measure.summary.Effect`: value, low, high, difference, n, missing.
+        """
+        return summary.effects(self.summary, self.baseline)
+
     def describe(self, variant: str) -> str:
         """A variant's program in one line."""
         return self.record["variants"][variant]["describe"]
@@ -82,8 +92,10 @@ def read_store(path: "str | Path") -> Run:
     """Raises `UserError` for a folder that is no store, is damaged, or has not come to its numbers yet."""
     path = Path(path)
     record = read_experiment(path)
-    tables = [read_table(path / name) for name in (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE)]
-    return Run(path, record, *tables)
+    metrics, references, rows = (read_table(path / name) for name in (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE))
+    if metrics:
+        rows = summary.complete(rows, [*metrics, *references], metrics[0]["variant"])
+    return Run(path, record, metrics, references, rows)
 
 
 def read_table(file: Path) -> list[dict[str, Any]]:

@@ -1,15 +1,23 @@
-"""Measures on images: metrics (`images`), similarity by a model (`similarity`), what a scene shows (`oracle`), and what
-many cells come to (`summary`)."""
+"""Metrics of images and their summaries.
 
-from fluxlab.measure.images import METRICS, Metric, compare, describe, oracle_beside, oracle_columns, oracle_compare
+`registry` and `metrics` hold the metrics, `images` the computations they are made of, `oracle` reads scenes,
+`similarity` runs CLIP and DINO, `summary` takes means over cells.
+"""
+
+from fluxlab.measure import metrics  # registers every metric
+from fluxlab.measure.images import compare, describe, oracle_columns, oracle_compare
+from fluxlab.measure.registry import METRICS, Metric, Sample, about, metric
 from fluxlab.measure.summary import summarise, table, to_csv
 
 __all__ = [
     "METRICS",
     "Metric",
+    "Sample",
+    "about",
     "compare",
     "describe",
-    "oracle_beside",
+    "metric",
+    "metrics",
     "oracle_columns",
     "oracle_compare",
     "summarise",

@@ -6,7 +6,7 @@ transformers picks by itself want torchvision.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,19 +107,6 @@ class Similarity:
                 vectors = self.model.get_text_features(**tokens).pooler_output
             found.append(_unit(vectors))
         return np.concatenate(found) if found else np.empty((0, 0), np.float32)
-
-    def beside(self, baseline: np.ndarray, prompt: str) -> Callable[[np.ndarray], dict[str, float]]:
-        """A function of an image: its cosine to the baseline (clip_image or dino_image) and, with CLIP, to the prompt
-        (clip_text), both of which are embedded once and not again for each image."""
-        there = {f"{self.kind}_image": self.image([baseline])}
-        if self.kind == "clip":
-            there["clip_text"] = self.text([prompt])
-
-        def columns(image: np.ndarray) -> dict[str, float]:
-            here = self.image([image])
-            return {name: float((here * vector).sum(-1)[0]) for name, vector in there.items()}
-
-        return columns
 
 
 def prepare(images: Sequence[np.ndarray], preparation: Preparation) -> np.ndarray:

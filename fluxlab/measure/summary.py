@@ -1,174 +1,307 @@
-"""What the metrics of many cells come to: means with intervals, differences to the baseline, a table, a CSV."""
+"""Summaries of metrics over cells: means with intervals, paired differences to the baseline, as CSV and as a table."""
 
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from fluxlab.errors import UserError
-from fluxlab.measure.images import METRICS
+from fluxlab.measure.registry import METRICS, about, shown_metrics
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-NOISE_FLOOR, ANOTHER_SEED = "noise floor", "another seed"
-"""What every effect is quoted beside, as variants: all ids shifted by a constant, and the baseline of another seed."""
+CONTROLS = NOISE_FLOOR, ANOTHER_SEED = ("noise floor", "another seed")
+"""The two controls next to every effect: all ids shifted by a constant, and the baseline at a different seed."""
+
 CSV_COLUMNS = ("variant", "metric", "n", "mean", "low", "high", "paired_mean", "paired_low", "paired_high")
-SHOWN = ("psnr", "ssim", "word", "thing_moved", "sawtooth", "sharpness", "displacement", "colour_shift", "clip_text")
-"""What a table shows unless told, as far as there is room; what stands first goes in first."""
+CSV_COLUMNS += ("paired_n", "median")
 RESAMPLES = 2000
 _CONFIDENCE = 0.95
 _NAN = float("nan")
 
+Rows = Sequence[Mapping[str, Any]]
 
-def summarise(rows: Sequence[Mapping[str, Any]], baseline: str, metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean and 95 % interval of each metric of each variant, over cells: a dict of `CSV_COLUMNS` for every pair.
 
-    rows: one a cell, with variant, prompt, seed and numbers by metric; nan, or no such key, is no value and not counted
-    in n. low and high are the bootstrap's percentiles (2,000 resamples of cells, the same on every call), nan for fewer
-    than two cells. Cells count as independent of each other, which the seeds of one prompt are not quite.
-    For metrics of one image by itself, paired_* is the same for variant - baseline at equal (prompt, seed); nan for the
-    baseline, for comparisons, and without pairs. psnr is pooled as mean squared error, so that it is finite unless all
-    pictures equal their baselines.
+def summarise(rows: Rows, baseline: str, metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row of `CSV_COLUMNS` for every variant and metric: the mean over cells and its 95 % interval.
+
+    rows: one per cell, with variant, prompt, seed and the metrics. nan and a missing key are no value and not counted
+    in n. low and high are percentiles of a bootstrap over cells (2,000 resamples, the same on every call), nan for
+    fewer than two cells. Cells count as independent, which the seeds of one prompt are not quite.
+
+    paired_* describe variant - baseline at equal (prompt, seed), over the paired_n cells where both have a value. They
+    are nan for the baseline and for metrics that compare with the baseline anyway.
+
+    The mean of psnr is pooled: it belongs to the mean squared error over cells, so that it is finite unless all images
+    equal their baselines. One bad cell dominates it; median is that of the cells.
+
     Variants come in the order of the rows. Raises UserError for a baseline or metric that no row has, two rows of one
     cell, and infinite numbers other than psnr.
     """
-    cells = _cells(rows)
+    cells = _by_variant(rows)
     if baseline not in cells:
-        raise UserError(f"baseline={baseline!r}: no such variant in the rows, which have {', '.join(map(repr, cells))}")
+        raise UserError(f"baseline={baseline!r}: not in the rows, which have {', '.join(map(repr, cells))}")
     unknown = [name for name in metrics if not any(name in row for row in rows)]
     if unknown:
         raise UserError(f"metrics: {unknown[0]!r} is in none of the rows")
-    found: list[dict[str, Any]] = []
+    summary: list[dict[str, Any]] = []
     samples: list[np.ndarray] = []
-    for variant, own in cells.items():
+    for variant in cells:
         for metric in metrics:
-            values = {key: value for key, row in own.items() if not math.isnan(value := _value(row, metric))}
-            pairs = []
-            if variant != baseline and (metric not in METRICS or METRICS[metric].alone):
-                before = ((value, _value(cells[baseline].get(key, {}), metric)) for key, value in values.items())
-                pairs = [value - other for value, other in before if not math.isnan(other)]
-            found.append({"variant": variant, "metric": metric, "n": len(values)})
-            samples += [np.array(list(values.values())), np.array(pairs)]
+            values, differences = _values(cells, baseline, variant, metric)
+            summary.append({"variant": variant, "metric": metric, "n": len(values)})
+            samples += [values, differences]
     moments = _moments(samples)
-    for row, alone, paired in zip(found, moments[::2], moments[1::2], strict=True):
+    for i, row in enumerate(summary):
+        values, differences = samples[2 * i : 2 * i + 2]
+        alone, paired = moments[2 * i : 2 * i + 2]
         if row["metric"] == "psnr":
-            mean, low, high = map(_decibels, alone)
+            mean, low, high = map(decibels, alone)
             alone = mean, high, low  # the larger error is the smaller psnr
-        row |= dict(zip(CSV_COLUMNS[3:], (*alone, *paired), strict=True))
-    return found
+        row |= dict(zip(CSV_COLUMNS[3:9], (*alone, *paired), strict=True))
+        row |= {"paired_n": len(differences), "median": _median(row["metric"], values)}
+    return summary
+
+
+def complete(summary: Rows, rows: Rows, baseline: str) -> list[dict[str, Any]]:
+    """Return a summary with `paired_n` and `median`, which release 0.1 did not write; rows: those it was made of."""
+    if all("paired_n" in row and "median" in row for row in summary):
+        return [dict(row) for row in summary]
+    cells, completed = _by_variant(rows), []
+    for row in summary:
+        values, differences = _values(cells, baseline, row["variant"], row["metric"])
+        completed.append({**row, "paired_n": len(differences), "median": _median(row["metric"], values)})
+    return completed
+
+
+class Effect(NamedTuple):
+    """A metric of a variant in a form that compares with the baseline and with other variants.
+
+    For a metric of one image, value is the baseline's mean over all cells plus the mean paired difference, and low and
+    high are the ends of that difference's interval on the same scale: a control that has fewer cells than the variants
+    stands at the baseline if it changes nothing. difference, difference_low and difference_high are the paired
+    difference itself. n counts the pairs.
+
+    For the baseline, and for a metric that compares with the baseline, value is the mean, difference is nan, and n
+    counts the cells. own_mean is the mean over the variant's own cells, median their median. missing says why there is
+    no value; it is "" if there is one.
+    """
+
+    variant: str
+    metric: str
+    n: int
+    value: float
+    low: float
+    high: float
+    difference: float = _NAN
+    difference_low: float = _NAN
+    difference_high: float = _NAN
+    own_mean: float = _NAN
+    median: float = _NAN
+    missing: str = ""
+
+
+def effects(summary: Rows, baseline: str) -> list[Effect]:
+    """Return the `Effect` of every row of a summary, in its order."""
+    means = {row["metric"]: row["mean"] for row in summary if row["variant"] == baseline}
+    return [_effect(row, means.get(row["metric"], _NAN), row["variant"] == baseline) for row in summary]
+
+
+def _effect(row: Mapping[str, Any], level: float, is_baseline: bool) -> Effect:
+    names = row["variant"], row["metric"]
+    own = {"own_mean": row["mean"], "median": row["median"]}
+    if not row["n"]:
+        reason = about(row["metric"]).absent or "no value"
+        return Effect(*names, 0, _NAN, _NAN, _NAN, missing=reason)
+    if is_baseline or (row["metric"] in METRICS and not METRICS[row["metric"]].alone):
+        return Effect(*names, row["n"], row["mean"], row["low"], row["high"], **own)
+    if not row["paired_n"]:
+        return Effect(*names, 0, _NAN, _NAN, _NAN, **own, missing="no cell where the baseline has a value")
+    difference = row["paired_mean"], row["paired_low"], row["paired_high"]
+    return Effect(*names, row["paired_n"], *(level + part for part in difference), *difference, **own)
 
 
 def table(
-    summary: Sequence[Mapping[str, Any]],
+    summary: Rows,
     metrics: Sequence[str] | None = None,
-    references: Sequence[str] = (NOISE_FLOOR, ANOTHER_SEED),
+    references: Sequence[str] = CONTROLS,
     width: int = 100,
+    baseline: str | None = None,
 ) -> "Table":
-    """A summary for a terminal: a row a variant, means with their 95 % intervals, the references below a rule.
+    """Return a summary as a table for a terminal: one row per variant, the controls below a rule.
 
-    metrics: the columns; by default those of `SHOWN` that have values, as many as fit `width` characters. Print it on a
-    console of that width: rich takes 80 where stdout is no terminal, and cuts. Raises UserError for a metric that is
-    not in the summary.
+    metrics: the columns; by default those of `shown_metrics()` that have values, as many as fit `width` characters.
+    baseline: by default the first variant that is no control. Print it on a console of that width: rich assumes 80 if
+    stdout is not a terminal. Raises UserError for a metric that is not in the summary.
     """
     from rich import box
     from rich.table import Table
 
-    cells = {(row["variant"], row["metric"]): row for row in summary}
-    present = dict.fromkeys(row["metric"] for row in summary if not math.isnan(row["mean"]))
+    with_values = dict.fromkeys(row["metric"] for row in summary if not math.isnan(row["mean"]))
     unknown = [name for name in metrics or () if not any(name == row["metric"] for row in summary)]
     if unknown:
-        raise UserError(f"metrics: no {unknown[0]!r} in the summary, which has {', '.join(present)}")
+        raise UserError(f"metrics: no {unknown[0]!r} in the summary, which has {', '.join(with_values)}")
     variants = list(dict.fromkeys(row["variant"] for row in summary))
-    last = [name for name in references if name in variants]
-    variants = [name for name in variants if name not in last] + last
-    columns = {name: _column(name, variants, cells) for name in metrics or [m for m in SHOWN if m in present]}
-    named = min(24, max(map(len, ["variant", *variants])))
+    controls = [name for name in references if name in variants]
+    variants = [name for name in variants if name not in controls] + controls
+    entries = {entry[:2]: entry for entry in effects(summary, baseline or variants[0])}
+    counts = {name: max(e.n for e in entries.values() if e.variant == name) for name in variants}
+    chosen = list(metrics) if metrics else [name for name in shown_metrics() if name in with_values]
+    columns = {
+        name: _column([entries.get((v, name), Effect(v, name, 0, _NAN, _NAN, _NAN)) for v in variants], counts)
+        for name in chosen
+    }
+    name_width = min(24, max(map(len, ["variant", *variants])))
     if metrics is None:
-        left, kept = width - named - 2, {}
-        for name, texts in columns.items():
-            left -= max(map(len, (_heading(name), *texts))) + 3  # and what is between columns
-            if left < 0:
-                break
-            kept[name] = texts
-        columns = kept
-    made = Table(box=box.HORIZONTALS, caption="mean [95 % interval] over cells", caption_justify="left", pad_edge=False)
-    made.add_column("variant", no_wrap=True, overflow="ellipsis", max_width=named)
+        columns = _fitting(columns, width - name_width - 2 - 3 - max(len(str(n)) for n in counts.values()))
+    lines = ["mean [95 % interval] over n cells", "Δ: mean paired difference to the baseline [95 % interval]"]
+    lines += [f"{name}: of the mean {about(name).pooled} over cells (pooled)" for name in columns if about(name).pooled]
+    made = Table(box=box.HORIZONTALS, caption="\n".join(lines), caption_justify="left", pad_edge=False)
+    made.add_column("variant", no_wrap=True, overflow="ellipsis", max_width=name_width)
+    made.add_column("n", justify="right", no_wrap=True)
     for name in columns:
-        made.add_column(_heading(name), justify="right", no_wrap=True)
+        made.add_column(heading(name), justify="right", no_wrap=True)
     for i, variant in enumerate(variants):
-        if last and variant == last[0] and i:
+        if controls and variant == controls[0] and i:
             made.add_section()
-        made.add_row(variant, *(texts[i] for texts in columns.values()))
+        made.add_row(variant, str(counts[variant]), *(texts[i] for texts in columns.values()))
     return made
 
 
-def to_csv(summary: Sequence[Mapping[str, Any]]) -> str:
-    """A summary as CSV, a line a (variant, metric): numbers to 10 digits, nothing for nan, lines ended by \\n."""
+def to_csv(summary: Rows) -> str:
+    """Return a summary as CSV, a line per variant and metric: numbers with 10 digits, empty for nan."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    writer.writerows([_number(row[name]) for name in CSV_COLUMNS] for row in summary)
+    writer.writerows([_csv_number(row[name]) for name in CSV_COLUMNS] for row in summary)
     return text.getvalue()
 
 
-def _number(value: Any) -> Any:
+def heading(metric: str) -> str:
+    """Return a metric's name with its unit, and "pooled" if its mean is not the mean of the cells."""
+    notes = [about(metric).unit, "pooled" if about(metric).pooled else ""]
+    return f"{metric} ({', '.join(filter(None, notes))})" if any(notes) else metric
+
+
+def digits_of(values: Iterable[float]) -> int:
+    """Return the number of decimals that shows the largest of some values with three digits; at most 4."""
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0)
+    return min(4, max(0, 2 - math.floor(math.log10(largest)))) if largest else 1
+
+
+def number_text(value: float, digits: int, signed: bool = False) -> str:
+    """Return a number with so many decimals: `0.125`, `+0.1`, `∞`, "" for nan.
+
+    A number that would round to 0 is written with an exponent: `-1.6e-05`.
+    """
+    if math.isnan(value):
+        return ""
+    sign = "+" if signed else ""
+    if math.isinf(value):
+        return "-∞" if value < 0 else f"{sign}∞"
+    if value and not round(value, digits):
+        return f"{value:{sign}.1e}"
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no minus sign before 0
+
+
+def interval_text(low: float, high: float, digits: int, signed: bool = False) -> str:
+    """Return `[0.10, 0.15]`; "" for an interval that is nan or has no width."""
+    if math.isnan(low) or low == high:
+        return ""
+    return f"[{number_text(low, digits, signed)}, {number_text(high, digits, signed)}]"
+
+
+def mean_text(mean: float, low: float, high: float, digits: int, signed: bool = False) -> str:
+    """Return `0.12 [0.10, 0.15]`: a number and its interval if it has one."""
+    parts = number_text(mean, digits, signed), interval_text(low, high, digits, signed)
+    return " ".join(filter(None, parts))
+
+
+def error_of(psnr: float) -> float:
+    """Return the mean squared error over 255² that a PSNR in dB stands for."""
+    return 10 ** (-psnr / 10)
+
+
+def decibels(error: float) -> float:
+    """Return the PSNR in dB of a mean squared error over 255²; inf for 0."""
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def _csv_number(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return "" if math.isnan(value) else f"{value:.10g}"
 
 
-def _cells(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[tuple, Mapping[str, Any]]]:
-    """The rows by variant, then by (prompt, seed)."""
+def _by_variant(rows: Rows) -> dict[str, dict[tuple, Mapping[str, Any]]]:
+    """Return the rows by variant, then by (prompt, seed)."""
     cells: dict[str, dict[tuple, Mapping[str, Any]]] = {}
     for row in rows:
-        own, key = cells.setdefault(row["variant"], {}), (row["prompt"], row["seed"])
-        if key in own:
+        of_variant, key = cells.setdefault(row["variant"], {}), (row["prompt"], row["seed"])
+        if key in of_variant:
             raise UserError(f"rows: variant {row['variant']!r} has prompt {key[0]!r} with seed {key[1]!r} twice")
-        own[key] = row
+        of_variant[key] = row
     return cells
 
 
+def _values(
+    cells: Mapping[str, Mapping[tuple, Mapping[str, Any]]], baseline: str, variant: str, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return a variant's values of a metric, and the differences to the baseline where both have one."""
+    values = {key: _value(row, metric) for key, row in cells[variant].items()}
+    values = {key: value for key, value in values.items() if not math.isnan(value)}
+    if variant == baseline or (metric in METRICS and not METRICS[metric].alone):
+        return np.array(list(values.values())), np.array([])
+    before = {key: _value(cells[baseline].get(key, {}), metric) for key in values}
+    differences = [value - before[key] for key, value in values.items() if not math.isnan(before[key])]
+    return np.array(list(values.values())), np.array(differences)
+
+
 def _value(row: Mapping[str, Any], metric: str) -> float:
-    """A cell's number; of psnr, the mean squared error over 255²."""
+    """Return a cell's number; for psnr, the mean squared error over 255²."""
     value = row.get(metric)
     value = _NAN if value is None else float(value)
     if metric == "psnr":
-        return 10 ** (-value / 10)
+        return error_of(value)
     if math.isinf(value):
         raise UserError(
-            f"rows: {metric} of variant {row['variant']!r}, seed {row['seed']!r} is {value}; only psnr may be"
+            f"rows: {metric} of variant {row['variant']!r}, seed {row['seed']!r} is {value}; only psnr may be infinite"
         )
     return value
 
 
-def _decibels(error: float) -> float:
-    return math.inf if error == 0 else -10 * math.log10(error)
+def _median(metric: str, values: np.ndarray) -> float:
+    if not len(values):
+        return _NAN
+    return float(np.median([decibels(value) for value in values] if metric == "psnr" else values))
 
 
 def _moments(samples: Sequence[np.ndarray]) -> list[tuple[float, float, float]]:
-    """(mean, low, high) of each sample. Equally long ones are resampled together, by the same draws whatever the others
-    are, so that a number does not depend on what else was asked for."""
-    found = [(float(x.mean()), _NAN, _NAN) if len(x) else (_NAN,) * 3 for x in samples]
+    """Return (mean, low, high) of each sample.
+
+    Samples of equal length are resampled together, by draws that do not depend on the other samples.
+    """
+    moments = [(float(x.mean()), _NAN, _NAN) if len(x) else (_NAN,) * 3 for x in samples]
     by_length: dict[int, list[int]] = {}
     for i, x in enumerate(samples):
         if len(x) > 1 and not np.ptp(x):
-            found[i] = (float(x[0]),) * 3
+            moments[i] = (float(x[0]),) * 3
         elif len(x) > 1:
             by_length.setdefault(len(x), []).append(i)
     for picks in by_length.values():
         for start in range(0, len(picks), 20):
             part = picks[start : start + 20]
             for i, low, high in zip(part, *_bounds(np.stack([samples[i] for i in part])), strict=True):
-                found[i] = (found[i][0], float(low), float(high))
-    return found
+                moments[i] = (moments[i][0], float(low), float(high))
+    return moments
 
 
 def _bounds(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bootstrap's low and high ends for the means of the rows of (k, n) samples."""
+    """Return the low and high ends of the bootstrap's intervals for the means of the rows of (k, n) samples."""
     from scipy.stats import bootstrap
 
     interval = bootstrap(
@@ -176,30 +309,41 @@ def _bounds(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.mean,
         axis=1,
         n_resamples=RESAMPLES,
-        batch=max(1, 200_000 // samples.shape[1]),  # some 30 MB at a time
+        batch=max(1, 200_000 // samples.shape[1]),  # about 30 MB at a time
         vectorized=True,
         confidence_level=_CONFIDENCE,
-        method="percentile",  # bca has no answer for the nearly constant samples that right-or-wrong metrics make
+        method="percentile",  # bca fails on nearly constant samples, which right-or-wrong metrics have
         rng=np.random.default_rng(0),
     ).confidence_interval
     return interval.low, interval.high
 
 
-def _heading(metric: str) -> str:
-    unit = METRICS[metric].unit if metric in METRICS else ""
-    return f"{metric} ({unit})" if unit else metric
+def _column(entries: Sequence[Effect], counts: Mapping[str, int]) -> list[str]:
+    """Return the texts of a metric's column, one per variant. A cell with fewer than the variant's n says its own."""
+    digits = digits_of(entry.value for entry in entries)
+
+    def text(entry: Effect) -> str:
+        if not entry.n:
+            return entry.missing or "no value"
+        lines = [mean_text(entry.value, entry.low, entry.high, digits)]
+        if not math.isnan(entry.difference):
+            ends = entry.difference, entry.difference_low, entry.difference_high
+            lines = [number_text(entry.value, digits), f"Δ {mean_text(*ends, digits, signed=True)}"]
+        if about(entry.metric).pooled and entry.n > 1:
+            lines.append(f"median {number_text(entry.median, digits)}")
+        if entry.n < counts[entry.variant]:
+            lines[0] += f", n = {entry.n}"
+        return "\n".join(lines)
+
+    return [text(entry) for entry in entries]
 
 
-def _column(metric: str, variants: Sequence[str], cells: Mapping[tuple, Mapping[str, Any]]) -> list[str]:
-    """A metric's texts, to three digits of its largest mean."""
-    rows = [cells.get((variant, metric), {"mean": _NAN, "low": _NAN, "high": _NAN}) for variant in variants]
-    largest = max((abs(row["mean"]) for row in rows if math.isfinite(row["mean"])), default=0)
-    digits = min(4, max(0, 2 - math.floor(math.log10(largest)))) if largest else 1
-
-    def text(row: Mapping[str, Any]) -> str:
-        if math.isnan(row["mean"]):
-            return "-"
-        mean, low, high = (f"{row[name]:.{digits}f}" for name in ("mean", "low", "high"))
-        return mean if math.isnan(row["low"]) or low == high else f"{mean} [{low}, {high}]"
-
-    return [text(row) for row in rows]
+def _fitting(columns: Mapping[str, Sequence[str]], width: int) -> dict[str, Sequence[str]]:
+    """Return the first columns that fit a width in characters."""
+    fitting = {}
+    for name, texts in columns.items():
+        width -= max(len(line) for text in (heading(name), *texts) for line in text.split("\n")) + 3
+        if width < 0:
+            break
+        fitting[name] = texts
+    return fitting

@@ -18,8 +18,7 @@ from fluxlab.drawing.pictures import BUDGET, Picture, data_url, embed, note, put
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import REFERENCE_NAMES
-from fluxlab.measure.images import METRICS, Metric
-from fluxlab.measure.summary import SHOWN
+from fluxlab.measure.registry import METRICS, about, shown_metrics
 from fluxlab.report.attention import page as attention_page
 
 REPORT_FILE = "report.html"
@@ -63,8 +62,8 @@ def render(stores: "Sequence[str | PathLike[str]]", budget: int = BUDGET) -> str
     return environment.get_template("report.html.j2").render(
         title=runs[0].record["name"] if len(runs) == 1 else f"{len(runs)} runs",
         runs=[_run(i, name, run, embedded) for i, (name, run) in enumerate(zip(names, runs, strict=True))],
-        metrics=[{"name": name, **METRICS.get(name, Metric("", ""))._asdict()} for name in metrics],
-        shown=[name for name in metrics if name in SHOWN] or metrics,
+        metrics=[{"name": name, **about(name)._asdict()} for name in metrics],
+        shown=[name for name in metrics if name in shown_metrics()] or metrics,
         findings=_findings(runs, names, metrics),
         cells=[
             {"run": name, **row, "values": [_number(row.get(metric, math.nan)) for metric in metrics]}

@@ -1,6 +1,8 @@
 import csv
 import io
+import itertools
 import json
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -14,18 +16,21 @@ from scipy.ndimage import fourier_shift, gaussian_filter
 from fluxlab import scenes
 from fluxlab.measure import (
     METRICS,
+    Sample,
+    about,
     compare,
     describe,
-    oracle,
-    oracle_beside,
+    metric,
     oracle_columns,
     oracle_compare,
     summarise,
     table,
     to_csv,
 )
-from fluxlab.measure.images import SCENE_SIDE, sawtooth
+from fluxlab.measure.images import sawtooth
 from fluxlab.measure.oracle import inspect
+from fluxlab.measure.registry import SCENE_SIDE, columns, evaluate, shown_metrics
+from fluxlab.measure.summary import complete, effects, interval_text, number_text
 
 CAPTION = "a red fox on the left holding a sign that says hello world"
 
@@ -138,7 +143,7 @@ def test_colour_shift_is_that_of_the_mean_colour():
 
 
 def test_only_images_of_one_size_compare():
-    with pytest.raises(ValueError, match=r"image: 16 x 24 px against a baseline of 24 x 16 px"):
+    with pytest.raises(ValueError, match=r"image: 16 x 24 px, but the baseline has 24 x 16 px; expected equal sizes"):
         compare(np.zeros((16, 24, 3), np.uint8), np.zeros((24, 16, 3), np.uint8))
 
 
@@ -154,7 +159,9 @@ def test_only_images_of_one_size_compare():
 def test_other_images_are_refused(image):
     good = np.zeros((16, 16, 3), np.uint8)
     for call in (lambda: compare(image, good), lambda: describe(image, 4), lambda: oracle_columns(image, "a cat")):
-        with pytest.raises(ValueError, match=r"image: .*expected uint8 \(height, width, 3\) of 8 px or more a side"):
+        with pytest.raises(
+            ValueError, match=r"image: .*expected uint8 \(height, width, 3\) with sides of at least 8 px"
+        ):
             call()
     with pytest.raises(ValueError, match="baseline: "):
         compare(good, image)
@@ -359,20 +366,7 @@ def test_a_moved_thing_is_measured():
     assert np.isnan(list(oracle_compare(images[0], images[2], "a cat").values())).all()
 
 
-def test_a_baseline_is_inspected_once(monkeypatch):
-    scene = scene_with_sign()
-    before, other = scenes.render(scene), scenes.render(replace(scene, things=()))
-    expected = [oracle_columns(x, CAPTION) | oracle_compare(x, before, CAPTION) for x in (before, other)]
-    seen = []
-    monkeypatch.setattr(oracle, "inspect", lambda image, wanted: seen.append(image) or inspect(image, wanted))
-    columns = oracle_beside(before, CAPTION)
-    np.testing.assert_equal([columns(before), columns(other)], expected)
-    assert [list(found) for found in map(columns, (before, other))] == [list(found) for found in expected]
-    assert sum(image is before for image in seen) == 3  # as the baseline, and twice as an image
-    assert len(seen) == 5
-
-
-def test_every_metric_is_told_of():
+def test_every_metric_is_registered_with_its_properties():
     image = scenes.render(scene_with_sign())
     alone = describe(image, 4) | oracle_columns(image, CAPTION)
     against = compare(image, image) | oracle_compare(image, image, CAPTION)
@@ -380,11 +374,86 @@ def test_every_metric_is_told_of():
     assert {name: m.alone for name, m in METRICS.items()} == dict.fromkeys(alone, True) | dict.fromkeys(
         against, False
     ) | similar
-    for name, metric in METRICS.items():
-        assert metric.better in ("higher", "lower", "neutral"), name
-        assert metric.meaning
-        assert "\n" not in metric.meaning
-        assert not metric.meaning.endswith(".")
+    for name, entry in METRICS.items():
+        assert entry.better in ("higher", "lower", "neutral"), name
+        assert entry.meaning
+        assert "\n" not in entry.meaning
+        assert not entry.meaning.endswith(".")
+        assert entry.title
+        assert not entry.share or not entry.unit, name
+
+
+def test_columns_depend_on_what_the_run_has():
+    assert columns() == [
+        *compare(*([np.zeros((16, 16, 3), np.uint8)] * 2)),
+        "sharpness",
+        "edge_energy",
+        "spectrum_slope",
+        "sawtooth",
+    ]
+    assert columns({"scenes", "clip", "dino"}) == list(METRICS)
+    assert columns({"clip"})[-2:] == ["clip_image", "clip_text"]
+    assert shown_metrics()[:3] == ["psnr", "ssim", "word"]
+
+
+@pytest.fixture
+def contrast():
+    """A metric of a user's own."""
+
+    @metric("contrast of the luma", "0..1", better="higher", shown=1)
+    def contrast(image: Sample) -> float:
+        """Standard deviation of the luma.
+
+        More about it.
+        """
+        return image.luma.std()
+
+    yield contrast
+    del METRICS["contrast"]
+
+
+def test_a_metric_is_one_function(contrast):
+    entry = METRICS["contrast"]
+    assert (entry.unit, entry.title, entry.alone) == ("0..1", "contrast of the luma", True)
+    assert entry.meaning == "standard deviation of the luma"
+    assert columns()[-1] == "contrast"
+    assert "contrast" in shown_metrics()[:2]
+    value = evaluate("contrast", Sample(texture(0, 16, 16)))
+    assert type(value) is float
+    assert 0 < value < 1
+    assert about("unknown_one") == ("", "", "unknown one", *about("unknown_one")[3:])
+
+
+@pytest.mark.parametrize(
+    ("options", "function", "message"),
+    [
+        ({}, lambda: 1, "0 parameters, expected"),
+        ({"better": "more"}, lambda image: 1, "expected better in"),
+        ({"needs": "gpu"}, lambda image: 1, "expected better in"),
+    ],
+)
+def test_metrics_that_cannot_be_registered(options, function, message):
+    function.__name__ = "m"
+    function.__doc__ = "Something."
+    before = list(METRICS)
+    with pytest.raises(ValueError, match=f"metric 'm': .*{message}"):
+        metric("m", **options)(function)
+    function.__name__ = "psnr"
+    with pytest.raises(ValueError, match="metric 'psnr' is already registered"):
+        metric("m")(function)
+    assert list(METRICS) == before
+
+
+def test_shared_parts_are_computed_once(monkeypatch):
+    from fluxlab.measure import oracle
+
+    scene = scene_with_sign()
+    image, baseline = (Sample(scenes.render(s), CAPTION, 4) for s in (scene, replace(scene, things=())))
+    seen = []
+    monkeypatch.setattr(oracle, "inspect", lambda pixels, wanted: seen.append(pixels) or inspect(pixels, wanted))
+    for name in columns({"scenes"}):
+        evaluate(name, image, baseline)
+    assert len(seen) == 2
 
 
 # ---- by a model
@@ -426,6 +495,13 @@ def pictures():
     return [texture(0, 40, 64), texture(1, 90, 61), texture(2, 28, 28), texture(3, 64, 40)]
 
 
+def similar(similarity, image, baseline, prompt=""):
+    """The metrics of one similarity model."""
+    image, baseline = (Sample(x, prompt, models={similarity.kind: similarity}) for x in (image, baseline))
+    names = [name for name, entry in METRICS.items() if entry.needs == similarity.kind]
+    return {name: evaluate(name, image, baseline) for name in names}
+
+
 @pytest.mark.parametrize("kind", ["clip", "dino"])
 def test_pictures_are_prepared_as_transformers_does(checkpoints, pictures, kind):
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
@@ -459,10 +535,10 @@ def test_clip_is_transformers_clip(checkpoints, pictures):
     np.testing.assert_allclose(images, expected.image_embeds, atol=1e-5)
     np.testing.assert_allclose(texts, expected.text_embeds, atol=1e-5)
     pairs = zip(pictures, pictures[::-1], prompts, strict=True)
-    columns = [similarity.beside(baseline, prompt)(image) for image, baseline, prompt in pairs]
-    assert [c["clip_image"] for c in columns] == pytest.approx((images * images[::-1]).sum(1))
-    assert [c["clip_text"] for c in columns] == pytest.approx((images * texts).sum(1), abs=1e-6)  # padding rounds
-    assert len({round(c["clip_image"], 4) for c in columns}) == 2  # each pair twice
+    found = [similar(similarity, *pair) for pair in pairs]
+    assert [c["clip_image"] for c in found] == pytest.approx((images * images[::-1]).sum(1))
+    assert [c["clip_text"] for c in found] == pytest.approx((images * texts).sum(1), abs=1e-6)  # padding rounds
+    assert len({round(c["clip_image"], 4) for c in found}) == 2  # each pair twice
 
 
 @pytest.mark.parametrize("folder", ["dinov2", "dino"])
@@ -478,7 +554,7 @@ def test_dino_is_the_class_token(checkpoints, pictures, folder):
         pixels = torch.from_numpy(prepare(pictures, similarity.preparation))
         expected = torch.nn.functional.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
     np.testing.assert_allclose(similarity.image(pictures), expected, atol=1e-5)
-    found = [similarity.beside(picture, "")(picture) for picture in pictures]
+    found = [similar(similarity, picture, picture) for picture in pictures]
     assert [list(c) for c in found] == [["dino_image"]] * 4
     assert [c["dino_image"] for c in found] == pytest.approx([1] * 4)
     with pytest.raises(ValueError, match="kind='dino': has no text encoder"):
@@ -495,10 +571,12 @@ def test_a_baseline_and_a_prompt_are_embedded_once(checkpoints, pictures, monkey
         monkeypatch.setattr(
             similarity, kind, lambda given, embed=embed, kind=kind: embedded.append(kind) or embed(given)
         )
-    columns = similarity.beside(pictures[0], "a red fox")
-    assert columns(pictures[0])["clip_image"] == pytest.approx(1)
-    assert columns(pictures[1])["clip_text"] != columns(pictures[0])["clip_text"]
-    assert sorted(embedded) == ["image"] * 4 + ["text"]
+    samples = [Sample(picture, "a red fox", models={"clip": similarity}) for picture in pictures[:3]]
+    baseline = samples[0]
+    assert evaluate("clip_image", baseline, baseline) == pytest.approx(1)
+    texts = {evaluate("clip_text", sample) for sample in samples}
+    assert len({evaluate("clip_image", sample, baseline) for sample in samples}) == len(texts) == 3
+    assert sorted(embedded) == ["image"] * 3 + ["text"]
 
 
 def changed(source, target, name=None, **content):
@@ -642,8 +720,8 @@ def test_differences_are_paired():
     found = entry(summary, "half", "sharpness")
     assert found["high"] - found["low"] > 2
     assert (found["paired_mean"], found["paired_low"], found["paired_high"]) == pytest.approx((0.5, 0.5, 0.5))
-    for variant, metric in (("baseline", "sharpness"), ("half", "ssim"), ("half", "psnr")):
-        assert np.isnan([entry(summary, variant, metric)[f"paired_{k}"] for k in ("mean", "low", "high")]).all()
+    for variant, name in (("baseline", "sharpness"), ("half", "ssim"), ("half", "psnr")):
+        assert np.isnan([entry(summary, variant, name)[f"paired_{k}"] for k in ("mean", "low", "high")]).all()
 
 
 def test_pairs_are_by_prompt_and_seed_whatever_the_order_and_what_is_missing():
@@ -699,9 +777,12 @@ def test_numbers_depend_on_their_own_values_alone():
     ("change", "message"),
     [
         (lambda rows: rows[0].update(variant="half"), "variant 'half' has prompt 'a' with seed 0 twice"),
-        (lambda rows: rows[0].update(ssim=np.inf), "ssim of variant 'baseline', seed 0 is inf; only psnr may be"),
+        (
+            lambda rows: rows[0].update(ssim=np.inf),
+            "ssim of variant 'baseline', seed 0 is inf; only psnr may be infinite",
+        ),
         (lambda rows: [row.pop("ssim") for row in rows], "metrics: 'ssim' is in none of the rows"),
-        (lambda rows: [row.update(variant="x") for row in rows[:24]], "baseline='baseline': no such variant"),
+        (lambda rows: [row.update(variant="x") for row in rows[:24]], "baseline='baseline': not in the rows"),
     ],
 )
 def test_rows_that_make_no_sense_are_refused(change, message):
@@ -719,12 +800,24 @@ def test_csv_is_long_and_stable():
     ]
     text = to_csv(summarise(rows, "baseline", ["ssim", "psnr", "word"]))
     assert text.startswith(
-        "variant,metric,n,mean,low,high,paired_mean,paired_low,paired_high\n"
-        "baseline,ssim,2,0.3333333333,0.3333333333,0.3333333333,,,\n"
-        "baseline,psnr,2,inf,inf,inf,,,\n"
-        "baseline,word,2,0.5,0,1,,,\n"
+        "variant,metric,n,mean,low,high,paired_mean,paired_low,paired_high,paired_n,median\n"
+        "baseline,ssim,2,0.3333333333,0.3333333333,0.3333333333,,,,0,0.3333333333\n"
+        "baseline,psnr,2,inf,inf,inf,,,,0,inf\n"
+        "baseline,word,2,0.5,0,1,,,,0,0.5\n"
     )
-    assert list(csv.reader(io.StringIO(text)))[-1] == ['a, "b"', "word", "2", "1.5", "1", "2", "1", "1", "1"]
+    assert list(csv.reader(io.StringIO(text)))[-1] == [
+        'a, "b"',
+        "word",
+        "2",
+        "1.5",
+        "1",
+        "2",
+        "1",
+        "1",
+        "1",
+        "2",
+        "1.5",
+    ]
 
 
 def printed(made, width=100):
@@ -744,17 +837,121 @@ def test_table_has_the_references_below_a_rule_and_fits():
     lines = printed(table(summary))
     assert max(map(len, lines)) <= 100
     assert "\x1b" not in "".join(lines)
-    starts = [line.split()[0] for line in lines if line.strip() and "─" not in line]
-    assert starts == ["variant", "baseline", "half", "quite", "noise", "another", "mean"]
+    starts = [line.split()[0] for line in lines if re.match(r" ?\w", line)]
+    assert starts == ["variant", "baseline", "half", "quite", "noise", "another", "mean", "Δ:", "psnr:"]
     rules = [i for i, line in enumerate(lines) if "─" in line]
     assert [i for i, line in enumerate(lines) if line.startswith(" noise floor")] == [rules[2] + 1]
     heading = lines[rules[0] + 1]
-    assert heading.index("psnr (dB)") < heading.index("ssim") < heading.index("word")
+    assert heading.index("psnr (dB, pooled)") < heading.index("ssim") < heading.index("word")
     assert "thing_moved" not in heading  # it has no values
     half = next(line for line in lines if line.startswith(" half"))
     ssim = entry(summary, "half", "ssim")
     assert f"{ssim['mean']:.3f} [{ssim['low']:.3f}, {ssim['high']:.3f}]" in half
     assert "…" not in half
+
+
+NAMES = ["word", "psnr", "sharpness", "thing_row"]
+
+
+def uneven():
+    """A noise floor with 2 of 8 cells that changes nothing, and a variant that changes every cell."""
+    words, rows = [1, 1, 1, 0, 1, 0, 0, 1], []
+    for seed, word in enumerate(words):
+        base = {"prompt": "p", "seed": seed, "word": word, "psnr": np.inf, "sharpness": 0.1, "thing_row": np.nan}
+        rows.append({"variant": "baseline", **base})
+        rows.append({"variant": "half", **base, "word": 0, "psnr": 48.5, "sharpness": 0.2})
+        if seed in (3, 4):
+            rows.append({"variant": "noise floor", **base, "psnr": 60.0, "sharpness": 0.1 - 1.6e-5})
+    rows[0]["thing_row"] = 7.0
+    return sorted(rows, key=lambda row: ["baseline", "half", "noise floor"].index(row["variant"]))
+
+
+def test_effects_compare_at_equal_prompt_and_seed():
+    summary = summarise(uneven(), "baseline", NAMES)
+    found = {entry[:2]: entry for entry in effects(summary, "baseline")}
+    floor = found["noise floor", "word"]
+    assert entry(summary, "noise floor", "word")["mean"] == 0.5  # its own two cells, no effect
+    assert (floor.value, floor.difference, floor.n, floor.own_mean) == (0.625, 0, 2, 0.5)
+    half = found["half", "word"]
+    assert (half.value, half.difference, half.n) == (0, -0.625, 8)
+    assert half.low == pytest.approx(0.625 + half.difference_low)
+    assert half.high == pytest.approx(0.625 + half.difference_high)
+    baseline = found["baseline", "word"]
+    assert (baseline.value, baseline.n) == (0.625, 8)
+    assert np.isnan(baseline.difference)
+    psnr = found["half", "psnr"]
+    assert (psnr.value, psnr.n) == (pytest.approx(48.5), 8)
+    assert np.isnan(psnr.difference)
+
+
+def test_missing_values_have_a_reason():
+    found = {entry[:2]: entry for entry in effects(summarise(uneven(), "baseline", NAMES), "baseline")}
+    assert found["half", "thing_row"].missing == "no object found"
+    assert found["half", "thing_row"].n == 0
+    assert np.isnan(found["half", "thing_row"].value)
+    assert found["half", "word"].missing == ""
+    for entry in METRICS.values():
+        assert entry.absent or entry.needs != "scenes"
+
+
+def test_median_stands_next_to_the_pooled_mean():
+    rows = [
+        {"variant": "v", "prompt": "p", "seed": i, "psnr": x, "ssim": x} for i, x in enumerate((48.5, 22, 54.9, 54.4))
+    ]
+    psnr, ssim = summarise(rows, "v", ["psnr", "ssim"])
+    assert psnr["mean"] == pytest.approx(28.0, abs=0.05)
+    assert psnr["median"] == pytest.approx(51.45)
+    assert ssim["median"] == pytest.approx(51.45)
+    assert METRICS["psnr"].pooled == "squared error"
+    assert [name for name, entry in METRICS.items() if entry.pooled] == ["psnr"]
+
+
+def test_table_shows_differences_and_counts():
+    summary = summarise(uneven(), "baseline", NAMES)
+    text = printed(table(summary, metrics=["word", "psnr", "sharpness", "thing_row"], width=140), width=140)
+    lines = {line.split("  ")[0].strip(): (line, after) for line, after in itertools.pairwise(text)}
+    floor, half = lines["noise floor"], lines["half"]
+    assert re.match(r" noise floor +2 +0\.625 ", floor[0])
+    assert "Δ +0.000 " in floor[1]  # exactly 0
+    assert "Δ -1.6e-05 " in floor[1]
+    assert re.match(r" half +8 +0\.000 ", half[0])
+    assert "Δ -0.625 [" in half[1]
+    assert "no object found" in half[0]
+    assert "7.00, n = 1" in lines["baseline"][0]
+    assert any("psnr: of the mean squared error over cells (pooled)" in line for line in text)
+    assert any("median 48.5" in line for line in text)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "signed", "text"),
+    [
+        (0.0, 3, True, "+0.000"),
+        (-0.0, 2, False, "0.00"),
+        (-1.6e-5, 3, True, "-1.6e-05"),
+        (1.6e-5, 3, True, "+1.6e-05"),
+        (4.9e-4, 3, False, "4.9e-04"),
+        (5.1e-4, 3, False, "0.001"),
+        (-0.125, 3, True, "-0.125"),
+        (np.inf, 1, False, "∞"),
+        (-np.inf, 1, True, "-∞"),
+        (np.nan, 1, True, ""),
+    ],
+)
+def test_numbers_as_text(value, digits, signed, text):
+    assert number_text(value, digits, signed) == text
+
+
+def test_intervals_as_text():
+    assert interval_text(-2e-5, 3e-5, 3, signed=True) == "[-2.0e-05, +3.0e-05]"
+    assert interval_text(0.1, 0.25, 2) == "[0.10, 0.25]"
+    assert interval_text(0.1, 0.1, 2) == interval_text(np.nan, np.nan, 2) == ""
+
+
+def test_a_summary_of_release_0_1_is_completed():
+    summary = summarise(uneven(), "baseline", NAMES)
+    old = [{key: value for key, value in row.items() if key not in ("paired_n", "median")} for row in summary]
+    np.testing.assert_equal(complete(old, uneven(), "baseline"), summary)
+    np.testing.assert_equal(complete(summary, [], "baseline"), summary)
 
 
 def test_table_of_chosen_columns():

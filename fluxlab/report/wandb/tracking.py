@@ -13,7 +13,7 @@ from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import MANIFEST
-from fluxlab.measure.images import METRICS
+from fluxlab.measure.registry import METRICS
 from fluxlab.report.attention import pictures as attention
 from fluxlab.report.page import layout
 from fluxlab.report.products import GRID_FILE
