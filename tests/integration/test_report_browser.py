@@ -269,7 +269,7 @@ def painted(page, root=".pair"):
 
 def test_sliders_and_choices_change_the_maps(looking):
     page = looking()
-    assert page.eval_on_selector_all("#look [name=word] option", "all => all.map(one => one.text)") == [
+    assert page.eval_on_selector_all("#attention-controls [name=word] option", "all => all.map(one => one.text)") == [
         "a",
         "red",
         "cat",
@@ -287,21 +287,21 @@ def test_sliders_and_choices_change_the_maps(looking):
         ("block", "End", "5"),
         ("step", "ArrowRight", "0, σ 1.00"),
         ("step", "End", "15, σ 0.06"),
-        ("opacity", "ArrowLeft", "84 %"),
+        ("opacity", "ArrowLeft", "74 %"),
     ):
-        page.focus(f"#look [name={name}]")
+        page.focus(f"#attention-controls [name={name}]")
         page.keyboard.press(key)
-        assert page.inner_text(f"#look .{name} output") == told
-        assert told in page.get_attribute(f"#look [name={name}]", "aria-valuetext")
+        assert page.inner_text(f"#attention-controls .{name} output") == told
+        assert told in page.get_attribute(f"#attention-controls [name={name}]", "aria-valuetext")
         assert painted(page) not in seen
         seen.append(painted(page))
     for name, label in (("word", "cat"), ("variant", "half"), ("prompt", HOSTILE)):
-        page.select_option(f"#look [name={name}]", label=label)
+        page.select_option(f"#attention-controls [name={name}]", label=label)
         assert painted(page) not in seen
         seen.append(painted(page))
     assert page.inner_text(".pair .variant b") == "half, seed 0"
     largest = [float(text.split()[1]) for text in page.locator(".pair .largest").all_inner_texts()]
-    assert float(page.inner_text("#look .top")) == max(largest) > 0
+    assert float(page.inner_text("#attention-controls .top")) == max(largest) > 0
 
 
 def test_attention_in_the_comparison(looking):
@@ -337,6 +337,6 @@ def test_attention_on_a_phone_and_without_scripts(looking):
     assert boxes[0]["y"] == boxes[1]["y"]
     assert all(box["width"] > 150 for box in boxes)
     plain = looking(java_script_enabled=False)
-    assert plain.is_hidden("#look")
+    assert plain.is_hidden("#attention-controls")
     assert plain.is_visible("#attention noscript p")
     assert plain.locator("#attention .drawings img").first.is_visible()

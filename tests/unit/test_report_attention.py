@@ -79,7 +79,7 @@ def test_every_picture_is_there_and_drawn_once(store):
         assert (file.stat().st_mtime_ns == written) == (file != gone)
     found = attention.pictures(run)
     assert {file for some in vars(found).values() for file, _ in some} == set(files.values())
-    assert found.sheets[0][1] == "baseline · a red cat · seed 0 · words: how much image tokens look at words"
+    assert found.sheets[0][1] == "baseline · a red cat · seed 0 · words: attention from image tokens to words"
 
 
 def test_a_store_without_captures_has_none(plain):
@@ -94,30 +94,36 @@ def test_a_store_without_captures_has_none(plain):
 
 def test_blocks_are_folded_stream_by_stream():
     one = maps(57, 1, (2, 2), ["double"] * 19 + ["single"] * 38)
-    folded = attention.fold(one)
+    folded = attention.average_blocks(one)
     labels = folded.labels("block")
     assert len(labels) == 20
     assert labels[:2] + labels[5:8] == ["0-2", "3-5", "15-17", "18", "19-21"]
     assert labels[-1] == "55-56"
     np.testing.assert_allclose(folded.values[:, 7], one.values[:, 19:22].mean(1), rtol=1e-6)
-    assert attention.fold(one.sel(word="cat"), 60).values.shape[1] == 57
+    assert attention.average_blocks(one.sel(word="cat"), 60).values.shape[1] == 57
 
 
 def test_steps_are_thinned_evenly_with_both_ends():
-    thinned = attention.thin(maps(1, 20), 7)
+    thinned = attention.select_steps(maps(1, 20), 7)
     assert thinned.labels("step") == [0, 3, 6, 10, 13, 16, 19]
     assert len(thinned.coords["sigma"][1]) == 7
     np.testing.assert_array_equal(thinned.values[-1], maps(1, 20).values[-1])
-    assert attention.thin(maps(1, 4), 7).labels("step") == [0, 1, 2, 3]
+    assert attention.select_steps(maps(1, 4), 7).labels("step") == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("rule", [(7, 20, 32), (2, 3, 6), (0, 3, 12), (2, 0, 12), (0, 0, 4)])
 def test_what_a_page_keeps_is_led_by_means_over_all(rule):
-    rule, one = attention_page.Rule(*rule), maps()
+    rule, one = attention_page.Resolution(*rule), maps()
     small = attention_page.reduce(one, rule)
-    assert small.labels("step") == ["mean", *(attention.thin(one, rule.steps).labels("step") if rule.steps else [])]
-    assert small.labels("block") == ["mean", *(attention.fold(one, rule.blocks).labels("block") if rule.blocks else [])]
-    mean = attention_page.smaller(one.values.mean((0, 1)), rule.side)
+    assert small.labels("step") == [
+        "mean",
+        *(attention.select_steps(one, rule.steps).labels("step") if rule.steps else []),
+    ]
+    assert small.labels("block") == [
+        "mean",
+        *(attention.average_blocks(one, rule.blocks).labels("block") if rule.blocks else []),
+    ]
+    mean = attention_page.downsample(one.values.mean((0, 1)), rule.side)
     np.testing.assert_allclose(small.values[0, 0], mean, rtol=1e-5)
     assert max(small.values.shape[3:]) == min(12, rule.side)
     np.testing.assert_allclose(small.values[0, 0].mean((1, 2)), one.values.mean((0, 1, 3, 4)), rtol=1e-5)
@@ -133,19 +139,19 @@ def test_what_a_page_keeps_is_led_by_means_over_all(rule):
 
 def test_an_axis_that_was_averaged_over_has_one_stop():
     one = maps()
-    view = attention.View("words", "image_to_word", "")
+    view = attention.WordMaps("words", "image_to_word", "")
     captured = {"words": replace(one.mean("step"), about={})}
     values = captured["words"].values[:, None].transpose(1, 0, 2, 3, 4)
     axes = ("direction", "block", "word", "row", "col")
     coords = {**captured["words"].coords, "direction": (("direction",), ["image_to_word"])}
     found = view.maps({"words": Captured(values, axes, coords, {})})
     assert found.labels("step") == [attention.ALL]
-    assert attention_page.reduce(found, attention_page.LADDER[0]).values.shape[:2] == (1, 7)
+    assert attention_page.reduce(found, attention_page.RESOLUTIONS[0]).values.shape[:2] == (1, 7)
 
 
 def test_areas_of_tokens():
-    np.testing.assert_allclose(attention_page.smaller(np.arange(6.0)[None], 3), [[0.5, 2.5, 4.5]])
-    np.testing.assert_allclose(attention_page.smaller(np.array([[1.0], [2], [6]]), 2), [[4 / 3], [14 / 3]])
+    np.testing.assert_allclose(attention_page.downsample(np.arange(6.0)[None], 3), [[0.5, 2.5, 4.5]])
+    np.testing.assert_allclose(attention_page.downsample(np.array([[1.0], [2], [6]]), 2), [[4 / 3], [14 / 3]])
 
 
 def test_maps_on_the_page_are_the_store_s(html, store):
@@ -164,7 +170,7 @@ def test_maps_on_the_page_are_the_store_s(html, store):
     array = run.captured("half", PROMPTS[0], 0)["words"].sel(direction="image_to_word").values
     np.testing.assert_allclose(tops[2, 0, 0], array[:, :, 2].mean((0, 1)).max(), rtol=1e-5)
     np.testing.assert_allclose(tops[1, -1, 4], array[-1, 3, 1].max(), rtol=1e-5)
-    assert "Shown: seed 0 of 2 seeds, 7 of 16 steps. Means are over all" in html
+    assert "Shown: seed 0 of 2 seeds, 7 of 16 steps. Means are over everything captured" in html
     assert html.count("<script>alert") == 0
     assert html == render([store])
 
@@ -182,7 +188,7 @@ def test_a_budget_for_maps(store, monkeypatch):
     assert sizes[1] > 0  # a prompt is always there
     assert "1 of 2 prompts" in shown.notes[0]
     assert "the mean of 6 blocks" in shown.notes[0]
-    assert shown.notes[1].startswith("0 of 12 contact sheets are shown")
+    assert shown.notes[1].startswith("This page shows 0 of 12 contact sheets")
 
 
 def test_with_and_without_captures_on_one_page(store, plain):

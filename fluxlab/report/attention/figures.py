@@ -1,4 +1,4 @@
-"""Figures of what attention does block by block, a line a variant: how far it looks, how evenly, at text or image."""
+"""Figures of attention by block, one line per variant: distance, entropy, and attention between text and image."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -6,89 +6,91 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluxlab.drawing.legend import legend_below
 from fluxlab.drawing.token_layout import NO_DATES, OKABE_ITO, STYLE, style
 from fluxlab.experiment.reading import Run
 from fluxlab.probes import Captured
 
 DPI = 150
 PANEL = (3.1, 2.5)  # in
-LEGEND_COLUMNS, LEGEND_LINE = 6, 0.17  # in a line
-COLOURS = [OKABE_ITO[name] for name in ("vermillion", "blue", "green", "orange", "purple", "sky")]
+LEGEND_COLUMNS, LEGEND_LINE = 6, 0.17  # LEGEND_LINE in inches
+COLOURS = list(zip(("black", "vermillion", "blue", "green", "orange", "purple", "sky"), "os^DvPX", strict=True))
+"""Colour and marker of the first variants, the baseline first: either one identifies a line."""
 HEADLINES = {"distance": "mean distance", "entropy": "entropy", "quadrants": "image → text"}
+"""The panel whose mean is the summary value of a request."""
 
 
 class Panel(NamedTuple):
-    """A quantity over blocks (or steps, or nothing, where the capture has averaged over them)."""
+    """One quantity against blocks. Against steps, or a single value, where the capture averaged over blocks."""
 
     title: str
     unit: str
-    axis: str  # block, step or ""
+    axis: str  # "block", "step" or ""
     labels: list
-    values: np.ndarray  # one a label
+    values: np.ndarray  # one per label
 
 
 def figure(run: Run, name: str, request: Mapping[str, Any]) -> bytes | None:
-    """A PNG of one request over all cells, None for a kind that has no figure.
+    """Return a PNG of one request over all cells, or None for a kind without a figure.
 
-    A line is a variant's mean over cells, its band reaches from the least to the greatest cell.
+    A line is the mean of a variant's cells. Its band goes from their minimum to their maximum.
     """
-    if request["kind"] not in KINDS:
+    if request["kind"] not in PANELS:
         return None
     variants: dict[str, list[list[Panel]]] = {}
     for entry in run.attention:
         captured = run.captured(entry["variant"], entry["prompt"], entry["seed"])
-        variants.setdefault(entry["variant"], []).append(KINDS[request["kind"]](captured, name))
+        variants.setdefault(entry["variant"], []).append(PANELS[request["kind"]](captured, name))
     return _draw(f"{run.record['name']}: {name}", variants)
 
 
 def headline(captured: Mapping[str, Captured], name: str, kind: str) -> float:
-    """The one number that stands for a request of a cell, mean over blocks."""
-    panels = {panel.title: panel for panel in KINDS[kind](captured, name)}
+    """Return the summary value of a request in one cell: the mean over blocks of its panel in `HEADLINES`."""
+    panels = {panel.title: panel for panel in PANELS[kind](captured, name)}
     return float(np.nanmean(panels[HEADLINES[kind]].values))
 
 
 def _distance(captured: Mapping[str, Captured], name: str) -> list[Panel]:
-    """Mean |Δrow|, |Δcol| and distance of what image tokens look at in the image: moments of the histogram."""
-    one = captured[f"{name}.histogram"]
-    down, right = (np.abs(np.asarray(one.labels(f"delta_{part}"), dtype=float)) for part in ("row", "col"))
-    axis, labels, p = _over(one, ("delta_row", "delta_col"))
-    seen = p.sum((1, 2))
+    """Return mean |Δrow|, |Δcol| and distance from an image query to the image keys: moments of the histogram."""
+    histogram = captured[f"{name}.histogram"]
+    down, right = (np.abs(np.asarray(histogram.labels(f"delta_{part}"), dtype=float)) for part in ("row", "col"))
+    axis, labels, p = _by_block(histogram, ("delta_row", "delta_col"))
+    total = p.sum((1, 2))
     parts = (("mean |Δrow|", down[:, None]), ("mean |Δcol|", right), ("mean distance", np.hypot(down[:, None], right)))
-    return [Panel(title, "tokens", axis, labels, (p * far).sum((1, 2)) / seen) for title, far in parts]
+    return [Panel(title, "tokens", axis, labels, (p * length).sum((1, 2)) / total) for title, length in parts]
 
 
 def _entropy(captured: Mapping[str, Captured], name: str) -> list[Panel]:
-    axis, labels, values = _over(captured[name], ())
+    axis, labels, values = _by_block(captured[name], ())
     return [Panel("entropy", "nats", axis, labels, values)]
 
 
 def _quadrants(captured: Mapping[str, Captured], name: str) -> list[Panel]:
-    one = captured[name]
-    axis, labels, values = _over(one, ("from", "to"))
-    sides = one.labels("from"), one.labels("to")
+    quadrants = captured[name]
+    axis, labels, values = _by_block(quadrants, ("from", "to"))
     return [
-        Panel(f"{a} → {b}", "share of attention", axis, labels, values[:, i, j])
-        for i, a in enumerate(sides[0])
-        for j, b in enumerate(sides[1])
+        Panel(f"{query} → {key}", "share of attention", axis, labels, values[:, i, j])
+        for i, query in enumerate(quadrants.labels("from"))
+        for j, key in enumerate(quadrants.labels("to"))
     ]
 
 
-KINDS: Mapping[str, Callable[[Mapping[str, Captured], str], list[Panel]]] = {
+PANELS: Mapping[str, Callable[[Mapping[str, Captured], str], list[Panel]]] = {
     "distance": _distance,
     "entropy": _entropy,
     "quadrants": _quadrants,
 }
+"""The kinds of request that have a figure."""
 
 
-def _over(one: Captured, own: Sequence[str]) -> tuple[str, list, np.ndarray]:
-    """An array as `(blocks, *own)`, mean over all else; over steps instead where blocks were averaged over."""
-    axis = next((axis for axis in ("block", "step") if axis in one.axes), "")
-    kept = [one.axes.index(part) for part in ((axis,) if axis else ()) + tuple(own)]
-    rest = tuple(n for n in range(one.values.ndim) if n not in kept)
-    values = np.nanmean(
-        np.asarray(one.values, dtype=float).transpose([*kept, *rest]), tuple(range(len(kept), len(kept) + len(rest)))
-    )
-    return axis, one.labels(axis) if axis else ["all"], values if axis else values[None]
+def _by_block(captured: Captured, kept: Sequence[str]) -> tuple[str, list, np.ndarray]:
+    """Return (axis, its labels, `(blocks, *kept)`), averaged over all other axes; by step if there are no blocks."""
+    axis = next((axis for axis in ("block", "step") if axis in captured.axes), "")
+    front = [captured.axes.index(part) for part in ((axis,) if axis else ()) + tuple(kept)]
+    rest = tuple(n for n in range(captured.values.ndim) if n not in front)
+    values = np.asarray(captured.values, dtype=float).transpose([*front, *rest])
+    values = np.nanmean(values, tuple(range(len(front), values.ndim)))
+    return axis, captured.labels(axis) if axis else ["all"], values if axis else values[None]
 
 
 def _draw(title: str, variants: Mapping[str, list[list[Panel]]]) -> bytes:
@@ -97,10 +99,9 @@ def _draw(title: str, variants: Mapping[str, list[list[Panel]]]) -> bytes:
     first = next(iter(variants.values()))[0]
     columns = next(n for n in (3, 2, 1) if len(first) % n == 0) if len(first) != 2 else 2
     rows = len(first) // columns
-    foot = 0.15 + LEGEND_LINE * -(-len(variants) // LEGEND_COLUMNS)
-    width = max(columns * PANEL[0], 4.6)
-    with style({**STYLE, "axes.spines.top": False, "axes.spines.right": False}):
-        drawn = Figure(figsize=(width, rows * PANEL[1] + foot + 0.5), layout="constrained")
+    width, height = max(columns * PANEL[0], 4.6), rows * PANEL[1] + 0.65
+    with style({**STYLE, "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 7}):
+        drawn = Figure(figsize=(width, height), layout="constrained")
         panels = drawn.subplots(rows, columns, squeeze=False)
         for n, axes in enumerate(panels.flat):
             for i, (variant, cells) in enumerate(variants.items()):
@@ -110,10 +111,11 @@ def _draw(title: str, variants: Mapping[str, list[list[Panel]]]) -> bytes:
             axes.set_ylabel(panel.unit)
             axes.set_ylim(*((-0.02, 1.02) if panel.unit.startswith("share") else (0, None)))
             _ticks(axes, panel)
-        handles, labels = panels.flat[0].get_legend_handles_labels()
-        drawn.legend(handles, labels, loc="outside lower center", ncols=min(LEGEND_COLUMNS, len(variants)), fontsize=7)
-        counts = {len(cells) for cells in variants.values()}
-        drawn.suptitle(f"{title}, mean of {max(counts)} cells, band from the least to the greatest", fontsize=8)
+        lines = legend_below(drawn, *panels.flat[0].get_legend_handles_labels(), columns=LEGEND_COLUMNS)
+        drawn.set_figheight(height + lines * LEGEND_LINE)
+        cells = max(len(cells) for cells in variants.values())
+        spread = f"mean of {cells} cells, band: minimum to maximum" if cells > 1 else "1 cell"
+        drawn.suptitle(f"{title}\n{spread}" if len(title) > 30 else f"{title}, {spread}", fontsize=8)
         content = io.BytesIO()
         drawn.savefig(content, format="png", dpi=DPI, metadata=NO_DATES[".png"])
     return content.getvalue()
@@ -122,30 +124,30 @@ def _draw(title: str, variants: Mapping[str, list[list[Panel]]]) -> bytes:
 def _line(axes: Any, variant: str, cells: Sequence[Panel], i: int, count: int) -> None:
     values = np.stack([cell.values for cell in cells])
     mean, low, high = values.mean(0), values.min(0), values.max(0)
-    colour = _colour(i, count)
+    colour, marker = _colour_and_marker(i, count)
     if len(mean) == 1:
-        axes.errorbar([i], mean, [mean - low, high - mean], fmt="o", color=colour, label=variant, capsize=2)
+        axes.errorbar([i], mean, [mean - low, high - mean], fmt=marker, color=colour, label=variant, capsize=2)
         return
     x = np.arange(len(mean))
-    axes.plot(x, mean, color=colour, label=variant, marker="o", markersize=2.5, linewidth=1.2, zorder=3 if i else 4)
+    order = 3 if i else 4  # the baseline on top
+    axes.plot(x, mean, color=colour, label=variant, marker=marker, markersize=3, linewidth=1.2, zorder=order)
     axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
-def _colour(i: int, count: int) -> Any:
-    """The baseline black; a few variants in colours that can be told apart, many along a scale."""
+def _colour_and_marker(i: int, count: int) -> tuple[Any, str]:
+    """Return a variant's (colour, marker). More variants than `COLOURS` go along a colormap; the baseline is black."""
     import matplotlib
 
-    if i == 0:
-        return OKABE_ITO["black"]
-    if count - 1 <= len(COLOURS):
-        return COLOURS[i - 1]
-    return matplotlib.colormaps["viridis"]((i - 1) / (count - 2))
+    if i == 0 or count <= len(COLOURS):
+        name, marker = COLOURS[i]
+        return OKABE_ITO[name], marker
+    return matplotlib.colormaps["viridis"]((i - 1) / (count - 2)), COLOURS[i % len(COLOURS)][1]
 
 
 def _ticks(axes: Any, panel: Panel) -> None:
     if len(panel.labels) == 1:
         axes.set_xticks([])
         return
-    every = -(-len(panel.labels) // 12)
-    axes.set_xticks(range(0, len(panel.labels), every), [str(label) for label in panel.labels[::every]])
+    step = -(-len(panel.labels) // 12)
+    axes.set_xticks(range(0, len(panel.labels), step), [str(label) for label in panel.labels[::step]])
     axes.set_xlabel(panel.axis)

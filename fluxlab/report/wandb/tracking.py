@@ -137,7 +137,7 @@ def messages(run: Run, artifact: bool = False) -> list[dict[str, Any]]:
         {"tables": {"variants": variant_table(run), "cells": cell_table(run)}},
         {"images": images(run)},
     ]
-    films = attention.pictures(run).films
+    films = attention.pictures(run).gifs
     if films:
         told.append({"videos": {"attention/steps": [(_path(file), caption) for file, caption in films]}})
     if artifact:
