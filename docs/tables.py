@@ -16,6 +16,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "fluxlab" / "assets" / "tiny" / "embedded.json"
+RESULTS = ROOT / "docs" / "results.json"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 ANSWER_COLUMNS = {
@@ -53,6 +54,26 @@ def answer() -> str:
         for name, scores in {**results["edits"], **results["controls"]}.items()
     ]
     return markdown(["edit of `img_ids`", *ANSWER_COLUMNS.values(), "the article, FLUX.1 schnell"], rows)
+
+
+def findings() -> str:
+    """What the results show: `findings.md.j2` with the numbers of `embedded.json` and `results.json`."""
+    from jinja2 import Environment, StrictUndefined
+
+    page = Environment(undefined=StrictUndefined)
+    page.filters["percent"] = lambda score: f"{100 * score[0]:.0f} %"
+    page.filters["number"] = lambda score, digits: f"{score[0]:.{digits}f}"
+    page.filters["interval"] = lambda row: f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+    return page.from_string((ROOT / "docs" / "findings.md.j2").read_text()).render(quoted()).strip()
+
+
+def quoted() -> dict[str, Any]:
+    """The rows that the findings quote, by the names they have in `findings.md.j2`."""
+    results, runs = json.loads(EMBEDDED.read_text()), json.loads(RESULTS.read_text())
+    names = ("base", "zero", "half", "double", "stretch", "axis0", "floor", "seed")
+    rows = {**results["edits"], **results["controls"]}
+    windows = {name: runs["step_window"][f"quarter_{i}"]["ssim"] for name, i in (("early", 1), ("late", 4))}
+    return {name: rows[title] for name, title in zip(names, ROW_TITLES, strict=True)} | windows
 
 
 def article(results: dict[str, Any], edit: str) -> str:
@@ -107,15 +128,20 @@ def ops() -> str:
 
 
 def metrics() -> str:
-    """Every metric: unit, direction and meaning."""
+    """Every metric: unit, meaning, direction, and what it needs."""
     from fluxlab.measure import METRICS
 
-    rows = [[f"`{name}`", m.unit or "–", m.better, m.meaning] for name, m in METRICS.items()]
-    return markdown(["column", "unit", "better", "what it is"], rows)
+    rows = []
+    for name, entry in METRICS.items():
+        needs = "`scenes: true`" if entry.needs == "scenes" else f"`{entry.needs}=`" if entry.needs else ""
+        compares = "" if entry.alone else "yes"
+        rows.append([f"`{name}`", entry.unit, entry.meaning, entry.better, compares, needs])
+    return markdown(["column", "unit", "meaning", "better", "compares with the baseline", "needs"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "answer": answer,
+    "findings": findings,
     "experiments": experiments,
     "models": models,
     "ops": ops,
