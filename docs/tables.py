@@ -122,7 +122,7 @@ def ops() -> str:
 
     rows = []
     for name, op in OPS.items():
-        arguments = [f"`{key}`" + ("" if key in op.required else f" = {op.defaults[key]}") for key in op.kinds]
+        arguments = [f"`{key}`" + ("" if key in op.required else f" = {op.defaults[key]}") for key in op.types]
         rows.append([f"`{name}`", ", ".join(arguments) or "none", op.summary])
     return markdown(["op", "arguments", "what it does"], rows)
 

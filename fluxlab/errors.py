@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST_NAME = 60
+"""Characters of a key or a value that a message shows."""
+
 
 class UserError(ValueError):
     """An error that the user can fix. The command line prints its message without a traceback and exits with code 2.
@@ -13,19 +16,26 @@ class UserError(ValueError):
 
 
 def join(path: str, *keys: object) -> str:
-    """Return `a.b` for "a" and "b". Empty parts are left out."""
-    return ".".join(str(part) for part in (path, *keys) if str(part))
+    """Return `a.b` for "a" and "b". Empty parts are left out, long ones are shortened, and the result is one line."""
+    return ".".join([*([path] if path else []), *(_shortened(" ".join(str(key).split())) for key in keys if str(key))])
 
 
-def show(value: Any, most: int = 60) -> str:
-    """Return `repr(value)` on one line of at most about `most` characters; a longer one loses its middle."""
-    text = " ".join(repr(value).split())
+def show(value: Any, most: int = LONGEST_NAME) -> str:
+    """Return `repr(value)` on one line of at most about `most` characters. A longer one loses its middle."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print whole numbers of more than 4300 digits
+        text = "a number of thousands of digits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return _shortened(" ".join(text.split()), most)
+
+
+def _shortened(text: str, most: int = LONGEST_NAME) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 def nearest(word: Any, options: Iterable[str]) -> str:
     """Return `; did you mean scale?` if `word` is close to one of `options`, else an empty string."""
-    close = difflib.get_close_matches(str(word).lower(), [str(option) for option in options], 1, 0.55)
+    close = difflib.get_close_matches(str(word)[:200].lower(), [str(option) for option in options], 1, 0.55)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -40,3 +50,16 @@ def unknown_key(path: str, key: Any, value: Any, options: Iterable[str], of: str
     options = list(options)
     listed = f"expected {', '.join(options)}" if options else "none is expected"
     return UserError(f"{join(path, key)}: {show(value)}, unknown {of}, {listed}{nearest(key, options)}")
+
+
+def text_key(path: str, key: Any, what: str) -> str:
+    """Return a mapping's key that names something, such as an edit.
+
+    Raises `UserError` for a key that is not a string: YAML reads `on`, `1.50` and `1_000` as true, 1.5 and 1000, so the
+    spelling is lost. The message shows the quoted spelling. Also raises for an empty or unprintable name.
+    """
+    if not isinstance(key, str):
+        raise UserError(f"{join(path, show(key))}: {show(key)} is not text, expected {what} in quotes, such as '{key}'")
+    if not key.strip() or not key.isprintable():
+        raise UserError(f"{path or 'program'}: {show(key)}, expected {what} of printable characters")
+    return key

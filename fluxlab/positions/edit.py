@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluxlab.errors import join, unknown_key, wrong
+from fluxlab.errors import join, text_key, unknown_key, wrong
 from fluxlab.positions.registry import WHERE, Op, find_op
+from fluxlab.select.masks import compact
 from fluxlab.select.tokens import parse_tokens
 from fluxlab.select.where import parse_axes, parse_blocks, parse_heads, parse_side, parse_steps, parse_strength
 
@@ -34,9 +35,9 @@ assert set(PARSE) == set(WHERE)
 
 @dataclass(frozen=True)
 class Edit:
-    """An op and where it acts, both canonical and complete: equal edits compare equal whatever their names.
+    """An op with its arguments, and where it acts. Both are canonical and complete, so equal edits compare equal.
 
-    `path` is where a config holds it, for errors.
+    The name does not count. `path` is the key of the edit in its config, for error messages.
     """
 
     op: str
@@ -45,11 +46,12 @@ class Edit:
     name: str = field(default="", compare=False)
     path: str = field(default="", compare=False)
 
-    def to_config(self) -> dict[str, Any]:
-        """Plain values; what equals its default is left out."""
+    def to_config(self, mask_digests: bool = False) -> dict[str, Any]:
+        """Return plain values, without those that equal their default. `mask_digests`: as in `Program.to_config`."""
         known = find_op(self.op, join(self.path, "op"))
         defaults = {**known.defaults, **DEFAULTS, "tokens": known.tokens}
         given = {key: v for key, v in {**self.arguments, **self.where}.items() if v != defaults.get(key, _NOTHING)}
+        given = compact(given, mask_digests)
         if "blocks" in given and len(given["blocks"]) == 1:
             ((group, numbers),) = given["blocks"].items()
             given["blocks"] = numbers if group == "through" else given["blocks"] if numbers != "all" else group
@@ -60,7 +62,7 @@ _NOTHING = object()
 
 
 def _short(value: Any) -> Any:
-    """[2, 2, 2] reads better as 2; whole numbers without a point."""
+    """Return [2, 2, 2] as 2 and 2.0 as 2, which are easier to read."""
     if isinstance(value, list) and len(value) == 3 and isinstance(value[0], float) and len(set(value)) == 1:
         value = value[0]
     if isinstance(value, list):
@@ -70,22 +72,26 @@ def _short(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-def parse_edit(name: str, config: Any, path: str) -> Edit:
+def parse_edit(name: Any, config: Any, path: str) -> Edit:
+    """Return the edit `name` of the program at `path`. Raises UserError for what is not accepted."""
+    text_key(path, name, "the name of an edit")
+    path = join(path, name)
     if not isinstance(config, Mapping):
         raise wrong(path, config, "an edit such as {op: scale, factor: 1.2}")
     known = find_op(config.get("op"), join(path, "op"))
     for key in config:
-        if key not in ("op", *known.kinds, *known.where) and not _is_default(known, key, config[key]):
-            raise unknown_key(path, key, config[key], (*known.kinds, *known.where), f"key of {known.name}")
+        if key not in ("op", *known.types, *known.where) and not _is_default(known, key, config[key]):
+            raise unknown_key(path, key, config[key], (*known.types, *known.where), f"key of {known.name}")
     where = {
         key: PARSE[key](config[key], join(path, key)) if config.get(key) is not None else default
         for key, default in {"tokens": known.tokens, **DEFAULTS}.items()
     }
     if where["seen_by"] != "all" and where["side"] != "keys":
-        raise wrong(join(path, "seen_by"), where["seen_by"], "it together with side: keys, whose ids these queries see")
+        accepted = "side: keys with it, since it says which queries see the edited keys"
+        raise wrong(join(path, "seen_by"), where["seen_by"], accepted)
     return Edit(known.name, known.parse(config, path), where, name, path)
 
 
 def _is_default(known: Op, key: Any, value: Any) -> bool:
-    """A key that says nothing to this op may still be written out with its default."""
+    """Return whether a key that this op does not take is set to its default, which is allowed."""
     return (value is None and key in WHERE) or value == {**DEFAULTS, "tokens": known.tokens}.get(key, _NOTHING)

@@ -1,12 +1,13 @@
-"""Programs: ordered lists of edits, read from a config, written back, hashed and described."""
+"""Programs: ordered lists of edits. They are read from a config, written back, hashed and described."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluxlab.errors import UserError, join, show, wrong
+from fluxlab.errors import UserError, show, wrong
 from fluxlab.positions.describe import describe_edit
 from fluxlab.positions.edit import Edit, parse_edit
 from fluxlab.select.tokens import names_words
@@ -17,16 +18,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Program:
-    """An ordered list of edits; each acts on what the one before has left. The empty one changes nothing."""
+    """An ordered list of edits. Each acts on the result of the one before. The empty program changes nothing."""
 
     edits: tuple[Edit, ...] = ()
 
     @classmethod
     def from_config(cls, config: "Mapping[str, Any] | Program | None", path: str = "") -> "Program":
-        """A program from `{name: {op: …, argument: …, tokens: …}}`. None and {} are the identity.
+        """Return the program of `{name: {op: …, argument: …, tokens: …}}`. None and {} are the identity.
 
-        Raises `UserError`, one line, naming the path of what it cannot take (`path` comes first in it), the value,
-        what would be accepted and the nearest spelling.
+        Raises UserError, in one line, with the path of the wrong key (which starts with `path`), its value, what is
+        accepted and the nearest spelling.
         """
         if isinstance(config, Program):
             return config
@@ -38,21 +39,25 @@ class Program:
             raise UserError(
                 f"{path or 'program'}: {show(dict(config))} is an edit without a name, expected {{a: {{…}}}}"
             )
-        return cls(tuple(parse_edit(str(name), edit, join(path, name)) for name, edit in config.items()))
+        return cls(tuple(parse_edit(name, edit, path) for name, edit in config.items()))
 
-    def to_config(self) -> dict[str, dict[str, Any]]:
-        """Plain nested values for YAML or JSON that `from_config` reads back; edits of one name are numbered."""
+    def to_config(self, mask_digests: bool = False) -> dict[str, dict[str, Any]]:
+        """Return plain nested values for YAML or JSON, which `from_config` reads back.
+
+        Edits of the same name are numbered. Masks of more than 256 × 256 pixels are packed. With `mask_digests` they
+        are given by size and SHA-256 only, which is enough to recognise the program and cannot be read back.
+        """
         config: dict[str, dict[str, Any]] = {}
         for edit in self.edits:
             name, n = edit.name or "edit", 2
             while name in config:
                 name, n = f"{edit.name or 'edit'}_{n}", n + 1
-            config[name] = edit.to_config()
+            config[name] = edit.to_config(mask_digests)
         return config
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """Hash of what the program does: 64 hex digits, free of names, key order, number spelling and defaults."""
+        """Hash of what the program does, 64 hex digits. Names, key order, spelling and defaults do not count."""
         edits = [{"op": edit.op, "arguments": edit.arguments, "where": edit.where} for edit in self.edits]
         text = json.dumps({"schema": SCHEMA, "edits": edits}, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -61,7 +66,7 @@ class Program:
         return hash(self.digest)
 
     def __add__(self, other: "Program") -> "Program":
-        """First this program, then the other."""
+        """Return the program that applies this one, then the other."""
         return Program(self.edits + other.edits)
 
     def __bool__(self) -> bool:
@@ -69,9 +74,9 @@ class Program:
 
     @property
     def names_words(self) -> bool:
-        """Whether it depends on the prompt."""
+        """Whether the program depends on the prompt."""
         return any(names_words(edit.arguments) or names_words(edit.where) for edit in self.edits)
 
     def describe(self) -> str:
-        """One readable line."""
+        """Return the program in one readable line."""
         return "; then ".join(describe_edit(edit) for edit in self.edits) or "identity"

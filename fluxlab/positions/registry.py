@@ -1,13 +1,14 @@
-"""The one list of ops: from the word in a config to a function, in one hop."""
+"""The registry of ops: it maps the word in a config to a function."""
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from fluxlab.errors import UserError, join, wrong
-from fluxlab.select.arguments import Kind
+from fluxlab.select.arguments import ArgumentType
 from fluxlab.select.where import parse_plugins
 
 WHERE = ("tokens", "axes", "steps", "blocks", "heads", "side", "seen_by", "strength")
@@ -18,16 +19,20 @@ ACTS_ON = {
     "scale": ("tokens", "steps", "blocks", "heads", "strength"),
     "attention": ("steps", "blocks", "heads", "strength"),
 }
-"""What an op changes, and which keys of an edit then mean something."""
+"""What an op changes, and which keys of an edit apply to it."""
 
 
 @dataclass(frozen=True)
 class Op:
-    """An entry of the registry. names: each argument's in Python. tokens: what an edit selects by default."""
+    """An entry of the registry.
+
+    types: the type of each argument, by its name in a config. names: the same arguments' names in Python. tokens: what
+    an edit selects by default.
+    """
 
     name: str
     function: Callable
-    kinds: Mapping[str, Kind]
+    types: Mapping[str, ArgumentType]
     names: Mapping[str, str]
     required: tuple[str, ...]
     defaults: Mapping[str, Any]
@@ -42,55 +47,82 @@ class Op:
     def summary(self) -> str:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
+    @property
+    def source(self) -> str:
+        """File and line of the function."""
+        code = inspect.unwrap(self.function).__code__
+        return f"{code.co_filename}:{code.co_firstlineno}"
+
     def parse(self, given: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """All arguments, defaults included, in canonical form. `UserError` for a missing or wrong one."""
+        """Return all arguments, defaults included, in canonical form. Raises UserError for a missing or wrong one."""
         for name in self.required:
             if given.get(name) is None:
-                others = ", ".join(self.kinds)
+                others = ", ".join(self.types)
                 raise UserError(f"{join(path, name)}: missing, {self.name} needs it (arguments: {others})")
-        return {
-            name: kind(given[name], join(path, name)) if given.get(name) is not None else self.defaults.get(name)
-            for name, kind in self.kinds.items()
-        }
+        with bugs_named(f"in argument types of op {self.name} ({self.source}), edit {path}"):
+            return {
+                name: parse(given[name], join(path, name)) if given.get(name) is not None else self.defaults.get(name)
+                for name, parse in self.types.items()
+            }
 
 
 OPS: dict[str, Op] = {}
 
 
-def op(name: str, kinds: Mapping[str, Kind] | None = None, *, acts_on: str = "ids", tokens: str = "image") -> Callable:
-    """Register a function as the op `name`. Its arguments after (ids, scope) need a kind each, by their YAML names.
+@contextmanager
+def bugs_named(what: str) -> Iterator[None]:
+    """Add the note `what` to any exception that is not for the user to fix. It keeps its traceback."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:  # the command line reports an OSError in one line, without the traceback
+        raise RuntimeError(f"{type(error).__name__}: {error} ({what})") from error
+    except Exception as error:
+        error.add_note(what)
+        raise
 
-    A name that Python reserves takes an underscore in the function: `from` is `from_`.
+
+def op(
+    name: str, types: Mapping[str, ArgumentType] | None = None, *, acts_on: str = "ids", tokens: str = "image"
+) -> Callable:
+    """Register a function as the op `name`.
+
+    types: the type of each argument after (ids, scope), by its name in YAML. acts_on: a key of `ACTS_ON`. tokens: what
+    an edit selects by default.
+
+    A name that Python reserves gets an underscore in the function: `from` is `from_`.
     """
-    kinds = dict(kinds or {})
+    types = dict(types or {})
 
     def register(function: Callable) -> Callable:
         parameters = list(inspect.signature(function).parameters.values())
-        arguments = {p.name.rstrip("_"): p for p in parameters if p.name.rstrip("_") in kinds}
-        clash = [key for key in kinds if key in (*WHERE, "op")]
-        assert not clash, f"op {name}: {clash[0]} is a key of every edit, choose another argument"
-        assert len(arguments) == len(kinds), f"op {name}: kinds {list(kinds)} do not fit {parameters}"
+        arguments = {p.name.rstrip("_"): p for p in parameters if p.name.rstrip("_") in types}
+        reserved = [key for key in types if key in (*WHERE, "op")]
+        assert not reserved, f"op {name}: {reserved[0]} is a key of every edit, choose another argument name"
+        assert len(arguments) == len(types), f"op {name}: types {list(types)} do not fit {parameters}"
+        assert acts_on in ACTS_ON, f"op {name}: acts_on {acts_on!r}, expected one of {', '.join(ACTS_ON)}"
         known = OPS.get(name)
         if known and (known.function.__module__, known.function.__qualname__) != (
             function.__module__,
             function.__qualname__,
         ):
             raise UserError(f"op {name!r} is taken by {known.function.__module__}; choose another name")
-        required = tuple(key for key in kinds if arguments[key].default is inspect.Parameter.empty)
+        required = tuple(key for key in types if arguments[key].default is inspect.Parameter.empty)
         defaults = {
-            key: None if arguments[key].default is None else kind(arguments[key].default, key)
-            for key, kind in kinds.items()
+            key: None if arguments[key].default is None else parse(arguments[key].default, key)
+            for key, parse in types.items()
             if key not in required
         }
-        OPS[name] = Op(
-            name, function, kinds, {k: p.name for k, p in arguments.items()}, required, defaults, acts_on, tokens
-        )
+        names = {key: parameter.name for key, parameter in arguments.items()}
+        OPS[name] = Op(name, function, types, names, required, defaults, acts_on, tokens)
         return function
 
     return register
 
 
 def find_op(name: Any, path: str) -> Op:
+    """Return the op of a name. Raises UserError if there is none."""
     if name is None:
         raise UserError(f"{path}: missing, expected one of {', '.join(sorted(OPS))}")
     if not isinstance(name, str) or name not in OPS:
@@ -99,9 +131,18 @@ def find_op(name: Any, path: str) -> Op:
 
 
 def load_plugins(modules: Any, path: str = "plugins") -> None:
-    """Import modules (names) so that the ops in them register. `UserError` for one that cannot be imported."""
+    """Import modules by name, so that the ops in them register.
+
+    Raises UserError if there is no such module, or if an op's name is taken. An error inside a module keeps its
+    traceback.
+    """
     for i, name in enumerate(parse_plugins(modules, path)):
         try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"{path}[{i}]: {name!r}, expected a module that can be imported ({error})") from error
+            with bugs_named(f"while importing {path}[{i}]: {name}"):
+                importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
+                raise
+            raise UserError(
+                f"{path}[{i}]: {name!r}, expected a module in the current folder, on PYTHONPATH or installed ({error})"
+            ) from None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fluxlab.errors import UserError, join, unknown_key, wrong
-from fluxlab.select.arguments import UNITS, bitmap, box, choice, is_list, number, per_axis, plain
+from fluxlab.select.arguments import UNITS, box, choice, is_list, number, per_axis, plain
 from fluxlab.select.layout import Layout, Scope
+from fluxlab.select.masks import parse_mask
 from fluxlab.select.tokens import box_in_tokens, mask_on_grid
 
 SHAPES = ("point", "box", "line", "mask")
@@ -29,7 +30,7 @@ def place(value: Any, path: str) -> dict:
     if len(shapes) != 1:
         raise wrong(path, dict(value), accepted)
     (shape,) = shapes
-    parse = {"point": per_axis, "box": box, "line": _line, "mask": bitmap}[shape]
+    parse = {"point": per_axis, "box": box, "line": _line, "mask": parse_mask}[shape]
     default = "fraction" if shape == "mask" else "tokens"
     unit = choice(*UNITS)(value.get("unit", default), join(path, "unit"))
     return {shape: parse(value[shape], join(path, shape)), "unit": unit}

@@ -123,7 +123,7 @@ def view(
 
     def acting(spot: tuple[int, int, int, str]) -> list:
         s, b, h, one = spot
-        found = [edit for edit in edits if edit.at_work(s, context.sigmas[s], b, h) > 0]
+        found = [edit for edit in edits if edit.strength_in(s, context.sigmas[s], b, h) > 0]
         return [edit for edit in found if edit.touches(one, h) or edit.acts_on == "attention"]
 
     spot = next(filter(acting, itertools.product(*choices)), tuple(some[0] for some in choices))

@@ -1,6 +1,5 @@
 """The shapes and labels of what is captured, known before anything runs; and which tokens a request names."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from fluxlab.probes.arrays import Coords
 from fluxlab.probes.stream import Tokens, tokens
 from fluxlab.select.layout import IMAGE, Context
 from fluxlab.select.tokens import resolve_tokens
-from fluxlab.select.words import Prompt, find_word
+from fluxlab.select.words import Prompt, find_word, named_words
 
 ALL = slice(None)
 
@@ -142,14 +141,7 @@ def spelt_words(asked: str | list[str], place: Place) -> list[list[tuple[str, li
 
 def _all_words(prompt: Prompt, path: str) -> list[tuple[str, list[int]]]:
     """Every word of a prompt in order; repeated ones are cat#1, cat#2. Those cut off are left out."""
-    found = [(m[0], m.start(), m.end()) for m in re.finditer(r"[\w'-]+", prompt.text)]
-    names = [word.lower() for word, _, _ in found]
-    words = []
-    for i, (word, start, end) in enumerate(found):
-        spelt = [n for n, (a, b) in enumerate(prompt.spans) if a < b and a < end and b > start]
-        name = word if names.count(names[i]) == 1 else f"{word}#{names[: i + 1].count(names[i])}"
-        if spelt:
-            words.append((name, spelt))
+    words = named_words(prompt)
     if not words:
         raise UserError(f"{path}: all, but the prompt {prompt.text!r} has no words")
     return words

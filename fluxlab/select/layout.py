@@ -1,4 +1,4 @@
-"""What a program is compiled for: tokens, the model's sizes, the schedule. And what an op sees of it."""
+"""What a program is compiled for: the token layout, the sizes of the model, the schedule. And what an op sees of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 from fluxlab.select.words import Prompt
 
 TEXT, IMAGE, REFERENCE = 0, 1, 2
-"""Kinds of tokens; a second reference is REFERENCE + 1, and so on."""
+"""Kinds of tokens. The second reference image is REFERENCE + 1, and so on."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The token sequence: text, then the image's grid in raster order, then each reference's.
+    """The token layout of a sequence: text, then the image grid row by row, then the grid of each reference image.
 
     `grid` and `references` are (rows, cols) in tokens.
     """
@@ -33,7 +33,7 @@ class Layout:
         return self.text + sum(rows * cols for rows, cols in self.grids)
 
     def range(self, kind: int) -> tuple[int, int]:
-        """First token of a kind, and one past its last."""
+        """Return the first token of a kind and one past its last."""
         if kind == TEXT:
             return 0, self.text
         sizes = [rows * cols for rows, cols in self.grids]
@@ -41,7 +41,7 @@ class Layout:
         return start, start + sizes[kind - IMAGE]
 
     def scope(self, tokens: Tensor, axes: Sequence[str] | None = None) -> "Scope":
-        """What an op sees of the tokens with these indices `(n,)`."""
+        """Return what an op sees of the tokens with these indices `(n,)`."""
         starts = torch.tensor([self.range(k)[0] for k in range(IMAGE + len(self.grids))], device=tokens.device)
         kind = (tokens[:, None] >= starts).sum(1) - 1
         sizes = torch.tensor([(0, 0), *self.grids], device=tokens.device)[kind]
@@ -50,10 +50,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class Scope:
-    """What an op may know of the n tokens it is given. Tensors are `(n,)`, whole numbers.
+    """What an op sees of its n tokens. Tensors have shape `(n,)` and hold whole numbers.
 
-    kind: TEXT, IMAGE or REFERENCE (+ 1, …). index: place within its kind, the text's order or a grid's raster order.
-    rows, cols: size of the token's own grid, 0 for text. axes: those named in the edit, None for all.
+    kind: TEXT, IMAGE or REFERENCE (+ 1, …). index: number of the token within its kind, row by row in a grid. rows,
+    cols: size of the grid that the token belongs to, 0 for text. axes: those named in the edit, None for all.
     """
 
     layout: Layout
@@ -64,7 +64,7 @@ class Scope:
     axes: tuple[str, ...] | None = None
 
     def rectangle(self) -> tuple[int, int] | None:
-        """(rows, cols) if the tokens are a full rectangle of one grid in raster order, else None."""
+        """Return (rows, cols) if the tokens fill a rectangle of one grid, else None."""
         if not len(self.kind) or self.kind[0] == TEXT or (self.kind != self.kind[0]).any():
             return None
         row, col = self.index // self.cols, self.index % self.cols
@@ -72,14 +72,25 @@ class Scope:
         return (rows, cols) if rows * cols == len(self.kind) else None
 
 
+def token_name(scope: Scope, n: int) -> str:
+    """Return the name of the n-th token of a scope, such as `image token 17 (row 1, col 1)`."""
+    kind, index = int(scope.kind[n]), int(scope.index[n])
+    if kind == TEXT:
+        return f"text token {index}"
+    row, col = divmod(index, int(scope.cols[n]))
+    name = "image" if kind == IMAGE else f"reference {kind - REFERENCE}"
+    return f"{name} token {index} (row {row}, col {col})"
+
+
 @dataclass(frozen=True)
 class Context:
-    """All that a program needs to become rotary tables.
+    """Everything needed to turn a program into rotary tables.
 
-    ids: the untouched ids `(B or 1, N, A)`, fp32 (fp64 for an fp64 model), text first. axes_dim, theta, double, single,
-    heads: of the model; double and single count blocks. sigmas: the schedule, 1 → 0, steps + 1 values. prompts: one a
-    sample, for edits that name words; a None among them is a text without those words (a negative prompt), on which
-    such an edit does nothing.
+    ids: the unchanged ids `(B or 1, N, A)`, fp32 (fp64 for an fp64 model), text first.
+    axes_dim, theta, heads: of the model. double, single: its numbers of blocks.
+    sigmas: the schedule from 1 to 0, one value more than steps.
+    prompts: one for each sample, for edits that name words. None stands for a negative prompt, on which such an edit
+    does nothing.
     """
 
     ids: Tensor

@@ -1,4 +1,4 @@
-"""Which tokens: from the words of a config to indices into the sequence."""
+"""Which tokens: from the words of a config to indices into the token sequence."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,18 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxlab.errors import UserError, join, unknown_key, wrong
-from fluxlab.select.arguments import UNITS, bitmap, box, choice, integer, is_list
+from fluxlab.errors import UserError, join, show, unknown_key, wrong
+from fluxlab.select.arguments import UNITS, box, choice, integer, is_list
 from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout
+from fluxlab.select.masks import parse_mask, to_array
 from fluxlab.select.words import find_word
 
 GROUPS = ("image", "text", "all", "reference")
 FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "indices": ("of",), "reference": ()}
-ACCEPTED = f"{', '.join(GROUPS)}, or one of {{words}}, {{box}}, {{mask}}, {{indices}}, {{reference}}"
+# Only sequences built in Python have reference images so far, so messages do not offer them.
+OFFERED = ("image", "text", "all")
+ACCEPTED = f"{', '.join(OFFERED)}, or one of {{words}}, {{box}}, {{mask}}, {{indices}}"
 
 
 def parse_tokens(value: Any, path: str) -> str | dict | list:
-    """A token selection in canonical form; a list is the union of what it holds. `UserError` for anything else."""
+    """Return a token selection in canonical form. A list is the union of its parts. Raises UserError otherwise."""
     if is_list(value):
         if not value:
             raise wrong(path, list(value), ACCEPTED)
@@ -26,15 +29,15 @@ def parse_tokens(value: Any, path: str) -> str | dict | list:
         return parts[0] if len(parts) == 1 else parts
     if not isinstance(value, Mapping):
         if not isinstance(value, str) or value not in GROUPS:
-            raise wrong(path, value, ACCEPTED, (*GROUPS, *FORMS))
+            raise wrong(path, value, ACCEPTED, (*OFFERED, *FORMS))
         return value
     forms = [key for key in value if key in FORMS]
     for key in value:
         if key not in FORMS and key not in {extra for form in forms for extra in FORMS[form]}:
-            options = [extra for form in forms for extra in (form, *FORMS[form])] or list(FORMS)
+            options = [extra for form in forms for extra in (form, *FORMS[form])] or [*FORMS][:-1]
             raise unknown_key(path, key, value[key], options, "token selection" if not forms else "key")
     if len(forms) != 1:
-        raise wrong(path, dict(value), f"exactly one of {', '.join(FORMS)} (a list of several is their union)")
+        raise wrong(path, dict(value), f"exactly one of {', '.join([*FORMS][:-1])} (a list of several is their union)")
     (form,) = forms
     return {form: _PARSE[form](value[form], join(path, form)), **_parse_extra(form, value, path)}
 
@@ -49,12 +52,15 @@ def _parse_extra(form: str, value: Mapping, path: str) -> dict:
 
 
 def _parse_words(value: Any, path: str) -> list[str]:
-    words = [value] if isinstance(value, str) else value
-    if not is_list(words) or not words:
+    words = value if is_list(value) else [value]
+    if not words:
         raise wrong(path, value, "a word or phrase of the prompt, or a list of them")
     for i, word in enumerate(words):
+        where = f"{path}[{i}]" if is_list(value) else path
+        if not isinstance(word, str) and isinstance(word, bool | int | float):  # YAML reads yes, 1_000 and 1.50 so
+            raise wrong(where, word, "a word or phrase of the prompt as text: write it in quotes, as in the prompt")
         if not isinstance(word, str) or not word.strip():
-            raise wrong(f"{path}[{i}]", word, "a word or phrase of the prompt")
+            raise wrong(where, word, "a word or phrase of the prompt")
     return list(words)
 
 
@@ -69,51 +75,59 @@ def _parse_indices(value: Any, path: str) -> list[int]:
 _PARSE = {
     "words": _parse_words,
     "box": box,
-    "mask": bitmap,
+    "mask": parse_mask,
     "indices": _parse_indices,
-    "reference": lambda value, path: integer(value, path, "a reference's number, from 0"),
+    "reference": lambda value, path: integer(value, path, "the number of a reference image, from 0"),
 }
 
 
 def resolve_tokens(selection: str | dict | list, context: Context, sample: int, path: str) -> Tensor:
-    """Indices `(n,)` into the sequence, ascending. `UserError` naming `path` where nothing is selected."""
+    """Return indices `(n,)` into the sequence, ascending. Raises UserError if nothing is selected."""
     layout = context.layout
     chosen = torch.zeros(layout.tokens, dtype=torch.bool)
-    lenient = False
+    may_be_empty = False
     for i, part in enumerate(selection if isinstance(selection, list) else [selection]):
-        here = f"{path}[{i}]" if isinstance(selection, list) else path
+        part_path = f"{path}[{i}]" if isinstance(selection, list) else path
         if isinstance(part, dict) and "words" in part:
+            words_path = join(part_path, "words")
             if not context.prompts:
-                raise UserError(f"{join(here, 'words')}: {part['words']}, but no prompt was given to find them in")
+                raise UserError(f"{words_path}: {show(part['words'])}, but no prompt was given")
             prompt = context.prompts[sample]
-            lenient |= prompt is None
-            found = (
-                []
-                if prompt is None
-                else [t for word in part["words"] for t in find_word(prompt, word, join(here, "words"))]
-            )
-            chosen[found] = True
+            if prompt is None:  # a negative prompt has none of the words
+                may_be_empty = True
+                continue
+            chosen[[token for word in part["words"] for token in find_word(prompt, word, words_path)]] = True
         else:
-            chosen[_indices(part, layout, here)] = True
-    if not chosen.any() and not lenient:
-        raise UserError(f"{path}: {selection} selects none of {_described(layout)}")
+            chosen[_indices(part, layout, part_path)] = True
+    if not chosen.any() and not may_be_empty:
+        raise UserError(f"{path}: {show(selection)} selects none of {_described(layout)}")
     return chosen.nonzero()[:, 0].to(context.ids.device)
 
 
 def names_words(value: Any) -> bool:
-    """Whether a canonical selection, or anything that holds one, depends on the prompt."""
+    """Return whether a canonical selection, or anything that contains one, depends on the prompt."""
     if isinstance(value, Mapping):
         return "words" in value or any(names_words(part) for part in value.values())
     return is_list(value) and any(names_words(part) for part in value)
 
 
 def _described(layout: Layout) -> str:
-    grid = f"{layout.grid[0]} × {layout.grid[1]} image tokens"
-    more = f", {len(layout.references)} references" if layout.references else ", no references"
-    return f"the {layout.text} text and {grid}{more}"
+    references = f", {len(layout.references)} reference images" if layout.references else ""
+    return f"the {layout.text} text and {layout.grid[0]} × {layout.grid[1]} image tokens{references}"
+
+
+def _check_references(part: str | dict, layout: Layout, path: str) -> None:
+    """Raise UserError for a selection of reference tokens in a sequence without any."""
+    named = part if isinstance(part, str) else part.get("of") or ("reference" if "reference" in part else "")
+    if named == "reference" and not layout.references:
+        raise UserError(
+            f"{path}: {show(part)}, but there are no reference images: runs and generate() do not take any yet, "
+            "`python -m fluxlab.positions --reference` draws them"
+        )
 
 
 def _indices(part: str | dict, layout: Layout, path: str) -> Tensor:
+    _check_references(part, layout, path)
     if isinstance(part, str):
         return torch.arange(*_span(part, layout))
     if "indices" in part:
@@ -138,31 +152,33 @@ def _indices(part: str | dict, layout: Layout, path: str) -> Tensor:
 
 
 def _span(group: str, layout: Layout) -> tuple[int, int]:
-    kinds = {"text": (TEXT, TEXT), "image": (IMAGE, IMAGE), "all": (TEXT, IMAGE + len(layout.references))}
     if group == "reference":
         return layout.range(IMAGE)[1], layout.tokens
-    first, last = kinds[group]
+    ends = {"text": (TEXT, TEXT), "image": (IMAGE, IMAGE), "all": (TEXT, IMAGE + len(layout.references))}
+    first, last = ends[group]
     return layout.range(first)[0], layout.range(last)[1]
 
 
 def box_in_tokens(edges: list[float], unit: str, layout: Layout, path: str) -> list[float]:
-    """[top, left, bottom, right] as edges in tokens: token r covers r … r + 1. `UserError` beyond the image."""
+    """Return [top, left, bottom, right] in tokens, where token r covers r … r + 1.
+
+    Raises UserError for a box that exceeds the image.
+    """
     rows, cols = layout.grid
-    to_tokens = {"tokens": (1, 1), "pixels": (1 / layout.pixels_per_token,) * 2, "fraction": (rows, cols)}[unit]
-    found = [edge * to_tokens[i % 2] for i, edge in enumerate(edges)]
-    if min(found[:2]) < 0 or found[2] > rows + 1e-9 or found[3] > cols + 1e-9:
-        limit = {"tokens": (rows, cols), "fraction": (1, 1)}.get(
-            unit, [n * layout.pixels_per_token for n in layout.grid]
-        )
+    scale = {"tokens": (1, 1), "pixels": (1 / layout.pixels_per_token,) * 2, "fraction": (rows, cols)}[unit]
+    in_tokens = [edge * scale[i % 2] for i, edge in enumerate(edges)]
+    if min(in_tokens[:2]) < 0 or in_tokens[2] > rows + 1e-9 or in_tokens[3] > cols + 1e-9:
+        pixels = [n * layout.pixels_per_token for n in layout.grid]
+        limit = {"tokens": (rows, cols), "fraction": (1, 1), "pixels": pixels}[unit]
         raise wrong(path, edges, f"a box within [0, 0, {limit[0]}, {limit[1]}] ({unit})")
-    return found
+    return in_tokens
 
 
 def mask_on_grid(rows: list[str], unit: str, layout: Layout, path: str) -> Tensor:
-    """A mask, boolean `(rows, cols)` of the token grid: tokens of which it covers at least half."""
-    shape = (len(rows), len(rows[0]))
+    """Return a mask on the token grid, boolean `(rows, cols)`: the tokens of which it covers at least half."""
+    size = (len(rows), len(rows[0]))
     scale = {"tokens": 1, "pixels": layout.pixels_per_token, "fraction": None}[unit]
-    if scale and shape != (need := tuple(n * scale for n in layout.grid)):
-        raise UserError(f"{path}: {shape[0]} × {shape[1]}, expected {need[0]} × {need[1]} {unit}, or unit: fraction")
-    marks = torch.tensor([[mark == "#" for mark in row] for row in rows], dtype=torch.float32)
-    return F.adaptive_avg_pool2d(marks[None, None], layout.grid)[0, 0] >= 0.5
+    if scale and size != (need := tuple(n * scale for n in layout.grid)):
+        raise UserError(f"{path}: {size[0]} × {size[1]}, expected {need[0]} × {need[1]} {unit}, or unit: fraction")
+    covered = F.adaptive_avg_pool2d(torch.from_numpy(to_array(rows)).float()[None, None], layout.grid)[0, 0]
+    return covered >= 0.5

@@ -1,5 +1,7 @@
-"""Where an edit acts besides its tokens: axes, steps, blocks, heads, side, strength. Parsed without a model, resolved
-against one."""
+"""Where an edit acts besides its tokens: axes, steps, blocks, heads, side and strength.
+
+The `parse_…` functions read a config without a model. The `resolve_…` functions apply the result to one.
+"""
 
 import itertools
 import re
@@ -25,7 +27,7 @@ def parse_axes(value: Any, path: str) -> str | list[str]:
 
 
 def _numbers(value: Any, path: str, accepted: str) -> list[int]:
-    """Whole numbers, ascending, from one, a text such as "0, 3-7" (ranges hold both ends), or a list of these."""
+    """Return whole numbers, ascending, from one, from text such as "0, 3-7" (both ends included), or a list of both."""
     if is_list(value):
         if not value:
             raise wrong(path, [], accepted)
@@ -39,7 +41,7 @@ def _numbers(value: Any, path: str, accepted: str) -> list[int]:
 
 
 def parse_steps(value: Any, path: str) -> str | list[int] | dict:
-    """ "all", indices, `{fraction: [a, b]}` of the schedule, or `{sigma: [low, high]}`."""
+    """Return "all", indices, `{fraction: [a, b]}` of the schedule, or `{sigma: [low, high]}`."""
     accepted = "all, indices such as [0, 1] or '0-3', {fraction: [0, 0.5]} or {sigma: [0.7, 1]}"
     if value == "all":
         return "all"
@@ -53,18 +55,25 @@ def parse_steps(value: Any, path: str) -> str | list[int] | dict:
     if len(value) != 1:
         raise wrong(path, dict(value), "one of fraction and sigma")
     ((key, ends),) = value.items()
-    here = join(path, key)
+    ends_path = join(path, key)
     if not is_list(ends) or len(ends) != 2:
-        raise wrong(here, ends, "two numbers from 0 to 1")
-    low, high = (number(n, f"{here}[{i}]") for i, n in enumerate(ends))
-    low, high = min(low, high), max(low, high)
+        raise wrong(ends_path, ends, "two numbers from 0 to 1")
+    low, high = sorted(number(n, f"{ends_path}[{i}]") for i, n in enumerate(ends))
     if low < 0 or high > 1 or low == high:
-        raise wrong(here, list(ends), "two different numbers from 0 to 1")
+        raise wrong(ends_path, list(ends), "two different numbers from 0 to 1")
     return {key: [low, high]}
 
 
 def resolve_steps(steps: str | list[int] | dict, sigmas: Sequence[float], path: str) -> tuple[bool, ...]:
-    """For each step, whether the edit acts. `UserError` for a step that is not there, or none at all."""
+    """Return for each step whether the edit acts.
+
+    Windows are half-open: of two windows with a common bound, only the later one in the run has the step that starts
+    there. `{fraction: [a, b]}` selects the steps that start at a share s of the schedule with a <= s < b.
+    `{sigma: [low, high]}` selects the steps that start at a σ with low < σ <= high. A bound copied from a message,
+    where σ is rounded, means the step it was printed for.
+
+    Raises UserError for a step that the schedule does not have, or if no step is selected.
+    """
     count = len(sigmas) - 1
     if steps == "all":
         return (True,) * count
@@ -77,16 +86,26 @@ def resolve_steps(steps: str | list[int] | dict, sigmas: Sequence[float], path: 
         low, high = steps["fraction"]
         chosen = {i for i in range(count) if low <= i / count < high}
     else:
-        low, high = steps["sigma"]
-        chosen = {i for i in range(count) if low <= sigmas[i] <= high}
+        low, high = (_step_sigma(bound, sigmas[:-1]) for bound in steps["sigma"])
+        chosen = {i for i in range(count) if low < sigmas[i] <= high}
     if not chosen:
         starts = ", ".join(f"{s:.3g}" for s in sigmas[:-1][:8]) + (" …" if count > 8 else "")
         raise UserError(f"{path}: {steps} selects none of the {count} steps, which start at σ = {starts}")
     return tuple(i in chosen for i in range(count))
 
 
+def _step_sigma(bound: float, starts: Sequence[float]) -> float:
+    """Return the σ that a bound means: that of the step which rounds to it, else the bound itself.
+
+    Messages print σ with three digits, so a bound is compared with σ rounded to its own digits, three at least.
+    """
+    digits = next(n for n in range(3, 18) if float(f"{bound:.{n}g}") == bound)
+    meant = [s for s in starts if float(f"{s:.{digits}g}") == bound]
+    return min(meant, key=lambda s: abs(s - bound), default=bound)
+
+
 def parse_blocks(value: Any, path: str) -> str | dict:
-    """ "all", or `{through: [...], double: [...] or "all", single: ...}` with the keys that are needed."""
+    """Return "all", or `{through: [...], double: [...] or "all", single: ...}` without the keys that are not needed."""
     accepted = "all, double, single, numbers through all blocks such as [0, 1] or '0-18', or {double: …, single: …}"
     if value == "all":
         return "all"
@@ -98,22 +117,22 @@ def parse_blocks(value: Any, path: str) -> str | dict:
             raise wrong(path, {}, accepted)
         keys = [key for key in ("through", "double", "single") if key in value]
         return {k: "all" if value[k] == "all" else _numbers(value[k], join(path, k), accepted) for k in keys}
-    found: dict[str, str | list[int]] = {}
+    blocks: dict[str, str | list[int]] = {}
     for i, part in enumerate(value if is_list(value) else [value]):
-        here = f"{path}[{i}]" if is_list(value) else path
+        part_path = f"{path}[{i}]" if is_list(value) else path
         if part in ("double", "single"):
-            found[part] = "all"
+            blocks[part] = "all"
         elif isinstance(part, str) and not re.search(r"\d", part):
-            raise wrong(here, part, accepted, ("all", "double", "single"))
+            raise wrong(part_path, part, accepted, ("all", "double", "single"))
         else:
-            found["through"] = sorted({*found.get("through", ()), *_numbers(part, here, accepted)})
-    if not found:
+            blocks["through"] = sorted({*blocks.get("through", ()), *_numbers(part, part_path, accepted)})
+    if not blocks:
         raise wrong(path, value, accepted)
-    return {key: found[key] for key in ("through", "double", "single") if key in found}
+    return {key: blocks[key] for key in ("through", "double", "single") if key in blocks}
 
 
 def resolve_blocks(blocks: str | dict, double: int, single: int, path: str) -> frozenset[int]:
-    """Block numbers through the model, double blocks first. `UserError` for one that the model lacks."""
+    """Return block numbers through the model, double blocks first. Raises UserError if the model lacks one."""
     if blocks == "all":
         return frozenset(range(double + single))
     chosen = set()
@@ -121,8 +140,9 @@ def resolve_blocks(blocks: str | dict, double: int, single: int, path: str) -> f
         first, count = {"through": (0, double + single), "double": (0, double), "single": (double, single)}[key]
         for n in range(count) if numbers == "all" else numbers:
             if not 0 <= n < count:
-                of = f"0-{double + single - 1} through: {double} double, {single} single"
-                raise wrong(path, n, f"a {key + ' ' if key != 'through' else ''}block below {count} (this model: {of})")
+                numbered = f"0-{double + single - 1} through: {double} double, {single} single"
+                group = f"{key} block" if key != "through" else "block"
+                raise wrong(path, n, f"a {group} below {count} (this model: {numbered})")
             chosen.add(first + n)
     if not chosen:
         raise UserError(f"{path}: {blocks} selects none of this model's {double} double and {single} single blocks")
@@ -134,7 +154,7 @@ def parse_heads(value: Any, path: str) -> str | list[int]:
 
 
 def resolve_heads(heads: str | list[int], count: int, path: str) -> frozenset[int] | None:
-    """Head numbers, None for all. `UserError` for one that the model lacks."""
+    """Return head numbers, or None for all heads. Raises UserError if the model lacks one."""
     if heads == "all":
         return None
     for n in heads:
@@ -147,7 +167,10 @@ parse_side = choice(*SIDES)
 
 
 def parse_strength(value: Any, path: str) -> float | list[list[float]]:
-    """A number from 0 to 1, or points [σ, strength] in falling σ; `{from, to}` stands for the ends, σ = 1 and 0."""
+    """Return a number from 0 to 1, or points [σ, strength] in descending σ.
+
+    `{from: a, to: b}` stands for the points [1, a] and [0, b].
+    """
     accepted = "a number from 0 to 1, {from: 1, to: 0}, or points [[sigma, strength], …]"
     if isinstance(value, Mapping):
         for key in value:
@@ -177,7 +200,7 @@ def _share(value: Any, path: str, accepted: str) -> float:
 
 
 def strength_at(strength: float | list[list[float]], sigma: float) -> float:
-    """Linear between the points, constant beyond them."""
+    """Return the strength at σ: linear between the points, constant beyond them."""
     if not isinstance(strength, list):
         return strength
     if sigma >= strength[0][0]:
@@ -189,8 +212,13 @@ def strength_at(strength: float | list[list[float]], sigma: float) -> float:
 
 
 def parse_plugins(plugins: Any, path: str = "plugins") -> list[str]:
-    """Module names. `UserError` for anything else."""
+    """Return module names. Raises UserError if `plugins` is not a list of names such as `my_ops`."""
     names = [plugins] if isinstance(plugins, str) else plugins
-    if not is_list(names) or any(not isinstance(name, str) or not name for name in names):
+    if not is_list(names):
         raise wrong(path, plugins, "a list of module names")
+    for i, name in enumerate(names):
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            raise wrong(f"{path}[{i}]", name, "the name of a module, such as my_ops or package.my_ops")
+        if name.endswith(".py"):
+            raise wrong(f"{path}[{i}]", name, f"the name of a module without its ending: {name[:-3]}")
     return list(names)

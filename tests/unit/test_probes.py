@@ -132,7 +132,7 @@ def test_a_wrong_config_is_named(config, message):
         ({**WORDS, "heads": [2]}, {}, "capture.a.heads: 2, expected a head below 2"),
         ({"kind": "distance", "tokens": "all"}, {}, "capture.a.tokens: 'all', expected tokens of the image only"),
         ({"kind": "similarity", "to": 2}, {}, "capture.a.to: 2, expected a sample of this batch, 0 … 1"),
-        ({"kind": "entropy", "tokens": {"words": "a#1"}}, {"prompts": [CAT, Prompt("a a", ((0, 1), (0, 3)))]},
+        ({"kind": "entropy", "tokens": {"words": "a#1"}}, {"prompts": [CAT, Prompt("a a", ((0, 1), (0, 1)))]},
          r"capture.a.tokens: selects \[1, 2\] tokens of the samples, expected equal numbers"),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 import fluxlab.positions
 from fluxlab.config import config_folder
+from fluxlab.errors import UserError
 from fluxlab.positions import OPS, Context, Layout, Program, Prompt, compile_programs, find_word
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
 from fluxlab.select.where import parse_strength, strength_at
@@ -231,7 +232,8 @@ def active(**edit) -> list[bool]:
         ("1-2", [0, 1, 1, 0]),
         ({"fraction": [0, 0.5]}, [1, 1, 0, 0]),
         ({"fraction": [0.5, 1]}, [0, 0, 1, 1]),
-        ({"sigma": [0.7, 0.9]}, [0, 1, 1, 0]),
+        ({"sigma": [0.7, 0.9]}, [0, 1, 0, 0]),  # the step at 0.7 belongs to [0, 0.7]
+        ({"sigma": [0, 0.7]}, [0, 0, 1, 1]),
         ({"sigma": [1, 0.95]}, [1, 0, 0, 0]),
     ],
 )
@@ -387,7 +389,7 @@ BAD = [
     ({"a": {"op": "scale", "factor": {}}}, "a.factor", "{}", "a mapping such as", None),
     ({"a": {"op": "scale", "factor": 2, "origin": "center"}}, "a.origin", "'center'", "corner, centre", "centre"),
     ({"a": {"op": "zero", "_target_": "os.system"}}, "a._target_", "'os.system'", "tokens, axes", None),
-    ({"a": {"op": "zero", "tokens": "imgae"}}, "a.tokens", "'imgae'", "image, text, all, reference", "image"),
+    ({"a": {"op": "zero", "tokens": "imgae"}}, "a.tokens", "'imgae'", "image, text, all, or", "image"),
     ({"a": {"op": "zero", "tokens": {"word": ["cat"]}}}, "a.tokens.word", "['cat']", "words, box", "words"),
     ({"a": {"op": "zero", "tokens": {"words": []}}}, "a.tokens.words", "[]", "a word or phrase", None),
     ({"a": {"op": "zero", "tokens": {"words": [3]}}}, "a.tokens.words[0]", "3", "a word or phrase", None),
@@ -403,7 +405,7 @@ BAD = [
     ),
     ({"a": {"op": "zero", "tokens": {"box": [0, 0, 1, 1], "words": "a"}}}, "a.tokens", "box", "exactly one of", None),
     ({"a": {"op": "zero", "tokens": {"mask": ["#.", "#"]}}}, "a.tokens.mask", "'#.'", "equal length", None),
-    ({"a": {"op": "zero", "tokens": {"mask": "no.png"}}}, "a.tokens.mask", "'no.png'", "an image file", None),
+    ({"a": {"op": "zero", "tokens": {"mask": "no.png"}}}, "a.tokens.mask", "no.png", "an image file", None),
     ({"a": {"op": "zero", "tokens": {"indices": []}}}, "a.tokens.indices", "[]", "at least one", None),
     ({"a": {"op": "zero", "tokens": {"indices": [0.5]}}}, "a.tokens.indices[0]", "0.5", "index", None),
     ({"a": {"op": "zero", "tokens": []}}, "a.tokens", "[]", "image, text", None),
@@ -461,7 +463,7 @@ def test_bad_config(config, path, value, accepted, nearest):
 
 
 BAD_HERE = [
-    ({"op": "zero", "tokens": "reference"}, "a.tokens", "reference", "no references", None, Layout(2, (4, 4))),
+    ({"op": "zero", "tokens": "reference"}, "a.tokens", "reference", "no reference images", None, Layout(2, (4, 4))),
     ({"op": "zero", "tokens": {"reference": 1}}, "a.tokens.reference", "1", "one of 1 references", None, None),
     ({"op": "zero", "tokens": {"words": ["hat"]}}, "a.tokens.words", "'hat'", "A, cat, on", "mat", None),
     ({"op": "zero", "tokens": {"words": ["cat"]}}, "a.tokens.words", "'cat'", "cat#1 (…A cat on", None, None),
@@ -486,7 +488,7 @@ BAD_HERE = [
     ({"op": "text_line", "axis": "row", "tokens": "image"}, "a.tokens", "text_line", "select text tokens", None, None),
     ({"op": "relocate", "to": {"box": [0, 0, 9, 9]}}, "a.to.box", "9", "within [0, 0, 4, 4]", None, None),
     ({"op": "relocate", "to": [1, 1], "spread": "grid"}, "a.spread", "'grid'", "point", None, None),
-    ({"op": "mask", "from": "text", "to": "all"}, "a", "", "nothing to look at", None, None),
+    ({"op": "mask", "from": "text", "to": "all"}, "a", "", "nothing to attend to", None, None),
 ]
 
 
@@ -504,8 +506,9 @@ def test_words_need_a_prompt():
         compile_programs([program(tokens={"words": "cat"})], context(prompts=None))
 
 
-def test_a_word_that_was_cut_off():
-    with pytest.raises(ValueError, match="'hello' was cut off: it lies beyond the 10 text tokens"):
+    message = "'hello' was cut off or is ignored: it lies beyond the last of the 10 text tokens"
+    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match="'hello' was cut off or is ignored: it lies beyond the last of the 10 text tokens"):
         find_word(Prompt(CAT, WORDS.spans[:10]), "hello", "t")
 
 
@@ -590,13 +593,18 @@ def test_an_op_keeps_its_name():
         fluxlab.positions.op("zero")(lambda ids, scope: ids)
 
 
-def test_an_op_that_breaks_is_named():
-    fluxlab.positions.op("broken")(lambda ids, scope: ids / 0)
-    try:
-        with pytest.raises(ValueError, match=r"^half\.a: broken gave .* NaN or inf"):
-            compile_programs([Program.from_config({"a": {"op": "broken"}}, "half")], context()).at(1.0)
-    finally:
-        OPS.pop("broken")
+@pytest.fixture
+def own_op():
+    """Register a function as the op `own`, and remove it afterwards."""
+    yield lambda function, *args, **kwargs: fluxlab.positions.op("own", *args, **kwargs)(function)
+    OPS.pop("own", None)
+
+
+def test_an_op_that_gives_nan_is_named(own_op):
+    own_op(lambda ids, scope: ids / 0)
+    message = r"^half\.a: op own on 16 tokens gave NaN or inf for 16 of them, first for image token 0 \(row 0, col 0\)"
+    with pytest.raises(UserError, match=message):
+        compile_programs([Program.from_config({"a": {"op": "own"}}, "half")], context()).at(1.0)
 
 
 leaves = (
