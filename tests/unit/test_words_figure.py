@@ -1,4 +1,4 @@
-"""Words' attention as a figure: shares against a count by pixels, the choice of a block, files, what is refused."""
+"""The figure of words' attention: shares compared with a count of pixels, best block, files, legend, errors."""
 
 import csv
 import json
@@ -9,7 +9,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from experiments import style, wordmaps, words
+from experiments import style, wordmaps, words, wordtable
+from fluxlab.drawing.legend import legend_below
 from fluxlab.experiment.reading import read_store
 from fluxlab.measure.oracle import inspect
 from fluxlab.probes import Captured, write
@@ -31,7 +32,7 @@ def captured_of(prompt: str, values: np.ndarray, labels: list[str], **about) -> 
 
 
 def maps_of(prompt: str, image: Image.Image, rng: np.random.Generator, strength: np.ndarray) -> np.ndarray:
-    """Noise, and for words that name something as much more on its box as `strength` says by block."""
+    """Noise. Words that name something have more attention on its box: `strength` by block."""
     report, labels = inspect(image, prompt), prompt.lower().split()
     values = 0.01 * (1 + 0.1 * rng.random((STEPS, BLOCKS, len(labels), SIDE, SIDE)))
     for i, word in enumerate(labels):
@@ -43,7 +44,7 @@ def maps_of(prompt: str, image: Image.Image, rng: np.random.Generator, strength:
 
 
 def add_attention(path, strengths) -> None:
-    """attention/ as a run with capture=words leaves it. strengths: variant → what `maps_of` takes."""
+    """Write attention/ as a run with capture=words does. strengths: variant → strength by block."""
     run, digest, entries = read_store(path), "0123456789ab", []
     (path / "attention" / digest).mkdir(parents=True)
     for row in run.metrics:
@@ -51,7 +52,7 @@ def add_attention(path, strengths) -> None:
         image = Image.open(run.image(variant, prompt, seed)).convert("RGB")
         values = maps_of(prompt, image, np.random.default_rng(seed), np.asarray(strengths[variant]))
         file = f"attention/{digest}/{row['cell']}.safetensors"
-        write(path / file, {"words": captured_of(prompt, values, wordmaps.spelt(prompt.lower().split()))})
+        write(path / file, {"words": captured_of(prompt, values, wordmaps.probe_labels(prompt.lower().split()))})
         entries.append({"variant": variant, "prompt": prompt, "seed": seed, "cell": row["cell"], "file": file})
     index = {"capture": {"max_mb": 512.0, "words": REQUEST}, "digest": digest, "cells": entries}
     (path / "attention" / "index.json").write_text(json.dumps(index))
@@ -67,7 +68,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(run):
-    return words.findings(run, run.variants)
+    return wordtable.table_rows(run, run.variants)
 
 
 def row_of(found, **keys):
@@ -77,7 +78,7 @@ def row_of(found, **keys):
 
 
 def by_pixels(values: np.ndarray, box) -> np.ndarray:
-    """Of a map (…, row, col), the share of a box, counted over the picture's pixels."""
+    """Return the share of maps (…, row, col) that is on a box, counted over the pixels of the image."""
     large = values.repeat(4, -2).repeat(4, -1)
     top, left, bottom, right = box
     return large[..., top:bottom, left:right].sum((-2, -1)) / large.sum((-2, -1))
@@ -110,7 +111,7 @@ def test_shares_are_those_of_the_pixels(run, prompt):
     assert ("colour/chance" in got) == (parse(prompt).colour is not None)
 
 
-def test_a_map_that_is_even_has_chance():
+def test_an_even_map_has_ratio_1():
     image = Image.fromarray(render(Scene((64, 64), "mist", (Thing("cat", "red", "left", 32, 16, 22),))))
     values = np.ones((1, 1, 3, 16, 16))
     got = wordmaps.cell_shares(image, "a red cat", {"words": captured_of("", values, ["a", "red", "cat"])})
@@ -123,33 +124,33 @@ def test_each_of_two_things_has_its_own_region():
     image = Image.fromarray(render(Scene((64, 64), "mist", things, "left of")))
     labels = ["a#1", "red", "cat", "left", "of", "a#2", "blue", "fox"]
     values = np.ones((1, 1, 8, 16, 16))
-    values[0, 0, [1, 2], :, 8:] = values[0, 0, [6, 7], :, :8] = 0  # each word wholly on one half of the picture
+    values[0, 0, [1, 2], :, 8:] = values[0, 0, [6, 7], :, :8] = 0  # each word only on one half of the image
     prompt = "a red cat left of a blue fox"
     got = wordmaps.cell_shares(image, prompt, {"words": captured_of(prompt, values, labels)})
     assert got["thing/0/ratio"] == got["colour/0/ratio"] == pytest.approx(2, rel=1e-3)
 
 
-def test_words_that_stand_there_twice():
+def test_repeated_words():
     prompt = "A red cat on the left holding a sign that says hello hello"
     text = prompt.lower().split()
     named = wordmaps.names(parse("a red cat on the left holding a sign that says hello hello"), text)
-    said = [(word.kind, wordmaps.spelt(text)[word.place]) for word in named]
+    said = [(word.kind, wordmaps.probe_labels(text)[word.index]) for word in named]
     assert said == [("colour", "red"), ("thing", "cat"), ("sign", "hello#1"), ("sign", "hello#2")]
-    assert wordmaps.spelt(text)[:2] == ["a#1", "red"]
+    assert wordmaps.probe_labels(text)[:2] == ["a#1", "red"]
 
 
-def test_the_best_block_is_not_quoted_where_it_was_chosen(run, found):
+def test_the_best_block_is_evaluated_at_other_seeds(run, found):
     best = [row for row in found if row["of"] == "best"]
     assert {row["block"] for row in best} == {"1"}
     cells = [
         {"variant": "baseline", "seed": seed, "thing/chance": 0.1, "thing/0/ratio": low, "thing/1/ratio": 2.0}
         for seed, low in ((0, 1.0), (1, 9.0), (5, 1.0), (3, 9.0))
     ]
-    choosing, quoted = words.halves(cells)
+    choosing, quoted = wordtable.halves(cells)
     assert [cell["seed"] for cell in choosing] == [0, 5]
     assert [cell["seed"] for cell in quoted] == [1, 3]
-    assert words.chosen(choosing, "baseline", "thing", ["0", "1"]) == "1"
-    assert words.chosen(quoted, "baseline", "thing", ["0", "1"]) == "0"
+    assert wordtable.best_block(choosing, "baseline", "thing", ["0", "1"]) == "1"
+    assert wordtable.best_block(quoted, "baseline", "thing", ["0", "1"]) == "0"
     for kind in ("thing", "sign"):
         quoted_row = row_of(found, variant="baseline", words=kind, of="best")
         over_all = row_of(found, variant="baseline", words=kind, of="block", block="1")
@@ -169,7 +170,7 @@ def test_the_best_block_is_not_quoted_where_it_was_chosen(run, found):
         assert quoted_row["ratio_low"] <= quoted_row["ratio"] <= quoted_row["ratio_high"]
 
 
-def test_an_edit_stands_beside_the_untouched_ids(found):
+def test_an_edit_is_compared_with_the_baseline(found):
     for kind in ("colour", "thing", "sign"):
         before, half = (row_of(found, variant=name, words=kind, of="best") for name in ("baseline", "half"))
         assert before["ratio"] > 1.5
@@ -205,11 +206,11 @@ def test_files(run, found, tmp_path):
     assert "nan" not in first["attention-words.csv"].decode()
     text = first["attention-words.txt"].decode()
     best = row_of(found, variant="baseline", words="thing", of="best")
-    assert f"block 1, the best: {best['ratio']:.3g} [{best['ratio_low']:.3g}, {best['ratio_high']:.3g}]" in text
-    assert "at seeds 0, 2, quoted at seeds 1, 3" in text
+    assert f"best block 1: {best['ratio']:.3g} [{best['ratio_low']:.3g}, {best['ratio_high']:.3g}]" in text
+    assert "at seeds 0, 2, evaluated at seeds 1, 3" in text
 
 
-def test_points_are_the_findings(run, found):
+def test_the_points_are_the_rows_of_the_table(run, found):
     drawn = words.draw(run, found, run.variants, "page")
     assert [axes.get_title(loc="left") for axes in drawn.axes] == list(words.TITLES.values())
     for axes, kind in zip(drawn.axes, words.TITLES, strict=True):
@@ -221,23 +222,61 @@ def test_points_are_the_findings(run, found):
         assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1", "2", "all", "best\n(1)"]
 
 
-@pytest.mark.parametrize("width", ["column", "page"])
-def test_everything_is_inside(run, found, width):
-    drawn = words.draw(run, found, run.variants, width)
+def inside(drawn) -> None:
     canvas = FigureCanvasAgg(drawn)
     canvas.draw()
     parts = [*drawn.legends, *(text for axes in drawn.axes for text in (axes.xaxis.label, axes.yaxis.label))]
     for box in (part.get_window_extent(canvas.get_renderer()) for part in parts):
         assert 0 <= box.x0 <= box.x1 <= drawn.bbox.width
         assert 0 <= box.y0 <= box.y1 <= drawn.bbox.height
+    assert all(axes.bbox.height > 40 for axes in drawn.axes)
+
+
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_labels_and_legend_are_inside_the_figure(run, found, width):
+    inside(words.draw(run, found, run.variants, width))
+
+
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_a_legend_of_many_long_names_is_inside_the_figure(width):
+    names = ["baseline", *(f"a long name of a variant, number {n}" for n in range(6))]
+    rows = [
+        {"variant": name, "words": kind, "of": of, "block": "0", "n": 4, **dict.fromkeys(wordtable.COLUMNS[5:], 1.5)}
+        for name in names
+        for kind in words.TITLES
+        for of in ("block", "mean", "best")
+    ]
+    program = {f"edit {n}": {"op": "scale", "factor": 0.5, "blocks": [n], "tokens": "text"} for n in range(3)}
+    record = {"variants": {name: {"program": program if name != "baseline" else {}} for name in names}}
+    drawn = words.draw(type("Run", (), {"record": record})(), rows, names, width)
+    inside(drawn)
+    (legend,) = drawn.legends
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert len(shown) == len(names) + 2
+    assert all(any(name[:9] in text for text in shown) for name in names[1:])
+    lines = [line for line in drawn.axes[0].lines if line.get_label() in shown]
+    styles = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len({colour for colour, _ in styles}) == len(styles) == len(lines)  # colour or marker identifies a line
+    markers = [line.get_marker() for line in lines if line.get_marker() != "None"]
+    assert len(set(markers)) == len(markers) == len(names)
+
+
+def test_a_label_that_is_wider_than_the_figure_is_shortened():
+    drawn = style.figure(2, 2)
+    (line,) = drawn.subplots().plot([0, 1])
+    assert legend_below(drawn, [line], ["the first words " + 40 * "x" + " the last words"]) == 1
+    (text,) = drawn.legends[0].get_texts()
+    assert text.get_text().startswith("the first")
+    assert text.get_text().endswith("words")
+    inside(drawn)
 
 
 def test_many_blocks():
-    """As FLUX.1 has: no bar a point, no tick a block, and nothing outside of the axes."""
+    """As in FLUX.1: bands instead of bars, fewer ticks than blocks, and nothing outside of the axes."""
     found = []
     for variant in ("baseline", "half"):
         for of, block in [*(("block", str(i)) for i in range(57)), ("mean", ""), ("best", "8")]:
-            values = dict.fromkeys(words.COLUMNS[5:], 1.5)
+            values = dict.fromkeys(wordtable.COLUMNS[5:], 1.5)
             found.append({"variant": variant, "words": "thing", "of": of, "block": block, "n": 4, **values})
     record = {"variants": {"baseline": {"program": {}}, "half": {"program": ARTICLE["half"]}}}
     drawn = words.draw(type("Run", (), {"record": record})(), found, ["baseline", "half"], "column")
@@ -257,15 +296,15 @@ def test_many_blocks():
         ),
     ],
 )
-def test_captures_that_have_no_answer(captured, said):
+def test_captures_without_words_by_block(captured, said):
     image = Image.fromarray(render(Scene((64, 64), "mist", (Thing("cat", "red", "left", 32, 16, 22),))))
     with pytest.raises(ValueError, match=said):
         wordmaps.cell_shares(image, "a cat", captured)
 
 
-def test_what_cannot_be_drawn(run, tmp_path, capsys):
+def test_wrong_arguments_are_reported(run, tmp_path, capsys):
     image = Image.new("RGB", (64, 64))
-    with pytest.raises(ValueError, match=r"prompt 'a dog' is no caption of fluxlab\.scenes"):
+    with pytest.raises(ValueError, match=r"prompt 'a dog': expected a caption of fluxlab\.scenes"):
         wordmaps.cell_shares(image, "a dog", {})
     one = make_store(tmp_path / "one", {"half": ARTICLE["half"]}, PROMPTS[:1], (7,))
     assert words.main([str(one), "-o", str(tmp_path / "x")]) == 2
@@ -274,5 +313,5 @@ def test_what_cannot_be_drawn(run, tmp_path, capsys):
     assert words.main([str(one), "-o", str(tmp_path / "x")]) == 2
     assert "seeds=2 or more" in capsys.readouterr().err
     assert words.main([str(run.path), "-o", str(tmp_path / "x"), "--variants", "quarter"]) == 2
-    assert "--variants quarter: the store has baseline, half" in capsys.readouterr().err
+    assert "--variants quarter: expected some of baseline, half" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxlab.drawing import attention as draw
-from fluxlab.drawing.pictures import put
+from fluxlab.drawing.pictures import open_cell, put
 from fluxlab.experiment.reading import Run
-from fluxlab.images import open_image
 from fluxlab.probes import Captured, index
 
 if TYPE_CHECKING:
@@ -241,7 +240,7 @@ def cell_title(entry: Mapping[str, Any]) -> str:
 def cell_image(run: Run, entry: Mapping[str, Any]) -> "Image.Image | None":
     """Return the image of a cell in RGB, or None if its file is missing. Raises `UserError` for a damaged file."""
     file = run.image(*cell_key(entry))
-    return open_image(file) if file.is_file() else None
+    return open_cell(file) if file.is_file() else None
 
 
 def _drawn(
