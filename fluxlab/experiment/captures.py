@@ -10,6 +10,7 @@ from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.pipeline import Pipeline
 from fluxlab.probes import INDEX, Probe, index
+from fluxlab.select.masks import compact
 
 Settle = Callable[[Sequence[str]], None]
 """Raises where a batch of these prompts cannot be captured."""
@@ -73,7 +74,7 @@ def write_index(experiment: Experiment, settings: Settings, store: Store) -> Non
         }
         for cell in cells(experiment, settings)
     ]
-    told = {"capture": experiment.capture.to_config(), "digest": experiment.captures, "cells": rows}
+    told = {"capture": compact(experiment.capture.to_config()), "digest": experiment.captures, "cells": rows}
     store.write(INDEX, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 

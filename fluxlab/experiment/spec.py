@@ -13,6 +13,7 @@ from fluxlab.config import ModelRow
 from fluxlab.errors import UserError, join
 from fluxlab.positions import Program
 from fluxlab.probes import Capture
+from fluxlab.select.masks import compact
 
 SCHEMA = 1
 """Of the store and of every cell's key: raised when the meaning of either changes."""
@@ -59,7 +60,7 @@ class Experiment:
         model = {**asdict(self.model), "size": list(self.model.size) if self.model.size else None}
         variants = {name: program.to_config() for name, program in self.variants.items()}
         lists = {"prompts": list(self.prompts), "seeds": list(self.seeds)}
-        capture = self.capture.to_config() if self.capture else {}
+        capture = compact(self.capture.to_config()) if self.capture else {}
         return {**values, **lists, "model": model, "variants": variants, "capture": capture}
 
     @property

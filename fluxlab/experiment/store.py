@@ -94,7 +94,7 @@ class Store:
             "variant": cell.variant,
             "prompt": cell.prompt,
             "seed": cell.seed,
-            "program": cell.program.to_config(),
+            "program": cell.program.to_config(mask_digests=True),
             "digest": cell.program.digest,
             "sha256": hashlib.sha256(content).hexdigest(),
             **notes,

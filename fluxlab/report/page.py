@@ -20,6 +20,7 @@ from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import REFERENCE_NAMES
 from fluxlab.measure.registry import METRICS, about, shown_metrics
 from fluxlab.report.attention import page as attention_page
+from fluxlab.select.masks import compact
 
 REPORT_FILE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -133,7 +134,7 @@ def _run(index: int, name: str, run: Run, embedded: dict[Path, Picture]) -> Row:
                 "variant": variant,
                 "about": run.describe(variant),
                 "digest": record["variants"][variant]["digest"],
-                "yaml": _yaml(variant, record["variants"][variant]["program"]),
+                "yaml": _yaml(variant, compact(record["variants"][variant]["program"], digests=True)),
                 "layout": layout(run, variant, prompts[0]),
                 "cells": [
                     {"prompt": prompt, "seed": seed, "picture": embedded.get(run.image(variant, prompt, seed))}

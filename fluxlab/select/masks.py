@@ -80,10 +80,10 @@ def _to_rows(selected: "np.ndarray") -> list[str]:
 
 
 def compact(value: Any, digests: bool = False) -> Any:
-    """Return a canonical selection or argument with its large masks packed, for a config.
+    """Return a config, or a part of one, in which the masks of more than `LARGEST_ROWS` pixels are packed.
 
-    With `digests`, a large mask is replaced by its size and SHA-256. Such a config identifies the mask but cannot be
-    read back.
+    With `digests`, they are replaced by their size and SHA-256. Such a config identifies the mask but cannot be read
+    back.
     """
     if isinstance(value, Mapping):
         return {
@@ -94,14 +94,19 @@ def compact(value: Any, digests: bool = False) -> Any:
 
 
 def _is_large(mask: Any) -> bool:
+    if isinstance(mask, Mapping):
+        return "packed" in mask
     rows = isinstance(mask, list) and bool(mask) and all(isinstance(row, str) for row in mask)
     return rows and len(mask) * len(mask[0]) > LARGEST_ROWS
 
 
-def _pack(rows: list[str], digest: bool) -> dict[str, Any]:
+def _pack(mask: "list[str] | Mapping", digest: bool) -> dict[str, Any]:
     import numpy as np
 
-    size, bits = [len(rows), len(rows[0])], np.packbits(to_array(rows)).tobytes()
+    if isinstance(mask, Mapping) and not digest:
+        return dict(mask)
+    selected = _unpack(mask, "mask") if isinstance(mask, Mapping) else to_array(mask)
+    size, bits = list(selected.shape), np.packbits(selected).tobytes()
     if digest:
         return {"size": size, "sha256": hashlib.sha256(bits).hexdigest()}
     return {"size": size, "packed": base64.b64encode(zlib.compress(bits, 9)).decode("ascii")}
