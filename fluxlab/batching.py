@@ -1,12 +1,10 @@
-"""What a batch is given, made equal and checked: prompts, seeds, programs, sizes, images. No weights in here."""
+"""Check the inputs of a batch and give them equal lengths: prompts, seeds, programs, sizes, images. No weights."""
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fluxlab import sampling
@@ -21,7 +19,7 @@ Programs = Program | Mapping[str, Any] | Sequence[Program | Mapping[str, Any] | 
 
 
 def read_programs(programs: Programs) -> list[Program] | None:
-    """Read one program or a list of them; errors name `programs` and, in a list, which."""
+    """Return the programs of a batch as a list. Errors name `programs`, and in a list the index."""
     if programs is None:
         return None
     if isinstance(programs, str | Program | Mapping) or not isinstance(programs, Sequence):
@@ -30,19 +28,22 @@ def read_programs(programs: Programs) -> list[Program] | None:
 
 
 def zipped(**columns: "T | Sequence[T] | None") -> "dict[str, list[T] | None]":
-    """Every column at the batch's length; a single value or a sequence of one is repeated, None stays."""
+    """Return every column as a list of the batch's length. A single value is repeated, and None stays None.
+
+    Raises `UserError` for lengths that differ, and for prompts that are not strings.
+    """
     if columns["prompts"] is None:
-        raise UserError("prompts=None: a prompt or a list of them is needed")
+        raise UserError("prompts=None: expected a prompt or a list of prompts")
     lists = {key: _as_list(key, value) for key, value in columns.items() if value is not None}
     sizes = {key: len(value) for key, value in lists.items()}
     batch = max(sizes.values())
     if any(size not in (1, batch) or size == 0 for size in sizes.values()):
         counts = ", ".join(f"{size} {key}" for key, size in sizes.items())
-        raise UserError(f"{counts}: equal numbers are needed, or one that serves all")
+        raise UserError(f"{counts}: expected equal numbers, or one for the whole batch")
     for key in {"prompts", "negative_prompts"} & set(lists):
         wrong = [value for value in lists[key] if not isinstance(value, str)]
         if wrong:
-            raise UserError(f"{key} holds {wrong[0]!r}: strings are needed")
+            raise UserError(f"{key} holds {wrong[0]!r}: expected strings")
     return {key: lists[key] * (batch // sizes[key]) if key in lists else None for key in columns}
 
 
@@ -50,46 +51,36 @@ def _as_list(key: str, value: "T | Sequence[T]") -> "list[T]":
     if isinstance(value, str | Integral):
         return [value]
     if not hasattr(value, "__iter__"):
-        raise UserError(f"{key}={value!r}: one value or a list of them is needed, of strings or whole numbers")
+        raise UserError(f"{key}={value!r}: expected a string or whole number, or a list of them")
     return list(value)
 
 
-def check_guidance(
-    distilled: bool, guidance: float | None, true_cfg: float | None, negative_prompts: Sequence[str] | None
-) -> None:
-    """Raise for what guides and does not fit the model, or each other."""
-    for key, value in (("guidance", guidance), ("true_cfg", true_cfg)):
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise UserError(f"{key}={value!r}: a finite number is needed")
+def check_guidance(distilled: bool, guidance: float | None) -> None:
+    """Raise `UserError` for a guidance strength that the model cannot take."""
     if guidance is not None and not distilled:
         raise UserError(f"guidance={guidance}: this model is not guidance-distilled; leave it out or use true_cfg")
+
+
+def check_negatives(true_cfg: float | None, negative_prompts: Sequence[str] | None) -> None:
+    """Raise `UserError` for negative prompts without `true_cfg`."""
     if true_cfg is None and negative_prompts is not None:
-        raise UserError("negative_prompts act through true_cfg: give it too, for instance true_cfg=4")
+        raise UserError("negative_prompts have no effect without true_cfg: add it, for instance true_cfg=4")
 
 
-def check_length(length: int) -> int:
-    """The number of T5 tokens, a whole number from 1."""
-    if isinstance(length, bool) or not isinstance(length, Integral) or length < 1:
-        raise UserError(f"max_sequence_length={length!r}: a whole number from 1 is needed")
-    return length
-
-
-def check_channels(name: str, read: int, held: int) -> None:
-    """Raise for a transformer that reads more channels a token than latents hold."""
-    if read != held:
+def check_channels(name: str, expected: int, latents: int) -> None:
+    """Raise `UserError` if the transformer expects another number of channels per token than latents have."""
+    if expected != latents:
         raise UserError(
-            f"{name or 'this model'} reads {read} channels a token, latents have {held}: Fill, Canny and Depth need an "
-            "image as condition, which generate() does not take"
+            f"{name or 'this model'} reads {expected} channels per token, latents have {latents}: Fill, Canny and "
+            "Depth need an image as condition, which generate() does not take"
         )
 
 
 def token_grid(height: int, width: int, step: int) -> tuple[int, int]:
-    """Token rows and columns of a size in pixels, `step` of them a token."""
+    """Return the token rows and columns of an image size in pixels. A token covers `step` × `step` pixels."""
     for key, pixels in (("height", height), ("width", width)):
         if isinstance(pixels, bool) or not isinstance(pixels, Integral):
-            raise UserError(f"{key}={pixels!r}: a whole number of pixels is needed")
+            raise UserError(f"{key}={pixels!r}: expected a whole number of pixels")
         if pixels < step or pixels % step:
             below = max(step, pixels // step * step)
             raise UserError(f"{key}={pixels}: must be a multiple of {step}, for instance {below} or {below + step}")
@@ -104,7 +95,7 @@ def context(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Context:
-    """What programs and probes are settled against, for a model of these sizes; dtype: that of the ids."""
+    """Return the context in which programs and probes are resolved, with ids `(1, N, A)` in `dtype` on `device`."""
     axes = len(p.axes_dim)
     ids = torch.cat((sampling.text_ids(1, layout.text, axes), sampling.image_ids(1, *layout.grid, axes)), 1)
     return Context(
@@ -123,33 +114,33 @@ def context(
 def start(
     seeds: Sequence[int], latents: Tensor | None, batch: int, channels: int, grid: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Packed starting noise `(B, N, C)` in fp32: `latents`, or drawn in the model's dtype, as both implementations do.
+    """Return the packed starting noise `(B, N, C)` in fp32, on the CPU unless `latents` are given.
 
-    Raises `UserError` for latents of another shape.
+    Noise is drawn in the model's `dtype`, as in both reference implementations. Raises `UserError` for latents of
+    another shape, or with NaN or infinity.
     """
     rows, cols = grid
     if latents is None:
         return sampling.pack(sampling.noise(seeds, channels // 4, 2 * rows, 2 * cols, dtype)).float()
     if latents.ndim != 3 or latents.shape[1:] != (rows * cols, channels):
         raise UserError(
-            f"latents have shape {tuple(latents.shape)}: packed latents ({batch}, {rows * cols}, {channels}) are "
-            "needed for this size"
+            f"latents have shape {tuple(latents.shape)}: expected packed latents ({batch}, {rows * cols}, {channels}) "
+            "for this size"
         )
+    if not latents.isfinite().all():
+        raise UserError("latents hold NaN or infinity: expected finite numbers")
     return latents.float().expand(batch, -1, -1)
 
 
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """PIL images of a tensor `(B, 3, H, W)` in 0 … 1."""
-    array = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(one) for one in array]
-
-
-def as_tensor(images: Sequence[Image.Image]) -> Tensor:
-    """`(B, 3, H, W)`, fp32 in 0 … 1, of PIL images of one size."""
-    import numpy as np
-
-    sizes = {image.size for image in images}
-    if len(sizes) != 1:
-        raise UserError(f"images of one size are needed, these have {sorted(sizes)} (width, height)")
-    arrays = [np.asarray(image.convert("RGB")) for image in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+def moved(x: Any, device: torch.device, memo: dict[int, Any] | None = None) -> Any:
+    """Return nested tuples, lists and named tuples of tensors on `device`. What is one object stays one object."""
+    memo = {} if memo is None else memo
+    if id(x) not in memo:
+        if isinstance(x, Tensor):
+            memo[id(x)] = x.to(device)
+        elif isinstance(x, list | tuple):
+            parts = [moved(part, device, memo) for part in x]
+            memo[id(x)] = type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+        else:
+            memo[id(x)] = x
+    return memo[id(x)]

@@ -1,7 +1,7 @@
 """Errors that a user can fix, in one to three lines: the key or file, the value, what is accepted."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 LONGEST_NAME = 60
@@ -63,3 +63,30 @@ def text_key(path: str, key: Any, what: str) -> str:
     if not key.strip() or not key.isprintable():
         raise UserError(f"{path or 'program'}: {show(key)}, expected {what} of printable characters")
     return key
+
+
+class NonFiniteError(ArithmeticError):
+    """NaN or infinity where an image was expected. It is never a result.
+
+    steps: for each affected sample, by its index in the batch, the first step (from 0) after which its latents are not
+    finite. None if its latents are finite and the autoencoder returned the value.
+    reasons: for each affected sample, a phrase such as "its latents are not finite after step 3 of 20".
+    results: the images (or latents) of the whole batch, None for the affected samples. The others are what they would
+    have been without them. None if sampling stopped early because no sample was left.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        steps: Mapping[int, int | None] | None = None,
+        reasons: Mapping[int, str] | None = None,
+        results: Sequence[Any] | None = None,
+    ):
+        super().__init__(message)
+        self.steps, self.reasons = dict(steps or {}), dict(reasons or {})
+        self.results = None if results is None else list(results)
+
+    @property
+    def samples(self) -> list[int]:
+        """Return the indices of the affected samples."""
+        return sorted(self.steps)

@@ -1,56 +1,33 @@
-"""Text and image ends around the transformer: prompts and seeds in, images out."""
+"""The pipeline: prompts and seeds to images, and images back to noise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fluxlab import batching, positions, sampling
 from fluxlab.batching import Programs
 from fluxlab.errors import UserError
-from fluxlab.model import AutoEncoder, Flux
-from fluxlab.model.text import TextEncoders
+from fluxlab.parts import ModelParts
+from fluxlab.pixels import Images
 from fluxlab.positions import Program
 from fluxlab.probes import Probe
+from fluxlab.progress import Progress
+from fluxlab.sampling import FiniteCheck, Sampling
 
 if TYPE_CHECKING:
-    from os import PathLike
+    from PIL import Image
+
+OUTPUTS = ("pil", "latent", "pt")
 
 
 @dataclass
-class Pipeline:
-    """A FLUX model with all its parts, and the settings it was made for.
+class Pipeline(ModelParts):
+    """Sample images from prompts and seeds, and invert images to noise. The fields are those of `ModelParts`."""
 
-    `size` is (height, width) in pixels; `guidance` is the distilled guidance strength, None for a model without.
-    """
-
-    transformer: Flux
-    autoencoder: AutoEncoder
-    text: TextEncoders
-    schedule: sampling.Schedule
-    steps: int
-    guidance: float | None
-    max_sequence_length: int
-    size: tuple[int, int]
-    name: str = ""
-    _encoded: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-
-    @property
-    def device(self) -> torch.device:
-        return self.transformer.img_in.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.transformer.img_in.weight.dtype
-
-    @property
-    def pixels_per_token(self) -> int:
-        return 2 * self.autoencoder.params.factor
-
-    @torch.inference_mode()
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -67,174 +44,182 @@ class Pipeline:
         output: str = "pil",
         max_sequence_length: int | None = None,
         truncate: bool = False,
+        unknown_words: str = "error",
         timestep_rounding: str | None = None,
         on_step: sampling.OnStep | None = None,
         probe: Probe | None = None,
+        progress: bool = False,
     ) -> "list[Image.Image] | Tensor":
-        """One image for each (prompt, seed, program), in one batch; a list of length one serves all. None means the
-        model's own.
+        """Return one image for each (prompt, seed, program), sampled as one batch.
 
-        `programs` edit position ids and attention (`fluxlab.positions`); a program that names words finds them in its
-        sample's prompt, and leaves a negative prompt's words alone.
-        height and width in pixels; `latents` packed noise `(B, N, C)` in the seeds' place. `true_cfg` > 1 guides away
-        from `negative_prompts` ("" unless given) with a second forward a step. `truncate` lets a prompt of more than
-        `max_sequence_length` T5 tokens lose its end. `timestep_rounding` ("bfl", "diffusers") feeds the model the
-        timesteps that a bf16 run of that implementation would. `on_step(i, t, x)` sees the latents after each step.
-        A `probe` looks on at attention (`fluxlab.probes`), and has what it saw in `probe.arrays` afterwards.
+        A list of length one, or a single value, serves the whole batch. None means the model's own value.
 
-        Returns PIL images, or with output="latent" the packed latents `(B, N, C)` in fp32, or with output="pt" images
-        `(B, 3, H, W)` in 0 … 1. Raises `UserError` for whatever does not fit together.
+        programs: edits of position ids and attention (`fluxlab.positions`). A program that names words finds them in
+            the prompt of its sample, and leaves the negative prompt alone.
+        height, width: in pixels.
+        latents: packed noise `(B, N, C)` in place of the seeds.
+        true_cfg: above 1, guide away from `negative_prompts` ("" by default) with a second forward per step.
+        output: "pil" for PIL images, "pt" for a tensor `(B, 3, H, W)` in 0 … 1, "latent" for packed latents
+            `(B, N, C)` in fp32.
+        truncate: cut prompts of more than `max_sequence_length` T5 tokens. By default they are an error.
+        unknown_words: "error" or "allow" for words that a text encoder does not know.
+        timestep_rounding: "bfl" or "diffusers" feeds the model the timesteps of a bf16 run of that implementation.
+        on_step: called as `on_step(i, t, x)` with the latents after each step.
+        probe: observes attention (`fluxlab.probes`). The results are in `probe.arrays` afterwards.
+        progress: show the step on the terminal.
+
+        Raises `UserError` for arguments that do not fit together or do not fit the model, and `NonFiniteError` if a
+        sample becomes NaN or infinite: no image is made of it. The error holds the images of the other samples.
         """
-        if output not in ("pil", "latent", "pt"):
-            raise UserError(f"output {output!r}: expected pil, latent or pt")
+        settings = Sampling(
+            steps=steps,
+            height=height,
+            width=width,
+            guidance=guidance,
+            true_cfg=true_cfg,
+            max_sequence_length=max_sequence_length,
+            timestep_rounding=timestep_rounding,
+            truncate=truncate,
+            unknown_words=unknown_words,
+        )
+        return self.sample(
+            prompts,
+            seeds,
+            programs,
+            settings,
+            negative_prompts=negative_prompts,
+            latents=latents,
+            output=output,
+            on_step=on_step,
+            probe=probe,
+            progress=progress,
+        )
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int],
+        programs: Programs,
+        settings: Sampling,
+        *,
+        negative_prompts: str | Sequence[str] | None = None,
+        latents: Tensor | None = None,
+        output: str = "pil",
+        on_step: sampling.OnStep | None = None,
+        probe: Probe | None = None,
+        progress: bool = False,
+    ) -> "list[Image.Image] | Tensor":
+        """Return the images of `generate`, with its settings as one object.
+
+        `negative_prompts`, one per sample, replace `settings.negative_prompt`.
+        """
+        if output not in OUTPUTS:
+            raise UserError(f"output={output!r}: expected {', '.join(OUTPUTS)}")
         if probe is not None and not isinstance(probe, Probe):
-            raise UserError(f"probe={probe!r}: a fluxlab.probes.Probe is needed, for instance Probe('words')")
-        rows, cols = self.grid(height, width)
-        length = batching.check_length(self.max_sequence_length if max_sequence_length is None else max_sequence_length)
+            raise UserError(f"probe={probe!r}: expected a fluxlab.probes.Probe, for instance Probe('words')")
+        settings = self.resolve(settings)
         batch = batching.zipped(
             prompts=prompts,
             seeds=seeds,
-            negative_prompts=negative_prompts,
+            negative_prompts=settings.negative_prompt if negative_prompts is None else negative_prompts,
             latents=latents,
             programs=batching.read_programs(programs),
         )
+        rows, cols = self.grid(settings.height, settings.width)
+        sigmas = self.schedule.times(settings.steps, rows * cols)
         shape = len(batch["prompts"]), 4 * self.autoencoder.params.z_channels
         x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype).to(self.device)
-        sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
         velocity = self._velocity(
-            batch["prompts"],
-            batch["negative_prompts"],
-            (rows, cols),
-            sigmas,
-            programs=batch["programs"],
-            guidance=guidance,
-            true_cfg=true_cfg,
-            length=length,
-            truncate=truncate,
-            rounding=timestep_rounding,
-            probe=probe,
+            batch["prompts"], batch["negative_prompts"], batch["programs"], settings, (rows, cols), sigmas, probe
         )
-        x = sampling.euler(velocity, x, sigmas, on_step)
-        return x if output == "latent" else self.decode(x, rows, cols, output)
+        names = sampling.sample_names(batch["prompts"], batch["seeds"] if latents is None else None)
+        finite = FiniteCheck(
+            names, settings.steps, self.dtype, lambda i: self._text_fault(batch["prompts"][i], settings)
+        )
+        with Progress("sampling", settings.steps) if progress else nullcontext() as bar:
+            x = sampling.euler(velocity, x, sigmas, finite.watch(on_step, bar))
+        images = x if output == "latent" else self._decode(x, rows, cols, output, finite)
+        if finite.steps:
+            raise finite.error(images)
+        return images
 
     @torch.inference_mode()
     def check(
         self,
         prompts: Sequence[str],
         programs: Sequence[Program] | None,
-        height: int | None = None,
-        width: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        true_cfg: float | None = None,
-        negative_prompt: str | None = None,
+        settings: Sampling,
         probe: Probe | None = None,
     ) -> None:
-        """Raise the `UserError` that `generate` would for a batch of (prompt, program) pairs, before it is run."""
-        rows, cols = self.grid(height, width)
-        sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
-        negatives = None if negative_prompt is None else [negative_prompt] * len(prompts)
-        self._velocity(
-            prompts,
-            negatives,
-            (rows, cols),
-            sigmas,
-            programs=programs,
-            guidance=guidance,
-            true_cfg=true_cfg,
-            probe=probe,
-        )
+        """Raise the `UserError` that `sample` would raise for a batch of (prompt, program) pairs, without sampling."""
+        settings = self.resolve(settings)
+        negatives = None if settings.negative_prompt is None else [settings.negative_prompt] * len(prompts)
+        rows, cols = self.grid(settings.height, settings.width)
+        sigmas = self.schedule.times(settings.steps, rows * cols)
+        self._velocity(prompts, negatives, programs, settings, (rows, cols), sigmas, probe)
 
     @torch.inference_mode()
     def invert(
         self,
-        images: "Image.Image | Sequence[Image.Image] | Tensor",
+        images: Images,
         prompts: str | Sequence[str],
         steps: int | None = None,
         guidance: float | None = None,
         *,
         programs: Programs = None,
         iterations: int = 3,
+        max_sequence_length: int | None = None,
         truncate: bool = False,
+        unknown_words: str = "error",
+        value_range: tuple[float, float] = (0, 1),
         on_step: sampling.OnStep | None = None,
     ) -> Tensor:
-        """Packed noise `(B, N, C)`, fp32, from which `generate(prompts, latents=noise)` returns to the images.
+        """Return the packed noise `(B, N, C)`, fp32, of which `generate(prompts, latents=noise)` makes the images again.
 
-        `images` are PIL images or a tensor `(B, 3, H, W)` in 0 … 1; `iterations` as in `sampling.invert`, `programs` as
-        in `generate`.
+        images, value_range: as in `encode`. iterations: as in `sampling.invert`. The other arguments: as in
+        `generate`. Raises `NonFiniteError` if the latents become NaN or infinite.
         """
-        x, rows, cols = self.encode(images)
-        batch = batching.zipped(prompts=prompts, latents=x, programs=batching.read_programs(programs))
-        sigmas = self.schedule.times(self.steps if steps is None else steps, rows * cols)
-        velocity = self._velocity(
-            batch["prompts"],
-            None,
-            (rows, cols),
-            sigmas,
-            programs=batch["programs"],
-            guidance=guidance,
-            truncate=truncate,
+        x, rows, cols = self.encode(images, value_range)
+        settings = self.resolve(
+            Sampling(
+                steps=steps,
+                guidance=guidance,
+                max_sequence_length=max_sequence_length,
+                truncate=truncate,
+                unknown_words=unknown_words,
+            )
         )
-        return sampling.invert(velocity, x.expand(len(batch["prompts"]), -1, -1), sigmas, iterations, on_step)
-
-    @torch.inference_mode()
-    def encode(self, images: "Image.Image | Sequence[Image.Image] | Tensor") -> tuple[Tensor, int, int]:
-        """Packed latents `(B, N, C)`, fp32, of images of one size, and their token grid (rows, cols)."""
-        if not isinstance(images, Tensor):
-            images = batching.as_tensor([images] if isinstance(images, Image.Image) else images)
-        rows, cols = self.grid(*images.shape[-2:])
-        weight = self.autoencoder.encoder.conv_in.weight
-        z = self.autoencoder.encode(2 * images.to(weight.device, weight.dtype) - 1)
-        return sampling.pack(z).float().to(self.device), rows, cols
-
-    @torch.inference_mode()
-    def decode(self, x: Tensor, rows: int, cols: int, output: str = "pil") -> "list[Image.Image] | Tensor":
-        """Images of packed latents `(B, rows · cols, C)`: PIL, or a tensor `(B, 3, H, W)` in 0 … 1 for output="pt"."""
-        weight = self.autoencoder.decoder.conv_in.weight
-        z = sampling.unpack(x, rows, cols).to(weight.device, weight.dtype)
-        images = (self.autoencoder.decode(z).float() / 2 + 0.5).clamp(0, 1)
-        return images if output == "pt" else batching.to_pil(images)
-
-    def encode_prompt(self, prompt: str, length: int | None = None, truncate: bool = False) -> tuple[Tensor, Tensor]:
-        """`(txt, y)` of a prompt, `(1, L, C)` and `(1, V)`; encoded once and kept."""
-        length = self.max_sequence_length if length is None else length
-        if (prompt, length) not in self._encoded:
-            txt, y = self.text.encode(prompt, length, truncate)
-            self._encoded[prompt, length] = tuple(part.to(self.device, self.dtype) for part in (txt, y))
-        return self._encoded[prompt, length]
-
-    def save(self, folder: "str | PathLike[str]") -> None:
-        """Write a Diffusers folder: fluxlab and Diffusers' `FluxPipeline.from_pretrained` both load it."""
-        from fluxlab.checkpoints import save_pipeline
-
-        save_pipeline(folder, self.transformer, self.autoencoder, self.text, self.schedule)
+        batch = batching.zipped(prompts=prompts, latents=x, programs=batching.read_programs(programs))
+        prompts = batch["prompts"]
+        sigmas = self.schedule.times(settings.steps, rows * cols)
+        velocity = self._velocity(prompts, None, batch["programs"], settings, (rows, cols), sigmas)
+        finite = FiniteCheck(
+            sampling.sample_names(prompts), settings.steps, self.dtype, lambda i: self._text_fault(prompts[i], settings)
+        )
+        noise = sampling.invert(velocity, x.expand(len(prompts), -1, -1), sigmas, iterations, finite.watch(on_step))
+        if finite.steps:
+            raise finite.error(noise)
+        return noise
 
     def _velocity(
         self,
         prompts: Sequence[str],
         negative_prompts: Sequence[str] | None,
+        programs: Sequence[Program] | None,
+        settings: Sampling,
         grid: tuple[int, int],
         sigmas: Sequence[float],
-        *,
-        programs: Sequence[Program] | None = None,
-        guidance: float | None = None,
-        true_cfg: float | None = None,
-        length: int | None = None,
-        truncate: bool = False,
-        rounding: str | None = None,
         probe: Probe | None = None,
     ) -> sampling.Velocity:
-        """The velocity field of a batch: everything but x and t is settled here, once."""
-        p = self.transformer.params
-        batching.check_channels(self.name, p.in_channels, 4 * self.autoencoder.params.z_channels)
-        batching.check_guidance(p.guidance_embed, guidance, true_cfg, negative_prompts)
-        batch = len(prompts)
-        strength = None
-        if p.guidance_embed:
-            strength = torch.full((batch,), float(self.guidance if guidance is None else guidance), device=self.device)
-            strength = sampling.round_timesteps(strength, rounding and "bfl")
-
-        length = self.max_sequence_length if length is None else length
+        """Return the velocity field of a batch, a function of x and t. Everything else is computed here, once."""
+        batch, length, rounding = len(prompts), settings.max_sequence_length, settings.timestep_rounding
+        batching.check_negatives(settings.true_cfg, negative_prompts)
+        self.text.check([*prompts, *(negative_prompts or ())], length, settings.truncate, settings.unknown_words)
+        guidance = None
+        if self.transformer.params.guidance_embed:
+            guidance = _filled(batch, settings.guidance, self.device)
+            guidance = sampling.round_timesteps(guidance, rounding and "bfl")
         compiled = self._compile(programs, prompts, length, grid, sigmas)
         if probe is not None:
             probe.begin(self.context(prompts, length, grid, sigmas), batch)
@@ -242,25 +227,27 @@ class Pipeline:
         def conditioned(
             texts: Sequence[str], compiled: positions.Compiled, probe: Probe | None = None
         ) -> sampling.Velocity:
-            encoded = [self.encode_prompt(text, length, truncate) for text in texts]
+            encoded = [self.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
             txt, y = (torch.cat(parts) for parts in zip(*encoded, strict=True))
 
             def velocity(x: Tensor, t: float) -> Tensor:
-                times = sampling.round_timesteps(torch.full((batch,), t, device=self.device), rounding)
-                rotary, mask = compiled.at(t)
+                times = sampling.round_timesteps(_filled(batch, t, self.device), rounding)
+                rotary, mask = _placed(compiled.at(t), self.device)
                 taps = None if probe is None else probe.taps(compiled.step(t))
                 x = x.to(self.dtype)
-                return self.transformer(x, None, txt, None, times, y, strength, rotary=rotary, mask=mask, taps=taps)
+                return self.transformer(x, None, txt, None, times, y, guidance, rotary=rotary, mask=mask, taps=taps)
 
             return velocity
 
-        if true_cfg is None or true_cfg == 1:  # v⁻ + 1 · (v⁺ - v⁻) is v⁺
+        if settings.true_cfg in (None, 1):  # v⁻ + 1 · (v⁺ - v⁻) is v⁺
             return conditioned(prompts, compiled, probe)
         negatives = [""] * batch if negative_prompts is None else negative_prompts
-        without = compiled  # a negative prompt's words are others: edits of words leave them alone
-        if any(program.names_words for program in programs or ()):
+        without = compiled
+        if any(program.names_words for program in programs or ()):  # edits of words do not apply to negative prompts
             without = self._compile(programs, None, length, grid, sigmas)
-        return sampling.with_negative(conditioned(prompts, compiled, probe), conditioned(negatives, without), true_cfg)
+        return sampling.with_negative(
+            conditioned(prompts, compiled, probe), conditioned(negatives, without), settings.true_cfg
+        )
 
     def _compile(
         self,
@@ -270,31 +257,47 @@ class Pipeline:
         grid: tuple[int, int],
         sigmas: Sequence[float],
     ) -> positions.Compiled:
-        """Rotary tables and masks of a batch of programs; `prompts` None for texts that have none of their words."""
+        """Compile the programs of a batch. `prompts` is None for texts that do not have the words of the programs."""
         programs = programs or [Program()]
         named = None
         if any(program.names_words for program in programs):
             named = [None] if prompts is None else prompts
-        return positions.compile_programs(programs, self.context(named, length, grid, sigmas))
+        return positions.compile_programs(
+            programs, self.context(named, length, grid, sigmas, _table_device(self.device))
+        )
 
     def context(
-        self, prompts: Sequence[str | None] | None, length: int, grid: tuple[int, int], sigmas: Sequence[float]
+        self,
+        prompts: Sequence[str | None] | None,
+        length: int,
+        grid: tuple[int, int],
+        sigmas: Sequence[float],
+        device: torch.device | None = None,
     ) -> positions.Context:
-        """What programs and probes are settled against: `length` text tokens, a token grid, one value more than steps.
+        """Return the context in which programs and probes are resolved.
 
-        `prompts` None where nothing depends on words, a None among them for a text that has none of them.
+        prompts: None if nothing depends on words; None in the list for a text without the words that are named.
+        length: number of text tokens. grid: token rows and columns. sigmas: one value more than there are steps.
         """
         layout = positions.Layout(length, grid, pixels_per_token=self.pixels_per_token)
-        spelt = prompts and [None if prompt is None else self._prompt(prompt, length) for prompt in prompts]
+        spans = prompts and [None if prompt is None else self._prompt(prompt, length) for prompt in prompts]
         ids = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return batching.context(self.transformer.params, layout, sigmas, spelt, self.device, ids)
+        return batching.context(self.transformer.params, layout, sigmas, spans, device or self.device, ids)
 
     def _prompt(self, prompt: str, length: int) -> positions.Prompt:
-        """A prompt with the characters that each of its T5 tokens stands for."""
+        """Return a prompt with the range of characters that each of its T5 tokens covers."""
         spans = self.text.t5_tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
         return positions.Prompt(prompt, tuple(map(tuple, spans.offset_mapping)))
 
-    def grid(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Token rows and columns of an image size; `UserError` with the nearest sizes for one that does not divide."""
-        height, width = self.size[0] if height is None else height, self.size[1] if width is None else width
-        return batching.token_grid(height, width, self.pixels_per_token)
+
+def _table_device(device: torch.device) -> torch.device:
+    """Return where programs are compiled. Angles are computed in fp64, which MPS does not have."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _placed(placement: positions.Placement, device: torch.device) -> positions.Placement:
+    return placement if _table_device(device) == device else batching.moved(placement, device)
+
+
+def _filled(batch: int, value: float, device: torch.device) -> Tensor:
+    return torch.full((batch,), float(value), dtype=torch.float32, device=device)

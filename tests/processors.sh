@@ -3,9 +3,9 @@
 #
 #     tests/processors.sh [pytest arguments; default: tests/numerics tests/integration]
 #
-# PyTorch, MKL and oneDNN choose their kernels by the processor. These variables make them choose those of an older one,
-# so that a test that depends on the last bit of one vector library fails here and not on somebody else's machine. Every
-# value is combined with one and with two threads. On an AMD processor MKL ignores its variable.
+# PyTorch, MKL and oneDNN choose their kernels by the processor. These variables make them choose the kernels of an older
+# processor, so that a test that depends on the last bit of one vector library fails here and not on another machine.
+# Each library runs with one and with two threads. On AMD processors MKL ignores its variable.
 PYTHON="${PYTHON:-python3}"
 [ $# -gt 0 ] || set -- tests/numerics tests/integration -m "not soak"
 failed=""
@@ -16,13 +16,12 @@ while read -r threads settings; do
         failed="$failed
    $settings, $threads thread(s)"
 done << 'SETTINGS'
-1 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=AVX2
-2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
-1 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+1 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2
 2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2
-1 MKL_ENABLE_INSTRUCTIONS=AVX2
-2 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+1 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2
+2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 1 ONEDNN_MAX_CPU_ISA=AVX2
+2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
 SETTINGS
 [ -z "$failed" ] || { echo "failed with:$failed"; exit 1; }
 echo "all settings pass"

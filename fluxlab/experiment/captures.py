@@ -26,7 +26,7 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: boo
 
     def settle(prompts: Sequence[str]) -> None:
         probe = Probe(experiment.capture)
-        pipe.check(prompts, None, settings.height, settings.width, settings.steps, probe=probe)
+        pipe.check(prompts, None, settings.sampling, probe=probe)
 
     told = [_refusal(settle, [prompt]) for prompt in experiment.prompts]
     refused = [(prompt, message) for prompt, message in zip(experiment.prompts, told, strict=True) if message]

@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxlab.experiment.spec import REFERENCE_NAMES, SCHEMA, Experiment
 from fluxlab.positions import Program, shifted
+from fluxlab.sampling import Sampling
 
 FLOOR_SHIFT = (3.0, -2.5, 7.0)
 """The constant that the noise floor shifts all ids by: (index, row, col), as the parity tests have it."""
@@ -37,6 +38,19 @@ class Settings:
     kernel: str
     tokens: int
     pixels_per_token: int
+
+    @property
+    def sampling(self) -> Sampling:
+        """What `Pipeline.sample` takes."""
+        return Sampling(
+            steps=self.steps,
+            height=self.height,
+            width=self.width,
+            guidance=self.guidance,
+            true_cfg=self.true_cfg,
+            negative_prompt=self.negative_prompt,
+            max_sequence_length=self.max_sequence_length,
+        )
 
 
 _NOT_IN_KEY = ("batch_tokens", "threads", "kernel", "tokens", "pixels_per_token", "device")

@@ -126,16 +126,11 @@ def run_batch(
     wanted = experiment.captures if folder == CELLS else ""
     lacking = [i for i, cell in enumerate(batch) if wanted and not store.has_arrays(cell, wanted)]
     probe = Probe(experiment.capture) if lacking else None
-    images = pipe.generate(
+    images = pipe.sample(
         [cell.prompt for cell in batch],
         [cell.seed for cell in batch],
         [cell.program for cell in batch],
-        height=settings.height,
-        width=settings.width,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        true_cfg=settings.true_cfg,
-        negative_prompts=settings.negative_prompt,
+        settings.sampling,
         probe=probe,
     )
     arrays = probe.arrays if probe else {}
@@ -203,20 +198,14 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
             f"this folder's pictures were made with the attention kernel {settings.kernel!r}, here it would be "
             f"{now!r}; name another out= folder"
         )
+    sampling = settings.sampling
+    texts = [*experiment.prompts, *([sampling.negative_prompt] if sampling.negative_prompt else [])]
+    pipe.text.check(texts, settings.max_sequence_length, sampling.truncate, sampling.unknown_words)
     untouched, worded = experiment.variants[experiment.baseline], []
     for program in experiment.variants.values():
         worded += [(prompt, program) for prompt in experiment.prompts[: None if program.names_words else 1]]
     for prompt, program in [*((prompt, untouched) for prompt in experiment.prompts), *worded]:
-        pipe.check(
-            [prompt],
-            [program],
-            settings.height,
-            settings.width,
-            settings.steps,
-            settings.guidance,
-            settings.true_cfg,
-            settings.negative_prompt,
-        )
+        pipe.check([prompt], [program], settings.sampling)
 
 
 def halved(settings: Settings, error: Exception) -> Settings:

@@ -43,10 +43,18 @@ def rotary_table(ids: Float[Tensor, "b n a"], axes_dim: Sequence[int], theta: fl
     """
     if ids.shape[-1] != len(axes_dim):
         raise UserError(f"ids have {ids.shape[-1]} axes, the model has {len(axes_dim)} (axes_dim {tuple(axes_dim)})")
+    exact = _on_fp64_device(ids).double()
     angles = torch.cat(
-        [ids[..., a, None].double() * frequencies(dim, theta).to(ids.device) for a, dim in enumerate(axes_dim)], dim=-1
+        [exact[..., a, None] * frequencies(dim, theta).to(exact.device) for a, dim in enumerate(axes_dim)], dim=-1
     )[:, None]  # (B, 1, N, d/2)
-    return Rotary(angles.cos().to(ids.dtype), angles.sin().to(ids.dtype))
+    return Rotary(*(part.to(ids.dtype).to(ids.device) for part in (angles.cos(), angles.sin())))
+
+
+def _on_fp64_device(ids: Tensor) -> Tensor:
+    """Return `ids` where fp64 exists: on the host for devices such as MPS. Meta tensors have a shape only."""
+    if ids.device.type in ("cpu", "cuda"):
+        return ids
+    return torch.zeros(ids.shape, dtype=ids.dtype) if ids.is_meta else ids.cpu()
 
 
 def apply_rotary(x: Tensor, table: Rotary) -> Tensor:

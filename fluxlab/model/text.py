@@ -1,5 +1,8 @@
-"""FLUX.1's two text encoders: CLIP for one pooled vector a prompt, T5 for a sequence of tokens."""
+"""The two text encoders of FLUX.1: CLIP for one pooled vector per prompt, T5 for a sequence of tokens."""
 
+import difflib
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,19 +10,36 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxlab.errors import UserError
+from fluxlab.errors import UserError, show
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
 
 def words_cut(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> str:
-    """The end of `prompt` that does not fit into `length` tokens, from the start of a word; "" if all of it fits."""
+    """Return the end of `prompt` that does not fit into `length` tokens, from the start of a word. "" if all fits."""
     spans = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True).offset_mapping
     if len(spans) <= length:
         return ""
-    kept = prompt[: spans[length - 1][0]]  # the end mark takes the last place
+    kept = prompt[: spans[length - 1][0]]  # the end-of-sequence token takes the last place
     return prompt[len(kept) if prompt[len(kept)].isspace() else kept.rfind(" ") + 1 :].strip()
+
+
+def unknown_parts(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[str]:
+    """Return the parts of `prompt` that do not reach the encoder, in order and without repetition.
+
+    These are the parts that become the unknown token or another special token, and letters, digits and symbols that
+    become no token at all. Dropped punctuation, white space and control characters do not count.
+    """
+    encoded = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
+    special = set(tokenizer.all_special_ids)
+    covered, spans = set(), []
+    for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+        covered |= set(range(start, end))
+        if token in special and end > start:  # the tokens that the tokenizer adds itself have empty spans
+            spans.append((start, prompt[start:end].strip()))
+    spans += [(i, c) for i, c in enumerate(prompt) if i not in covered and unicodedata.category(c)[0] in "LNS"]
+    return list(dict.fromkeys(part for _, part in sorted(spans) if part))
 
 
 @dataclass(frozen=True)
@@ -31,24 +51,49 @@ class TextEncoders:
     t5_tokenizer: "PreTrainedTokenizerBase"
     t5: "T5EncoderModel"
 
+    @property
+    def vocabulary(self) -> tuple[str, ...] | None:
+        """The words that T5 knows, sorted, if its tokenizer has one token per word. None for FLUX.1's own T5, whose
+        tokens are parts of words.
+        """
+        tokenizer = self.t5_tokenizer
+        if type(tokenizer.backend_tokenizer.model).__name__ != "WordLevel":
+            return None
+        return tuple(sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)))
+
+    def check(
+        self, prompts: Sequence[str], max_sequence_length: int, truncate: bool = False, unknown_words: str = "error"
+    ) -> None:
+        """Raise `UserError` if a part of a prompt would not reach the model.
+
+        Prompts of more than `max_sequence_length` T5 tokens are rejected unless `truncate`. Words that a tokenizer
+        does not know are rejected unless `unknown_words` is "allow". CLIP reads the first 77 tokens only, as in both
+        reference implementations. That is not an error: CLIP's vector is a summary, and T5 reads all words.
+        """
+        for prompt in prompts if not truncate else ():
+            if cut := words_cut(self.t5_tokenizer, prompt, max_sequence_length):
+                raise UserError(
+                    f"prompt of more than max_sequence_length={max_sequence_length} tokens: {_ends(cut)!r} would be "
+                    "cut\nShorten it, raise max_sequence_length, or set truncate=True."
+                )
+        for prompt in prompts if unknown_words != "allow" else ():
+            tokenizers = (self.t5_tokenizer, self.clip_tokenizer)
+            unknown = dict.fromkeys(part for tokenizer in tokenizers for part in unknown_parts(tokenizer, prompt))
+            if unknown:
+                raise UserError(_unknown_message(prompt, list(unknown), self.vocabulary))
+
     @torch.inference_mode()
     def encode(
-        self, prompt: str, max_sequence_length: int, truncate: bool = False
+        self, prompt: str, max_sequence_length: int, truncate: bool = False, unknown_words: str = "error"
     ) -> tuple[Float[Tensor, "1 l t"], Float[Tensor, "1 v"]]:
-        """`(txt, y)` of one prompt: T5's last layer `(1, max_sequence_length, d_model)` and CLIP's pooled output.
+        """Return `(txt, y)` of one prompt: T5's last layer `(1, max_sequence_length, d_model)` and CLIP's pooled output.
 
-        As in both public implementations the padding is attended to, and CLIP reads the first 77 tokens only: it
-        summarises, T5 carries the words. A prompt of more T5 tokens than `max_sequence_length` raises `UserError`
-        with the words that would be lost, unless `truncate`.
+        The padding is attended to, as in both reference implementations. Raises `UserError` as `check` does.
         """
-        if not truncate and (cut := words_cut(self.t5_tokenizer, prompt, max_sequence_length)):
-            raise UserError(
-                f"prompt is longer than max_sequence_length={max_sequence_length} tokens: {_ends(cut)!r} would be cut. "
-                "Shorten it, raise max_sequence_length, or pass truncate=True"
-            )
+        self.check([prompt], max_sequence_length, truncate, unknown_words)
         txt = self.t5(self._ids(self.t5_tokenizer, prompt, max_sequence_length).to(self.t5.device))[0]
         clip_ids = self._ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
-        # which token is pooled is CLIPTextModel's business: the largest id, or the first end mark (eos_token_id != 2)
+        # CLIPTextModel chooses the token to pool: the largest id, or the first end mark (eos_token_id != 2)
         return txt, self.clip(clip_ids.to(self.clip.device)).pooler_output
 
     @staticmethod
@@ -56,6 +101,21 @@ class TextEncoders:
         return tokenizer(
             [prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
+
+
+def _unknown_message(prompt: str, unknown: list[str], vocabulary: tuple[str, ...] | None) -> str:
+    listed = ", ".join(repr(part) for part in unknown[:5]) + (
+        f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    )
+    go_on = "Set unknown_words='allow' to go on: the text encoders then read a placeholder for each of them."
+    if vocabulary is None:
+        return f"prompt {show(prompt)}: the text encoders have no token for {listed}\n{go_on}"
+    close = {part: difflib.get_close_matches(part.lower(), vocabulary, 1, 0.5) for part in unknown[:5]}
+    hints = ", ".join(f"{matches[0]} for {part}" for part, matches in close.items() if matches)
+    return (
+        f"prompt {show(prompt)}: the model does not know {listed}{f'; did you mean {hints}?' if hints else ''}\n"
+        f"It knows {', '.join(vocabulary)}.\n{go_on}"
+    )
 
 
 def _ends(words: str, most: int = 200) -> str:

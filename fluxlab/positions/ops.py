@@ -138,7 +138,7 @@ def warp(ids: Tensor, scope: Scope, field: Sequence | Tensor) -> Tensor:
 @op("jitter", {"std": kind.per_axis, "seed": kind.seed})
 def jitter(ids: Tensor, scope: Scope, std: PerAxis, seed: int = 0) -> Tensor:
     """Normal noise of `std` tokens added, drawn on the CPU for (token, axis) in order."""
-    drawn = torch.randn(ids.shape, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(ids.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
     return ids + drawn.to(ids) * per_axis(std, ids)
 
 

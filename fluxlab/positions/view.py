@@ -75,7 +75,7 @@ def sequence(
         raise UserError(f"axes_dim: {tuple(axes_dim)}, expected an even number for each of {', '.join(AXES)}")
     if not 1 < theta < math.inf:
         raise UserError(f"theta: {theta!r}, expected a finite number above 1")
-    kinds = [torch.zeros(text, len(AXES))]
+    kinds = [torch.zeros(text, len(AXES), dtype=torch.float32)]
     for index, (rows, cols) in enumerate((grid, *references)):
         kinds.append(
             torch.cartesian_prod(torch.tensor([float(index)]), torch.arange(float(rows)), torch.arange(float(cols)))

@@ -1,23 +1,29 @@
-"""From noise to latents and back: plain functions around a velocity field `v(x, t)`."""
+"""Sampling: settings, noise, schedules, and the loops from noise to latents and back, around a velocity `v(x, t)`."""
 
 from fluxlab.sampling.denoise import OnStep, Velocity, euler, round_timesteps, with_negative
+from fluxlab.sampling.finite import FiniteCheck, finite_samples, sample_names
 from fluxlab.sampling.invert import invert
 from fluxlab.sampling.latents import image_ids, pack, text_ids, unpack
 from fluxlab.sampling.noise import noise
 from fluxlab.sampling.schedule import FLUX_SCHEDULE, Schedule, read_schedule, schedule
+from fluxlab.sampling.settings import Sampling
 
 __all__ = [
     "FLUX_SCHEDULE",
+    "FiniteCheck",
     "OnStep",
+    "Sampling",
     "Schedule",
     "Velocity",
     "euler",
+    "finite_samples",
     "image_ids",
     "invert",
     "noise",
     "pack",
     "read_schedule",
     "round_timesteps",
+    "sample_names",
     "schedule",
     "text_ids",
     "unpack",

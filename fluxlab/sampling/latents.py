@@ -18,7 +18,7 @@ def unpack(tokens: Float[Tensor, "b n c4"], rows: int, cols: int) -> Float[Tenso
 
 def image_ids(batch: int, rows: int, cols: int, axes: int = 3) -> Float[Tensor, "b n a"]:
     """FLUX.1's ids of an image: (0, row, col) for each token in raster order, fp32."""
-    ids = torch.zeros(rows, cols, axes)
+    ids = torch.zeros(rows, cols, axes, dtype=torch.float32)
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(cols)[None, :]
     return rearrange(ids, "h w a -> 1 (h w) a").repeat(batch, 1, 1)
@@ -26,4 +26,4 @@ def image_ids(batch: int, rows: int, cols: int, axes: int = 3) -> Float[Tensor, 
 
 def text_ids(batch: int, tokens: int, axes: int = 3) -> Float[Tensor, "b l a"]:
     """FLUX.1's ids of a text: zeros, fp32. The order of words is T5's business."""
-    return torch.zeros(batch, tokens, axes)
+    return torch.zeros(batch, tokens, axes, dtype=torch.float32)

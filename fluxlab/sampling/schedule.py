@@ -3,10 +3,10 @@
 import json
 import math
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
 from pathlib import Path
 
 from fluxlab.errors import UserError
+from fluxlab.sampling.settings import check_count
 
 # Settings of Diffusers' FlowMatchEulerDiscreteScheduler that change the times in ways FLUX.1 does not use.
 _UNUSED = {
@@ -37,8 +37,9 @@ class Schedule:
 
     def times(self, num_steps: int, image_seq_len: int) -> list[float]:
         """`num_steps + 1` times from 1 (noise) to 0 (image) for `image_seq_len` packed image tokens."""
-        if isinstance(num_steps, bool) or not isinstance(num_steps, Integral) or num_steps < 1:
-            raise UserError(f"steps {num_steps!r}: a whole number, at least 1, is needed")
+        if num_steps is None:
+            raise UserError("steps=None: expected a whole number, at least 1")
+        check_count("steps", num_steps)
         times = [1 - i / num_steps for i in range(num_steps + 1)]
         if not self.use_dynamic_shifting:
             return [self.shift * t / (1 + (self.shift - 1) * t) for t in times]

@@ -144,7 +144,7 @@ def _indices(part: str | dict, layout: Layout, path: str) -> Tensor:
     start, _ = layout.range(IMAGE)
     if "box" in part:
         top, left, bottom, right = box_in_tokens(part["box"], part["unit"], layout, join(path, "box"))
-        rows, cols = (torch.arange(n) + 0.5 for n in layout.grid)
+        rows, cols = (torch.arange(n, dtype=torch.float32) + 0.5 for n in layout.grid)
         inside = ((rows >= top) & (rows < bottom))[:, None] & ((cols >= left) & (cols < right))
     else:
         inside = mask_on_grid(part["mask"], part["unit"], layout, join(path, "mask"))

@@ -43,5 +43,5 @@ def test_diffusers_scheduler(tmp_path, options):
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, "4", True])
 def test_steps_are_counted(steps):
-    with pytest.raises(ValueError, match=f"steps {steps!r}: a whole number"):
+    with pytest.raises(ValueError, match=f"steps={steps!r}: expected a whole number"):
         schedule(steps, 256)

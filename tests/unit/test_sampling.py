@@ -38,7 +38,7 @@ def test_schedule_falls_from_one_to_zero(steps, tokens, shift):
 
 
 def test_schedule_without_steps_is_refused():
-    with pytest.raises(ValueError, match="steps 0"):
+    with pytest.raises(ValueError, match="steps=0"):
         schedule(0, 256)
 
 
