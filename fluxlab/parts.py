@@ -1,7 +1,7 @@
 """The parts of a FLUX model: networks, text encoders, schedule and defaults. Prompts and images are encoded here."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class ModelParts:
     def pixels_per_token(self) -> int:
         return 2 * self.autoencoder.params.factor
 
-    def to(self, device: str | torch.device) -> "Pipeline":
+    def to(self, device: str | torch.device) -> Self:
         """Move all parts to `device`, such as "cuda" or "mps", and return the pipeline itself.
 
         Raises `UserError` if the device does not exist here.

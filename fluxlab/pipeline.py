@@ -175,7 +175,7 @@ class Pipeline(ModelParts):
         value_range: tuple[float, float] = (0, 1),
         on_step: sampling.OnStep | None = None,
     ) -> Tensor:
-        """Return the packed noise `(B, N, C)`, fp32, of which `generate(prompts, latents=noise)` makes the images again.
+        """Return packed noise `(B, N, C)`, fp32, of which `generate(prompts, latents=noise)` makes the images again.
 
         images, value_range: as in `encode`. iterations: as in `sampling.invert`. The other arguments: as in
         `generate`. Raises `NonFiniteError` if the latents become NaN or infinite.

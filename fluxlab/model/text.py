@@ -59,7 +59,8 @@ class TextEncoders:
         tokenizer = self.t5_tokenizer
         if type(tokenizer.backend_tokenizer.model).__name__ != "WordLevel":
             return None
-        return tuple(sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)))
+        special = {*tokenizer.all_special_tokens, *self.clip_tokenizer.all_special_tokens}
+        return tuple(sorted(set(tokenizer.get_vocab()) - special))
 
     def check(
         self, prompts: Sequence[str], max_sequence_length: int, truncate: bool = False, unknown_words: str = "error"
@@ -86,7 +87,7 @@ class TextEncoders:
     def encode(
         self, prompt: str, max_sequence_length: int, truncate: bool = False, unknown_words: str = "error"
     ) -> tuple[Float[Tensor, "1 l t"], Float[Tensor, "1 v"]]:
-        """Return `(txt, y)` of one prompt: T5's last layer `(1, max_sequence_length, d_model)` and CLIP's pooled output.
+        """Return `(txt, y)` of a prompt: T5's last layer `(1, max_sequence_length, d_model)` and CLIP's pooled vector.
 
         The padding is attended to, as in both reference implementations. Raises `UserError` as `check` does.
         """

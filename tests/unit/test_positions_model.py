@@ -412,7 +412,7 @@ def test_an_fp64_model_takes_fp64_tables(pipe):
         ([{"a": {"op": "zero", "steps": [3]}}], r"^programs\[0\]\.a\.steps: 3, expected a step of this run, 0 … 2"),
         ("scale", r"^programs: 'scale', expected a mapping of edits"),
         (3, r"^programs: 3, expected a mapping of edits"),
-        ([], "0 programs: equal numbers are needed"),
+        ([], "0 programs: expected equal numbers"),
     ],
 )
 def test_misuse_is_named(pipe, programs, message):
@@ -421,5 +421,5 @@ def test_misuse_is_named(pipe, programs, message):
 
 
 def test_numbers_must_agree(pipe):
-    with pytest.raises(ValueError, match="3 seeds, 2 programs: equal numbers"):
+    with pytest.raises(ValueError, match="3 seeds, 2 programs: expected equal numbers"):
         pipe.generate(**{**CALL, "seeds": [1, 2, 3]}, programs=[{}, {}])

@@ -461,7 +461,7 @@ def test_importing_is_light():
 def test_generate_takes_a_probe_only(tmp_path):
     pipe = fluxlab.load_pipeline(tiny.save(tmp_path, guidance=False))
     call = {"prompts": "a cat", "height": 16, "width": 24, "steps": 1, "max_sequence_length": 16, "output": "latent"}
-    with pytest.raises(ValueError, match=r"probe='words': a fluxlab.probes.Probe is needed"):
+    with pytest.raises(ValueError, match=r"probe='words': expected a fluxlab.probes.Probe"):
         pipe.generate(**call, probe="words")
     probe = Probe("words")
     pipe.generate(**call, probe=probe)
