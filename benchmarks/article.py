@@ -1,11 +1,11 @@
-"""The article's experiment with fluxlab and with Diffusers: the same pictures, and how long each whole process takes.
+"""Compare the article's experiment in fluxlab and in Diffusers: pixels, and the time of each whole process.
 
-    python benchmarks/article.py                  # about 10 min on 2 CPU cores: pixels, then both in turn, 3 times
-    python benchmarks/article.py --scaling        # about 10 min: memory and time of 12 to 1,200 cells
+    python benchmarks/article.py                  # about 10 min on 2 CPU cores: pixels, then 3 rounds of both
+    python benchmarks/article.py --scaling        # about 10 min: memory and time for 12 to 1,200 cells
 
-The Diffusers side is what a user would write: one call a picture, img_ids replaced by hand. Both read the folder that
-ships with fluxlab, and draw the same noise. A process is everything from starting Python to the last file; fluxlab's
-also measures the pictures and draws the grid.
+The Diffusers side is what a user would write: one call per image, with img_ids replaced by a patched method. Both read
+the embedded model's folder and draw the same noise. A process is everything from the start of Python to the last file.
+fluxlab's process also computes metrics and draws the grid.
 """
 
 import argparse
@@ -50,9 +50,9 @@ for name, edit in edits.items():
 
 
 def diffusers_run(out: Path, dtype: str, steps: int, length: int) -> None:
-    """dtype "default": float32, as its transformer and autoencoder come unasked.
+    """Run the Diffusers script. dtype "default" is float32, the default of its transformer and autoencoder.
 
-    Asked for nothing, Diffusers stops at this folder: transformers gives it text encoders in the files' bfloat16.
+    Without a dtype Diffusers fails on this folder: transformers loads the text encoders in bfloat16, as stored.
     """
     out.mkdir(parents=True)
     dtype = "float32" if dtype == "default" else dtype
@@ -60,7 +60,7 @@ def diffusers_run(out: Path, dtype: str, steps: int, length: int) -> None:
 
 
 def fluxlab_run(out: Path, dtype: str, steps: int, *more: str) -> int:
-    """Peak resident memory in bytes."""
+    """Run fluxlab's experiment. Return the peak resident memory in bytes."""
     of_dtype = [] if dtype == "default" else [f"dtype={dtype}"]
     command = [sys.executable, "-m", "fluxlab.run", "+exp=article", "model=tiny", f"steps={steps}", f"out={out}"]
     return _run([*command, "tracking=none", *of_dtype, *more])
@@ -68,18 +68,18 @@ def fluxlab_run(out: Path, dtype: str, steps: int, *more: str) -> int:
 
 def _run(command: list) -> int:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=env, stdout=said, stderr=said)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=env, stdout=output, stderr=output)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            said.seek(0)
-            raise SystemExit(said.read())
+            output.seek(0)
+            raise SystemExit(output.read())
     return usage.ru_maxrss * 1024
 
 
 def pixels(folder: Path, steps: int, length: int) -> None:
-    """Every picture of both in fp32: how far apart the farthest pixels are."""
+    """Print the largest pixel difference between the fp32 images of both."""
     import numpy as np
     from PIL import Image
 
@@ -95,11 +95,11 @@ def pixels(folder: Path, steps: int, length: int) -> None:
             a, b = (np.asarray(Image.open(file)).astype(int) for file in (run.image(variant, prompt, seed), theirs))
             worst, equal = max(worst, abs(a - b).max()), equal + int((a == b).all())
     count = len(run.metrics)
-    print(f"pixels, fp32: {count} pictures, {equal} equal, largest difference {worst}/255 (bound 1)", flush=True)
+    print(f"pixels, fp32: {count} images, {equal} equal, largest difference {worst}/255 (bound 1)", flush=True)
 
 
 def timings(folder: Path, steps: int, length: int, rounds: int) -> dict:
-    """Whole processes in turn; medians, and the median of the ratios."""
+    """Time whole processes in alternating order. Return the times and the median ratio for each dtype."""
     results = {}
     for dtype in ("float32", "bfloat16", "default"):
         ours, theirs = [], []
@@ -121,7 +121,7 @@ def timings(folder: Path, steps: int, length: int, rounds: int) -> dict:
 
 
 def scaling(folder: Path, steps: int) -> dict:
-    """Peak memory and time of the same experiment with more seeds."""
+    """Measure peak memory and time of the same experiment with more seeds."""
     results = {}
     for seeds in (1, 10, 100):
         start = time.perf_counter()

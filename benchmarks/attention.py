@@ -1,13 +1,14 @@
-"""What it costs to look: a run with attention maps against the same run without, ours and Diffusers'.
+"""Measure what attention maps cost: a run with them against the same run without, in fluxlab and in Diffusers.
 
 python benchmarks/attention.py [--quick] [--device cuda] [--sizes 1152 4608] [--json FILE]
 
-Hidden size 1024, 128 text columns of every block and step, mean over heads: which image tokens look at each text token.
-Ours asks a probe; Diffusers materialises the softmax in its attention, as tools that show its maps do. All take turns
-in one process, round by round, forwards and backwards; ratios are medians over rounds. The maps of the two are
-compared. Peak memory is of a process of its own each (CPU) or of the allocator (CUDA). Aims: time ≤ 1.10 (must 1.2),
-memory ≤ 1.1. By default 2 + 2 blocks and 2 steps: about ten minutes on two quiet cores; `--quick`, 1,152 tokens and
-1 + 1 blocks, about one. On a busy machine, OMP_NUM_THREADS=1 and --cpu-time count this process' work only.
+The maps are those of 128 text tokens, in every block and step, averaged over heads; the hidden size is 1024. fluxlab
+uses a probe. Diffusers materialises the softmax, as tools that show its maps do. The maps of both are compared. Runs
+alternate in one process, in reversed order every second round; ratios are medians over rounds. Peak memory is that of a
+separate process (CPU) or of the allocator (CUDA). Targets: time ≤ 1.10 (limit 1.2), memory ≤ 1.1.
+
+The default, 2 + 2 blocks and 2 steps, takes about 10 minutes on 2 quiet cores. `--quick` (1,152 tokens, 1 + 1 blocks)
+takes about 1 minute. On a busy machine, set OMP_NUM_THREADS=1 and --cpu-time to count the work of this process only.
 """
 
 import argparse
@@ -64,7 +65,7 @@ def context_of(params: FluxParams, text: int, side: int, steps: int, device: str
 def our_runs(
     flux: nn.Module, arguments: tuple, context: Context, capture: dict | None
 ) -> tuple[Callable[[], object], Probe | None]:
-    """A run of as many forwards as the context has steps; the text and image ends are left out."""
+    """Return a function that runs one forward pass per step, without text encoders and decoder, and its probe."""
     probe = capture and Probe({"max_mb": 1e5, **capture})
 
     def run() -> None:
@@ -78,7 +79,7 @@ def our_runs(
 
 @contextmanager
 def dense_maps(maps: list[Tensor], text: int):
-    """Diffusers with its softmax written out: `(B, N, H, d)` in and out, the word maps kept."""
+    """Replace Diffusers' attention by an explicit softmax, `(B, N, H, d)` in and out, and append the maps to `maps`."""
     from diffusers.models.transformers import transformer_flux
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **_) -> Tensor:
@@ -95,11 +96,11 @@ def dense_maps(maps: list[Tensor], text: int):
         transformer_flux.dispatch_attention_fn = fused
 
 
-def their_run(forward: Callable[[], Tensor], steps: int, text: int, looking: bool) -> Callable[[], list[Tensor]]:
+def their_run(forward: Callable[[], Tensor], steps: int, text: int, with_maps: bool) -> Callable[[], list[Tensor]]:
     def run() -> list[Tensor]:
         maps: list[Tensor] = []
         for _ in range(steps):
-            if looking:
+            if with_maps:
                 with dense_maps(maps, text):
                     forward()
             else:
@@ -110,7 +111,7 @@ def their_run(forward: Callable[[], Tensor], steps: int, text: int, looking: boo
 
 
 def take_turns(runs: dict[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of every run, round by round; each other round goes backwards, so that none is always the first."""
+    """Return the seconds of every run in every round. Rounds alternate in order, so that no run is always first."""
     now = time.process_time if options.cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     start, done = time.perf_counter(), 0
@@ -144,8 +145,8 @@ def time_of(tokens: int, options: argparse.Namespace, params: FluxParams) -> lis
         if name == WORDS:
             ours = probe.arrays["map"].values
     if not options.without_diffusers:
-        for name, looking in (("Diffusers", False), (f"Diffusers, {WORDS}", True)):
-            runs[name] = their_run(reference, options.steps, text, looking)
+        for name, with_maps in (("Diffusers", False), (f"Diffusers, {WORDS}", True)):
+            runs[name] = their_run(reference, options.steps, text, with_maps)
         check(ours, runs[f"Diffusers, {WORDS}"](), options, params, side)
     times = take_turns(runs, options)
     pairs = [(f"fluxlab, {name}", "fluxlab") for name in captures]
@@ -155,7 +156,7 @@ def time_of(tokens: int, options: argparse.Namespace, params: FluxParams) -> lis
 
 
 def compared(tokens: int, times: dict[str, list[float]], this: str, that: str) -> dict:
-    """Medians of two runs, and of their ratio within a round."""
+    """Print and return the medians of two runs and of their ratio within a round."""
     ratio = statistics.median(a / b for a, b in zip(times[this], times[that], strict=True))
     this_s, that_s = (statistics.median(times[name]) for name in (this, that))
     print(
@@ -165,7 +166,7 @@ def compared(tokens: int, times: dict[str, list[float]], this: str, that: str) -
 
 
 def check(ours, maps: list[Tensor], options: argparse.Namespace, params: FluxParams, side: int) -> None:
-    """The maps of the two are the same."""
+    """Exit with an error if the maps of the two differ."""
     blocks = params.depth + params.depth_single_blocks
     theirs = torch.stack(maps).float().cpu().reshape(options.steps, blocks, side, side, COLUMNS)
     error = (torch.from_numpy(ours)[0] - theirs).abs().max().item()
@@ -175,7 +176,7 @@ def check(ours, maps: list[Tensor], options: argparse.Namespace, params: FluxPar
 
 
 def inputs(params: FluxParams, text: int, side: int, dtype: torch.dtype, device: str) -> tuple:
-    """The same as `forward.calls` gives both models."""
+    """Return the inputs that `forward.calls` gives to both models."""
     g = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(1, *shape, generator=g).to(device, dtype)  # noqa: E731
     img, txt, y = draw(side * side, params.in_channels), draw(text, params.context_in_dim), draw(params.vec_in_dim)
@@ -183,19 +184,21 @@ def inputs(params: FluxParams, text: int, side: int, dtype: torch.dtype, device:
     return img, image_ids(1, side, side).to(device), txt, text_ids(1, text).to(device), t, y, guidance
 
 
-def peak_of(tokens: int, of: str, looking: bool, options: argparse.Namespace, params: FluxParams) -> float:
-    """MB at most, of a process of its own."""
-    command = [sys.executable, __file__, "--peak", of, str(tokens), str(int(looking)), "--steps", str(options.steps)]
+def peak_of(tokens: int, of: str, with_maps: bool, options: argparse.Namespace, params: FluxParams) -> float:
+    """Return the peak memory in MB of a separate process."""
+    command = [sys.executable, __file__, "--peak", of, str(tokens), str(int(with_maps)), "--steps", str(options.steps)]
     command += ["--device", options.device, "--dtype", options.dtype, "--depth", *map(str, options.depth)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def peak_here(of: str, tokens: int, looking: bool, options: argparse.Namespace, params: FluxParams) -> None:
+def print_peak(of: str, tokens: int, with_maps: bool, options: argparse.Namespace, params: FluxParams) -> None:
     (text, side), device, dtype = SIZES[tokens], options.device, getattr(torch, options.dtype)
     if of == "fluxlab":
         model = Flux(params).eval().to(device, dtype)
         context = context_of(params, text, side, options.steps, device)
-        run, _ = our_runs(model, inputs(params, text, side, dtype, device), context, {"map": MAPS} if looking else None)
+        run, _ = our_runs(
+            model, inputs(params, text, side, dtype, device), context, {"map": MAPS} if with_maps else None
+        )
     else:
         from diffusers import FluxTransformer2DModel
 
@@ -212,7 +215,7 @@ def peak_here(of: str, tokens: int, looking: bool, options: argparse.Namespace, 
         )
         model = model.eval().to(device, dtype)
         _, reference = calls(None, model, params, text, side, 1, dtype, device)
-        run = their_run(reference, options.steps, text, looking)
+        run = their_run(reference, options.steps, text, with_maps)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     run()
@@ -221,7 +224,7 @@ def peak_here(of: str, tokens: int, looking: bool, options: argparse.Namespace, 
 
 
 def peak_rss() -> int:
-    """Bytes. (getrusage's number would start from that of the process that started this one.)"""
+    """Return the peak resident memory in bytes. getrusage would include the memory of the parent process."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
 
@@ -231,8 +234,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES), choices=SIZES, help="tokens")
     parser.add_argument("--depth", nargs=2, type=int, default=(2, 2), metavar=("DOUBLE", "SINGLE"))
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="at least so many at each size")
-    parser.add_argument("--seconds", type=float, default=60, help="and for at least so long")
+    parser.add_argument("--rounds", type=int, default=3, help="minimum number at each size")
+    parser.add_argument("--seconds", type=float, default=60, help="minimum duration at each size")
     parser.add_argument("--quick", action="store_true", help="1,152 tokens, two blocks, a few rounds")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -250,7 +253,7 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         if options.peak:
-            peak_here(options.peak[0], int(options.peak[1]), options.peak[2] == "1", options, params)
+            print_peak(options.peak[0], int(options.peak[1]), options.peak[2] == "1", options, params)
             return
         print(f"hidden size {params.hidden_size}, {double} + {single} blocks, {options.steps} steps, {options.dtype}")
         print(f"{'tokens':>6} {'':20} {'':10} {'against':20} {'':10} {'ratio':>6} {'rounds':>6}", flush=True)
@@ -258,7 +261,7 @@ def main() -> None:
             rows += [{"tokens": tokens, **row} for row in time_of(tokens, options, params)]
         for tokens in [] if options.without_memory else options.sizes:
             for of in ("fluxlab",) if options.without_diffusers else ("fluxlab", "Diffusers"):
-                without, with_ = (peak_of(tokens, of, looking, options, params) for looking in (False, True))
+                without, with_ = (peak_of(tokens, of, with_maps, options, params) for with_maps in (False, True))
                 print(
                     f"{tokens:6} {f'{of}, {WORDS}':20} {with_:7.0f} MB {of:20} {without:7.0f} MB "
                     f"{with_ / without:6.3f}",

@@ -1,4 +1,4 @@
-"""Peak memory and time of decoding one large image with FLUX.1's autoencoder (random weights).
+"""Measure peak memory and time of decoding one large image with FLUX.1's autoencoder (random weights).
 
 python benchmarks/decode.py [--size 2048] [--tile auto] [--dtype float32]
 """
@@ -13,12 +13,12 @@ from fluxlab.model import AUTOENCODERS, AutoEncoder
 
 
 def peak_bytes() -> int:
-    """The process's high-water mark of resident memory."""
+    """Return the largest resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(size: int, tile: int | str | None, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds, and peak GB above what was resident before: (time, memory)."""
+    """Return seconds, and the peak memory in GB above what was resident before."""
     model = AutoEncoder(AUTOENCODERS["flux1"]).to(dtype).eval().requires_grad_(False)
     side = size // model.params.factor
     z = torch.randn(1, model.params.z_channels, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -32,8 +32,8 @@ def measure(size: int, tile: int | str | None, dtype: torch.dtype) -> tuple[floa
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--size", type=int, default=2048, help="pixels a side")
-    parser.add_argument("--tile", default="auto", help="latent pixels a side, auto or none")
+    parser.add_argument("--size", type=int, default=2048, help="pixels per side")
+    parser.add_argument("--tile", default="auto", help="latent pixels per side, auto or none")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
     tile = {"auto": "auto", "none": None}.get(options.tile) if not options.tile.isdigit() else int(options.tile)

@@ -1,10 +1,10 @@
-"""One forward of the transformer against Diffusers': same weights, one process, turn about.
+"""Time one forward pass of the transformer against Diffusers: same weights, same process, alternating.
 
 python benchmarks/forward.py [--quick] [--device cuda] [--json FILE]
 
-Prints the median times, the median of the ratios fluxlab / Diffusers (each of a pair of neighbouring runs, so that a
-machine's other work falls on both), and the share of the machine's own matmul rate, measured in the same run. About
-twelve minutes on two quiet cores; `--quick`, without batch 16 at the large size, about four.
+Prints the median times, the median ratio fluxlab / Diffusers (of neighbouring runs, so that other work on the machine
+affects both), and the share of the machine's matmul rate, which is measured in the same process. It takes about 12
+minutes on 2 quiet cores; `--quick`, without batch 16 at the large size, about 4.
 """
 
 import argparse
@@ -32,7 +32,7 @@ AGREE = {"fp32": 1e-4, "bf16": 0.1}  # largest difference over the output's spre
 
 
 def pair_of_models(params: FluxParams, dtype: torch.dtype, device: str) -> tuple[nn.Module, nn.Module]:
-    """A random fluxlab model, and Diffusers' with the same weights."""
+    """Return a random fluxlab model and a Diffusers model with the same weights."""
     from diffusers import FluxTransformer2DModel
 
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def pair_of_models(params: FluxParams, dtype: torch.dtype, device: str) -> tuple
 def calls(
     flux: nn.Module, theirs: nn.Module, params: FluxParams, text: int, side: int, batch: int, dtype, device: str
 ) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """The two forwards, on the same inputs. Time and guidance are such that Diffusers' bf16 holds them exactly."""
+    """Return both forward passes on the same inputs. Time and guidance are exact in bf16, which Diffusers rounds to."""
     g = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(batch, *shape, generator=g).to(device, dtype)  # noqa: E731
     img, txt, y = draw(side * side, params.in_channels), draw(text, params.context_in_dim), draw(params.vec_in_dim)
@@ -65,7 +65,7 @@ def calls(
 
 
 def flops(params: FluxParams, text: int, side: int, batch: int) -> float:
-    """Multiplications and additions of the matrix products over tokens: the linear layers and attention."""
+    """Return the floating-point operations of the matrix products over tokens: linear layers and attention."""
     tokens, image, width = text + side * side, side * side, params.hidden_size
     block = 4 + 2 * params.mlp_ratio  # q, k, v, output and MLP, in units of width²; the same in both kinds of block
     depth = params.depth + params.depth_single_blocks
@@ -82,7 +82,7 @@ def timed(call: Callable[[], object], device: str) -> float:
 
 
 def take_turns(a: Callable, b: Callable, device: str, seconds: float) -> tuple[float, float, float, int]:
-    """Median seconds of a and of b, median of their ratios, pairs. Which of the two starts alternates."""
+    """Return the median seconds of a and b, the median of their ratios and the number of pairs."""
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < 2 or (time.perf_counter() < end and len(times) < 200):
@@ -96,7 +96,7 @@ def take_turns(a: Callable, b: Callable, device: str, seconds: float) -> tuple[f
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a large square product: the best of several, what the machine can do."""
+    """Return the FLOP/s of a large square product, the best of several."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / min(timed(lambda: a @ b, device) for _ in range(10))
@@ -105,7 +105,7 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 def measure(
     batches: dict[str, Sequence[int]], modes: Sequence[str], dtypes: Sequence[str], device: str, seconds: float
 ) -> list[dict]:
-    """One row a case, printed as it comes."""
+    """Measure every case. Print and return one row per case."""
     print(f"{'case':26} {'fluxlab':>11} {'Diffusers':>11} {'ratio':>6} {'aim':>5}  {'of matmul':>9} {'pairs':>5}")
     rows = []
     for size, dtype in product(batches, dtypes):
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
-    parser.add_argument("--seconds", type=float, help="measuring time a case")
+    parser.add_argument("--seconds", type=float, help="measuring time per case")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
 

@@ -1,4 +1,6 @@
-"""How well does inversion return? image → noise → image on a random model: PSNR of the latents by velocities a step.
+"""Measure how exactly inversion returns: image → noise → image on a random model.
+
+Prints the PSNR of the latents for several numbers of velocity evaluations per step.
 
 python benchmarks/inversion.py [--steps 50]
 """
@@ -19,7 +21,7 @@ def model(seed: int = 0) -> Flux:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """dB, against the range of `a`."""
+    """Return the PSNR in dB, with the range of `a` as the peak."""
     return 20 * math.log10((a.max() - a.min()).item() / (a - b).square().mean().sqrt().item())
 
 
@@ -41,4 +43,4 @@ if __name__ == "__main__":
     with torch.inference_mode():
         for iterations in (1, 2, 3, 5):
             worst = min(round_trip(steps, iterations, seed) for seed in range(3))
-            print(f"{steps} steps, {iterations} velocities a step: {worst:6.1f} dB (worst of 3 seeds)")
+            print(f"{steps} steps, {iterations} velocities per step: {worst:6.1f} dB (worst of 3 seeds)")

@@ -1,10 +1,10 @@
-"""What a program costs, as a share of a forward: 1,152 tokens, hidden 1024, every program new at every step.
+"""Measure what a program costs as a share of a forward pass: 1,152 tokens, hidden size 1024.
 
 python benchmarks/programs.py [--rounds 9] [--depth 1 2] [--dtype float32]
 
-Two shares of the untouched forward's time, medians of interleaved rounds: building the step's tables and masks (anew at
-every step, as for a strength that is scheduled), and the forward that uses them on top of an untouched one. On a busy
-machine, OMP_NUM_THREADS=1 and --cpu-time count this process' work only.
+Prints two shares of the unchanged forward pass, as medians of interleaved rounds: building the tables and masks of a
+step (again at every step, as for a strength that changes), and the extra time of a forward pass that uses them. On a
+busy machine, set OMP_NUM_THREADS=1 and --cpu-time to count the work of this process only.
 """
 
 import argparse
@@ -22,7 +22,7 @@ FADE = {"strength": {"from": 1, "to": 0}}
 LEFT = {"box": [0, 0, 1, 0.5], "unit": "fraction"}
 
 PROGRAMS = {
-    "untouched": {},
+    "unchanged": {},
     "scale": {"a": {"op": "scale", "factor": 1.2, **FADE}},
     "keys of a block": {"a": {"op": "zero", "side": "keys", "blocks": [0], **FADE}},
     "heads": {"a": {"op": "rotate", "degrees": 30, "heads": "0-3", **FADE}},
@@ -68,7 +68,7 @@ def main() -> None:
         for k in range(double + single)
     }
     chosen = {name: program for name, program in PROGRAMS.items() if options.only is None or name in options.only}
-    chosen.setdefault("untouched", {})
+    chosen.setdefault("unchanged", {})
     compiled = {name: compile_programs([Program.from_config(program)], context) for name, program in chosen.items()}
     now = time.process_time if options.cpu_time else time.perf_counter
 
@@ -88,7 +88,7 @@ def main() -> None:
             with torch.inference_mode():
                 seconds, _ = clock(flux, img, None, txt, None, t, y, rotary=rotary, mask=mask)
             run[name].append(seconds)
-    base = median(run["untouched"][1:])
+    base = median(run["unchanged"][1:])
     print(
         f"forward of {n + TEXT} tokens, hidden 1024, {double} + {single} blocks, {options.dtype}: {1000 * base:.0f} ms"
     )

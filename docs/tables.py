@@ -63,6 +63,7 @@ def findings() -> str:
     page = Environment(undefined=StrictUndefined)
     page.filters["percent"] = lambda score: f"{100 * score[0]:.0f} %"
     page.filters["number"] = lambda score, digits: f"{score[0]:.{digits}f}"
+    page.filters["share"] = lambda row: f"{100 * row['mean']:.0f} %"
     page.filters["interval"] = lambda row: f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
     return page.from_string((ROOT / "docs" / "findings.md.j2").read_text()).render(quoted()).strip()
 
@@ -72,7 +73,7 @@ def quoted() -> dict[str, Any]:
     results, runs = json.loads(EMBEDDED.read_text()), json.loads(RESULTS.read_text())
     names = ("base", "zero", "half", "double", "stretch", "axis0", "floor", "seed")
     rows = {**results["edits"], **results["controls"]}
-    windows = {name: runs["step_window"][f"quarter_{i}"]["ssim"] for name, i in (("early", 1), ("late", 4))}
+    windows = {name: runs["step_window"][f"quarter_{i}"] for name, i in (("early", 1), ("late", 4))}
     return {name: rows[title] for name, title in zip(names, ROW_TITLES, strict=True)} | windows
 
 
@@ -116,6 +117,21 @@ def models() -> str:
     return markdown(["`model=`", "what it is", "steps", "size, px"], rows)
 
 
+def words() -> str:
+    """The words that the embedded model knows, by their role in a caption."""
+    from fluxlab import scenes
+    from fluxlab.scenes.captions import PLACE_PHRASES
+
+    roles = {
+        "colour": scenes.COLOURS,
+        "thing": scenes.THINGS,
+        "place": PLACE_PHRASES.values(),
+        "relation": scenes.RELATIONS,
+        "word on a sign": scenes.WORDS,
+    }
+    return markdown(["part of a prompt", "words"], [[role, ", ".join(known)] for role, known in roles.items()])
+
+
 def ops() -> str:
     """Every registered op: arguments and the first line of its docstring."""
     from fluxlab.positions import OPS
@@ -144,6 +160,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "findings": findings,
     "experiments": experiments,
     "models": models,
+    "words": words,
     "ops": ops,
     "metrics": metrics,
 }

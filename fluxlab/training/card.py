@@ -46,8 +46,9 @@ to run anywhere, and its pictures can be judged by a program.
 {ability}
 
 ## What the article's edits of `img_ids` do to it
-The edits are findings: nothing was tuned for them. Same captions, seeds and steps. `letters` counts each letter on
-its own; chance is about one in twenty.
+The edits are findings: nothing was tuned for them. Captions, seeds and steps are the same for every edit. `letters`
+counts each letter on its own; chance is about one in twenty. The last two rows are controls: all ids shifted by a
+constant (rounding only), and unchanged ids with a different seed.
 
 {edits}
 
@@ -116,7 +117,7 @@ def card(results: dict, training: dict, folder: Path) -> str:
     base = results["edits"]["as trained"]
     names = (*ATTRIBUTES, "letters")
     effects = (*names, "ssim", "edges", "size")
-    units = results["units"]
+    units, controls = results["units"], results.get("controls", {})
     return _TEXT.format(
         parameters=sum(file.stat().st_size for file in weights) / 2e6,
         hidden=transformer["num_attention_heads"] * transformer["attention_head_dim"],
@@ -140,7 +141,7 @@ def card(results: dict, training: dict, folder: Path) -> str:
         ability=_table(["", "right"], [[_MEANINGS[n], shown(base[n], n)] for n in names]),
         edits=_table(
             ["edit", *(f"{name} ({units[name]})" if name in units else name for name in effects)],
-            [[f"`{edit}`", *_row(scores, effects)] for edit, scores in results["edits"].items()],
+            [[f"`{edit}`", *_row(scores, effects)] for edit, scores in {**results["edits"], **controls}.items()],
         ),
         sentences="\n".join(f"- {edit}: {text}" for edit, text in results["sentences"].items() if edit != "as trained"),
         words=training["words"],

@@ -529,17 +529,6 @@ def test_presets():
         assert file.read_text().startswith("# "), f"{file} says nothing of itself"
 
 
-def test_the_readmes_program():
-    text = (Path(fluxlab.__file__).parents[1] / "README.md").read_text()
-    first, yaml = (part.partition("```yaml\n")[2].partition("```")[0] for part in text.split("## Programs"))
-    for variant in OmegaConf.to_container(OmegaConf.create(first))["variants"].values():
-        assert Program.from_config(variant)
-    p = Program.from_config(OmegaConf.to_container(OmegaConf.create(yaml)))
-    assert len(p.edits) == 4
-    compile_programs([p], context(Layout(text=len(WORDS.spans), grid=(8, 8)), double=4, heads=12))
-    assert all(f"`{name}`" in text for name in OPS)
-
-
 def test_every_op_is_documented():
     assert all(op.summary for op in OPS.values())
 
