@@ -27,12 +27,16 @@ import fluxlab
 from fluxlab import sampling, scenes
 from fluxlab.experiment.cells import FLOOR_SHIFT
 from fluxlab.experiment.versions import commit
+from fluxlab.files import sha256_of
 from fluxlab.measure import METRICS, compare, describe, oracle_columns, summarise
 from fluxlab.pipeline import Pipeline
 from fluxlab.training.card import ATTRIBUTES, shown, write_card
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+"""The file whose hash says which model the results belong to."""
+
 COLUMNS = {**{name: name for name in (*ATTRIBUTES, "letters", "ssim")}, "edges": "edge_energy", "size": "thing_size"}
 """The card's columns, and the metric that each shows."""
 
@@ -168,12 +172,14 @@ def main() -> int:
     parser.add_argument("--only-baseline", action="store_true", help="skip the edits and controls")
     arguments = parser.parse_args()
 
+    folder = ROOT / "fluxlab" / "assets" / "tiny" if arguments.model == "tiny" else Path(arguments.model)
     pipe = fluxlab.load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     if pipe.max_sequence_length > 77:  # a bare folder does not state its text length; its tokenizer does
         pipe.max_sequence_length, pipe.size = pipe.text.t5_tokenizer.model_max_length, (64, 64)
     captions, seeds = heldout_captions(arguments.cells, seed=1), list(range(arguments.cells))
     results = {
         "model": arguments.model,
+        "weights": sha256_of(folder / WEIGHTS)[:12],
         "cells": arguments.cells,
         "steps": arguments.steps,
         "commit": commit(),
@@ -195,7 +201,6 @@ def main() -> int:
     if arguments.sheet:
         sheet(arguments.sheet, made)
     if not arguments.no_card and not arguments.only_baseline:
-        folder = ROOT / "fluxlab/assets/tiny" if arguments.model == "tiny" else Path(arguments.model)
         (folder / "embedded.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_card(results, folder)
     return 0

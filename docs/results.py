@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "fluxlab" / "assets" / "tiny" / "transformer" / "diffusion_pytorch_model.safetensors"
 RESULTS = ROOT / "docs" / "results.json"
 QUOTED = {"step_window": ("ssim", "object")}
 """Experiment: metrics that are kept."""
@@ -19,8 +20,9 @@ QUOTED = {"step_window": ("ssim", "object")}
 
 def main() -> int:
     from fluxlab import run
+    from fluxlab.files import sha256_of
 
-    results = {}
+    results: dict = {"weights": sha256_of(WEIGHTS)[:12]}
     with tempfile.TemporaryDirectory() as folder:
         for name, metrics in QUOTED.items():
             out = Path(folder) / name

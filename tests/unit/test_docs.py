@@ -11,8 +11,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import fluxlab
-from docs import architecture, tables
+from docs import architecture, results, tables
 from fluxlab.compose import compose
+from fluxlab.files import sha256_of
 from fluxlab.positions import Program
 from fluxlab.run import RunConfig
 
@@ -41,6 +42,13 @@ def test_a_stale_table_is_replaced_and_the_rest_kept():
     assert tables.rendered(fresh) == fresh
     with pytest.raises(KeyError, match="'tabel', expected one of answer, "):
         tables.rendered(stale.replace("models", "tabel"))
+
+
+def test_the_numbers_belong_to_the_embedded_model():
+    """After a new model run `python benchmarks/embedded.py --cells 192`, `docs/results.py` and `docs/tables.py`."""
+    weights = sha256_of(results.WEIGHTS)[:12]
+    assert json.loads(tables.EMBEDDED.read_text())["weights"] == weights
+    assert json.loads(tables.RESULTS.read_text())["weights"] == weights
 
 
 def test_the_findings_follow_from_the_numbers():
