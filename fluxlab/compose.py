@@ -1,24 +1,33 @@
-"""From a command line to a checked config, and from an error to the line a user sees."""
+"""From a command line to a checked config, and from an error to the lines that a user reads."""
 
 import argparse
+import itertools
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fluxlab.config import config_folder
-from fluxlab.errors import UserError
+from fluxlab.errors import UserError, nearest
+from fluxlab.errors import show as shown
 from fluxlab.terminal import tolerant_output
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
 
 T = TypeVar("T")
 
+_composing = threading.RLock()  # Hydra keeps its state in globals
+
 
 def flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Hydra's flags that we know, and `overrides`. Raises `UserError` for one that we do not."""
+    """Return the flags, and the other words as `overrides`. Raises UserError for an unknown flag or folder."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=Path, default=None)
@@ -29,16 +38,31 @@ def flags(arguments: Sequence[str]) -> argparse.Namespace:
     known, others = parser.parse_known_intermixed_args(list(arguments))
     unknown = [other for other in others if other.startswith("-")]
     if unknown:
-        raise UserError(f"{unknown[0]}: there is no such flag; keys are set as key=value, see --help")
+        key = unknown[0].lstrip("-").partition("=")[0]
+        raise UserError(
+            f"{unknown[0]}: there is no such flag; see --help for flags and keys\n"
+            f"Keys have no dashes: {key}=<value>. To leave a variant out, write '~variants.<name>'."
+        )
     known.overrides += others
-    if known.config_dir and not known.config_dir.is_dir():
-        raise UserError(f"--config-dir {known.config_dir}: there is no such folder; it holds exp/, model/ or op/")
+    if known.config_dir:
+        known.config_dir = known.config_dir.expanduser()
+        if not known.config_dir.is_dir():
+            raise UserError(f"--config-dir {known.config_dir}: there is no such folder; it contains exp/, model/ or op/")
     return known
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}; see --help")
+
+
+@dataclass(frozen=True)
+class Combination(Generic[T]):
+    """One of the runs of -m. words: its own command line; settings: the part that differs between the runs."""
+
+    words: list[str]
+    settings: str
+    config: T
 
 
 def compose(
@@ -49,156 +73,314 @@ def compose(
     folder: Path | None = None,
     show: bool = False,
 ) -> "T | str":
-    """The config `name` under `configs/` with `arguments` as overrides, as an object of the dataclass `schema`.
+    """Return the config `name` of `configs/` with `arguments` as overrides, as an object of the dataclass `schema`.
 
-    Configs call the schema `schema_name` in their defaults lists; `folder` holds a user's own groups. With `show` the
-    composed YAML is returned as it stands. Raises `UserError`, of one to three lines, for a key or type that the
-    schema does not know, a value left open, and whatever else Hydra refuses.
+    Configs refer to the schema as `schema_name` in their defaults lists. `folder` contains a user's own groups. With
+    `show` the composed YAML is returned, with interpolations as written. Raises UserError, of one to three lines, for
+    a key or type that the schema does not have, a value that is missing, and whatever else Hydra refuses.
     """
-    from hydra import compose as hydra_compose
+    from fluxlab.overrides import read_words
+
+    with _hydra(schema, schema_name, folder):
+        prepared = [value for word in read_words(arguments) for value in word.prepared]
+        config = _composed(name, prepared, schema)
+        return _as_yaml(config) if show else to_schema(config, schema)
+
+
+def combinations(
+    name: str, schema: type[T], schema_name: str, arguments: Sequence[str], folder: Path | None = None
+) -> list[Combination[T]]:
+    """Return every combination of the values in `arguments`, as with -m, each composed as by `compose`."""
+    from fluxlab.overrides import read_words
+
+    with _hydra(schema, schema_name, folder) as loader:
+        words = read_words(arguments, loader, multirun=True)
+        made = []
+        for choice in itertools.product(*(range(len(word.prepared)) for word in words)):
+            picked = list(zip(words, choice, strict=True))
+            config = _composed(name, [word.prepared[i] for word, i in picked], schema)
+            typed = [word.typed[i] for word, i in picked if word.typed]
+            varied = [word.typed[i] for word, i in picked if len(word.typed) > 1]
+            made.append(Combination(typed, "  ".join(varied), to_schema(config, schema)))
+        return made
+
+
+def launches_jobs(arguments: Sequence[str]) -> bool:
+    """Whether a launcher or sweeper of Hydra's is asked for, which runs combinations as jobs of their own."""
+    return any(re.match(r"\+{0,2}hydra/(launcher|sweeper)=", argument) for argument in arguments)
+
+
+def launch(
+    name: str,
+    schema: type[T],
+    schema_name: str,
+    arguments: Sequence[str],
+    folder: Path | None,
+    work: Callable[[T, list[str]], None],
+) -> None:
+    """Let the launcher that `arguments` name run `work(config, words)` once per combination, and wait for all jobs.
+
+    `words` is the job's own command line. Hydra writes nothing into the working directory. Raises UserError for what
+    Hydra refuses; a job that fails raises its own exception.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    from fluxlab.overrides import read_words
+
+    with _hydra(schema, schema_name, folder) as loader, tempfile.TemporaryDirectory(prefix="fluxlab-") as scratch:
+        words = read_words(arguments, loader, multirun=True)
+        typed = {value: text for word in words for value, text in zip(word.prepared, word.typed, strict=False)}
+        overrides = [_joined(word.prepared) for word in words]
+        # with -m Hydra always writes a multirun.yaml: into a folder that nobody keeps
+        sweep_folder = QuotedString(scratch, Quote.single).with_quotes()
+        quiet = ["hydra.output_subdir=null", "hydra.run.dir=.", f"hydra.sweep.dir={sweep_folder}"]
+        quiet += ["hydra.sweep.subdir=.", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+
+        def job(config: Any) -> None:
+            from hydra.core.hydra_config import HydraConfig
+
+            task = HydraConfig.get().overrides.task
+            work(to_schema(config, schema), [typed.get(override, override) for override in task])
+
+        with _explained(schema):
+            GlobalHydra.instance().hydra.multirun(
+                config_name=name,
+                task_function=job,
+                overrides=overrides + quiet,
+            )
+
+
+def _joined(alternatives: Sequence[str]) -> str:
+    """Return one override with all the values, as Hydra's sweepers expect it."""
+    key, equals, first = alternatives[0].partition("=")
+    return key + equals + ",".join([first, *(word.partition("=")[2] for word in alternatives[1:])])
+
+
+def complete(name: str, schema: type, schema_name: str, arguments: Sequence[str], folder: Path | None = None) -> None:
+    """Print what completes a command line, for `-sc query=<shell>` (and install=, uninstall=)."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    words = [argument for argument in arguments if argument.startswith(("query=", "install=", "uninstall="))]
+    with _hydra(schema, schema_name, folder):
+        try:
+            GlobalHydra.instance().hydra.shell_completion(config_name=name, overrides=words)
+        except ValueError as error:
+            raise UserError(f"-sc: {short(str(error))}; for bash: fluxlab -sc install=bash") from None
+
+
+@contextmanager
+def _hydra(schema: type, schema_name: str, folder: Path | None) -> "Iterator[ConfigLoader]":
+    """Give a block a Hydra of its own; the Hydra of the process, if there is one, is untouched afterwards.
+
+    One thread at a time is in such a block.
+    """
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.singleton import Singleton
+    from hydra.core.utils import JobRuntime
+    from hydra.version import VersionBase
+
+    from fluxlab import yaml_source
+
+    ours = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
+    with _composing:
+        saved = {kind: Singleton._instances.pop(kind) for kind in ours if kind in Singleton._instances}
+        store = ConfigStore.instance()
+        repository, before = store.repo, (yaml_source.active, yaml_source.folders)
+        store.repo = dict(repository)
+        yaml_source.active, yaml_source.folders = True, [folder] if folder else []
+        try:
+            store.store(name=schema_name, node=schema)
+            with initialize_config_dir(str(config_folder()), job_name="fluxlab", version_base="1.3"):
+                yield GlobalHydra.instance().config_loader()
+        finally:
+            yaml_source.active, yaml_source.folders = before
+            store.repo = repository
+            for kind in ours:
+                Singleton._instances.pop(kind, None)
+            Singleton._instances.update(saved)
+
+
+def _composed(name: str, prepared: Sequence[str], schema: type) -> Any:
+    from hydra import compose as hydra_compose
+
+    _check_groups(prepared)
+    with _explained(schema, name, prepared):
+        return hydra_compose(name, overrides=list(prepared))
+
+
+@contextmanager
+def _explained(schema: type, name: str = "", prepared: Sequence[str] = ()) -> Iterator[None]:
+    """Raise what Hydra and OmegaConf refuse as UserError."""
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name=schema_name, node=schema)
-    _check_groups(arguments)
-    own = [f"hydra.searchpath=[file://{folder.resolve()}]"] if folder else []
+    from fluxlab.yaml_source import decode
+
     try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = hydra_compose(name, overrides=[*arguments, *own])
-        if show:
-            return OmegaConf.to_yaml(config)
-        OmegaConf.resolve(config)
+        yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
-    return to_schema(config, schema)
+        raise UserError(decode(_explain(error, schema, name, prepared))) from error
+    except ValueError as error:  # of a defaults list Hydra raises a plain one
+        if isinstance(error, UserError) or "default" not in str(error):
+            raise
+        raise UserError(decode(short(str(error)))) from error
 
 
-def _check_groups(arguments: Sequence[str]) -> None:
-    """Refuse `capture=5` and `capture={…}`: what a group takes is the name of one of its files."""
-    for argument in arguments:
-        key, _, value = argument.lstrip("+").partition("=")
-        group = config_folder() / re.sub(r"@.*", "", key)
-        if key and group.is_dir() and re.fullmatch(r"[\[{].*|[-+]?[\d.]+", value, re.DOTALL):
-            names, own = ", ".join(sorted(file.stem for file in group.glob("*.yaml"))), key.rpartition("@")[2]
+def _check_groups(prepared: Sequence[str]) -> None:
+    """Refuse `capture=5` and `capture={…}`: the value of a group is the name of one of its files."""
+    groups = {file.parent.name for file in config_folder().glob("*/*.yaml")}
+    for word in prepared:
+        key, _, value = word.lstrip("+").partition("=")
+        group, package = re.sub(r"@.*", "", key), key.rpartition("@")[2]
+        if group in groups and re.fullmatch(r"[\[{].*|[-+]?[\d.]+", value, re.DOTALL):
+            names = ", ".join(sorted(file.stem for file in (config_folder() / group).glob("*.yaml")))
             raise UserError(
-                f"{key}={value}: a name is needed, one of {names};\nits own keys are set as {own}.<key>=… and added as "
-                f"'+{own}.<key>=…'"
+                f"{key}={value}: expected one of {names};\nits keys are set as {package}.<key>=… and added as "
+                f"'+{package}.<key>=…'"
             )
 
 
 def to_schema(config: Any, schema: type[T]) -> T:
-    """An object of the dataclass `schema`. Raises `UserError` for unknown keys and values left open."""
+    """Return an object of the dataclass `schema`. Raises UserError for unknown keys and missing values."""
     from omegaconf import OmegaConf
 
+    from fluxlab.yaml_source import decode
+
     known = [f.name for f in fields(schema)]
-    unknown = sorted(set(config) - set(known))  # Hydra lets +key=value past the schema
+    unknown = sorted(str(key) for key in set(config) - set(known) - {"hydra"})  # +key=value is not checked by Hydra
     if unknown:
-        raise UserError(f"{unknown[0]}: there is no such key; known: {', '.join(known)}")
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"{missing[0]} is missing: add {missing[0]}=… to the command line")
-    return OmegaConf.to_object(config)
+        raise UserError(_unknown_key(unknown[0], known))
+    with _explained(schema):
+        OmegaConf.resolve(config)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise UserError(f"{missing[0]} is missing: add {missing[0]}=… to the command line")
+        made = OmegaConf.to_object(config)
+    for f in fields(schema):
+        setattr(made, f.name, decode(getattr(made, f.name)))
+    return made
 
 
-def explain(error: Exception) -> str:
-    """What Hydra refuses, in one to three lines."""
-    # where Hydra only says which override it was merging, the cause says what is wrong
-    told = error.__cause__ if error.__cause__ and str(error).startswith("Error merging override") else error
-    override = getattr(error, "override", None)  # what a parse error is about
-    return (f"{override}: " if override else "") + _hydra_line(str(told))
+def _as_yaml(config: Any) -> str:
+    import yaml
+    from omegaconf import OmegaConf
 
+    from fluxlab.yaml_source import decode
 
-def hydra_main(
-    arguments: Sequence[str], schema: type, schema_name: str, name: str, work: Callable[[Any], None]
-) -> None:
-    """Let Hydra itself run `work(config)`: once a combination with -m, or to complete a command line for a shell.
-
-    Hydra writes nothing. A combination that fails is said and the others go on; at the end `UserError` counts them.
-    Raises `UserError` for what Hydra refuses, too.
-    """
-    import hydra
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    ConfigStore.instance().store(name=schema_name, node=schema)
-    # of -m Hydra always writes a multirun.yaml: to where nobody keeps it
-    own = tempfile.TemporaryDirectory(prefix="fluxlab-")
-    quiet = ["hydra.output_subdir=null", "hydra.run.dir=.", f"hydra.sweep.dir={own.name}", "hydra.sweep.subdir=."]
-    quiet += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
-    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    failed: list[Exception] = []
-
-    def one(config: Any) -> None:
-        from hydra.core.hydra_config import HydraConfig
-
-        try:
-            work(config)
-        except (UserError, OSError) as error:
-            elsewhere = HydraConfig.get().runtime.choices.get("hydra/launcher", "basic") != "basic"
-            if before[1] == "1" or elsewhere:  # a job elsewhere has only its exception to tell us by
-                raise
-            print(_short(str(error)), file=sys.stderr)
-            failed.append(error)
-
-    completes = any(argument in ("-sc", "--shell-completion") for argument in arguments)
-    sys.argv = [sys.argv[0], *arguments, *([] if completes else quiet)]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors come to us
-    try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(one)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
-    finally:
-        own.cleanup()
-        sys.argv = before[0]
-        if before[1] is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before[1]
-    if failed:
-        raise UserError(f"{len(failed)} of the combinations failed; the others are done")
+    values = decode(OmegaConf.to_container(config))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def guarded(work: Callable[[], None], interrupted: str) -> int:
-    """Run `work`; 0 when done, 2 for what the user can mend (at most three lines on stderr), 130 when interrupted.
+    """Run `work` and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C.
 
-    `HYDRA_FULL_ERROR=1` shows the traceback instead. Output that nobody reads any more stops nothing.
+    The message of such an error, at most three lines, goes to standard error. `FLUXLAB_DEBUG=1` shows its traceback
+    instead. Any other exception is a bug and is raised. Output goes on without its reader, see `tolerant_output`.
     """
     with tolerant_output():
-        return _exit_code(work, interrupted)
+        try:
+            work()
+        except KeyboardInterrupt:
+            print(interrupted, file=sys.stderr)
+            return 130
+        except (UserError, OSError) as error:
+            if debugging() or not is_users(error):
+                raise
+            print(short(str(error)), file=sys.stderr)
+            return 2
+        return 0
 
 
-def _exit_code(work: Callable[[], None], interrupted: str) -> int:
-    try:
-        work()
-    except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
-    except (UserError, OSError) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        print(_short(str(error)), file=sys.stderr)
-        return 2
-    return 0
+def debugging() -> bool:
+    """Whether `FLUXLAB_DEBUG=1` (or Hydra's `HYDRA_FULL_ERROR=1`) asks for tracebacks of user errors."""
+    return "1" in (os.environ.get("FLUXLAB_DEBUG"), os.environ.get("HYDRA_FULL_ERROR"))
 
 
-def _hydra_line(text: str) -> str:
-    """Hydra's message, which can take dozens of lines, in one or two."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    missing = re.search(r"Could not find '(\w+)/(\S+)'", lines[0])
+def is_users(error: BaseException) -> bool:
+    """Whether the user can fix an error: UserError, and OSError that names a file."""
+    return isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
+
+
+def short(text: str) -> str:
+    """Return at most three non-empty lines."""
+    return "\n".join([line for line in text.splitlines() if line.strip()][:3])
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    hint = nearest(key, known)
+    return f"{key}: there is no such key{hint or '; known: ' + ', '.join(known)}"
+
+
+def _explain(error: Exception, schema: type, name: str, prepared: Sequence[str]) -> str:
+    """Return what Hydra or OmegaConf refuses, in one to three lines."""
+    cause, override = error.__cause__, getattr(error, "override", None)
+    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
+    composing = re.match(r"In '([^']+)'", lines[0]) if lines else None
+    if cause and (not lines or lines[0].startswith("Error merging override")):
+        lines = [line.rstrip() for line in str(cause).splitlines() if line.strip()]
+    elif composing and len(lines) > 1 and lines[0].endswith("raised while composing config:"):
+        lines = lines[1:]
+    lines = lines or [type(error).__name__]
+    missing = re.search(r"Could not find '([\w/]+)/([^/]+)'", lines[0])
     if missing:
         options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]
-        return f"{missing[1]}={missing[2]}: there is none; available: {', '.join(options)}"
-    unknown = re.match(r"Could not override '(\S+)'", lines[0])
-    if unknown:
-        return f"{unknown[1]}: there is no such key: see configs/config.yaml for those there are"
-    key = [line.strip().removeprefix("full_key: ") for line in lines if "full_key: " in line]
-    return f"{key[0]}: {lines[0]}" if key else _short(text)
+        hint = nearest(missing[2], options)
+        return f"{missing[1]}={missing[2]}: there is none{hint}; available: {', '.join(options)}"
+    unfilled = re.match(r"Interpolation key '(.+)' not found", lines[0])
+    if unfilled:
+        hint = nearest(unfilled[1], [f.name for f in fields(schema)])
+        return f"${{{unfilled[1]}}}: there is no key {unfilled[1]} to fill in{hint}"
+    full_key = next((line.strip().removeprefix("full_key: ") for line in lines if "full_key: " in line), "")
+    full_key = full_key or getattr(error, "full_key", None) or ""
+    refused = re.match(r"Could not (?:override|delete from config\.) '(\S+)'", lines[0])
+    where = f"{composing[1]}: " if composing else ""
+    if refused or re.match(r"Key '.*' (is )?not in ", lines[0]):
+        key = refused[1] if refused else full_key
+        return where + _unknown_path(key, full_key or key, schema, name, prepared)
+    if "Config search path:" in lines:
+        lines = lines[: lines.index("Config search path:")]
+    subject = full_key or override
+    value = re.match(r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", lines[0], re.DOTALL)
+    value = value or re.match(r"Value '(.*?)' is not a valid (bool)", lines[0], re.DOTALL)
+    if value and value[2] in _EXPECTED:
+        return f"{subject}: {shown(value[1])}, expected {_EXPECTED[value[2]]}"
+    if "is incompatible with (str)" in lines[0]:
+        return f"{subject}: a name is text, and the command line reads a number; set it in a YAML file, in quotes"
+    return (f"{subject}: " if subject else "") + ("\n".join(lines[:3]) if not full_key else lines[0])
 
 
-def _short(text: str) -> str:
-    """At most three non-empty lines."""
-    return "\n".join([line for line in text.splitlines() if line.strip()][:3])
+_EXPECTED = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
+
+
+def _unknown_path(key: str, full_key: str, schema: type, name: str, prepared: Sequence[str]) -> str:
+    """Return the message for a key that is not in the config, with the keys next to where it would be."""
+    known: list[str] = [f.name for f in fields(schema)]
+    parts = full_key.split(".")
+    if parts[0] not in known:
+        return _unknown_key(parts[0], known)
+    depth = 1
+    while depth < len(parts) and parts[depth] in (known := _keys_below(".".join(parts[:depth]), name, prepared)):
+        depth += 1
+    parent, last = ".".join(parts[:depth]), parts[min(depth, len(parts) - 1)]
+    expected = nearest(last, known) or ("; known: " + ", ".join(known) if known else "")
+    adding = "" if f"~{key}" in prepared else f"; a new one is added as '+{parent}.{last}=…'"
+    return f"{key}: {parent} has no key {last}{expected}{adding}"
+
+
+def _keys_below(parent: str, name: str, prepared: Sequence[str]) -> list[str]:
+    """Return the keys of a mapping of the config, before values on the command line change it."""
+    from hydra import compose as hydra_compose
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    groups = [word for word in prepared if re.match(r"\+{0,2}(exp|model|capture|tracking|train)=", word)]
+    try:
+        node = OmegaConf.select(hydra_compose(name, overrides=groups), parent)
+    except (HydraException, OmegaConfBaseException, AssertionError):
+        return []
+    return [str(key) for key in node] if isinstance(node, DictConfig) else []

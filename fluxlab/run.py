@@ -1,14 +1,27 @@
 """`python -m fluxlab.run +exp=<name> [overrides]`: compose the configs, check them, run."""
 
-import argparse
 import os
+import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxlab.compose import compose, flags, guarded, hydra_main, to_schema
+from fluxlab.compose import (
+    combinations,
+    complete,
+    compose,
+    debugging,
+    flags,
+    guarded,
+    is_users,
+    launch,
+    launches_jobs,
+    short,
+)
 from fluxlab.config import config_folder, model_row
 from fluxlab.errors import UserError
 
@@ -49,39 +62,92 @@ class RunConfig:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when done, 2 for what the user can mend, 130 when interrupted."""
+    """Run the command line and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C.
+
+    `arguments` are the words after `python -m fluxlab.run`; None means those of this process. May be called from a
+    notebook, from several threads, and inside another Hydra application.
+    """
     if arguments is None:
         arguments = sys.argv[1:]
-        # plugins lie here; `python -m` looks here too, an installed script only in its own folder
+        # plugins are imported from here; `python -m` looks here too, an installed script only in its own folder
         if not sys.flags.safe_path and os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
     return guarded(
-        lambda: _main(arguments), "interrupted; what was finished is kept, the same command goes on from here"
+        lambda: _main(list(arguments)), "interrupted; finished images are kept, the same command continues from here"
     )
 
 
 def _main(arguments: list[str]) -> None:
     asked = flags(arguments)
-    command = f"python -m fluxlab.run {shlex.join(arguments)}"
-    named = any(argument.startswith("+exp=") for argument in asked.overrides)
-    if asked.shell_completion or (asked.multirun and named):
-        hydra_main(arguments, RunConfig, "schema", "config", lambda c: run(to_schema(c, RunConfig), _own(asked)))
+    config = ("config", RunConfig, "schema", asked.overrides, asked.config_dir)
+    named = any(re.match(r"\+{1,2}exp=", argument) for argument in asked.overrides)
+    if asked.shell_completion:
+        complete(*config)
     elif asked.help or not asked.overrides:
         print(usage(asked.config_dir))
     elif not named:  # a forgotten + must not look like a run that is done
-        raise UserError(f"{' '.join(arguments)}: no experiment named; add +exp=<name>")
+        raise UserError(f"{' '.join(asked.overrides)}: no experiment named; add +exp=<name>")
     elif asked.cfg:
-        print(compose("config", RunConfig, "schema", asked.overrides, asked.config_dir, show=True), end="")
+        print(compose(*config, show=True), end="")
+    elif asked.multirun:
+        _run_combinations(asked.overrides, asked.config_dir)
     else:
-        run(compose("config", RunConfig, "schema", asked.overrides, asked.config_dir), command)
+        run(compose(*config), _command(arguments))
 
 
-def _own(asked: argparse.Namespace) -> str:
-    """Return the command that repeats the current combination of -m alone."""
-    from hydra.core.hydra_config import HydraConfig
+def _command(words: list[str], folder: Path | None = None) -> str:
+    return f"python -m fluxlab.run {shlex.join([*(['--config-dir', str(folder)] if folder else []), *words])}"
 
-    folder = ["--config-dir", str(asked.config_dir)] if asked.config_dir else []
-    return f"python -m fluxlab.run {shlex.join([*folder, *HydraConfig.get().overrides.task])}"
+
+def _run_combinations(overrides: list[str], folder: Path | None) -> None:
+    """Run every combination of the values in `overrides` (-m), and print which folder holds which.
+
+    A combination with an error that the user can fix is reported, and the others are run. Raises UserError before
+    anything runs if two combinations have the same folder, and at the end if some of them failed.
+    """
+    every = combinations("config", RunConfig, "schema", overrides, folder)
+    failures: dict[int, str] = {}
+    folders: dict[int, Path] = {}
+    for i, combination in enumerate(every):
+        with _reported(failures, i, combination.settings):
+            folders[i] = out_folder(combination.config, read(combination.config))
+    _check_folders({i: (path, every[i].settings) for i, path in folders.items()})
+    if launches_jobs(overrides):
+        launch("config", RunConfig, "schema", overrides, folder, lambda c, words: run(c, _command(words, folder)))
+    else:
+        for i in folders:
+            with _reported(failures, i, every[i].settings):
+                run(every[i].config, _command(every[i].words, folder))
+    print(f"{len(every)} combinations:")
+    for i, combination in enumerate(every):
+        print(f"  {'failed' if i in failures else folders[i]}  {combination.settings}")
+    if failures:
+        raise UserError(f"{len(failures)} of the {len(every)} combinations failed; the others are done")
+
+
+@contextmanager
+def _reported(failures: dict[int, str], i: int, settings: str) -> Iterator[None]:
+    """Print an error that the user can fix and note it under `i`, instead of raising it."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        if debugging() or not is_users(error):
+            raise
+        failures[i] = short(str(error))
+        print(short(f"{settings}: {error}" if settings else str(error)), file=sys.stderr)
+
+
+def _check_folders(folders: dict[int, tuple[Path, str]]) -> None:
+    """Raise UserError if two combinations would write into one folder: the second would replace the tables."""
+    seen: dict[Path, str] = {}
+    for path, settings in folders.values():
+        if path in seen:
+            key = next((word.partition("=")[0].lstrip("+") for word in settings.split("  ")), "")
+            raise UserError(
+                f"-m: {seen[path]} and {settings} would both be written into {path}\n"
+                f"Name a folder that differs between them, for instance 'out={path}/${{{key}}}'."
+            )
+        seen[path] = settings
 
 
 def read(config: RunConfig) -> "Experiment":
@@ -121,10 +187,15 @@ def read(config: RunConfig) -> "Experiment":
 _PLAIN = ("height", "width", "steps", "guidance", "true_cfg", "negative_prompt", "device", "dtype", "clip", "dino")
 
 
+def out_folder(config: RunConfig, experiment: "Experiment") -> Path:
+    """Return the run folder: `out`, or one that is named after everything that the images depend on."""
+    return Path(config.out).expanduser() if config.out else Path("runs", experiment.name, experiment.digest)
+
+
 def run(config: RunConfig, command: str) -> None:
     """Fill the experiment's store: pictures, then numbers, then the grid; what is there already stays."""
     experiment = read(config)
-    out = Path(config.out or f"runs/{experiment.name}/{experiment.digest}")
+    out = out_folder(config, experiment)
     from fluxlab.experiment import captures, effects
     from fluxlab.experiment.reading import read_store
     from fluxlab.experiment.runner import fill
@@ -176,26 +247,33 @@ def run(config: RunConfig, command: str) -> None:
 
 
 def usage(folder: Path | None = None) -> str:
-    """What a command line looks like, and which experiments there are, a user's own in `folder` among them."""
-    from omegaconf import OmegaConf
+    """Return the help: what a command looks like, and the experiments, a user's own in `folder` among them."""
+    from fluxlab.yaml_source import decode, experiment_files, read_yaml
 
-    folders = [config_folder(), *([folder] if folder else [])]
-    files = sorted({file.stem: file for one in folders for file in (one / "exp").glob("*.yaml")}.values())
-    lines = [f"  {file.stem:<16}{OmegaConf.load(file).get('caption', '')}" for file in files]
+    lines = []
+    for name, file in experiment_files([config_folder(), *([folder] if folder else [])]):
+        try:
+            values = read_yaml(file)
+            caption = str(decode(values.get("caption", ""))) if isinstance(values, dict) else ""
+        except UserError as error:
+            caption = f"(cannot be read: {str(error).removeprefix(f'{file}, ')})"
+        lines.append(f"  {name:<15} {caption}")
     return "\n".join([_USAGE, *lines, "", _KEYS])
 
 
 _USAGE = """python -m fluxlab.run +exp=<name> [key=value …]
 
 Experiments (configs/exp; --config-dir <folder> adds your own):"""
-_KEYS = """Keys (configs/config.yaml has all; null means the model's own):
-  prompts='["a cat","a dog"]'  prompts_file=<file>  seeds=4 or seeds=[3,5]  steps  height  width  guidance
+_KEYS = """Keys (configs/config.yaml lists all; null means the model's own):
+  prompts='["a cat","a red fox"]'  prompts_file=<file>  seeds=4 or seeds=[3,5]  steps  height  width  guidance
   device  dtype  out=<folder>  model=tiny, schnell, dev, … or model=local model.path=<folder, file or hub id>
   variants.half.a.factor=0.7  '~variants.zero'  '+variants.mine={a: {op: rotate, degrees: 30}}'
   +op@variants.mine.a=scale variants.mine.a.factor=0.8
-  capture=words keeps attention, a map a word, block and step; '+capture.cats={kind: words, words: [cat]}'
-  plan=true says what would run; --cfg job prints the composed config; -m runs all combinations of a=1,2 b=3,4
-The same command again finishes what is missing."""
+  capture=words stores attention: one map per word, block and step; '+capture.cats={kind: words, words: [cat]}'
+  plan=true prints what would run; --cfg job prints the composed config
+  -m runs every combination of a=1,2 b=3,4; name the folder yourself with 'out=runs/mine/${a}-${b}'
+Prompts and names are text: quote what looks like a number. FLUXLAB_DEBUG=1 shows the traceback of an error.
+The same command again completes what is missing."""
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +28,7 @@ class _Output:
     def _attempt(self, call: Any) -> None:
         try:
             call()
-        except BrokenPipeError:
+        except OSError:  # no reader, a closed terminal, a full disk
             _discard(self._stream)
 
     def __getattr__(self, name: str) -> Any:
@@ -38,7 +39,8 @@ def _discard(stream: Any) -> None:
     """Point the stream's file at the null device, so that neither later output nor the interpreter's exit fails."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(null, stream.fileno())
+        with contextlib.suppress(OSError):  # a stream without a file
+            os.dup2(null, stream.fileno())
     finally:
         os.close(null)
 
@@ -47,20 +49,42 @@ def _discard(stream: Any) -> None:
 def tolerant_output() -> Iterator[None]:
     """Go on without output once its reader is gone (`… | head -1`), and replace characters that cannot be encoded.
 
-    The streams are as before afterwards.
+    The streams are as before afterwards. Threads and nested blocks share one pair of streams.
     """
-    before = sys.stdout, sys.stderr
-    strict = [stream for stream in before if _is_strict(stream)]
-    for stream in strict:
-        stream.reconfigure(errors="replace")
-    sys.stdout, sys.stderr = map(_Output, before)
+    global _blocks
+    with _lock:
+        _blocks += 1
+        if _blocks == 1:
+            _replaced.extend(_replace(name) for name in ("stdout", "stderr") if getattr(sys, name) is not None)
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = before
-        for stream in strict:
-            stream.reconfigure(errors="strict")
+        with _lock:
+            _blocks -= 1
+            while _blocks == 0 and _replaced:
+                _restore(*_replaced.pop())
+
+
+_lock = threading.Lock()
+_blocks = 0
+_replaced: list[tuple[str, _Output, Any, bool]] = []
+
+
+def _replace(name: str) -> tuple[str, _Output, Any, bool]:
+    stream = getattr(sys, name)
+    strict = _is_strict(stream)
+    if strict:
+        stream.reconfigure(errors="replace")
+    setattr(sys, name, _Output(stream))
+    return name, getattr(sys, name), stream, strict
+
+
+def _restore(name: str, output: _Output, stream: Any, strict: bool) -> None:
+    output.flush()
+    if strict:
+        stream.reconfigure(errors="strict")
+    if getattr(sys, name) is output:
+        setattr(sys, name, stream)
 
 
 def _is_strict(stream: Any) -> bool:

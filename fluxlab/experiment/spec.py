@@ -3,14 +3,15 @@
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from fluxlab.checkpoints import check_device
 from fluxlab.config import ModelRow
-from fluxlab.errors import UserError, join
+from fluxlab.errors import UserError, join, show
 from fluxlab.positions import Program
 from fluxlab.probes import Capture
 from fluxlab.select.masks import compact
@@ -23,6 +24,11 @@ REFERENCE_NAMES = ("noise floor", "another seed")
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+LONGEST_NAME = 100
+"""Characters of the name of an experiment or a variant: names become parts of file names and labels in figures."""
+
+_LARGEST = {"height": 65_536, "width": 65_536, "steps": 10_000}
+_LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which the model computes
 _LARGEST_SEED = 2**63 - 1  # what a generator takes
 
 
@@ -88,8 +94,10 @@ _NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip"
 
 def checked(experiment: Experiment) -> Experiment:
     """The experiment with its numbers normalised. Raises `UserError` naming the key, its value, and what to do."""
-    if not re.fullmatch(r"\w[\w.-]*", experiment.name):
-        raise UserError(f"name={experiment.name}: names a folder; use letters, digits, -, . and _")
+    if not re.fullmatch(r"\w[\w.-]*", experiment.name) or len(experiment.name) > LONGEST_NAME:
+        raise UserError(
+            f"name={show(experiment.name)[1:-1]}: names a folder; use at most {LONGEST_NAME} letters, digits, -, . or _"
+        )
     if not experiment.variants:
         raise UserError("variants={}: at least one variant is needed, for instance variants.baseline={}")
     if experiment.baseline not in experiment.variants:
@@ -99,13 +107,13 @@ def checked(experiment: Experiment) -> Experiment:
         )
     if not experiment.prompts:
         raise UserError("prompts=[]: at least one prompt is needed")
-    twice = [prompt for i, prompt in enumerate(experiment.prompts) if prompt in experiment.prompts[:i]]
+    twice = [prompt for prompt, count in Counter(experiment.prompts).items() if count > 1]
     if twice:
-        raise UserError(f"prompts: {twice[0]!r} is there twice; its pictures would be the same")
-    for key in ("height", "width", "steps"):
+        raise UserError(f"prompts: {show(twice[0])} is there twice; its images would be the same")
+    for key, largest in _LARGEST.items():
         value = getattr(experiment, key)
-        if value is not None and value < 1:
-            raise UserError(f"{key}={value}: a whole number from 1 is needed")
+        if value is not None and not 1 <= value <= largest:
+            raise UserError(f"{key}={value}: expected a whole number from 1 to {largest}")
     if experiment.dtype not in (None, *DTYPES):
         raise UserError(f"dtype={experiment.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
     if experiment.device:
@@ -126,16 +134,19 @@ def checked(experiment: Experiment) -> Experiment:
 def _number(key: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) < float("inf"):
-        raise UserError(f"{key}={value}: a finite number is needed")
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= _LARGEST_FLOAT:
+        raise UserError(f"{key}={show(value)}: expected a finite number, at most {_LARGEST_FLOAT:.2g} (float32)")
     return float(value)
 
 
 def read_variants(variants: Mapping[str, Any]) -> dict[str, Program]:
     """Programs by name. Raises `UserError` with the path of what is wrong, such as `variants.half.a.factor`."""
-    for name in variants:
-        if not re.fullmatch(r"\w[\w.+ -]*", str(name)) or str(name) in REFERENCE_NAMES:
-            raise UserError(f"variants: {str(name)!r} is no name for a variant; use letters, digits, - and _")
+    for name in map(str, variants):
+        if not re.fullmatch(r"\w[\w.+ -]*", name) or name in REFERENCE_NAMES or len(name) > LONGEST_NAME:
+            raise UserError(
+                f"variants: {show(name)} is no name for a variant; "
+                f"use at most {LONGEST_NAME} letters, digits, spaces, -, +, . and _"
+            )
     return {str(name): Program.from_config(program, f"variants.{name}") for name, program in variants.items()}
 
 
@@ -143,13 +154,15 @@ def read_seeds(seeds: Any) -> tuple[int, ...]:
     """`4` means seeds 0 … 3, `[3, 5]` those two. Raises `UserError` for anything else."""
     if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
         if seeds > 1_000_000:
-            raise UserError(f"seeds={seeds}: that many, from 0; for this one seed write seeds=[{seeds}]")
+            raise UserError(
+                f"seeds={show(seeds)}: a count of at most 1000000; for one seed write seeds=[{show(seeds)}]"
+            )
         return tuple(range(seeds))
     if not isinstance(seeds, Sequence) or isinstance(seeds, str) or not seeds:
-        raise UserError(f"seeds={seeds}: expected a count such as 4, or a list such as [3,5]")
+        raise UserError(f"seeds={show(seeds)}: expected a count such as 4, or a list such as [3,5]")
     for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
-            raise UserError(f"seeds={seeds}: {seed} is no seed; whole numbers from 0 to 2^63 - 1 are")
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed <= _LARGEST_SEED:
+            raise UserError(f"seeds={show(seeds)}: {show(seed)}, expected whole numbers from 0 to 2^63 - 1")
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds={seeds}: one of them is there twice")
-    return tuple(seeds)
+        raise UserError(f"seeds={show(seeds)}: one of them is there twice")
+    return tuple(map(int, seeds))
