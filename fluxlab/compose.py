@@ -47,7 +47,7 @@ def flags(arguments: Sequence[str]) -> argparse.Namespace:
     if known.config_dir:
         known.config_dir = known.config_dir.expanduser()
         if not known.config_dir.is_dir():
-            raise UserError(f"--config-dir {known.config_dir}: there is no such folder; it contains exp/, model/ or op/")
+            raise UserError(f"--config-dir {known.config_dir}: there is no such folder; it has exp/, model/ or op/")
     return known
 
 

@@ -89,7 +89,7 @@ def test_every_combination(folder, tmp_path):
     done = fluxlab_run("-m", *small(folder), "steps=0,1", "seeds=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "steps=0" in done.stderr
-    assert "1 of the combinations failed" in done.stderr
+    assert "1 of the 2 combinations failed" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
 
 
@@ -104,13 +104,13 @@ def test_a_shell_completes(tmp_path):
     ("arguments", "message"),
     [
         (["exp=hello", "model=dev"], "exp=hello model=dev: no experiment named"),
-        (["+exp=helo"], "exp=helo: there is none; available: article"),
-        (["+exp=hello", "model=dve"], "model=dve: there is none; available: "),
-        (["+exp=hello", "model=5"], "model=5: a name is needed, one of dev, kontext, "),
-        (["+exp=hello", "capture={a: 1}"], "capture={a: 1}: a name is needed, one of distance, full, none, words;"),
+        (["+exp=helo"], "exp=helo: there is none; did you mean hello?; available: article"),
+        (["+exp=hello", "model=dve"], "model=dve: there is none; did you mean dev?; available: "),
+        (["+exp=hello", "model=5"], "model=5: expected one of dev, kontext, "),
+        (["+exp=hello", "capture={a: 1}"], "capture={a: 1}: expected one of distance, full, none, words;"),
         (["+exp=hello", "model=dev", "stepz=3"], "stepz: there is no such key"),
         (["+exp=hello", "model=dev", "+stepz=3"], "stepz: there is no such key"),
-        (["+exp=hello", "model=dev", "steps=many"], "steps: Value 'many'"),
+        (["+exp=hello", "model=dev", "steps=many"], "steps: 'many', expected a whole number"),
         (["+exp=hello", "model=dev", "seeds=0"], "seeds=0: expected a count"),
         (["+exp=hello", "model=dev", "seeds=[a]"], "seeds="),
         (["+exp=hello", "model=dev", "prompts=[]"], "prompts=[]: at least one"),
