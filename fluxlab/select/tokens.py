@@ -17,7 +17,8 @@ GROUPS = ("image", "text", "all", "reference")
 FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "indices": ("of",), "reference": ()}
 # Only sequences built in Python have reference images so far, so messages do not offer them.
 OFFERED = ("image", "text", "all")
-ACCEPTED = f"{', '.join(OFFERED)}, or one of {{words}}, {{box}}, {{mask}}, {{indices}}"
+OFFERED_FORMS = ("words", "box", "mask", "indices")
+ACCEPTED = f"{', '.join(OFFERED)}, or one of {{{'}, {'.join(OFFERED_FORMS)}}}"
 
 
 def parse_tokens(value: Any, path: str) -> str | dict | list:
@@ -29,15 +30,15 @@ def parse_tokens(value: Any, path: str) -> str | dict | list:
         return parts[0] if len(parts) == 1 else parts
     if not isinstance(value, Mapping):
         if not isinstance(value, str) or value not in GROUPS:
-            raise wrong(path, value, ACCEPTED, (*OFFERED, *FORMS))
+            raise wrong(path, value, ACCEPTED, (*OFFERED, *OFFERED_FORMS))
         return value
     forms = [key for key in value if key in FORMS]
     for key in value:
         if key not in FORMS and key not in {extra for form in forms for extra in FORMS[form]}:
-            options = [extra for form in forms for extra in (form, *FORMS[form])] or [*FORMS][:-1]
+            options = [extra for form in forms for extra in (form, *FORMS[form])] or OFFERED_FORMS
             raise unknown_key(path, key, value[key], options, "token selection" if not forms else "key")
     if len(forms) != 1:
-        raise wrong(path, dict(value), f"exactly one of {', '.join([*FORMS][:-1])} (a list of several is their union)")
+        raise wrong(path, dict(value), f"exactly one of {', '.join(OFFERED_FORMS)} (a list of several is their union)")
     (form,) = forms
     return {form: _PARSE[form](value[form], join(path, form)), **_parse_extra(form, value, path)}
 
@@ -47,7 +48,8 @@ def _parse_extra(form: str, value: Mapping, path: str) -> dict:
         default = "tokens" if form == "box" else "fraction"
         return {"unit": choice(*UNITS)(value.get("unit", default), join(path, "unit"))}
     if form == "indices":
-        return {"of": choice(*GROUPS)(value.get("of", "image"), join(path, "of"))}
+        of = value.get("of", "image")
+        return {"of": of if of == "reference" else choice(*OFFERED)(of, join(path, "of"))}
     return {}
 
 

@@ -1,6 +1,7 @@
 """Programs without a model: reading, writing, hashing, selecting; what is refused, and in which words."""
 
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import fluxlab.positions
 from fluxlab.config import config_folder
 from fluxlab.errors import UserError
 from fluxlab.positions import OPS, Context, Layout, Program, Prompt, compile_programs, find_word
+from fluxlab.select.arguments import number
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
-from fluxlab.select.where import parse_strength, strength_at
+from fluxlab.select.where import parse_steps, parse_strength, resolve_steps, strength_at
 
 SIZES = {"axes_dim": (4, 14, 14), "theta": 10000, "double": 2, "single": 3, "heads": 4}
 CAT = "A cat on the mat, a red Cat says hello world"
@@ -241,6 +243,36 @@ def test_steps(steps, expected):
     assert active(steps=steps) == [bool(x) for x in expected]
 
 
+LEVELS = st.lists(st.floats(0.01, 0.999), min_size=1, max_size=8, unique=True)
+
+
+@settings(deadline=None, max_examples=100)
+@given(LEVELS, st.floats(0.01, 0.99))
+def test_two_windows_of_noise_levels_share_no_step(levels, bound):
+    sigmas = (1.0, *sorted(levels, reverse=True), 0.0)
+    late = parse_steps({"sigma": [0, bound]}, "s")
+    early = parse_steps({"sigma": [bound, 1]}, "s")
+    early_acts = resolve_steps(early, sigmas, "s")
+    late_acts = resolve_steps(late, (*sigmas[:-1], 0.001, 0.0), "s")[:-1]  # a step that is always late
+    assert all(low != high for low, high in zip(late_acts, early_acts, strict=True))
+
+
+@pytest.mark.parametrize("sigma", [0.83202, 0.49996, 0.0123456, 0.99952])
+@pytest.mark.parametrize("digits", [3, 4, 5])
+def test_a_bound_copied_from_a_message_means_that_step(sigma, digits):
+    """A message prints 0.832 for 0.83202: as a high bound it includes that step, as a low bound it does not."""
+    sigmas, copied = (1.0, sigma, 0.001, 0.0), float(f"{sigma:.{digits}g}")
+    if copied < 1:
+        assert resolve_steps({"sigma": [0, copied]}, sigmas, "s") == (False, True, True)
+        assert resolve_steps({"sigma": [copied, 1]}, sigmas, "s") == (True, False, False)
+    assert resolve_steps({"sigma": [0, 1]}, sigmas, "s") == (True, True, True)
+
+
+def test_the_copied_bound_means_the_nearest_of_several_steps():
+    sigmas = (1.0, 0.8323, 0.8319, 0.8317, 0.0)
+    assert resolve_steps({"sigma": [0, 0.832]}, sigmas, "s") == (False, False, True, True)
+
+
 @pytest.mark.parametrize(
     ("blocks", "expected"),
     [
@@ -438,6 +470,22 @@ BAD = [
     ({"a": {"op": "warp", "field": [[1, 2]]}}, "a.field[0][0]", "1", "[row, col]", None),
     ({"a": {"op": "text_line", "axis": 3}}, "a.axis", "3", "index, row, col", None),
     ({"a": {"op": "quantize", "to": "bfloat"}}, "a.to", "'bfloat'", "bfloat16", "bfloat16"),
+    ({"a": {"op": "zero", "tokens": {"words": [True]}}}, "a.tokens.words[0]", "True", "in quotes", None),
+    ({"a": {"op": "zero", "tokens": {"words": 1.5}}}, "a.tokens.words", "1.5", "in quotes", None),
+    ({"a": {"op": "set", "value": 1e39}}, "a.value", "1e+39", "at most 3.4e38", None),
+    ({"a": {"op": "set", "value": 10**400}}, "a.value", "1000000000", "at most 3.4e38", None),
+    ({"a": {"op": "set", "value": [0, -(10**5000), 0]}}, "a.value[1]", "thousands of digits", "at most 3.4e38", None),
+    ({"a": {"op": "jitter", "std": 1, "seed": 2**64}}, "a.seed", "18446744073709551616", "2^63 - 1", None),
+    ({"a": {"op": "jitter", "std": 1, "seed": 10**5000}}, "a.seed", "thousands of digits", "2^63 - 1", None),
+    ({"a": {"op": "jitter", "std": 1, "seed": 1e300}}, "a.seed", "1e+300", "2^63 - 1", None),
+    ({"a": {"op": "zero", "tokens": "x" * 9999}}, "a.tokens", "xxx … xxx", "image, text", None),
+    ({"a": {"op": "zero", "x" * 9999: 1}}, "a.xxxxx", "xxx … xxx", "unknown key of zero", None),
+    ({True: {"op": "zero"}}, "True", "True", "the name of an edit in quotes, such as 'True'", None),
+    ({0.5: {"op": "zero"}}, "0.5", "0.5", "the name of an edit in quotes, such as '0.5'", None),
+    ({None: {"op": "zero"}}, "None", "None", "the name of an edit in quotes", None),
+    ({"": {"op": "zero"}}, "", "''", "the name of an edit", None),
+    ({"a\nb": {"op": "zero"}}, "", "'a\\nb'", "printable", None),
+    ({"x" * 300: {"op": "zreo"}}, "xxx", "'zreo'", "one of centre", "zero"),
     ({"a": "zero"}, "a", "'zero'", "{op: scale", None),
     ({"op": "zero"}, "", "{'op': 'zero'}", "{a: {…}}", None),
     ("zero", "", "'zero'", "a mapping of edits", None),
@@ -447,7 +495,7 @@ BAD = [
 
 def check_message(error, path, value, accepted, nearest):
     message = str(error.value)
-    assert message.startswith(f"variants.half.{path}: ".replace(".:", ":")), message
+    assert message.startswith(f"variants.half.{path}{'' if 'xxx' in path else ': '}".replace(".:", ":")), message
     assert value in message, message
     assert accepted in message, message
     assert "\n" not in message
@@ -569,6 +617,11 @@ def test_plugins(plugin):
     ("plugins", "message"),
     [
         (["no_such_module_here"], r"plugins\[0\]: 'no_such_module_here', expected a module"),
+        (["no_such.module"], r"plugins\[0\]: 'no_such.module', expected a module"),
+        (["my_ops.py"], r"plugins\[0\]: 'my_ops.py', expected the name of a module without its ending: my_ops"),
+        (["ops/mine"], r"plugins\[0\]: 'ops/mine', expected the name of a module, such as my_ops"),
+        ([""], r"plugins\[0\]: '', expected the name of a module"),
+        ([".ops"], r"plugins\[0\]: '.ops', expected the name of a module"),
         (3, "plugins: 3, expected a list"),
     ],
 )
@@ -589,11 +642,121 @@ def own_op():
     OPS.pop("own", None)
 
 
+def compiled(edit: dict):
+    return compile_programs([Program.from_config({"a": edit}, "variants.half")], context()).at(1.0)
+
+
 def test_an_op_that_gives_nan_is_named(own_op):
-    own_op(lambda ids, scope: ids / 0)
-    message = r"^half\.a: op own on 16 tokens gave NaN or inf for 16 of them, first for image token 0 \(row 0, col 0\)"
+    own_op(lambda ids, scope, by: (ids - ids[1]) / (ids - ids[1]) * by, {"by": number})
+    message = (
+        r"^variants\.half\.a: op own with by 2\.0 on 16 tokens gave NaN or inf for 1 of them, "
+        r"first for image token 1 \(row 0, col 1\)$"
+    )
     with pytest.raises(UserError, match=message):
-        compile_programs([Program.from_config({"a": {"op": "own"}}, "half")], context()).at(1.0)
+        compiled({"op": "own", "by": 2})
+
+
+def test_numbers_that_overflow_are_named():
+    twice = Program.from_config({name: {"op": "scale", "factor": 1e30} for name in "ab"})
+    layout = Layout(1, (4, 4))
+    with pytest.raises(UserError, match=r"^b: op scale with factor .* on 16 tokens gave NaN or inf for 16 of them"):
+        compile_programs([twice], context(layout, prompts=None)).at(1.0)
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyError("mine"), ZeroDivisionError(), AssertionError()])
+def test_an_ops_own_exception_keeps_its_traceback(error, own_op):
+    """Also a ValueError: it is a bug of the op, not a mistake of the user."""
+
+    def mine(ids, scope, by=1.0):
+        raise error
+
+    own_op(mine, {"by": number})
+    with pytest.raises(type(error)) as raised:
+        compiled({"op": "own", "tokens": {"indices": [0, 3]}})
+    assert raised.value is error
+    assert not isinstance(error, UserError)
+    assert error.__notes__ == ["in op own with by 1.0 on 2 tokens, edit variants.half.a"]
+    assert raised.traceback[-1].name == "mine"
+
+
+def test_an_ops_oserror_is_not_reported_as_the_users(own_op):
+    """The command line shows an OSError in one line, so it becomes a RuntimeError."""
+    own_op(lambda ids, scope: Path("/no/such/file").read_text())
+    with pytest.raises(
+        RuntimeError, match=r"FileNotFoundError.*in op own on 16 tokens, edit variants\.half\.a"
+    ) as raised:
+        compiled({"op": "own"})
+    assert isinstance(raised.value.__cause__, FileNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (lambda ids: ids[:, :2], r"\(16, 2\) torch\.float32"),
+        (lambda ids: ids.double(), r"\(16, 3\) torch\.float64"),
+        (lambda ids: ids.tolist(), "list"),
+        (lambda ids: None, "NoneType"),
+    ],
+)
+def test_a_result_of_another_type_is_a_bug_of_the_op(result, got, own_op):
+    own_op(lambda ids, scope: result(ids))
+    with pytest.raises(TypeError, match=rf"a: op own \(.*test_program\.py:\d+\) returned {got}, expected"):
+        compiled({"op": "own"})
+
+
+def test_an_attention_op_must_return_a_mask(own_op):
+    own_op(lambda from_: from_.float(), {"from": parse_tokens}, acts_on="attention")
+    with pytest.raises(TypeError, match=r"returned .* torch.float32, expected a tensor .* torch.bool"):
+        compiled({"op": "own", "from": "image"})
+
+
+def test_an_argument_type_that_breaks_is_a_bug_of_the_op(own_op):
+    own_op(lambda ids, scope, by: ids, {"by": lambda value, path: value["x"]})
+    with pytest.raises(TypeError) as error:
+        compiled({"op": "own", "by": 3})
+    assert "in argument types of op own" in error.value.__notes__[0]
+
+
+def test_an_ops_usererror_names_the_edit(own_op):
+    def mine(ids, scope):
+        raise UserError("tokens: select fewer")
+
+    own_op(mine)
+    with pytest.raises(UserError, match=r"^variants\.half\.a\.tokens: select fewer$"):
+        compiled({"op": "own"})
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "note"),
+    [
+        ("import no_such_dependency", ModuleNotFoundError, True),
+        ("from fluxlab.positions import no_such_name", ImportError, True),
+        ("1 / 0", ZeroDivisionError, True),
+        ("raise ValueError('mine')", ValueError, True),
+        ("def f(:", SyntaxError, True),
+        ("open('/no/such/file')", RuntimeError, False),
+    ],
+)
+def test_a_plugins_own_error_keeps_its_traceback(text, error, note, tmp_path, monkeypatch):
+    (tmp_path / "my_broken_ops.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(error) as raised:
+        fluxlab.positions.load_plugins(["my_broken_ops"])
+    assert not isinstance(raised.value, UserError)
+    said = raised.value.__notes__[-1] if note else str(raised.value)
+    assert "while importing plugins[0]: my_broken_ops" in said
+
+
+def test_tokens_of_reference_images_are_not_offered_yet():
+    """No command makes reference images, so no message offers them; sequences built in Python have them."""
+    with pytest.raises(UserError) as error:
+        program(tokens="refrence")
+    assert "reference" not in str(error.value).replace("refrence", "")
+    for tokens in ("reference", {"reference": 0}, {"indices": [0], "of": "reference"}):
+        assert selected(tokens)
+        message = "but there are no reference images: runs and generate() do not take any yet"
+        with pytest.raises(UserError, match=re.escape(message)):
+            selected(tokens, layout=Layout(2, (4, 4)))
 
 
 leaves = (
