@@ -86,7 +86,7 @@ def test_it_says_what_it_is(name):
 @pytest.mark.parametrize("name", STUDIES)
 def test_its_size(name):
     config, header = experiment(name), file_of(name).read_text().partition("\nname:")[0]
-    assert lines_with(header, f"# {pictures(config)} pictures, about ") == 1
+    assert lines_with(header, f"# {pictures(config)} images, about ") == 1
     assert lines_with(header, "# grid.png: ") == 1
     assert 24 <= pictures(config) <= 100
     assert all(scenes.parse(prompt).thing for prompt in config.prompts)  # what the embedded model was trained on
