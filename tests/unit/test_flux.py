@@ -278,3 +278,12 @@ def test_integer_masks_raise(flux, unchecked):
 def test_sizes_of_nothing_raise():
     with pytest.raises(ValueError, match="num_heads 0: at least 1"):
         replace(PARAMS, num_heads=0)
+
+
+def test_rotary_tables_need_no_fp64_on_the_device():
+    """MPS has no fp64. The meta device plays it here."""
+    from tests.unit.test_pipeline import NoDoubleOnMeta
+
+    model, x = Flux(PARAMS).to("meta"), {name: value.to("meta") for name, value in inputs().items()}
+    with NoDoubleOnMeta():
+        assert model(**x).shape == (BATCH, IMAGE, 6)

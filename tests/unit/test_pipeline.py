@@ -1,9 +1,15 @@
-"""What generate() and load_pipeline() refuse, and how they say it."""
+"""The pipeline: which arguments it rejects and with which message, prompts, defaults, devices and progress."""
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fluxlab
+from fluxlab import pipeline
+from fluxlab.errors import UserError
+from fluxlab.positions import Program
+from fluxlab.sampling import Sampling
 from tests import tiny
 
 
@@ -41,27 +47,73 @@ GOOD = {"prompts": "a cat", "height": 16, "width": 16, "steps": 1, "max_sequence
         ({"guidance": 3.5}, "guidance=3.5: this model is not guidance-distilled"),
         ({"negative_prompts": "dog"}, "negative_prompts have no effect without true_cfg"),
         ({"latents": torch.zeros(1, 15, 16)}, r"latents have shape \(1, 15, 16\)"),
+        ({"latents": torch.full((1, 16, 16), float("inf"))}, "latents hold NaN or infinity"),
+        ({"unknown_words": "ignore"}, "unknown_words='ignore': expected error or allow"),
+        ({"truncate": "no"}, "truncate='no': expected true or false"),
+        ({"probe": "words"}, "probe='words': expected a fluxlab.probes.Probe"),
         ({"output": "jpeg"}, "output='jpeg': expected pil, latent, pt"),
         ({"timestep_rounding": "bf16"}, "timestep_rounding='bf16': expected bfl or diffusers"),
         ({"prompts": "a red cat " * 6}, "max_sequence_length=16"),
     ],
 )
-def test_misuse_is_named(pipe, change, message):
+def test_wrong_arguments_are_named(pipe, change, message):
     with pytest.raises(ValueError, match=message) as error:
         pipe.generate(**{**GOOD, **change})
     assert len(str(error.value).splitlines()) <= 3
 
 
+LONG = "a red cat and a green fox on the left of the dog says hello"
+
+
 def test_the_words_that_would_be_cut_are_shown(pipe):
-    with pytest.raises(ValueError, match="'the dog says hello' would be cut"):
-        pipe.generate(
-            **{
-                **GOOD,
-                "prompts": "a red cat and a green fox on the left of the dog says hello",
-                "max_sequence_length": 12,
-            }
-        )
-    assert pipe.generate(**{**GOOD, "prompts": "a cat " * 20, "truncate": True})
+    call = {**GOOD, "prompts": LONG, "max_sequence_length": 12}
+    with pytest.raises(UserError, match="'the dog says hello' would be cut"):
+        pipe.generate(**call)
+    assert pipe.generate(**call, truncate=True)
+    with pytest.raises(UserError, match="would be cut"):  # also after the prompt was encoded with truncate
+        pipe.generate(**call)
+
+
+def test_cut_prompts_are_reported_before_unknown_words(pipe):
+    with pytest.raises(UserError, match="would be cut"):
+        pipe.generate(**{**GOOD, "prompts": ["a cat 1", LONG], "max_sequence_length": 12})
+
+
+def test_unknown_words_are_an_error(pipe):
+    for prompt, listed in (("a cat 7", "'7'"), ("a 猫 and 😀", "'猫', '😀'"), ("a cat</s>", "'</s>'.*")):
+        with pytest.raises(UserError, match=f"the text encoders have no token for {listed}\n.*unknown_words='allow'"):
+            pipe.generate(**{**GOOD, "prompts": prompt})
+    allowed = pipe.generate(**{**GOOD, "prompts": "a cat 7"}, unknown_words="allow", output="pt")
+    assert not torch.equal(allowed, pipe.generate(**GOOD, output="pt"))
+    with pytest.raises(UserError, match="no token for '7'"):  # also after the prompt was encoded with "allow"
+        pipe.generate(**{**GOOD, "prompts": "a cat 7"})
+
+
+def test_unknown_words_of_every_text_are_found(pipe):
+    with pytest.raises(UserError, match="prompt 'a 2'"):
+        pipe.generate(**{**GOOD, "prompts": ["a cat", "a 2"]})
+    with pytest.raises(UserError, match="prompt 'a 3'"):
+        pipe.generate(**GOOD, true_cfg=2.0, negative_prompts="a 3")
+    with pytest.raises(UserError, match="prompt 'a 4'"):
+        pipe.invert(torch.zeros(1, 3, 16, 16), "a 4", max_sequence_length=16)
+    with pytest.raises(UserError, match="prompt 'a 5'"):
+        pipe.encode_prompt("a 5", 16)
+    with pytest.raises(UserError, match="prompt 'a 6'"):
+        pipe.check(["a 6"], None, Sampling(max_sequence_length=16))
+
+
+def test_the_embedded_model_names_unknown_words_and_the_nearest_known_ones():
+    tiny_flux = fluxlab.load_pipeline("tiny")
+    assert {"cat", "fox", "holding"} <= set(tiny_flux.text.vocabulary)
+    assert not any(word.startswith("<") for word in tiny_flux.text.vocabulary)
+    with pytest.raises(UserError) as raised:
+        tiny_flux.generate("a zebra and a catt, on the left!", 0, steps=1)
+    first, second, third = str(raised.value).splitlines()
+    assert "does not know 'zebra', 'and', 'catt'; did you mean" in first
+    assert "cat for catt" in first
+    assert "purple" in second
+    assert "unknown_words='allow'" in third
+    assert tiny_flux.generate("A cat, holding a sign that says: hello world!", 0, steps=1)
 
 
 def test_prompts_are_encoded_once(pipe, monkeypatch):
@@ -102,3 +154,104 @@ def test_arguments_stand_in_the_documented_order(pipe):
         prompts=["a cat"], seeds=[3], height=16, width=24, steps=2, max_sequence_length=16, output="latent"
     )
     assert torch.equal(by_order, by_name)
+
+
+def test_the_default_dtype_changes_nothing(folder):
+    program = Program.from_config({"a": {"op": "jitter", "std": 2, "seed": 1}, "b": {"op": "rotate", "degrees": 30}})
+    call = {**GOOD, "width": 24, "programs": program, "true_cfg": 2.0, "negative_prompts": "a dog"}
+    expected = fluxlab.load_pipeline(folder).generate(**call)[0]
+    noise = fluxlab.load_pipeline(folder).invert(expected, "a cat", steps=2)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            pipe = fluxlab.load_pipeline(folder)
+            image = pipe.generate(**call)[0]
+            inverted = pipe.invert(expected, "a cat", steps=2)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert np.array_equal(np.asarray(image), np.asarray(expected))
+        assert torch.equal(inverted, noise)
+
+
+class NoDoubleOnMeta(TorchDispatchMode):
+    """Raises for fp64 tensors on the meta device, which plays a device without fp64 such as MPS."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(x, torch.Tensor) and x.is_meta and x.dtype == torch.float64:
+                raise TypeError(f"{function}: fp64 on a device without it")
+        return result
+
+
+def test_no_fp64_reaches_a_device_without_it(folder, monkeypatch):
+    pipe = fluxlab.load_pipeline(folder)
+    pipe.transformer.to("meta")
+    monkeypatch.setattr(pipeline, "_table_device", lambda device: torch.device("cpu"))
+    programs = [
+        Program.from_config({"a": {"op": "rotate", "degrees": 30, "blocks": {"double": [0]}}}),
+        Program.from_config(
+            {
+                "a": {"op": "offset", "by": 3, "side": "keys", "seen_by": "text"},
+                "b": {"op": "mask", "from": "image", "to": "text"},
+            }
+        ),
+    ]
+    settings = pipe.resolve(Sampling(height=16, width=16, max_sequence_length=16, steps=2))
+    with NoDoubleOnMeta():
+        velocity = pipe._velocity(["a cat"] * 2, None, programs, settings, (4, 4), [1.0, 0.5, 0.0])
+        v = velocity(torch.zeros(2, 16, 16, device="meta"), 1.0)
+    assert v.shape == (2, 16, 16)
+
+
+def test_devices_that_compute_in_fp64_make_their_own_tables():
+    assert pipeline._table_device(torch.device("cuda:0")) == torch.device("cuda:0")
+    assert pipeline._table_device(torch.device("cpu")) == torch.device("cpu")
+    assert pipeline._table_device(torch.device("mps")) == torch.device("cpu")
+
+
+def test_to_moves_every_part(folder, monkeypatch):
+    pipe = fluxlab.load_pipeline(folder)
+    pipe.encode_prompt("a cat")
+    with pytest.raises(UserError, match="device 'cuda:99': there is none"):
+        pipe.to("cuda:99")
+    assert pipe.to("cpu") is pipe
+    monkeypatch.setattr("fluxlab.checkpoints.check_device", torch.device)
+    pipe.to("meta")
+    parts = (pipe.transformer, pipe.autoencoder, pipe.text.clip, pipe.text.t5)
+    assert all(parameter.is_meta for part in parts for parameter in part.parameters())
+    assert pipe.device.type == "meta"
+    assert not pipe._encoded  # else prompts would stay on the old device
+
+
+def test_progress_is_shown_when_asked_for(pipe, capsys):
+    pipe.generate(**{**GOOD, "steps": 2})
+    assert capsys.readouterr().out == ""
+    pipe.generate(**{**GOOD, "steps": 2}, progress=True)
+    assert "sampling 2/2" in capsys.readouterr().out
+
+
+def test_one_object_of_settings_samples_the_same(pipe):
+    settings = Sampling(steps=2, height=16, width=24, max_sequence_length=16, true_cfg=2.0, negative_prompt="a dog")
+    expected = pipe.generate(
+        ["a cat", "a fox"],
+        [1, 2],
+        height=16,
+        width=24,
+        steps=2,
+        max_sequence_length=16,
+        true_cfg=2.0,
+        negative_prompts=["a dog"],
+        output="latent",
+    )
+    assert torch.equal(pipe.sample(["a cat", "a fox"], [1, 2], None, settings, output="latent"), expected)
+
+
+def test_settings_for_another_dtype_or_device_are_refused(pipe):
+    assert pipe.resolve(Sampling()) == Sampling(
+        steps=4, height=256, width=256, max_sequence_length=512, dtype="float32", device="cpu"
+    )
+    with pytest.raises(UserError, match="dtype=float16: the model is loaded as float32"):
+        pipe.resolve(Sampling(dtype="float16"))
+    with pytest.raises(UserError, match="device=cuda: the model is on cpu"):
+        pipe.resolve(Sampling(device="cuda"))

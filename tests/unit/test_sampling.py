@@ -1,4 +1,4 @@
-"""Schedules, packing, noise and the sampler loop."""
+"""Settings, schedules, packing, noise and the sampler loops."""
 
 import itertools
 import json
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxlab import sampling
-from fluxlab.sampling import Schedule, euler, image_ids, invert, noise, pack, read_schedule, schedule, unpack
+from fluxlab.errors import UserError
+from fluxlab.sampling import Sampling, Schedule, euler, image_ids, invert, noise, pack, read_schedule, schedule, unpack
 
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
@@ -115,3 +116,36 @@ def test_schedule_survives_its_own_file(tmp_path):
     for settings in (Schedule(base_shift=0.3, max_shift=1.3), Schedule(use_dynamic_shifting=False, shift=3.0)):
         (tmp_path / "scheduler_config.json").write_text(json.dumps(settings.config()))
         assert read_schedule(tmp_path) == settings
+
+
+def test_settings_remember_what_was_changed():
+    """Digests and keys hold only these: a new setting does not rename the folders and cells of old runs."""
+    assert Sampling().changed() == {}
+    assert Sampling(steps=4, truncate=True, unknown_words="error").changed() == {"steps": 4, "truncate": True}
+
+
+def test_model_values_fill_settings_that_are_not_given():
+    filled = Sampling(steps=4, guidance=0.0).filled(Sampling(steps=28, guidance=3.5, height=512))
+    assert (filled.steps, filled.guidance, filled.height, filled.width) == (4, 0.0, 512, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0: expected a whole number, at least 1"),
+        ({"height": True}, "height=True: expected a whole number"),
+        ({"max_sequence_length": 1.5}, "max_sequence_length=1.5"),
+        ({"guidance": float("inf")}, "guidance=inf: expected a finite number"),
+        ({"true_cfg": "4"}, "true_cfg='4': expected a finite number"),
+        ({"dtype": "bf16"}, "dtype='bf16': expected float32, bfloat16 or float16"),
+        ({"dtype": "float61"}, "did you mean float16"),
+        ({"timestep_rounding": "BFL2"}, "timestep_rounding='BFL2': expected bfl or diffusers"),
+        ({"unknown_words": None}, "unknown_words=None: expected error or allow"),
+        ({"truncate": 1}, "truncate=1: expected true or false"),
+        ({"negative_prompt": "a dog"}, "negative_prompt has no effect without true_cfg"),
+        ({"negative_prompt": 3, "true_cfg": 2.0}, "negative_prompt=3: expected a string"),
+    ],
+)
+def test_settings_that_no_model_accepts(settings, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**settings).check()
