@@ -6,24 +6,18 @@ import os
 import re
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from fluxlab.config import config_folder
-from fluxlab.errors import UserError, nearest
-from fluxlab.errors import show as shown
+from fluxlab.errors import UserError
+from fluxlab.explain import explain, short, unknown_key
 from fluxlab.terminal import tolerant_output
 
-if TYPE_CHECKING:
-    from hydra.core.config_loader import ConfigLoader
-
 T = TypeVar("T")
-
-_composing = threading.RLock()  # Hydra keeps its state in globals
 
 
 def flags(arguments: Sequence[str]) -> argparse.Namespace:
@@ -79,9 +73,10 @@ def compose(
     `show` the composed YAML is returned, with interpolations as written. Raises UserError, of one to three lines, for
     a key or type that the schema does not have, a value that is missing, and whatever else Hydra refuses.
     """
+    from fluxlab.hydra_session import hydra_session
     from fluxlab.overrides import read_words
 
-    with _hydra(schema, schema_name, folder):
+    with hydra_session(schema, schema_name, folder):
         prepared = [value for word in read_words(arguments) for value in word.prepared]
         config = _composed(name, prepared, schema)
         return _as_yaml(config) if show else to_schema(config, schema)
@@ -91,9 +86,10 @@ def combinations(
     name: str, schema: type[T], schema_name: str, arguments: Sequence[str], folder: Path | None = None
 ) -> list[Combination[T]]:
     """Return every combination of the values in `arguments`, as with -m, each composed as by `compose`."""
+    from fluxlab.hydra_session import hydra_session
     from fluxlab.overrides import read_words
 
-    with _hydra(schema, schema_name, folder) as loader:
+    with hydra_session(schema, schema_name, folder) as loader:
         words = read_words(arguments, loader, multirun=True)
         made = []
         for choice in itertools.product(*(range(len(word.prepared)) for word in words)):
@@ -126,9 +122,13 @@ def launch(
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.types import Quote, QuotedString
 
+    from fluxlab.hydra_session import hydra_session
     from fluxlab.overrides import read_words
 
-    with _hydra(schema, schema_name, folder) as loader, tempfile.TemporaryDirectory(prefix="fluxlab-") as scratch:
+    with (
+        hydra_session(schema, schema_name, folder) as loader,
+        tempfile.TemporaryDirectory(prefix="fluxlab-") as scratch,
+    ):
         words = read_words(arguments, loader, multirun=True)
         typed = {value: text for word in words for value, text in zip(word.prepared, word.typed, strict=False)}
         overrides = [_joined(word.prepared) for word in words]
@@ -161,47 +161,14 @@ def complete(name: str, schema: type, schema_name: str, arguments: Sequence[str]
     """Print what completes a command line, for `-sc query=<shell>` (and install=, uninstall=)."""
     from hydra.core.global_hydra import GlobalHydra
 
+    from fluxlab.hydra_session import hydra_session
+
     words = [argument for argument in arguments if argument.startswith(("query=", "install=", "uninstall="))]
-    with _hydra(schema, schema_name, folder):
+    with hydra_session(schema, schema_name, folder):
         try:
             GlobalHydra.instance().hydra.shell_completion(config_name=name, overrides=words)
         except ValueError as error:
             raise UserError(f"-sc: {short(str(error))}; for bash: fluxlab -sc install=bash") from None
-
-
-@contextmanager
-def _hydra(schema: type, schema_name: str, folder: Path | None) -> "Iterator[ConfigLoader]":
-    """Give a block a Hydra of its own; the Hydra of the process, if there is one, is untouched afterwards.
-
-    One thread at a time is in such a block.
-    """
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.singleton import Singleton
-    from hydra.core.utils import JobRuntime
-    from hydra.version import VersionBase
-
-    from fluxlab import yaml_source
-
-    ours = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
-    with _composing:
-        saved = {kind: Singleton._instances.pop(kind) for kind in ours if kind in Singleton._instances}
-        store = ConfigStore.instance()
-        repository, before = store.repo, (yaml_source.active, yaml_source.folders)
-        store.repo = dict(repository)
-        yaml_source.active, yaml_source.folders = True, [folder] if folder else []
-        try:
-            store.store(name=schema_name, node=schema)
-            with initialize_config_dir(str(config_folder()), job_name="fluxlab", version_base="1.3"):
-                yield GlobalHydra.instance().config_loader()
-        finally:
-            yaml_source.active, yaml_source.folders = before
-            store.repo = repository
-            for kind in ours:
-                Singleton._instances.pop(kind, None)
-            Singleton._instances.update(saved)
 
 
 def _composed(name: str, prepared: Sequence[str], schema: type) -> Any:
@@ -220,10 +187,13 @@ def _explained(schema: type, name: str = "", prepared: Sequence[str] = ()) -> It
 
     from fluxlab.yaml_source import decode
 
+    known = [f.name for f in fields(schema)]
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(decode(_explain(error, schema, name, prepared))) from error
+        raise UserError(
+            decode(explain(error, known, lambda parent: _keys_below(parent, name, prepared), prepared))
+        ) from error
     except ValueError as error:  # of a defaults list Hydra raises a plain one
         if isinstance(error, UserError) or "default" not in str(error):
             raise
@@ -253,7 +223,7 @@ def to_schema(config: Any, schema: type[T]) -> T:
     known = [f.name for f in fields(schema)]
     unknown = sorted(str(key) for key in set(config) - set(known) - {"hydra"})  # +key=value is not checked by Hydra
     if unknown:
-        raise UserError(_unknown_key(unknown[0], known))
+        raise UserError(unknown_key(unknown[0], known))
     with _explained(schema):
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
@@ -303,72 +273,6 @@ def debugging() -> bool:
 def is_users(error: BaseException) -> bool:
     """Whether the user can fix an error: UserError, and OSError that names a file."""
     return isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
-
-
-def short(text: str) -> str:
-    """Return at most three non-empty lines."""
-    return "\n".join([line for line in text.splitlines() if line.strip()][:3])
-
-
-def _unknown_key(key: str, known: Sequence[str]) -> str:
-    hint = nearest(key, known)
-    return f"{key}: there is no such key{hint or '; known: ' + ', '.join(known)}"
-
-
-def _explain(error: Exception, schema: type, name: str, prepared: Sequence[str]) -> str:
-    """Return what Hydra or OmegaConf refuses, in one to three lines."""
-    cause, override = error.__cause__, getattr(error, "override", None)
-    lines = [line.rstrip() for line in str(error).splitlines() if line.strip()]
-    composing = re.match(r"In '([^']+)'", lines[0]) if lines else None
-    if cause and (not lines or lines[0].startswith("Error merging override")):
-        lines = [line.rstrip() for line in str(cause).splitlines() if line.strip()]
-    elif composing and len(lines) > 1 and lines[0].endswith("raised while composing config:"):
-        lines = lines[1:]
-    lines = lines or [type(error).__name__]
-    missing = re.search(r"Could not find '([\w/]+)/([^/]+)'", lines[0])
-    if missing:
-        options = [line.strip() for line in lines[1:] if line.startswith("\t") and "provider=" not in line]
-        hint = nearest(missing[2], options)
-        return f"{missing[1]}={missing[2]}: there is none{hint}; available: {', '.join(options)}"
-    unfilled = re.match(r"Interpolation key '(.+)' not found", lines[0])
-    if unfilled:
-        hint = nearest(unfilled[1], [f.name for f in fields(schema)])
-        return f"${{{unfilled[1]}}}: there is no key {unfilled[1]} to fill in{hint}"
-    full_key = next((line.strip().removeprefix("full_key: ") for line in lines if "full_key: " in line), "")
-    full_key = full_key or getattr(error, "full_key", None) or ""
-    refused = re.match(r"Could not (?:override|delete from config\.) '(\S+)'", lines[0])
-    where = f"{composing[1]}: " if composing else ""
-    if refused or re.match(r"Key '.*' (is )?not in ", lines[0]):
-        key = refused[1] if refused else full_key
-        return where + _unknown_path(key, full_key or key, schema, name, prepared)
-    if "Config search path:" in lines:
-        lines = lines[: lines.index("Config search path:")]
-    subject = full_key or override
-    value = re.match(r"Value '(.*?)'(?: of type '\w+')? could not be converted to (\w+)", lines[0], re.DOTALL)
-    value = value or re.match(r"Value '(.*?)' is not a valid (bool)", lines[0], re.DOTALL)
-    if value and value[2] in _EXPECTED:
-        return f"{subject}: {shown(value[1])}, expected {_EXPECTED[value[2]]}"
-    if "is incompatible with (str)" in lines[0]:
-        return f"{subject}: a name is text, and the command line reads a number; set it in a YAML file, in quotes"
-    return (f"{subject}: " if subject else "") + ("\n".join(lines[:3]) if not full_key else lines[0])
-
-
-_EXPECTED = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
-
-
-def _unknown_path(key: str, full_key: str, schema: type, name: str, prepared: Sequence[str]) -> str:
-    """Return the message for a key that is not in the config, with the keys next to where it would be."""
-    known: list[str] = [f.name for f in fields(schema)]
-    parts = full_key.split(".")
-    if parts[0] not in known:
-        return _unknown_key(parts[0], known)
-    depth = 1
-    while depth < len(parts) and parts[depth] in (known := _keys_below(".".join(parts[:depth]), name, prepared)):
-        depth += 1
-    parent, last = ".".join(parts[:depth]), parts[min(depth, len(parts) - 1)]
-    expected = nearest(last, known) or ("; known: " + ", ".join(known) if known else "")
-    adding = "" if f"~{key}" in prepared else f"; a new one is added as '+{parent}.{last}=…'"
-    return f"{key}: {parent} has no key {last}{expected}{adding}"
 
 
 def _keys_below(parent: str, name: str, prepared: Sequence[str]) -> list[str]:

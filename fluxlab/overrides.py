@@ -150,7 +150,10 @@ def _other(word: str, name: str, parser: OverridesParser, multirun: bool) -> Wor
     if not override.is_sweep_override():
         return Word(name, (word,), (word,))
     if not multirun:
-        raise UserError(f"{show_word(word)}: several values; write one, or a list as [3,5]; -m runs each of them")
+        point = "; a decimal comma is written as a point" if re.fullmatch(r"[^=]+=[-+]?\d+,\d+", word) else ""
+        raise UserError(
+            f"{show_word(word)}: several values; write one, or a list as [3,5]; -m runs each of them{point}"
+        )
     if not override.is_discrete_sweep():
         raise UserError(f"{show_word(word)}: an interval has no list of values; write them out, as a,b,c")
     values = tuple(f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator())

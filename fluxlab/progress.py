@@ -11,7 +11,7 @@ class Progress:
         self.what, self.total, self.first, self.every, self.unit = what, total, done, every, unit
         self.start, self.last = time.monotonic(), None
         self.bar = None
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 

@@ -20,10 +20,10 @@ from fluxlab.compose import (
     is_users,
     launch,
     launches_jobs,
-    short,
 )
 from fluxlab.config import config_folder, model_row
 from fluxlab.errors import UserError
+from fluxlab.explain import short
 
 if TYPE_CHECKING:
     from fluxlab.experiment.spec import Experiment

@@ -152,6 +152,9 @@ def _check(node: yaml.Node, path: tuple[str, ...], file: Path, seen: set[int]) -
 
 
 def _check_scalar(node: yaml.ScalarNode, path: tuple[str, ...], file: Path) -> None:
+    if node.tag.endswith(":int") and re.fullmatch(r"[-+]?(0[0-7_]+|[\d_]+(:\d+)+)", node.value):
+        read_as = "an octal number" if ":" not in node.value else "a number of base 60"
+        raise UserError(f"{_where(file, node)}: YAML reads {node.value} as {read_as}; write it in decimal digits")
     key = ".".join(path)
     words = "words" in path[-2:] and path[-1] in ("words", "*")
     is_text = key in (*TEXT_KEYS, "prompts", "prompts.*") or words

@@ -180,6 +180,8 @@ def test_an_experiment_needs_no_header(start, name, configs):
         ('name: "\\ud83d"\n', "line 1: .* half a character"),
         ("name: a\ndefaults: 3\n", "defaults"),
         ("name: a\nstepz: 3\n", "exp/mine: stepz: there is no such key; did you mean steps"),
+        ("name: a\nseeds: [010]\n", "line 2: YAML reads 010 as an octal number; write it in decimal digits"),
+        ("name: a\nsteps: 1:30\n", "line 2: YAML reads 1:30 as a number of base 60"),
         ("name: a\nsteps: many\n", "steps: 'many', expected a whole number"),
         ("name: a\nplan: maybe\n", "plan: 'maybe', expected true or false"),
         ("name: a\nout: runs/${sead}\n", r"\$\{sead\}: there is no key sead to fill in; did you mean seeds"),
@@ -207,6 +209,7 @@ def test_the_help_lists_experiments_that_cannot_be_read(configs):
     [
         (["steps=4,20"], "steps=4,20: several values; .* -m runs each"),
         (["seeds=range(3)"], "several values"),
+        (["guidance=3,5"], "a decimal comma is written as a point"),
         (["prompts=a cat, a dog"], r"""prompts='\["a cat","a dog"\]'"""),
         (["prompts=[a, 1.50]"], r"""prompts: 1.50 is not text; write it in quotes: prompts='\["1.50"\]'"""),
         (["prompts=1_000"], "1_000 is not text"),
