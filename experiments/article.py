@@ -33,7 +33,7 @@ from experiments.results import (
 )
 from experiments.sheet import DPI, LINES, POINTS, SMALL, add_axes, blank, dots, lay, lettered, sized, write
 from experiments.style import COLUMN, OKABE_ITO, PAGE, paper, save, save_caption
-from fluxlab.drawing.lettering import broken, clean, length, line_height, squeezed
+from fluxlab.drawing.lettering import length, line_height, one_line, shorten, wrap
 from fluxlab.drawing.pictures import open_cell
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
@@ -169,16 +169,16 @@ def names(canvas: "Axes", at: Sheet, labels: Mapping[str, str]) -> None:
     large, small, room = line_height(dots(POINTS)), line_height(dots(SMALL)), at.label - 30
     both = at.pitch >= large + small
     most = max(1, (at.pitch - small * both) // large)
-    fits = all(len(broken(clean(said), dots(POINTS), room)[0]) <= most for said in labels.values())
+    fits = all(len(wrap(one_line(said), dots(POINTS), room)[0]) <= most for said in labels.values())
     points = POINTS if fits else SMALL
     for row, (variant, said) in enumerate(labels.items()):
-        lines = squeezed(clean(said), most, dots(points), room)
+        lines = shorten(one_line(said), most, dots(points), room)
         y = at.middle(row) - (len(lines) * large + small * both) / 2
         for line in lines:
             write(canvas, 10, y, line, points, va="top")
             y += large
         if both:
-            write(canvas, 10, y, squeezed(variant, 1, dots(SMALL), room)[0], SMALL, va="top", color="0.35")
+            write(canvas, 10, y, shorten(variant, 1, dots(SMALL), room)[0], SMALL, va="top", color="0.35")
 
 
 def plot(axes: "Axes", at: Sheet, run: Run, variants: Sequence[str], metric: str) -> None:

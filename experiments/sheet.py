@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from experiments.style import figure
-from fluxlab.drawing.lettering import broken, clean, clipped
+from fluxlab.drawing.lettering import one_line, truncate, wrap
 from fluxlab.experiment.spec import REFERENCE_NAMES
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def write(axes: "Axes", x: float, y: float, text: str, size: float, **looks) -> 
 
 def lettered(text: str, points: float, width: float, most: int) -> list[str]:
     """A text in lines of at most so many dots."""
-    return clipped(broken(clean(text), dots(points), width)[0], most, dots(points), width)
+    return truncate(wrap(one_line(text), dots(points), width)[0], most, dots(points), width)
 
 
 def sized(image: Image.Image, room: tuple[float, float]) -> Image.Image:

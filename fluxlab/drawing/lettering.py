@@ -1,4 +1,8 @@
-"""Text in pictures: DejaVu Sans, which comes with matplotlib, set by Pillow. Sizes and lengths are in pixels."""
+"""Text in images: wrapping and shortening, in DejaVu Sans, which comes with matplotlib. Sizes and lengths are in pixels.
+
+Pillow measures and draws. Its own `ImageText.wrap` raises for a word that is wider than the line and does not break
+names at underscores.
+"""
 
 import re
 import unicodedata
@@ -9,11 +13,11 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont, features
 
-LONGEST = 500  # characters of a text that are looked at
+LONGEST = 500  # characters; more are not legible in an image anyway
 
 
-def clean(text: str) -> str:
-    """A text on one line, without what no font can draw, and not longer than anyone reads in a picture."""
+def one_line(text: str) -> str:
+    """Return a text on one line, cut to `LONGEST` characters, with characters that no font can draw replaced."""
     drawn = ("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() else c for c in text[:LONGEST])
     return " ".join("".join(drawn).split())
 
@@ -27,12 +31,13 @@ def _face(size: int, bold: bool, shaped: bool) -> ImageFont.FreeTypeFont:
 
 
 def _font(text: str, size: int, bold: bool) -> ImageFont.FreeTypeFont:
-    """Text from right to left needs the shaping engine, where there is one; all other looks the same without."""
+    """Return the font for a text. Right-to-left text uses the shaping engine if Pillow has it; other text does not."""
     shaped = any(unicodedata.bidirectional(c) in ("R", "AL") for c in text) and features.check("raqm")
     return _face(size, bold, shaped)
 
 
 def length(text: str, size: int, bold: bool = False) -> float:
+    """Return the width of a text on one line."""
     return _font(text, size, bold).getlength(text)
 
 
@@ -40,55 +45,58 @@ def line_height(size: int) -> int:
     return sum(_face(size, False, False).getmetrics())
 
 
-def write(
+def draw_lines(
     draw: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], size: int, fill: str, bold: bool = False
 ) -> None:
-    """Lines under each other, flush left, from their top left corner (x, y)."""
+    """Draw lines below each other, flush left. corner: (x, y) of their top left corner."""
     ascent, _ = _face(size, False, False).getmetrics()
     for i, line in enumerate(lines):
         at = corner[0], corner[1] + i * line_height(size) + ascent
         draw.text(at, line, fill, _font(line, size, bold), anchor="ls")
 
 
-def _fitting(text: str, size: int, width: float, bold: bool) -> int:
-    """How many of its characters have room."""
+def _count_fitting(text: str, size: int, width: float, bold: bool) -> int:
+    """Return how many characters of a text fit a width."""
     return bisect_right(range(1, len(text) + 1), width, key=lambda n: length(text[:n], size, bold))
 
 
-def broken(text: str, size: int, width: float, bold: bool = False) -> tuple[list[str], bool]:
-    """Lines of at most `width`, broken at spaces and after _; and whether a word had to be torn."""
-    lines, torn = [""], False
+def wrap(text: str, size: int, width: float, bold: bool = False) -> tuple[list[str], bool]:
+    """Return lines of at most `width`, broken at spaces and after underscores, and whether a word had to be split."""
+    lines, split = [""], False
     for word in text.split(" "):
         for i, piece in enumerate(re.findall(r"[^_]*_+|[^_]+", word)):
-            glue = " " if i == 0 and lines[-1] else ""
-            if length(lines[-1] + glue + piece, size, bold) <= width:
-                lines[-1] += glue + piece
+            space = " " if i == 0 and lines[-1] else ""
+            if length(lines[-1] + space + piece, size, bold) <= width:
+                lines[-1] += space + piece
                 continue
             if lines[-1]:
                 lines.append("")
             while len(piece) > 1 and length(piece, size, bold) > width:
-                head = max(1, _fitting(piece, size, width, bold))
+                head = max(1, _count_fitting(piece, size, width, bold))
                 lines[-1:] = [piece[:head], ""]
-                piece, torn = piece[head:], True
+                piece, split = piece[head:], True
             lines[-1] = piece
-    return lines, torn
+    return lines, split
 
 
-def clipped(lines: list[str], most: int, size: int, width: float, bold: bool = False) -> list[str]:
-    """At most so many lines; an ellipsis stands for the rest."""
+def truncate(lines: list[str], most: int, size: int, width: float, bold: bool = False) -> list[str]:
+    """Return at most `most` lines. The last one ends in an ellipsis if lines are left out."""
     if len(lines) <= most or most < 1:
         return lines[: max(0, most)]
     last = lines[most - 1]
-    last = last[: _fitting(last, size, width - length("…", size, bold), bold)].rstrip()
+    last = last[: _count_fitting(last, size, width - length("…", size, bold), bold)].rstrip()
     return [*lines[: most - 1], last + "…"]
 
 
-def squeezed(text: str, most: int, size: int, width: float) -> list[str]:
-    """At most so many lines; an ellipsis in the middle stands for the rest, as names differ at their ends too."""
+def shorten(text: str, most: int, size: int, width: float) -> list[str]:
+    """Return a text in at most `most` lines, with an ellipsis in its middle if it is too long.
+
+    Names of variants often differ at their ends only.
+    """
 
     def lines(kept: int) -> list[str]:
         shown = text if kept == len(text) else f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
-        return broken(shown, size, width)[0]
+        return wrap(shown, size, width)[0]
 
     if len(lines(len(text))) <= most:
         return lines(len(text))

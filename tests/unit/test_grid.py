@@ -1,4 +1,4 @@
-"""The grid picture: what lies where, how large, in which bytes; and the setting of its text."""
+"""The grid image: positions and sizes of its cells, its bytes, and its text."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def colour(i: int, j: int) -> tuple[int, int, int]:
 
 @pytest.fixture
 def painted(tmp_path):
-    """An `images` of plain colours, one a cell, of any size."""
+    """Return a factory of `images` for the grid: one plain colour per cell, in any size."""
 
     def images(size=(64, 64)):
         def image(i, j):
@@ -41,23 +41,23 @@ def painted(tmp_path):
 
 
 def boxes(picture: Image.Image, rows: int, columns: int) -> np.ndarray:
-    """`(rows, columns, 4)`: top, left, bottom, right of every cell's colour."""
+    """Return top, left, bottom and right of every cell's colour, `(rows, columns, 4)`."""
     red, green, blue = np.moveaxis(np.asarray(picture), -1, 0)
     painted = (blue == 200) & (red % 4 == 1) & (green % 5 == 3)
     numbers = np.where(painted, red.astype(np.int32) // 4 * columns + green // 5 + 1, 0)
-    found = find_objects(numbers)
-    assert len(found) == rows * columns
-    assert None not in found
-    for number, (y, x) in enumerate(found, 1):
-        assert (numbers[y, x] == number).all(), "a whole rectangle, nothing written over it"
-    return np.array([(y.start, x.start, y.stop, x.stop) for y, x in found]).reshape(rows, columns, 4)
+    cells = find_objects(numbers)
+    assert len(cells) == rows * columns
+    assert None not in cells
+    for number, (y, x) in enumerate(cells, 1):
+        assert (numbers[y, x] == number).all(), "a cell is a rectangle that nothing covers"
+    return np.array([(y.start, x.start, y.stop, x.stop) for y, x in cells]).reshape(rows, columns, 4)
 
 
-def test_cells_lie_in_order(painted):
+def test_cells_are_in_order(painted):
     picture, _ = draw_grid(ROWS, COLUMNS, painted())
-    found = boxes(picture, 3, 4)
-    assert (found[..., 2:] - found[..., :2] == 128).all()  # 64 px twice as large
-    top, left, bottom, right = np.moveaxis(found, -1, 0)
+    cells = boxes(picture, 3, 4)
+    assert (cells[..., 2:] - cells[..., :2] == 128).all()  # 64 px twice as large
+    top, left, bottom, right = np.moveaxis(cells, -1, 0)
     assert (top == top[:, :1]).all()
     assert (left == left[:1]).all()
     assert (top[1:] > bottom[:-1]).all()
@@ -65,11 +65,11 @@ def test_cells_lie_in_order(painted):
     assert (within > 0).all()
     assert between > 2 * within.max()  # room and a rule between prompts
     gap = np.asarray(picture)[top.min() : bottom.max(), right[0, 1] : left[0, 2]]
-    assert (gap == 0xBB).all((0, 2)).sum() == 1  # px wide, from the first row to the last
+    assert (gap == 0xBB).all((0, 2)).sum() == 1  # a rule of 1 px from the first row to the last
     assert (np.asarray(picture)[:, :3] == 255).all()
 
 
-def test_a_2d_list_is_as_good(painted, tmp_path):
+def test_a_list_of_lists_is_accepted(painted, tmp_path):
     image = painted()
     paths = [[image(i, j) for j in range(4)] for i in range(3)]
     assert draw_grid(ROWS, COLUMNS, paths)[0] == draw_grid(ROWS, COLUMNS, image)[0]
@@ -97,8 +97,8 @@ def test_small_images_keep_their_pixels(tmp_path):
     ],
 )
 def test_size_of_a_cell(painted, size, cell):
-    found = boxes(draw_grid(ROWS[:1], COLUMNS[:2], painted(size))[0], 1, 2)
-    assert (found[..., 2:] - found[..., :2] == cell[::-1]).all()
+    cells = boxes(draw_grid(ROWS[:1], COLUMNS[:2], painted(size))[0], 1, 2)
+    assert (cells[..., 2:] - cells[..., :2] == cell[::-1]).all()
 
 
 @pytest.mark.parametrize(
@@ -111,23 +111,23 @@ def test_many_cells(painted, rows, columns, size):
     assert picture.width <= 1.03 * grid.MAX_WIDTH
     assert picture.height <= 1.03 * grid.MAX_HEIGHT
     assert picture.width / dpi <= grid.PAGE * 1.01
-    found = boxes(picture, rows, columns)
-    sides = found[..., 2:] - found[..., :2]
+    cells = boxes(picture, rows, columns)
+    sides = cells[..., 2:] - cells[..., :2]
     assert len(np.unique(sides)) == 1
     assert sides.min() >= 64
     assert size[0] > 64 or sides.min() % 64 == 0
 
 
 def test_images_are_opened_one_at_a_time(painted, monkeypatch):
-    alive, opened = [], grid._opened
+    alive, load = [], grid._load
 
     def watched(path):
-        assert sum(ref() is not None for ref in alive) <= 1  # the one before
-        image = opened(path)
+        assert sum(ref() is not None for ref in alive) <= 1  # the previous image
+        image = load(path)
         alive.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr(grid, "_opened", watched)
+    monkeypatch.setattr(grid, "_load", watched)
     draw_grid(ROWS, COLUMNS, painted((300, 300)))
     assert len(alive) == 1 + 3 * 4
 
@@ -135,15 +135,15 @@ def test_images_are_opened_one_at_a_time(painted, monkeypatch):
 def test_missing_cells(painted, tmp_path):
     image = painted()
     none, _ = draw_grid(ROWS, COLUMNS, lambda i, j: None if (i, j) == (1, 2) else image(i, j))
-    gone, _ = draw_grid(ROWS, COLUMNS, lambda i, j: tmp_path / "gone.png" if (i, j) == (1, 2) else image(i, j))
-    assert none == gone
+    deleted, _ = draw_grid(ROWS, COLUMNS, lambda i, j: tmp_path / "deleted.png" if (i, j) == (1, 2) else image(i, j))
+    assert none == deleted
     whole, _ = draw_grid(ROWS, COLUMNS, image)
     top, left, bottom, right = boxes(whole, 3, 4)[1, 2]
     box = np.asarray(none)[top:bottom, left:right]
     share = {shade: (box == shade).all(-1).mean() for shade in (0xF0, 0xD8)}
     assert share[0xF0] > 0.5
     assert share[0xD8] > 0.05  # hatching
-    assert box.min() < 0x90  # and the word
+    assert box.min() < 0x90  # the word "missing"
     changed = (np.asarray(none) != np.asarray(whole)).any(-1)
     changed[top:bottom, left:right] = False
     assert not changed.any()
@@ -157,13 +157,13 @@ def test_other_shapes_and_modes(tmp_path, painted):
     Image.new("RGBA", (64, 64), (0, 0, 0, 0)).save(clear)
     picture, _ = draw_grid(ROWS[:1], COLUMNS, [[image(0, 0), wide, clear, image(0, 3)]])
     whole, _ = draw_grid(ROWS[:1], COLUMNS, image)
-    found = boxes(whole, 1, 4)[0]
+    cells = boxes(whole, 1, 4)[0]
     pixels = np.asarray(picture)
 
     def cell(j):
-        return pixels[found[j, 0] : found[j, 2], found[j, 1] : found[j, 3]]
+        return pixels[cells[j, 0] : cells[j, 2], cells[j, 1] : cells[j, 3]]
 
-    assert (cell(1)[32:96] == 0).all()  # twice as wide as high, in the middle of its square
+    assert (cell(1)[32:96] == 0).all()  # twice as wide as high, centred in the square cell
     assert (cell(1)[:31] == 255).all()
     assert (cell(1)[97:] == 255).all()
     assert (cell(2) == 255).all()
@@ -178,7 +178,7 @@ def test_the_same_images_give_the_same_bytes(painted, tmp_path):
         assert picture.info["dpi"][0] == pytest.approx(draw_grid(ROWS, COLUMNS, painted())[1], rel=1e-3)
     os.utime(one, (1, 1))
     write_grid(one, ROWS, COLUMNS, painted(), title="A title")
-    assert one.stat().st_mtime == 1  # nothing new to say
+    assert one.stat().st_mtime == 1  # unchanged, so not written
     write_grid(one, ROWS, COLUMNS, painted(), title="Another")
     assert one.read_bytes() != two.read_bytes()
 
@@ -200,9 +200,9 @@ def test_errors(painted, tmp_path):
         draw_grid([], COLUMNS, painted())
     with pytest.raises(ValueError, match="3 variants and 0 columns"):
         draw_grid(ROWS, [], painted())
-    with pytest.raises(ValueError, match="images: rows of 4, 3 for 3 variants and 4 columns"):
+    with pytest.raises(ValueError, match="images: rows of 4, 3 paths, expected 3 rows of 4"):
         draw_grid(ROWS, COLUMNS, [[None] * 4, [None] * 3])
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"text\.png: not a readable image"):
         draw_grid(ROWS, COLUMNS, lambda i, j: tmp_path / "text.png")
 
@@ -226,7 +226,7 @@ TEXTS = {
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 def test_any_text(painted, text):
     picture, _ = draw_grid([(text, text), *ROWS[1:]], [(text, 0), (text, 2**62), (FOX, 0), (FOX, 7)], painted(), text)
-    boxes(picture, 3, 4)  # whole
+    boxes(picture, 3, 4)  # no cell is covered
     assert picture.height < 3 * 128 + 300
 
 
@@ -256,25 +256,25 @@ def test_narrow_columns_are_numbered_and_listed(painted):
 @pytest.mark.parametrize(
     ("seeds", "word", "upright"), [((0, 3), False, False), ((12, 10**17), True, False), ((12, 2**62), True, True)]
 )
-def test_seeds_have_room(seeds, word, upright):
+def test_seeds_fit_their_columns(seeds, word, upright):
     frame = grid._frame((64, 64), 3, [(CAT, seed) for seed in seeds])
     labels, aside = grid._seeds(frame, seeds)
-    assert (aside is not None) == word  # "seed" once, beside the numbers
+    assert (aside is not None) == word  # "seed" once, next to the numbers
     assert all(label.width <= frame.cell[0] for label in labels)
     assert (labels[1].height > labels[1].width) == upright
 
 
-def test_names_keep_both_ends():
-    lines = lettering.squeezed("zero_of_all_rows_in_every_block_keys_x0_125", 1, 20, 200)
+def test_shortened_names_keep_both_ends():
+    lines = lettering.shorten("zero_of_all_rows_in_every_block_keys_x0_125", 1, 20, 200)
     assert len(lines) == 1
     assert lines[0].startswith("zero_")
     assert lines[0].endswith("_125")
     assert 150 < lettering.length(lines[0], 20) <= 200
-    assert lettering.squeezed("half", 1, 20, 200) == ["half"]
-    assert lettering.squeezed("zero_of_all_rows_in_keys", 2, 20, 200) == ["zero_of_all_rows_", "in_keys"]
+    assert lettering.shorten("half", 1, 20, 200) == ["half"]
+    assert lettering.shorten("zero_of_all_rows_in_keys", 2, 20, 200) == ["zero_of_all_rows_", "in_keys"]
 
 
-def test_right_to_left_is_shaped_where_that_is_possible():
+def test_right_to_left_text_is_shaped_if_pillow_can():
     engine = ImageFont.Layout.RAQM if features.check("raqm") else ImageFont.Layout.BASIC
     assert lettering._font("שלט", 20, False).layout_engine == engine
     assert lettering._font("sign", 20, False).layout_engine == ImageFont.Layout.BASIC
@@ -282,20 +282,20 @@ def test_right_to_left_is_shaped_where_that_is_possible():
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(codec="utf-8"), max_size=60), st.integers(6, 40), st.integers(30, 400), st.integers(1, 4))
-def test_lines_fit_and_lose_nothing(text, size, width, most):
-    text = lettering.clean(text)
-    lines, torn = lettering.broken(text, size, width)
+def test_lines_fit_and_lose_no_characters(text, size, width, most):
+    text = lettering.one_line(text)
+    lines, split = lettering.wrap(text, size, width)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert all(lettering.length(line, size) <= width or len(line) == 1 for line in lines)
     words = [word for line in lines for word in line.split()]
-    assert torn or "_" in text or words == text.split()
-    for fewer in (lettering.clipped(lines, most, size, width), lettering.squeezed(text, most, size, width)):
+    assert split or "_" in text or words == text.split()
+    for fewer in (lettering.truncate(lines, most, size, width), lettering.shorten(text, most, size, width)):
         assert len(fewer) <= max(most, 1)
         assert (fewer == lines) == (len(lines) <= most)
         assert fewer == lines or "…" in "".join(fewer)
 
 
-def test_pyplot_is_left_alone(tmp_path):
+def test_the_grid_loads_neither_pyplot_nor_torch(tmp_path):
     code = f"""
 import sys
 from fluxlab.drawing.grid import write_grid
