@@ -1,4 +1,4 @@
-"""Text in images: wrapping and shortening, in DejaVu Sans, which comes with matplotlib. Sizes and lengths are in pixels.
+"""Text in images: wrapping and shortening, in matplotlib's DejaVu Sans. Sizes and lengths are in pixels.
 
 Pillow measures and draws. Its own `ImageText.wrap` raises for a word that is wider than the line and does not break
 names at underscores.

@@ -1,4 +1,4 @@
-"""Images for a page that is one file: data URLs within a budget of bytes, and palettes that are the same in every plot."""
+"""Images for a page that is one file: data URLs within a budget of bytes, and one palette for all plots."""
 
 import base64
 import io

@@ -1,1 +1,1 @@
-"""What is made of a store: grids, pages, figures. Nothing in here touches a model."""
+"""Reports on a finished run folder: the page, pictures of attention, W&B. Nothing here loads a model."""

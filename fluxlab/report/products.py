@@ -1,17 +1,17 @@
-"""What every finished store gets to be looked at."""
+"""The files that every finished run folder gets: `grid.png`, pictures of attention, `report.html`."""
 
 from pathlib import Path
 
 from fluxlab.drawing.grid import write_grid
 from fluxlab.experiment.reading import Run
 from fluxlab.report.attention.pictures import write_pictures
-from fluxlab.report.page import write_report
+from fluxlab.report.page import REPORT_FILE, write_report
 
-GRID_FILE, PAGE_FILE = "grid.png", "report.html"
+GRID_FILE, PAGE_FILE = "grid.png", REPORT_FILE
 
 
 def grid(run: Run) -> Path:
-    """Write `grid.png`: variants × (prompt, seed), the baseline first."""
+    """Write `grid.png`: one row per variant, the baseline first; one column per (prompt, seed)."""
     rows = [(name, run.describe(name)) for name in run.variants]
     title = run.record["name"] + (f": {run.record['caption']}" if run.record["caption"] else "")
     return write_grid(
@@ -24,6 +24,6 @@ def grid(run: Run) -> Path:
 
 
 def page(run: Run) -> Path:
-    """Write the pictures of attention, where a run has captured it, and `report.html`, which shows them."""
+    """Write `report.html`, and the pictures of attention that it shows if the run captured attention."""
     write_pictures(run)
     return write_report([run.path], run.path / PAGE_FILE)

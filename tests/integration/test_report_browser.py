@@ -1,4 +1,4 @@
-"""The page of a run in a browser: Debian's Chromium, without a network."""
+"""The page of a run in a browser: Chromium, without a network."""
 
 import os
 import shutil
@@ -37,7 +37,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, report):
-    """Open the page; at the end there must have been no error and no request but for the page."""
+    """Open the page. At the end there must have been no error, and no request except for the page."""
     said, asked, visited, contexts = [], [], [], []
 
     def open_page(width=1280, height=900, file=report, **options):
@@ -188,9 +188,32 @@ def test_sort(visit, table):
     names = seen(page, f"table.{table} tbody:first-of-type th")
     assert names == sorted(names)
     if table == "findings":
-        assert seen(page, "table.findings tbody.references th") == ["another seed", "noise floor"]
+        assert seen(page, "table.findings tbody.controls th") == ["another seed", "noise floor"]
     page.click(f"table.{table} thead th[data-metric=psnr] button")
     assert seen(page, f"table.{table} tbody:first-of-type th")[-1] == "baseline"  # ∞ dB
+
+
+def test_a_table_that_is_cut_says_that_it_scrolls(visit):
+    page = visit()
+    findings, cells = '[aria-label="findings"]', '[aria-label="cells"]'
+
+    def state(region):
+        hint = page.locator(f"p.hint:has(+ {region})")
+        hidden = "scroll => scroll.scrollWidth - scroll.clientWidth - scroll.scrollLeft"
+        return (
+            hint.is_visible(),
+            "cut" in page.get_attribute(region, "class"),
+            page.eval_on_selector(region, hidden) > 1,
+        )
+
+    assert state(findings) == (False, False, False)  # all columns fit 1280 px
+    assert state(cells) == (True, True, True)
+    page.eval_on_selector(cells, "scroll => { scroll.scrollLeft = scroll.scrollWidth; }")
+    page.wait_for_function(f"!document.querySelector('{cells}').classList.contains('cut')")
+    assert state(cells) == (False, False, False)
+    page.check("#all-metrics")
+    page.wait_for_function(f"document.querySelector('{findings}').classList.contains('cut')")
+    assert state(findings) == (True, True, True)
 
 
 def test_the_metrics_that_are_shown(visit):
@@ -232,7 +255,7 @@ def test_without_scripts(visit):
     assert page.locator(".copy").is_hidden()
     assert page.locator("table.grid img").first.is_visible()
     assert page.locator("noscript p").is_visible()
-    assert page.locator("table.findings tbody.references th").all_inner_texts() == ["noise floor", "another seed"]
+    assert page.locator("table.findings tbody.controls th").all_inner_texts() == ["noise floor", "another seed"]
 
 
 CAPTURE = {

@@ -1,4 +1,4 @@
-"""The page of a run: what is in it, that it is whole and safe, and that it is the same every time."""
+"""The page of a run: its content, its safety, and that the same run gives the same bytes."""
 
 import base64
 import hashlib
@@ -6,18 +6,21 @@ import io
 import json
 import re
 import shlex
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageColor
 
 import fluxlab.run
 from fluxlab.drawing import pictures
+from fluxlab.drawing.style import OKABE_ITO
 from fluxlab.experiment.reading import read_store
-from fluxlab.report import page
+from fluxlab.measure.summary import Effect
+from fluxlab.report import findings, page, position_plot
 from fluxlab.report.__main__ import main
 from fluxlab.report.page import render, write_report
 from tests.stores import make_store
@@ -41,7 +44,7 @@ def html(store):
 
 
 class Tree(HTMLParser):
-    """Tags with their attributes, and every table as rows of texts, by class or caption."""
+    """Tags with their attributes, and every table as rows of texts, by class."""
 
     def __init__(self, html):
         super().__init__()
@@ -70,18 +73,18 @@ class Tree(HTMLParser):
         return next([[cell.strip() for cell in row] for row in rows] for kind, rows in self.tables if name in kind)
 
 
-def test_one_file_that_asks_for_nothing(html):
+def test_the_page_loads_nothing(html):
     tags = Tree(html).tags
     for tag, attrs in tags:
         for key in ("src", "href", "srcset", "action", "data"):
             assert attrs.get(key, "#").startswith(("#", "data:")), (tag, attrs)
         assert not [key for key in attrs if key.startswith("on")], (tag, attrs)
-        assert "style" not in attrs  # which the policy forbids
+        assert "style" not in attrs  # the content security policy forbids it
     assert not re.search(r"url\(|@import|fetch\(|innerHTML|https?://", html)
     assert [tag for tag, _ in tags].count("script") == 1
 
 
-def test_only_its_own_script_and_style_may_run(html):
+def test_the_policy_allows_only_the_page_s_own_script_and_style(html):
     policy = next(attrs["content"] for tag, attrs in Tree(html).tags if "Content-Security-Policy" in attrs.values())
     assert "default-src 'none'" in policy
     for tag in ("script", "style"):
@@ -90,30 +93,30 @@ def test_only_its_own_script_and_style_may_run(html):
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
-def test_a_prompt_is_text(html, store):
+def test_a_prompt_is_shown_as_text(html, store):
     assert "<script>document" not in html
     assert "<img src=x" not in html
-    assert html.count("&lt;script&gt;document") > 10  # caption, command, heads, cells, descriptions of pictures
+    assert html.count("&lt;script&gt;document") > 10  # caption, command, headings, cells, descriptions of images
     assert HOSTILE in [row[1] for row in Tree(html).table("cells")]
 
 
-def test_the_same_store_gives_the_same_bytes_and_is_left_alone(store, tmp_path):
+def test_the_same_store_gives_the_same_bytes_and_is_not_changed(store, tmp_path):
     def state():
         return {file: file.stat().st_mtime_ns for file in sorted(store.rglob("*")) if file.is_file()}
 
     before = state()
-    page._drawn.cache_clear()
+    position_plot._draw.cache_clear()
     first = write_report([store], tmp_path / "a.html")
-    page._drawn.cache_clear()
+    position_plot._draw.cache_clear()
     again = write_report([str(store)], str(tmp_path / "b.html"))
     assert first.read_bytes() == again.read_bytes()
     written = first.stat().st_mtime_ns
-    assert write_report([store], first).stat().st_mtime_ns == written  # nothing new, nothing written
+    assert write_report([store], first).stat().st_mtime_ns == written  # unchanged, so not written
     assert state() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.html", "b.html"]
 
 
-def test_pictures_as_they_are_stored(html, store):
+def test_images_are_embedded_as_stored(html, store):
     run = read_store(store)
     urls = [attrs["src"] for tag, attrs in Tree(html).tags if tag == "img" and "seed" in attrs["alt"]]
     stored = [run.image(row["variant"], row["prompt"], row["seed"]).read_bytes() for row in run.metrics]
@@ -122,60 +125,107 @@ def test_pictures_as_they_are_stored(html, store):
     assert "WebP" not in html
 
 
-def test_a_cell_a_row_in_the_experiment_s_order(html, store):
+def test_cells_are_in_the_order_of_the_experiment(html, store):
     run = read_store(store)
     head, *rows = Tree(html).table("cells")
     assert [row[:3] for row in rows] == [[row["variant"], row["prompt"], str(row["seed"])] for row in run.metrics]
     ssim = next(i for i, name in enumerate(head) if name == "ssim")
     assert [float(row[ssim]) for row in rows] == [row["ssim"] for row in run.metrics]
     assert {len(row) for row in rows} == {len(head)}
-    assert "relation" not in head  # no caption here asks for one
+    assert "relation" not in head  # no caption asks for one
 
 
-def test_findings_are_the_summary_s_with_the_references_last(html, store):
+def test_findings_are_effects_with_the_controls_last(html, store):
+    """A metric of one image is the baseline plus the paired difference; a comparison is its own mean."""
     run = read_store(store)
     head, *rows = Tree(html).table("findings")
     assert [row[0] for row in rows] == ["baseline", "zero", "half", "noise floor", "another seed"]
+    assert [row[1] for row in rows] == ["4", "4", "4", "2", "4"]  # the noise floor has the first seed only
+    effects = {(effect.variant, effect.metric): effect for effect in run.effects}
     for name in ("ssim", "sharpness"):
-        column = next(i for i, told in enumerate(head) if told.split(" ")[0] == name)
+        column = next(i for i, title in enumerate(head) if title.split(" ")[0] == name)
         for row in rows:
-            wanted = next(one for one in run.summary if (one["variant"], one["metric"]) == (row[0], name))
-            numbers = [float(number) for number in re.findall(r"-?\+?\d+\.\d+", row[column])]
-            keys = ["mean", "low", "high"] if wanted["low"] < wanted["high"] else ["mean"]
-            if not np.isnan(wanted["paired_mean"]):
-                keys += ["paired_mean"]
-                keys += ["paired_low", "paired_high"] if wanted["paired_low"] < wanted["paired_high"] else []
-            assert numbers == pytest.approx([wanted[key] for key in keys], abs=0.006 if name == "ssim" else 6e-5)
-    assert rows[0][next(i for i, told in enumerate(head) if told.startswith("psnr"))] == "∞"
+            effect = effects[row[0], name]
+            numbers = [float(number) for number in re.findall(r"[-+]?\d+\.\d+(?:e-\d+)?", row[column])]
+            expected = [effect.value]
+            ends = [effect.low, effect.high]
+            if not np.isnan(effect.difference):
+                expected.append(effect.difference)
+                ends = [effect.difference_low, effect.difference_high]
+            expected += ends if ends[0] < ends[1] else []
+            assert numbers == pytest.approx(expected, abs=0.006 if name == "ssim" else 6e-5)
+    assert rows[0][next(i for i, title in enumerate(head) if title.startswith("psnr"))] == "∞"
 
 
-def test_drawings_of_intervals_lie_between_the_least_and_the_greatest():
-    def row(variant, mean, low, high):
-        nothing = dict.fromkeys(("paired_mean", "paired_low", "paired_high"), np.nan)
-        return {"variant": variant, "metric": "m", "n": 4, "mean": mean, "low": low, "high": high, **nothing}
+def effect(variant="a", metric="m", n=4, value=2.0, low=1.0, high=3.0, **more):
+    return Effect(variant, metric, n, value, low, high, **more)
 
-    rows = [row("a", 2.0, 1.0, 3.0), row("noise floor", 0.0, 0.0, 0.0), row("another seed", 4.0, 3.5, 5.0)]
-    table = {(one["variant"], "m"): one for one in rows}
-    told = page._column("m", [table])(table, rows[0])
-    low, high = page.SCALE
-    assert [told[key] for key in ("floor", "from", "at", "to", "ceiling")] == [
+
+def test_a_control_with_fewer_cells_is_drawn_at_the_baseline():
+    """Its own mean is over other cells than the baseline's and must not look like an effect."""
+    rows = [
+        effect("baseline", "word", 8, 0.625, 0.25, 0.875, own_mean=0.625),
+        effect("noise floor", "word", 2, 0.625, 0.625, 0.625, own_mean=0.5, difference=0.0),
+        effect("zero", "word", 8, 0.0, 0.0, 0.0, own_mean=0.0, difference=-0.625),
+    ]
+    table = {(row.variant, row.metric): row for row in rows}
+    column = findings.Column("word", rows)
+    cells = {row.variant: column.cell(table, row.variant, row.n) for row in rows}
+    assert cells["noise floor"]["at"] == cells["baseline"]["at"] == cells["zero"]["floor"]
+    assert (cells["noise floor"]["value"], cells["noise floor"]["difference"]) == ("0.625", "+0.000")
+
+
+def test_drawings_are_on_one_scale_per_metric():
+    rows = [effect(), effect("noise floor", value=0.0, low=0.0, high=0.0), effect("another seed", value=4.0, high=5.0)]
+    table = {(row.variant, row.metric): row for row in rows}
+    cell = findings.Column("m", rows).cell(table, "a", 4)
+    low, high = findings.SCALE
+    assert [cell[key] for key in ("floor", "from", "at", "to", "ceiling")] == [
         round(low + (high - low) * share, 1) for share in (0, 0.2, 0.4, 0.6, 0.8)
     ]
-    assert (told["mean"], told["interval"], told["paired"], told["few"]) == ("2.00", "[1.00, 3.00]", "", 0)
-    flat = {("a", "m"): row("a", 1.0, 1.0, 1.0)}
-    assert page._column("m", [flat])(flat, flat["a", "m"])["at"] is None
+    assert (cell["value"], cell["interval"], cell["difference"], cell["n"]) == ("2.00", "[1.00, 3.00]", "", 0)
+    flat = effect(value=1.0, low=1.0, high=1.0)
+    assert findings.Column("m", [flat]).cell({("a", "m"): flat}, "a", 4)["at"] is None
 
 
-def test_few_values_are_said():
-    rows = [
-        {"variant": "a", "metric": metric, "n": n, "mean": 1.0, "low": 1.0, "high": 2.0}
-        | dict.fromkeys(("paired_mean", "paired_low", "paired_high"), np.nan)
-        for metric, n in (("m", 8), ("place", 3))
-    ]
-    table = {(row["variant"], row["metric"]): row for row in rows}
-    assert page._column("place", [table])(table, rows[1])["few"] == 3
-    assert page._column("m", [table])(table, rows[0])["few"] == 0
-    assert page._column("m", [table])(table, {**rows[0], "n": 0, "mean": np.nan}) is None
+def test_small_differences_are_not_printed_as_zero():
+    row = effect(value=0.5, difference=-1.6e-5, difference_low=-2e-5, difference_high=-1e-5)
+    cell = findings.Column("m", [row]).cell({("a", "m"): row}, "a", 4)
+    assert (cell["difference"], cell["interval"]) == ("-1.6e-05", "[-2.0e-05, -1.0e-05]")
+
+
+def test_a_cell_with_fewer_values_says_its_n():
+    rows = [effect(metric="m", n=8), effect(metric="place", n=3)]
+    table = {(row.variant, row.metric): row for row in rows}
+    assert findings.Column("place", rows).cell(table, "a", 8)["n"] == 3
+    assert findings.Column("m", rows).cell(table, "a", 8)["n"] == 0
+
+
+def test_empty_cells_state_the_reason(tmp_path):
+    """Without an object nothing can have moved. In the tables of findings and of cells a word says so."""
+    store = make_store(tmp_path / "s", {"zero": {"a": {"op": "zero"}}}, prompts=("a red cat",), seeds=(0,))
+    text = (store / "metrics.csv").read_text().splitlines()
+    column = text[0].split(",").index("thing_moved")
+    row = text[2].split(",")
+    row[column] = ""
+    (store / "metrics.csv").write_text("\n".join([*text[:2], ",".join(row), *text[3:]]) + "\n")
+    summary = (store / "summary.csv").read_text().splitlines()
+    summary = ["zero,thing_moved,0,,,,,,,0," if x.startswith("zero,thing_moved,") else x for x in summary]
+    (store / "summary.csv").write_text("\n".join(summary) + "\n")
+    tree = Tree(render([store]))
+    for table in ("findings", "cells"):
+        head, *rows = tree.table(table)
+        moved = next(i for i, title in enumerate(head) if title.split(" ")[0] == "thing_moved")
+        zero = next(row for row in rows if row[0] == "zero")
+        assert zero[moved] == "no object found"
+        assert all(cell for row in rows for cell in row), table
+
+
+def test_images_come_before_numbers_and_hashes_have_a_label(html, store):
+    assert html.index('<section id="images"') < html.index('<section id="findings"') < html.index('id="cells"')
+    text = "".join(Tree(html).texts)
+    for digest in re.findall(r"\b[0-9a-f]{64}\b", text):
+        assert re.search(rf"(Digest of the program: |model digest\s+){digest}", text), digest
 
 
 @pytest.mark.parametrize(
@@ -190,23 +240,23 @@ def test_few_values_are_said():
         {"a": {"op": "mask", "from": {"mask": ["..##" * 9] * 9}, "to": {"indices": list(range(90)), "of": "text"}}},
     ],
 )
-def test_programs_read_back(program):
-    text = page._yaml("no", program)  # YAML's no is not the word
+def test_programs_can_be_read_back(program):
+    text = page.program_yaml("no", program)  # unquoted, YAML reads no as false
     assert yaml.safe_load(text) == {"no": program}
     assert max(map(len, text.splitlines())) < 140
 
 
-def test_programs_commands_and_versions_are_told(html, store):
+def test_programs_command_and_versions_are_shown(html, store):
     tree = Tree(html)
     record = read_store(store).record
-    told = "".join(tree.texts)
-    assert record["command"] in told
+    text = "".join(tree.texts)
+    assert record["command"] in text
     for facts in (record["versions"], {"steps": 16, "kernel": "sdpa"}):
         for key, value in facts.items():
             assert [key, str(value)] in [
                 row for _, rows in tree.tables for row in (list(map(str.strip, r)) for r in rows)
             ]
-    assert "half:\n  a: {op: scale, factor: 0.5}" in told
+    assert "half:\n  a: {op: scale, factor: 0.5}" in text
     drawings = [attrs for tag, attrs in tree.tags if tag == "img" and attrs["alt"].startswith("Positions")]
     assert [attrs["alt"].partition(": ")[2] for attrs in drawings] == [
         "identity",
@@ -216,20 +266,21 @@ def test_programs_commands_and_versions_are_told(html, store):
     assert len({attrs["src"] for attrs in drawings}) == 3
 
 
-def test_a_program_of_an_op_that_is_not_here(store, tmp_path):
+def test_a_program_of_an_op_that_is_not_loaded(store, tmp_path):
     record = yaml.safe_load((store / "experiment.yaml").read_text())
     record["variants"]["half"]["program"] = {"a": {"op": "mine"}}
     for file in store.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "experiment.yaml").unlink()
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(record))
-    assert "No drawing of its positions: a.op: &#39;mine&#39;, expected" in (told := render([tmp_path]))
-    assert "a: {op: mine}" in told
+    html = render([tmp_path])
+    assert "No position plot: a.op: &#39;mine&#39;, expected" in html
+    assert "a: {op: mine}" in html
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """Of the same name, with another variant."""
+    """A store with the same name and another variant."""
     return make_store(
         tmp_path_factory.mktemp("stores") / "two",
         {"double": {"a": {"op": "scale", "factor": 2}}},
@@ -248,7 +299,7 @@ def test_several_stores_on_one_page(store, other):
     assert [row[:2] for row in tree.table("findings")[1:]] == [
         *([variant, names[0]] for variant in ("baseline", "zero", "half")),
         *([variant, names[1]] for variant in ("untouched", "double")),
-        *([reference, name] for name in names for reference in ("noise floor", "another seed")),
+        *([control, name] for name in names for control in ("noise floor", "another seed")),
     ]
     ids = [attrs["id"] for _, attrs in tree.tags if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -258,7 +309,7 @@ def test_several_stores_on_one_page(store, other):
     assert len([1 for kind, _ in tree.tables if kind == "grid"]) == 2
 
 
-def test_runs_of_one_name_and_digest_are_told_apart(store, tmp_path):
+def test_runs_with_the_same_name_get_different_names(store, tmp_path):
     (tmp_path / "copy").symlink_to(store)
     with pytest.raises(ValueError, match="named twice"):
         render([store, tmp_path / "copy"])
@@ -266,13 +317,14 @@ def test_runs_of_one_name_and_digest_are_told_apart(store, tmp_path):
     for file in store.iterdir():
         (tmp_path / "real" / file.name).symlink_to(file)
     digest = read_store(store).record["digest"]
-    assert page._names([read_store(store), read_store(tmp_path / "real")]) == [
-        f"test {digest} (1)",
-        f"test {digest} (2)",
-    ]
+    runs = [read_store(store), read_store(tmp_path / "real")]
+    assert page.run_names(runs) == [f"test {digest} (1)", f"test {digest} (2)"]
+    record = {**runs[1].record, "request": {"model": {"name": "dev"}}}
+    assert page.run_names([runs[0], replace(runs[1], record=record)]) == ["test, tiny", "test, dev"]
+    assert page.run_names([runs[0], replace(runs[1], record={**record, "name": "more"})]) == ["test", "more"]
 
 
-def test_a_missing_picture_is_said(store, tmp_path):
+def test_a_missing_image_is_marked(store, tmp_path):
     for file in store.iterdir():
         if file.name != "cells":
             (tmp_path / file.name).symlink_to(file)
@@ -281,7 +333,7 @@ def test_a_missing_picture_is_said(store, tmp_path):
     for file in files[1:]:
         (tmp_path / "cells" / file.name).symlink_to(file)
     assert render([tmp_path]).count(">missing<") == 1
-    (tmp_path / "cells" / files[0].name).write_bytes(b"no picture")
+    (tmp_path / "cells" / files[0].name).write_bytes(b"not an image")
     with pytest.raises(ValueError, match=rf"{files[0].name}: not a readable image"):
         render([tmp_path])
 
@@ -294,7 +346,7 @@ def noise(folder: Path, count: int, side: int) -> list[Path]:
     return files
 
 
-def test_a_budget_of_bytes(tmp_path):
+def test_images_fit_a_budget_of_bytes(tmp_path):
     files = noise(tmp_path, 5, 400)
     stored = sum(file.stat().st_size for file in files)
     whole = pictures.embed([*files, *files], budget=stored)
@@ -310,17 +362,17 @@ def test_a_budget_of_bytes(tmp_path):
         sizes.append(small[files[0]].size)
     assert sizes[0] == (400, 200)
     assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] == (64, 32)  # never smaller
+    assert sizes[-1] == (64, 32)  # the smallest size
     assert pictures.note(list(small.values())).startswith(
-        "Pictures are 400 × 200 px, shown at 64 × 32, compressed as WebP"
+        "Images are 400 × 200 px, shown at 64 × 32, compressed as WebP"
     )
     assert pictures.embed(files, stored // 8) == pictures.embed(files, stored // 8)
 
 
-def test_a_page_whose_pictures_are_too_many_says_so(store):
-    told = render([store], budget=1)
-    assert "Pictures are of full size, compressed as WebP; the originals lie in the run folder&#39;s cells/." in told
-    shown = [attrs["src"] for tag, attrs in Tree(told).tags if tag == "img" and "seed" in attrs["alt"]]
+def test_a_page_with_compressed_images_says_so(store):
+    html = render([store], budget=1)
+    assert "Images are in full size, compressed as WebP. The originals are in the run folder&#39;s cells/." in html
+    shown = [attrs["src"] for tag, attrs in Tree(html).tags if tag == "img" and "seed" in attrs["alt"]]
     assert len(shown) == 12
     assert all(url.startswith("data:image/webp;base64,") for url in shown)
 
@@ -330,8 +382,8 @@ def test_command_line(store, other, tmp_path, capsys, monkeypatch):
     assert (tmp_path / "page.html").read_text() == render([store])
     assert capsys.readouterr().out.startswith(f"{tmp_path}/page.html  0.")
     monkeypatch.chdir(tmp_path)
-    assert main([str(store), str(other)]) == 0
-    assert (tmp_path / "report.html").read_text() == render([store, other])
+    assert main([str(store), str(other), "-o", "both.html"]) == 0
+    assert (tmp_path / "both.html").read_text() == render([store, other])
     assert main([str(other)]) == 0
     assert (other / "report.html").read_text() == render([other])
     with pytest.raises(SystemExit, match="0"):
@@ -344,39 +396,49 @@ def test_command_line(store, other, tmp_path, capsys, monkeypatch):
     [
         ([], "required: STORE"),
         (["nowhere"], "no experiment.yaml in it"),
-        (["STORE", "STORE"], "named twice"),
+        (["STORE", "STORE", "-o", "both.html"], "named twice"),
+        (["STORE", "nowhere"], "a page of 2 run folders needs a name: add -o FILE"),
         (["STORE", "-o", "."], "a folder; name a file"),
         (["STORE", "-o", "no/such/page.html"], "there is no folder no/such"),
         (["STORE", "--plugins", "no_such_module"], "no_such_module"),
         (["STORE", "--cell"], "unrecognized arguments: --cell"),
     ],
 )
-def test_what_a_user_can_get_wrong(store, arguments, message, tmp_path, capsys, monkeypatch):
+def test_wrong_arguments_are_refused(store, arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([str(store) if argument == "STORE" else argument for argument in arguments]) == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert len(told.strip().splitlines()) <= 3
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) <= 3
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_that_is_not_finished(store, tmp_path):
+def test_a_run_that_is_not_finished_is_refused(store, tmp_path):
     (tmp_path / "experiment.yaml").symlink_to(store / "experiment.yaml")
     with pytest.raises(ValueError, match=r"metrics\.csv: not there; the run is not finished"):
         write_report([tmp_path], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
-    with pytest.raises(ValueError, match="no run folder named"):
+    with pytest.raises(ValueError, match="no run folder is named"):
         render([])
 
 
-def test_drawings_know_the_prompt_and_the_schedule():
+def test_position_plots_use_the_prompt_and_the_schedule():
     edit = {"op": "relocate", "tokens": {"words": ["cat"]}, "to": [4, 4], "steps": {"sigma": [0, 0.5]}}
     program = json.dumps({"a": edit})
-    even, bent = (json.dumps({"shift": shift, "use_dynamic_shifting": False}) for shift in (1.0, 3.0))
-    drawn = [page._drawn(program, (16, 16), 24, "a red cat", 16, schedule).url for schedule in (even, bent)]
-    assert drawn[0].startswith("data:image/png;base64,")
-    assert drawn[0] != drawn[1]  # σ falls to 0.5 at another step
-    assert "words" in page._drawn(program, (16, 16), 24, "a red fox", 16, even).missing
+    schedules = [json.dumps({"shift": shift, "use_dynamic_shifting": False}) for shift in (1.0, 3.0)]
+    plots = [position_plot._draw(program, (16, 16), 24, "a red cat", 16, schedule).url for schedule in schedules]
+    assert plots[0].startswith("data:image/png;base64,")
+    assert plots[0] != plots[1]  # σ falls to 0.5 at another step
+    assert "words" in position_plot._draw(program, (16, 16), 24, "a red fox", 16, schedules[0]).missing
+
+
+@pytest.mark.parametrize("program", [{}, {"a": {"op": "zero"}}, {"a": {"op": "set", "value": 1, "axes": "index"}}])
+def test_legend_entries_have_the_same_colours_in_every_position_plot(program):
+    """In a palette of its own a plot would lose the colour of a legend entry that has few pixels elsewhere."""
+    plot = position_plot._draw(json.dumps(program), (16, 16), 24, "a red cat", 4, json.dumps({}))
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(plot.url.partition(",")[2]))).convert("RGB"))
+    for name in ("vermillion", "green"):  # top row and left column of the image
+        assert (pixels == ImageColor.getrgb(OKABE_ITO[name])).all(-1).sum() > 20, name
 
 
 def test_each_combination_of_m_keeps_its_own_command(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
   const one = (selector, root = document) => root.querySelector(selector);
   document.documentElement.classList.add("js");
 
-  // ── what there is, read once from the tables: the cells' rows come in the order of the pictures ──
+  // ── cells, read once from the tables: the rows of the table of cells have the order of the images ──
   const table = one("table.cells");
   const metrics = all("thead [data-metric]", table).map((th) => ({ name: th.dataset.metric, label: th.dataset.metric + (th.dataset.unit && ` (${th.dataset.unit})`), column: th.cellIndex }));
   const rows = all("tbody tr", table);
@@ -18,12 +18,12 @@
     grid.lines.forEach(({ line, cells: row }, y) => {
       const head = one("th", line);
       all("td", line).forEach((td, x) => {
-        const of = rows[cells.length];
-        const prompt = one(".prompt", of);
+        const record = rows[cells.length];
+        const prompt = one(".prompt", record);
         const cell = {
-          grid, x, y, td, row: of, shown: true,
+          grid, x, y, td, row: record, shown: true,
           button: one("button", td), image: one("img", td),
-          variant: one("th", of).textContent, prompt: prompt.textContent, seed: prompt.nextElementSibling.textContent,
+          variant: one("th", record).textContent, prompt: prompt.textContent, seed: prompt.nextElementSibling.textContent,
         };
         cell.text = `${head.textContent} ${cell.prompt} seed ${cell.seed}`.toLowerCase();
         row.push(cell);
@@ -32,9 +32,25 @@
     });
   }
   const number = (text) => (text === "" ? NaN : text === "∞" ? Infinity : Number(text));
-  const told = (cell, metric) => cell.row.cells[metric.column].textContent;
+  const entry = (cell, metric) => cell.row.cells[metric.column];
 
-  // ── sorting: ascending, descending, as it was; what has no value stays last ──
+  // ── tables that are wider than the window: fade their cut edge and say that they scroll ──
+  for (const scroll of all("main .scroll")) {
+    const hint = document.createElement("p");
+    hint.className = "hint";
+    hint.textContent = "More columns: scroll to the right →";
+    scroll.before(hint);
+    const update = () => {
+      const left = scroll.scrollWidth - scroll.clientWidth - scroll.scrollLeft;
+      scroll.classList.toggle("cut", left > 1);
+      hint.hidden = left <= 1;
+    };
+    scroll.addEventListener("scroll", update, { passive: true });
+    const observer = new ResizeObserver(update);
+    for (const part of [scroll, scroll.firstElementChild]) observer.observe(part);
+  }
+
+  // ── sorting: ascending, descending, original order; rows without a value stay last ──
   for (const sortable of all("table.sortable")) {
     const bodies = all("tbody", sortable).map((body) => ({ body, before: [...body.rows] }));
     const heads = all("thead th", sortable);
@@ -57,7 +73,7 @@
     return keyed.map(({ row }) => row);
   }
 
-  // ── filter: rows and columns of the grid that hold nothing asked for go away, other cells of theirs turn faint ──
+  // ── filter: rows and columns of the grid without a match are hidden, other cells that do not match turn faint ──
   const form = one("form.filter");
   function filter() {
     const fields = form.elements;
@@ -68,14 +84,14 @@
     const most = fields.most.value === "" ? Infinity : Number(fields.most.value);
     const bounded = least > -Infinity || most < Infinity;
     for (const cell of cells) {
-      const value = bounded ? number(told(cell, metric)) : 0;
+      const value = bounded ? number(entry(cell, metric).dataset.value) : 0;
       cell.shown = words.every((word) => cell.text.includes(word)) && phrase.every((seed) => `${cell.text} `.includes(`${seed} `))
         && (!bounded || (value >= least && value <= most));
       cell.row.classList.toggle("away", !cell.shown);
       cell.td.classList.toggle("faint", !cell.shown);
     }
     for (const grid of grids) show(grid);
-    roam();
+    updateTabStops();
     one("output", form).textContent = `${cells.filter((cell) => cell.shown).length} of ${cells.length} cells`;
   }
   function show({ columns, groups, lines }) {
@@ -95,21 +111,21 @@
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(filter));
 
-  // ── from picture to picture: one stop of the Tab key a grid, arrows inside ──
-  const there = (cell) => cell.shown && cell.image;
-  function beside(cell, dx, dy) {
+  // ── from image to image: each grid is one stop of the Tab key, arrow keys move inside it ──
+  const reachable = (cell) => cell.shown && cell.image;
+  function neighbour(cell, dx, dy) {
     const { lines } = cell.grid;
     for (let x = cell.x + dx, y = cell.y + dy; lines[y]?.cells[x]; x += dx, y += dy) {
-      if (there(lines[y].cells[x])) return lines[y].cells[x];
+      if (reachable(lines[y].cells[x])) return lines[y].cells[x];
     }
     return null;
   }
-  function roam(focused = null) {
+  function updateTabStops(focused = null) {
     for (const grid of grids) {
-      const own = grid.lines.flatMap(({ cells: row }) => row).filter((cell) => cell.image);
+      const images = grid.lines.flatMap(({ cells: row }) => row).filter((cell) => cell.image);
       if (focused && focused.grid !== grid) continue;
-      const stop = focused ?? own.find((cell) => there(cell));
-      for (const cell of own) cell.button.tabIndex = cell === stop ? 0 : -1;
+      const stop = focused ?? images.find((cell) => reachable(cell));
+      for (const cell of images) cell.button.tabIndex = cell === stop ? 0 : -1;
     }
   }
   const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], PageUp: [-1, 0], PageDown: [1, 0] };
@@ -117,16 +133,16 @@
     if (!cell.image) continue;
     cell.button.addEventListener("click", () => open(cell));
     cell.button.addEventListener("keydown", (event) => {
-      const next = moves[event.key] && beside(cell, ...moves[event.key]);
+      const next = moves[event.key] && neighbour(cell, ...moves[event.key]);
       if (!next || event.key.startsWith("Page")) return;
       event.preventDefault();
-      roam(next);
+      updateTabStops(next);
       next.button.focus();
     });
   }
   for (const cell of cells) one(".open", cell.row).addEventListener("click", () => cell.image && open(cell));
 
-  // ── one picture over the baseline of the same prompt and seed ──
+  // ── one image over the baseline of the same prompt and seed ──
   const dialog = one("#compare");
   const slider = one("input[type=range]", dialog);
   let current = null;
@@ -144,10 +160,10 @@
     one(".stage .variant", dialog).src = cell.image.src;
     one(".stage .variant", dialog).alt = cell.image.alt;
     one(".stage .baseline", dialog).src = (baseline.image ?? cell.image).src;
-    one(".stage .baseline", dialog).alt = baseline.image ? baseline.image.alt : "the baseline's picture is missing";
+    one(".stage .baseline", dialog).alt = baseline.image ? baseline.image.alt : "the baseline's image is missing";
     const { naturalWidth: width, naturalHeight: height } = cell.image;
     dialog.style.setProperty("--ratio", width / height);
-    dialog.style.setProperty("--pixel", document.body.classList.contains("crisp") ? `${width}px` : "1px");  // whole pixels
+    dialog.style.setProperty("--pixel", document.body.classList.contains("crisp") ? `${width}px` : "1px");  // a whole number of screen pixels per image pixel
     one("thead .name", dialog).textContent = cell.variant;
     one(".ends .name", dialog).textContent = `${cell.variant} ▸`;
     const lines = metrics.map((metric) => {
@@ -156,12 +172,12 @@
       head.scope = "row";
       head.textContent = metric.label;
       line.append(head);
-      for (const shown of [cell, baseline]) line.insertCell().textContent = told(shown, metric) || "–";
+      for (const shown of [cell, baseline]) line.insertCell().textContent = entry(shown, metric).textContent;
       return line;
     });
     one("tbody", dialog).replaceChildren(...lines);
-    for (const button of all("[data-move]", dialog)) {  // not disabled, which would take the focus away
-      button.ariaDisabled = !beside(cell, ...button.dataset.move.split(" ").map(Number));
+    for (const button of all("[data-move]", dialog)) {  // not disabled, which would lose the focus
+      button.ariaDisabled = !neighbour(cell, ...button.dataset.move.split(" ").map(Number));
     }
     slide();
     dialog.dispatchEvent(new CustomEvent("compare", { detail: { grid: grids.indexOf(cell.grid), variant: cell.y, column: cell.x } }));
@@ -173,7 +189,7 @@
     slider.setAttribute("aria-valuetext", `${share} % baseline`);
   }
   function move(dx, dy) {
-    const next = beside(current, dx, dy);
+    const next = neighbour(current, dx, dy);
     if (next) compare(next);
   }
   slider.addEventListener("input", slide);
@@ -194,8 +210,8 @@
   }
   dialog.addEventListener("keydown", (event) => {
     const [dx, dy] = moves[event.key] ?? [0, 0];
-    const own = event.target !== slider && event.target.matches("input[type=range], select");  // up and down, too
-    const slides = event.key.startsWith("Arrow") && (own || (event.target === slider && dx));
+    const otherControl = event.target !== slider && event.target.matches("input[type=range], select");  // they use up and down, too
+    const slides = event.key.startsWith("Arrow") && (otherControl || (event.target === slider && dx));
     if ((!dx && !dy) || slides || event.altKey || event.ctrlKey || event.metaKey) return;
     event.preventDefault();
     move(dx, dy);
@@ -203,11 +219,11 @@
   one(".close", dialog).addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   dialog.addEventListener("close", () => {
-    roam(current);
+    updateTabStops(current);
     current.button.focus();
   });
 
-  // ── commands to the clipboard; where that is not allowed, selected ──
+  // ── copy the command to the clipboard, or select it where that is not allowed ──
   for (const button of all(".copy")) {
     const code = one("code", button.parentElement);
     button.addEventListener("click", async () => {

@@ -15,7 +15,7 @@ from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import MANIFEST
 from fluxlab.measure.registry import METRICS
 from fluxlab.report.attention import pictures as attention
-from fluxlab.report.page import layout
+from fluxlab.report.position_plot import position_plot
 from fluxlab.report.products import GRID_FILE
 from fluxlab.report.wandb.link import Link, tracked
 
@@ -201,7 +201,7 @@ def cell_table(run: Run) -> dict[str, Any]:
 def images(run: Run) -> dict[str, list[tuple[str, str]]]:
     """Files, or data URLs, and captions by key: the grid, where tokens stand, a variant's pictures, attention."""
     found = {"grid": [(_path(run.path / GRID_FILE), run.record["caption"] or run.record["name"])]}
-    layouts = {variant: layout(run, variant, run.places[0][0]).url for variant in run.variants}
+    layouts = {variant: position_plot(run, variant, run.places[0][0]).url for variant in run.variants}
     if any(layouts.values()):
         found["layouts"] = [(url, f"{variant}: {run.describe(variant)}") for variant, url in layouts.items() if url]
     for variant in run.variants:

@@ -1,0 +1,55 @@
+"""The position plot of a variant, for the page and for trackers: where its tokens are after its edits."""
+
+import io
+import json
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+
+from fluxlab.drawing.pictures import data_url, plot_png
+from fluxlab.errors import UserError
+from fluxlab.experiment.reading import Run
+
+
+@dataclass(frozen=True)
+class PositionPlot:
+    """A plot as a data URL with its (width, height) in pixels, or the reason why there is none."""
+
+    url: str = ""
+    size: tuple[int, int] = (0, 0)
+    missing: str = ""
+
+
+def position_plot(run: Run, variant: str, prompt: str) -> PositionPlot:
+    """Return the plot of a variant at the run's own size and schedule. Words are looked up in `prompt`."""
+    settings = run.record["settings"]
+    program = json.dumps(run.record["variants"][variant]["program"])
+    grid = tuple(settings[side] // settings["pixels_per_token"] for side in ("height", "width"))
+    schedule = json.dumps(settings["schedule"])
+    return _draw(program, grid, settings["max_sequence_length"], prompt, settings["steps"], schedule)
+
+
+@lru_cache(maxsize=256)
+def _draw(program: str, grid: tuple[int, int], text: int, prompt: str, steps: int, schedule: str) -> PositionPlot:
+    """Draw a program's tokens at the first step and block where it acts.
+
+    The store has no tokenizer, so every word of the prompt counts as one token. A program that cannot be read, for
+    example because its plugin is not loaded, has no plot.
+    """
+    from fluxlab.drawing import token_layout as plot
+    from fluxlab.sampling.schedule import Schedule
+
+    known = {field.name for field in fields(Schedule)}
+    times = Schedule(**{key: value for key, value in json.loads(schedule).items() if key in known})
+    context = plot.sequence(grid=grid, text=text, prompt=prompt, steps=steps)
+    context = replace(context, sigmas=tuple(times.times(steps, grid[0] * grid[1])))
+    try:
+        view = plot.view(json.loads(program), context)
+        # the store does not know how many blocks are double, so the plot does not name its block
+        view = replace(view, told={key: text for key, text in view.told.items() if key != "block"})
+    except UserError as error:
+        return PositionPlot(missing=str(error))
+    png = io.BytesIO()
+    with plot.style(plot.STYLE):
+        plot.draw_layout(view).savefig(png, format="png", dpi=100)
+    content, size = plot_png(png.getvalue())
+    return PositionPlot(data_url(content, "png"), size)
