@@ -148,7 +148,7 @@ def sheet(
     right = right if scale == "cell" else max(right, 8 + round(lettering.length(MAXIMUM, SMALL)))
     step = (height + GAP + (14 if scale == "cell" else 0), width + GAP)
     page_width = max(left + len(across) * step[1] + right, PAGE_WIDTH)
-    lines = [line for text in title.splitlines() for line in lettering.broken(text, LARGE, page_width - 12)[0]]
+    lines = [line for text in title.splitlines() for line in lettering.wrap(text, LARGE, page_width - 12)[0]]
     head = 22 + 17 * len(lines) + (4 if lines else 0)
     page = Image.new("RGB", (page_width, head + max(len(down) * step[0], 12)), PAPER)
     draw = ImageDraw.Draw(page)
@@ -261,12 +261,12 @@ def _sigma(captured: Captured, over: str, i: int) -> str:
 def _write(draw: "ImageDraw", x: float, middle: float, text: str, size: int, align: float = 0) -> None:
     """Write one line, centred vertically on `middle`. align: 0 starts at x, 0.5 is centred on x, 1 ends at x."""
     corner = round(x - align * lettering.length(text, size)), round(middle - lettering.line_height(size) / 2)
-    lettering.write(draw, corner, [text], size, INK)
+    lettering.draw_lines(draw, corner, [text], size, INK)
 
 
 def _fitted(text: str, size: int, width: float) -> str:
     """Return the text, shortened with an ellipsis where it is wider than `width`."""
-    return "".join(lettering.clipped(lettering.broken(text, size, width)[0], 1, size, width))
+    return "".join(lettering.truncate(lettering.wrap(text, size, width)[0], 1, size, width))
 
 
 def _one_per_column(image, columns: int) -> list:

@@ -91,9 +91,7 @@ def grid(place: Place) -> tuple[Tensor, Tensor]:
 
 def union(groups: Sequence[Tensor], place: Place) -> tuple[Tokens, Tensor]:
     """The tokens of several groups together, and which are whose: 0 or 1, `(tokens, groups)`."""
-    member = torch.zeros(
-        place.context.layout.tokens, len(groups), dtype=torch.float32, device=place.context.ids.device
-    )
+    member = torch.zeros(place.context.layout.tokens, len(groups), dtype=torch.float32, device=place.context.ids.device)
     for g, group in enumerate(groups):
         member[group, g] = 1
     index = member.any(1).nonzero()[:, 0]

@@ -45,6 +45,7 @@
       scroll.classList.toggle("cut", left > 1);
       hint.hidden = left <= 1;
     };
+    update();
     scroll.addEventListener("scroll", update, { passive: true });
     const observer = new ResizeObserver(update);
     for (const part of [scroll, scroll.firstElementChild]) observer.observe(part);
