@@ -1,22 +1,29 @@
-"""Where the configs lie, and the schema of what they hold."""
+"""Where the configs are, and the schema of a model row."""
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-from fluxlab.errors import UserError
+from fluxlab.errors import UserError, nearest
 
 PACKAGE = Path(__file__).parent
+LIKE = ("dev", "schnell")
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One file of `configs/model`: where a model is, and the settings it was made for (None: told by its files).
+    """One file of `configs/model`: where a model is, and the settings it was made for. None means: as its files say.
 
-    path: a Diffusers folder, a BFL single file or a hub id; `fluxlab/…` lies inside the package. autoencoder, text: for
-    a single file, what it lacks. size: (height, width) in pixels. scenes: trained on `fluxlab.scenes`, so that the
-    scene oracle can judge its pictures.
+    path: a Diffusers folder, a single file, a folder of single files, or a hub id; `fluxlab/…` is inside the package.
+    variant: of weight files, such as fp16.
+    autoencoder, text, tokenizers: paths of the parts that `path` does not hold.
+    like: "dev" or "schnell", the published model that a single file samples like, if the file does not say.
+    schedule: how times are spread, such as {shift: 3.0}, {mu: 1.15} or the keys of Diffusers' scheduler_config.json.
+    size: (height, width) in pixels.
+    scenes: trained on `fluxlab.scenes`, so that the scene oracle can read its images.
     """
 
     name: str
@@ -29,10 +36,21 @@ class ModelRow:
     max_sequence_length: int | None = None
     size: tuple[int, int] | None = None
     scenes: bool = False
+    tokenizers: str | None = None
+    like: str | None = None
+    schedule: Mapping[str, Any] | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Return the row as plain values. Keys that older stores do not know are left out unless they are set."""
+        values = {**asdict(self), "size": list(self.size) if self.size else None}
+        return {key: value for key, value in values.items() if key not in _LATER or value is not None}
+
+
+_LATER = ("tokenizers", "like", "schedule")
 
 
 def config_folder() -> Path:
-    """The folder of `config.yaml`: inside the package in a wheel, beside it in a checkout."""
+    """Return the folder of `config.yaml`: inside the package in a wheel, next to it in a checkout."""
     for folder in (PACKAGE / "configs", PACKAGE.parent / "configs"):
         if (folder / "config.yaml").is_file():
             return folder
@@ -40,15 +58,20 @@ def config_folder() -> Path:
 
 
 def model_names() -> list[str]:
+    """Return the names of the rows under `configs/model`."""
     return sorted(file.stem for file in (config_folder() / "model").glob("*.yaml"))
 
 
 def find_row(name: str | PathLike[str]) -> ModelRow:
-    """The row called `name`, or for a path or hub id a row that holds just that. `UserError` for an unknown word."""
+    """Return the row called `name`, or for a path or hub id a row that holds just that.
+
+    Raises UserError for a word that is neither.
+    """
     if str(name) not in model_names():
         if re.fullmatch(r"[\w-]+", str(name)) and not Path(name).exists():
             raise UserError(
-                f"model {name!r}: there is none; known: {', '.join(model_names())}.\n"
+                f"model {name!r}: not a model under configs/model, which are {', '.join(model_names())}"
+                f"{nearest(name, model_names())}\n"
                 "Or pass a folder, a .safetensors file, or a hub id such as owner/name."
             )
         return ModelRow(name=str(name), path=str(name))
@@ -58,14 +81,19 @@ def find_row(name: str | PathLike[str]) -> ModelRow:
     return model_row(OmegaConf.to_container(OmegaConf.load(file)), str(file))
 
 
-def model_row(values: dict, where: str) -> ModelRow:
-    """A row from its YAML keys. Raises `UserError` naming `where`, the key and its value."""
+def model_row(values: Mapping[str, Any], where: str) -> ModelRow:
+    """Return a row from its YAML keys. Raises UserError naming `where`, the key and its value."""
     known = [f.name for f in fields(ModelRow)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise UserError(f"{where}: unknown key {unknown[0]!r}, expected some of {', '.join(known)}")
+        raise UserError(
+            f"{where}: unknown key {unknown[0]!r}, expected some of {', '.join(known)}{nearest(unknown[0], known)}"
+        )
     if not values.get("path"):
         raise UserError(f"{where}: path is missing (a folder, a file or a hub id)")
+    for key in ("path", "variant", "autoencoder", "text", "tokenizers"):
+        if not isinstance(values.get(key), str | None):
+            raise UserError(f"{where}: {key} {values[key]!r}, expected text; quote it: {key}='\"{values[key]}\"'")
     size = values.get("size")
     if size is not None and not (
         isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)

@@ -1,14 +1,18 @@
-"""A pipeline from a name under `configs/model`, a folder, a file or a hub id."""
+"""Load a pipeline from a name under `configs/model`, a folder, files or a hub id."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from fluxlab import checkpoints, sampling
+from fluxlab import checkpoints, schedules
+from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest
-from fluxlab.checkpoints.stored import ENCODERS, Stored, local, on_meta
+from fluxlab.checkpoints.memory import default_device
+from fluxlab.checkpoints.stored import Stored, local, on_meta
+from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
 from fluxlab.config import ModelRow, find_row
 from fluxlab.errors import UserError
 from fluxlab.model import AutoEncoder, Flux
@@ -22,107 +26,146 @@ if TYPE_CHECKING:
 def load_pipeline(
     name: "str | PathLike[str]",
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     *,
     autoencoder: "str | PathLike[str] | None" = None,
     text: "str | PathLike[str] | None" = None,
     variant: str | None = None,
+    tokenizers: "str | PathLike[str] | None" = None,
+    like: str | None = None,
+    schedule: Mapping[str, Any] | None = None,
 ) -> Pipeline:
-    """Load a model: a name under `configs/model`, a Diffusers folder, a BFL single file, or a hub id.
+    """Load a model: a name under `configs/model`, a Diffusers folder, a single file, a folder of single files, or a
+    hub id.
 
-    `dtype` None keeps each part as it is stored. A BFL file holds the transformer only: `autoencoder` names its
-    `ae.safetensors` (or a folder) and `text` a Diffusers folder or hub id with both text encoders. `variant` chooses
-    files such as `….fp16.safetensors`. Raises `UserError` for what is missing, damaged or does not fit the device.
+    dtype: None means the dtype of most parameters, separately for each network. device: None means a GPU if there is
+    one (CUDA, then mps), else the CPU. autoencoder, text, tokenizers: the parts that `name` does not hold, such as
+    `ae.safetensors`, a folder with `clip_l.safetensors` and `t5xxl_fp16.safetensors`, and a folder with `tokenizer`
+    and `tokenizer_2`. variant: for files such as `….fp16.safetensors`. like, schedule: how a single file samples, if
+    it does not say (see `fluxlab.schedules`): "dev" or "schnell", {"shift": 3.0} or {"mu": 1.15}.
+
+    Raises UserError for what is missing, damaged, of another model, or does not fit the device. docs/checkpoints.md
+    lists what can be read.
     """
     row = find_row(name)
-    given = {"autoencoder": autoencoder, "text": text, "variant": variant}
-    return load_row(
-        replace(row, **{key: str(value) for key, value in given.items() if value is not None}), dtype, device
-    )
+    paths = {"autoencoder": autoencoder, "text": text, "variant": variant, "tokenizers": tokenizers, "like": like}
+    settings = {key: str(value) for key, value in paths.items() if value is not None}
+    if schedule is not None:
+        settings["schedule"] = schedule
+    return load_row(replace(row, **settings), dtype, device)
 
 
-def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Pipeline:
-    """As `load_pipeline`, for a row of `configs/model` or one made from the command line."""
-    device = checkpoints.check_device(device)
+def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Pipeline:
+    """Load a row of `configs/model`, or one made from the command line. Arguments as for `load_pipeline`."""
+    device = checkpoints.check_device(default_device() if device is None else device)
     found = checkpoints.find(row.path, variant=row.variant)
     verify_manifest(found.path)
-    if found.kind == "autoencoder":
-        raise UserError(f"{row.path}: an autoencoder; pass the transformer's file, and this one as autoencoder=")
-    lacks = {"pipeline": (), "originals": ("text",), "transformer": ("autoencoder", "text")}[found.kind]
-    for part in lacks:
-        if getattr(row, part) is None:
-            what = {"autoencoder": "ae.safetensors or a folder", "text": "a Diffusers folder or hub id of FLUX.1"}[part]
-            raise UserError(f"{row.path}: holds no {part}; pass {part}=, {what}")
+    paths = part_paths(row, found)
     common = {"dtype": dtype, "device": device, "variant": row.variant}
     transformer = checkpoints.load_transformer(found.path, **common)
-    autoencoder = checkpoints.load_autoencoder(row.autoencoder or found.path, **common)
-    text = TextEncoders(*checkpoints.load_text_encoders(row.text or found.path, **common))
+    decision = schedules.decide(row, found, transformer.params)
+    autoencoder = checkpoints.load_autoencoder(paths["autoencoder"], **common)
+    text = TextEncoders(*checkpoints.load_text_encoders(paths["text"], **common, tokenizers=row.tokenizers))
     for module in (transformer, autoencoder, text.clip, text.t5):
         module.eval().requires_grad_(False)
-    return assemble(row, found, transformer, autoencoder, text)
+    return assemble(row, decision, transformer, autoencoder, text)
+
+
+def part_paths(row: ModelRow, found: checkpoints.Found) -> dict[str, Any]:
+    """Return where "autoencoder" and "text" are. Raises UserError if `found` lacks one and the row does not name it."""
+    if "transformer" not in found.parts:
+        parts = "text encoders" if found.kind == "text" else "an autoencoder"
+        key = "text" if found.kind == "text" else "autoencoder"
+        raise UserError(f"{row.path}: {parts}, not a transformer; pass the transformer's file, and this one as {key}=")
+    helps = {
+        "autoencoder": "ae.safetensors or a Diffusers folder",
+        "text": "a folder with clip_l.safetensors and t5xxl_fp16.safetensors, a Diffusers folder or a hub id of FLUX.1",
+    }
+    needs = {"autoencoder": {"autoencoder"}, "text": {"clip", "t5"}}
+    for part, networks in needs.items():
+        if getattr(row, part) is None and not networks <= found.parts:
+            name = "autoencoder" if part == "autoencoder" else "text encoders"
+            raise UserError(
+                f"{row.path}: holds no {name}; pass {part}=, {helps[part]}\n(on the command line model.{part}=…)"
+            )
+    return {part: getattr(row, part) or found.path for part in needs}
 
 
 def assemble(
-    row: ModelRow, found: checkpoints.Found | None, transformer: Flux, autoencoder: AutoEncoder, text: TextEncoders
+    row: ModelRow, decision: schedules.Decision, transformer: Flux, autoencoder: AutoEncoder, text: TextEncoders
 ) -> Pipeline:
-    """The pipeline of these parts, with the settings that the row and the folder leave open.
+    """Return the pipeline of these parts, with the settings that the row and the files leave open.
 
-    found: what lies at the row's path; None for a model that is not here yet.
+    Raises UserError if the networks do not fit together.
     """
     distilled = transformer.params.guidance_embed
-    if found is not None and found.kind == "pipeline":
-        schedule = sampling.read_schedule(found.path / "scheduler")
-    else:  # the original release shifts for every model but schnell
-        schedule = replace(sampling.FLUX_SCHEDULE, use_dynamic_shifting=distilled, shift=1.0)
-    side = 128 * autoencoder.params.factor  # 64 tokens, as FLUX.1 and Diffusers have it
-    # a folder does not say how many steps or how much guidance it wants: FLUX.1 dev's and schnell's, as it is distilled
+    _check_widths(row, transformer, text)
+    side = 128 * autoencoder.params.factor  # 64 tokens, as in FLUX.1 and Diffusers
     return Pipeline(
         transformer,
         autoencoder,
         text,
-        schedule,
-        steps=row.steps or (28 if distilled else 4),
-        guidance=(3.5 if row.guidance is None else row.guidance) if distilled else None,
+        decision.schedule,
+        steps=row.steps or decision.steps,
+        guidance=(3.5 if row.guidance is None else row.guidance) if distilled else None,  # FLUX.1 dev's
         max_sequence_length=row.max_sequence_length or 512,
         size=row.size or (side, side),
         name=row.name,
     )
 
 
-def hollow(row: ModelRow, parts: dict[str, Stored], dtype: torch.dtype | None, device: torch.device) -> Pipeline:
-    """The pipeline that `load_row` makes, but without weights: enough to settle sizes, and to check prompts, programs.
+def _check_widths(row: ModelRow, transformer: Flux, text: TextEncoders) -> None:
+    p = transformer.params
+    for name, encoder, width in (("CLIP", text.clip, p.vec_in_dim), ("T5", text.t5, p.context_in_dim)):
+        states = encoder.config.hidden_size
+        if states != width:
+            raise CheckpointError(
+                f"{row.text or row.path}: this {name} gives {states} channels, the transformer takes {width}\n"
+                "Pass the text encoders of FLUX.1: CLIP-L (768) and T5 v1.1 XXL (4096)."
+            )
 
-    parts: of `checkpoints.stored`. Only the transformer's first layer lies on `device`: a pipeline knows its device and
-    dtype by it. The tokenizers are None for a model that is not here yet.
+
+def pipeline_without_weights(
+    row: ModelRow, parts: dict[str, Stored], dtype: torch.dtype | None, device: torch.device
+) -> Pipeline:
+    """Return the pipeline that `load_row` makes, without weights: enough to settle sizes, and to check prompts and
+    programs.
+
+    parts: of `checkpoints.stored`. Only the transformer's first layer is on `device`: a pipeline takes its device and
+    dtype from it. The tokenizers are None for a model that is still to be fetched.
     """
     transformer, autoencoder = (
         on_meta(parts[name].params).to(dtype or parts[name].dtype) for name in ("transformer", "autoencoder")
     )
     transformer.img_in.to_empty(device=device)
     p, like = transformer.params, transformer.img_in.weight
-    clip = _Silent(p.vec_in_dim, dtype or parts["clip"].dtype, like)
-    t5 = _Silent(p.context_in_dim, dtype or parts["t5"].dtype, like)
-    found, tokenizers = None, dict.fromkeys(ENCODERS)
+    clip = _SilentEncoder(p.vec_in_dim, dtype or parts["clip"].dtype, like)
+    t5 = _SilentEncoder(p.context_in_dim, dtype or parts["t5"].dtype, like)
+    found, tokenizers = None, {"clip": None, "t5": None}
     if parts["t5"].files:
-        from transformers import AutoTokenizer
-
         found = checkpoints.find(local(row.path, "transformer", row.variant))
-        root = parts["t5"].files[0].parents[1]
-        tokenizers = {
-            name: AutoTokenizer.from_pretrained(root / folder, local_files_only=True)
-            for name, (_, folder) in ENCODERS.items()
-        }
-    return assemble(row, found, transformer, autoencoder, TextEncoders(tokenizers["clip"], clip, tokenizers["t5"], t5))
+        root = local(row.text or row.path, "text", row.variant)
+        folder = find_tokenizers(root, row.tokenizers)
+        tokenizers = {part: load_tokenizer(folder, part) for part in tokenizers}
+    decision = schedules.decide(row, found, p)
+    encoders = TextEncoders(tokenizers["clip"], clip, tokenizers["t5"], t5)
+    return assemble(row, decision, transformer, autoencoder, encoders)
 
 
-class _Silent(nn.Module):
-    """In a text encoder's place: states of the right shape, always 0."""
+class _Config:
+    def __init__(self, hidden_size: int):
+        self.hidden_size = hidden_size
+
+
+class _SilentEncoder(nn.Module):
+    """Stands for a text encoder: states of the right shape, always 0."""
 
     def __init__(self, width: int, dtype: torch.dtype, like: torch.Tensor):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(0, dtype=dtype))
         self.zeros = like.new_zeros(width)
         self.device = like.device
+        self.config = _Config(width)
 
     def forward(self, ids: torch.Tensor) -> "_States":
         return _States((self.zeros.expand(*ids.shape, -1),))

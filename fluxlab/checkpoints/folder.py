@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxlab.checkpoints.write import save_autoencoder, save_transformer
+from fluxlab.checkpoints.write import allow_by_umask, save_autoencoder, save_transformer
 from fluxlab.sampling import Schedule
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def save_pipeline(
 ) -> None:
     """Write `transformer/`, `vae/`, both text encoders and tokenizers, `scheduler/` and `model_index.json`.
 
-    Weights keep their dtype; safetensors only. The index is written last, so a folder that has one is complete.
+    Weights keep their dtype; safetensors only. All files get the permissions that the umask gives. The index is
+    written last, so a folder that has one is complete.
     """
     folder = Path(folder)
     save_transformer(transformer, folder / "transformer", layout="diffusers")
@@ -54,4 +55,6 @@ def save_pipeline(
         "tokenizer": ["transformers", type(text.clip_tokenizer).__name__],
         "tokenizer_2": ["transformers", type(text.t5_tokenizer).__name__],
     }
+    for file in folder.glob("*/*"):
+        allow_by_umask(file)  # safetensors 0.8 writes files that only their owner can read
     (folder / "model_index.json").write_text(json.dumps({**_INDEX, **classes}, indent=2, sort_keys=True) + "\n")

@@ -1,54 +1,77 @@
-"""Checkpoints on the Hugging Face hub: what is needed of one is fetched into the hub's cache, or found there."""
+"""Checkpoints on the Hugging Face hub: fetch what is needed of one into the hub's cache, or find it there."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from fluxlab.checkpoints.errors import CheckpointError
+from fluxlab.checkpoints.files import index_names
 
 _HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>[\w./-]+\.safetensors))?"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>[\w./-]+\.(?:safetensors|sft)))?"
 )
 _WEIGHTS = {"transformer": "transformer", "autoencoder": "vae"}
-_ORIGINALS = {"transformer": "flux1-*.safetensors", "autoencoder": "ae.safetensors"}
+_ORIGINALS = {
+    "transformer": ["flux1-*.safetensors", "flux1-*.sft"],
+    "autoencoder": ["ae.safetensors", "ae.sft"],
+}
+_STEMS = {
+    "transformer": [("transformer", "diffusion_pytorch_model")],
+    "autoencoder": [("vae", "diffusion_pytorch_model")],
+    "text": [("text_encoder", "model"), ("text_encoder_2", "model")],
+}
+_TOKENIZERS = [f"{folder}/*.{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("json", "txt", "model")]
 
 
 def is_hub_id(text: str) -> bool:
-    """owner/name, owner/name@revision, or owner/name/file.safetensors."""
+    """Return whether `text` has the form owner/name, owner/name@revision or owner/name/file.safetensors."""
     found = _HUB_ID.fullmatch(text)
     return bool(found) and not text.endswith((".", "/")) and not found["repo"].endswith(".safetensors")
 
 
 def fetch(hub_id: str, parts: tuple[str, ...], variant: str | None = None) -> Path:
-    """The folder (or the file) of a hub id in the local cache, holding at least `parts`.
+    """Return the folder (or the file) of a hub id in the local cache, holding at least `parts`.
 
-    parts: of "transformer", "autoencoder", "text", "settings". Of a repository that has both Diffusers folders and
-    original files, only the folders are fetched. The library shows progress, resumes, and works offline from its
-    cache. Raises `CheckpointError` with what to do where that fails.
+    parts: of "transformer", "autoencoder", "text", "settings", "tokenizers". Of a repository that has both Diffusers
+    folders and original files, only the folders are fetched. A part without files of the variant is fetched plain. The
+    library shows progress, resumes, and works offline from its cache. Raises `CheckpointError` with what to do where
+    that fails.
     """
     found = _HUB_ID.fullmatch(hub_id)
     if found["file"]:
         return snapshot(hub_id, [found["file"]]) / found["file"]
     root = snapshot(hub_id, [p for part in parts for p in _patterns(part, variant)])
+    if variant:
+        plain = [p for part in parts for p in _plain_patterns(root, part)]
+        root = snapshot(hub_id, plain) if plain else root
     nets = [part for part in parts if part in _WEIGHTS]
     if any((root / _WEIGHTS[part] / "config.json").is_file() for part in nets):
         return root
-    patterns = ["config.json", *_weights("", "diffusion_pytorch_model", variant), *(_ORIGINALS[part] for part in nets)]
+    patterns = [
+        "config.json",
+        *_weights("", "diffusion_pytorch_model", variant),
+        *(p for part in nets for p in _ORIGINALS[part]),
+    ]
     return snapshot(hub_id, patterns) if nets else root
 
 
 def _patterns(part: str, variant: str | None) -> list[str]:
-    if part in _WEIGHTS:
-        folder = _WEIGHTS[part]
-        return [f"{folder}/config.json", *_weights(f"{folder}/", "diffusion_pytorch_model", variant)]
-    if part == "text":
-        encoders = ("text_encoder", "text_encoder_2")
-        weights = [name for folder in encoders for name in _weights(f"{folder}/", "model", variant)]
-        tokenizers = [
-            f"{folder}/*.{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("json", "txt", "model")
-        ]
-        return [*(f"{folder}/config.json" for folder in encoders), *weights, *tokenizers]
-    return ["model_index.json", "scheduler/*.json"]
+    if part in _STEMS:
+        folders = _STEMS[part]
+        weights = [name for folder, stem in folders for name in _weights(f"{folder}/", stem, variant)]
+        tokenizers = _TOKENIZERS if part == "text" else []
+        return [*(f"{folder}/config.json" for folder, _ in folders), *weights, *tokenizers]
+    return _TOKENIZERS if part == "tokenizers" else ["model_index.json", "scheduler/*.json"]
+
+
+def _plain_patterns(root: Path, part: str) -> list[str]:
+    """Patterns of the plain weights of networks that have come without any."""
+    empty = [
+        (folder, stem)
+        for folder, stem in _STEMS.get(part, ())
+        if (root / folder / "config.json").is_file() and not any((root / folder).glob("*.safetensors"))
+    ]
+    return [name for folder, stem in empty for name in _weights(f"{folder}/", stem, None)]
 
 
 def _weights(folder: str, stem: str, variant: str | None) -> list[str]:
@@ -56,12 +79,12 @@ def _weights(folder: str, stem: str, variant: str | None) -> list[str]:
     return [
         f"{folder}{stem}{dot}.safetensors",
         f"{folder}{stem}{dot}-[0-9]*-of-[0-9]*.safetensors",
-        f"{folder}{stem}.safetensors.index{dot}.json",
+        *(f"{folder}{name}" for name in index_names(stem, variant)),
     ]
 
 
 def snapshot(hub_id: str, patterns: Sequence[str]) -> Path:
-    """The folder of a hub id in the local cache, holding the files that match the patterns. Errors as of `fetch`."""
+    """Return the folder of a hub id in the local cache, with the files that match the patterns. Errors as `fetch`."""
     import huggingface_hub
     from huggingface_hub import errors
 

@@ -1,10 +1,13 @@
-"""What tells one model from another, without reading 24 GB."""
+"""What distinguishes one model from another, without reading 24 GB."""
 
 import hashlib
 import json
 from pathlib import Path
 
+from fluxlab.checkpoints.files import SUFFIXES
 from fluxlab.checkpoints.finding import resolve
+from fluxlab.checkpoints.text import open_encoders
+from fluxlab.checkpoints.tokenizer_files import find_tokenizers
 from fluxlab.config import ModelRow
 from fluxlab.files import sha256_of
 
@@ -22,27 +25,34 @@ _PARTS = (
 
 
 def fingerprint(row: ModelRow) -> str:
-    """64 hex digits that change with whatever a row of `configs/model` loads: weights, tokenizers, schedule.
+    """Return 64 hex digits that change with whatever a row of `configs/model` loads: weights, tokenizers, schedule.
 
-    A folder with a manifest is known by it. Elsewhere small files count whole, large ones by their size, header and 64
-    samples of 16 KiB spread over them: another training run or dtype is seen, a single flipped bit need not be. A hub
-    id is fetched first. Raises `CheckpointError` for what does not exist.
+    The manifest of a folder stands for its files. Elsewhere small files count whole, large ones by their size, header
+    and 64 samples of 16 KiB spread over them: another training run or dtype is seen, a single flipped bit may not be.
+    A hub id is fetched first. Raises `CheckpointError` for what does not exist.
     """
     parts = ("transformer", "autoencoder", "text", "settings")
     paths = {"path": row.path, "autoencoder": row.autoencoder, "text": row.text}
-    held = {key: _held(resolve(path, parts, row.variant)) for key, path in paths.items() if path}
-    text = json.dumps({"files": held, "variant": row.variant}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    roots = {key: resolve(path, parts, row.variant) for key, path in paths.items() if path}
+    files = {key: _digests(root) for key, root in roots.items()}
+    text = roots.get("text", roots["path"])
+    if text.is_file():  # the other encoder lies next to it
+        for encoder in open_encoders(text, row.variant, row.tokenizers):
+            files.setdefault("text", {}).update({file.name: _sampled(file) for file in encoder.files if file != text})
+    if row.tokenizers:
+        files["tokenizers"] = _digests(find_tokenizers(text, row.tokenizers))
+    described = json.dumps({"files": files, "variant": row.variant}, sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _held(path: Path) -> dict[str, str]:
+def _digests(path: Path) -> dict[str, str]:
     if path.is_file():
         return {"": _sampled(path)}
     if (path / "manifest.json").is_file():
         return {"manifest.json": sha256_of(path / "manifest.json")}
     folders = [path / part for part in _PARTS if (path / part).is_dir()] or [path]
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    kept = [file for file in files if file.suffix in (".safetensors", ".json", ".txt", ".model")]
+    kept = [file for file in files if file.suffix in (*SUFFIXES, ".json", ".txt", ".model")]
     return {file.relative_to(path).as_posix(): _sampled(file) for file in kept}
 
 
@@ -50,10 +60,10 @@ def _sampled(path: Path) -> str:
     size = path.stat().st_size
     if size <= _WHOLE:
         return sha256_of(path)
-    seen = hashlib.sha256(str(size).encode())
+    digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as handle:
-        seen.update(handle.read(_WHOLE))
+        digest.update(handle.read(_WHOLE))
         for i in range(_SAMPLES):
             handle.seek((size - _SAMPLE) * (i + 1) // _SAMPLES)
-            seen.update(handle.read(_SAMPLE))
-    return seen.hexdigest()
+            digest.update(handle.read(_SAMPLE))
+    return digest.hexdigest()

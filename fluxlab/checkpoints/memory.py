@@ -34,6 +34,13 @@ def total_memory() -> int | None:
     return min((size for size in found if size is not None), default=None)
 
 
+def default_device() -> str:
+    """Return the device that is used unless another is asked for: CUDA, else mps, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def check_device(device: "str | torch.device") -> torch.device:
     """`device` as a `torch.device` that exists here. Raises `CheckpointError` otherwise."""
     try:

@@ -6,8 +6,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from fluxlab.checkpoints.errors import CheckpointError
-from fluxlab.checkpoints.files import quantised
+from fluxlab.checkpoints.errors import CheckpointError, quantised
 from fluxlab.errors import UserError
 from fluxlab.model import AutoEncoderParams, FluxParams
 

@@ -1,4 +1,4 @@
-"""A network's sizes, told by the shapes of its tensors: a file of the original release has nothing else."""
+"""A network's sizes from the shapes of its tensors: a single file has nothing else."""
 
 import math
 import re
@@ -11,11 +11,49 @@ from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoderParams, FluxPar
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Diffusers' names of the tensors that sizes are read from, as BFL's.
+_RENAMED = [
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"^x_embedder\.", "img_in."),
+        (r"^context_embedder\.", "txt_in."),
+        (r"^proj_out\.", "final_layer.linear."),
+        (r"^time_text_embed\.timestep_embedder\.linear_2\.", "time_in.out_layer."),
+        (r"^time_text_embed\.text_embedder\.linear_1\.", "vector_in.in_layer."),
+        (r"^time_text_embed\.text_embedder\.linear_2\.", "vector_in.out_layer."),
+        (r"^time_text_embed\.guidance_embedder\.linear_1\.", "guidance_in.in_layer."),
+        (r"^transformer_blocks\.(\d+)\.attn\.norm_q\.weight", r"double_blocks.\1.img_attn.norm.query_norm.scale"),
+        (r"^transformer_blocks\.(\d+)\.attn\.norm_k\.weight", r"double_blocks.\1.img_attn.norm.key_norm.scale"),
+        (r"^transformer_blocks\.(\d+)\.attn\.to_q\.", r"double_blocks.\1.img_attn.qkv."),
+        (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.", r"double_blocks.\1.img_mlp.0."),
+        (r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj\.", r"double_blocks.\1.txt_mlp.0."),
+        (r"^transformer_blocks\.", "double_blocks."),
+        (r"^single_transformer_blocks\.(\d+)\.attn\.norm_q\.weight", r"single_blocks.\1.norm.query_norm.scale"),
+        (r"^single_transformer_blocks\.(\d+)\.attn\.norm_k\.weight", r"single_blocks.\1.norm.key_norm.scale"),
+        (r"^single_transformer_blocks\.", "single_blocks."),
+        (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
+    )
+]
+
+
+def bfl_shapes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of Diffusers' tensors under BFL's names, where sizes are read from them."""
+    renamed = {}
+    for name, shape in shapes.items():
+        for pattern, new in _RENAMED:
+            changed, count = pattern.subn(new, name)
+            if count:
+                name = changed
+                break
+        renamed[name] = shape
+    return renamed
+
 
 def transformer_params_from_shapes(shapes: Shapes, where: Path) -> FluxParams:
-    """Sizes of a BFL transformer file. Heads' axes are split as FLUX.1's (1/8, 7/16, 7/16), theta is its 10000.
+    """Return the sizes of a transformer with BFL's names.
 
-    A size that only one tensor tells is FLUX.1's where that is missing: all that is missing is then counted together.
+    The heads' axes are split as FLUX.1's (1/8, 7/16, 7/16), and theta is its 10000. A size that only missing tensors
+    would give is FLUX.1's: all missing tensors are then reported together.
     """
     flux1, depth, singles = TRANSFORMERS["dev"], _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
     streams = ("img_in", "txt_in", "time_in.out_layer", "vector_in.out_layer")
@@ -24,14 +62,15 @@ def transformer_params_from_shapes(shapes: Shapes, where: Path) -> FluxParams:
     head = _size(shapes, *((name, 0) for name in norms))
     if not hidden or not head or head % 32 or hidden % head:
         raise CheckpointError(
-            f"{where}: how its heads share {hidden or 'its'} channels and three id axes cannot be told from the "
-            f"tensors' shapes (a head's width: {head or 'unknown'})\nPass params=FluxParams(…)."
+            f"{where}: the tensors' shapes do not say how heads share {hidden or 'the'} channels and three id axes "
+            f"(a head's width: {head or 'unknown'})\nPass params=FluxParams(…)."
         )
     doubles = [f"double_blocks.{i}.{stream}_mlp.0" for i in range(depth) for stream in ("img", "txt")]
     mlp = _size(shapes, *((f"{name}.{kind}", 0) for name in doubles for kind in ("weight", "bias")))
     if not mlp:
-        places = ((f"single_blocks.{i}.linear1.{kind}", 0) for i in range(singles) for kind in ("weight", "bias"))
-        mlp = (_size(shapes, *places) or 7 * hidden) - 3 * hidden
+        fused = ((f"single_blocks.{i}.linear1.{kind}", 0) for i in range(singles) for kind in ("weight", "bias"))
+        alone = ((f"single_blocks.{i}.proj_mlp.{kind}", 0) for i in range(singles) for kind in ("weight", "bias"))
+        mlp = _size(shapes, *alone) or (_size(shapes, *fused) or 7 * hidden) - 3 * hidden
     qkv = [name for name in shapes if name.startswith("double_blocks.") and "_attn.qkv." in name]
     return FluxParams(
         in_channels=_size(shapes, ("img_in.weight", 1)) or flux1.in_channels,
@@ -51,7 +90,8 @@ def transformer_params_from_shapes(shapes: Shapes, where: Path) -> FluxParams:
 
 
 def autoencoder_params_from_shapes(shapes: Shapes, where: Path) -> AutoEncoderParams:
-    """Sizes of a BFL autoencoder file. The latents' scale and shift, which no tensor tells, are FLUX.1's."""
+    """Return the sizes of an autoencoder with BFL's names. The latents' scale and shift, which no tensor has, are
+    FLUX.1's."""
     flux1, levels = AUTOENCODERS["flux1"], range(_count(shapes, "encoder.down"))
     both = ("weight", "bias")
     ch = _size(shapes, *((f"encoder.conv_in.{kind}", 0) for kind in both))
@@ -59,7 +99,7 @@ def autoencoder_params_from_shapes(shapes: Shapes, where: Path) -> AutoEncoderPa
     widths = [_size(shapes, *((f"encoder.down.{i}.{layer}", 0) for layer in layers)) for i in levels]
     if not ch or not widths or any(not width or width % ch for width in widths):
         raise CheckpointError(
-            f"{where}: the autoencoder's levels cannot be told from the tensors' shapes (channels: {ch or 'unknown'}, "
+            f"{where}: the tensors' shapes do not give the autoencoder's levels (channels: {ch or 'unknown'}, "
             f"then {', '.join(str(width or 'unknown') for width in widths) or 'none'})\n"
             "Pass params=AutoEncoderParams(…)."
         )
@@ -78,13 +118,13 @@ def autoencoder_params_from_shapes(shapes: Shapes, where: Path) -> AutoEncoderPa
         )
 
 
-def _size(shapes: Shapes, *places: tuple[str, int]) -> int | None:
-    """The size of the first (tensor, dimension) that is there."""
-    return next((shapes[name][dim] for name, dim in places if len(shapes.get(name, ())) > dim), None)
+def _size(shapes: Shapes, *dimensions: tuple[str, int]) -> int | None:
+    """The size of the first (tensor, dimension) that exists."""
+    return next((shapes[name][dim] for name, dim in dimensions if len(shapes.get(name, ())) > dim), None)
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many numbered modules there are; a gap is found later, as missing tensors."""
+    """The number of numbered modules. A gap is found later, as missing tensors."""
     numbers = [int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
     return max(numbers, default=-1) + 1
 

@@ -1,4 +1,4 @@
-"""The text encoders and tokenizers of a Diffusers folder."""
+"""Load the text encoders and their tokenizers: of a Diffusers folder, of single files, or of an all-in-one file."""
 
 from collections import Counter
 from os import PathLike
@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fluxlab.checkpoints.errors import CheckpointError, few, first_line
-from fluxlab.checkpoints.files import open_tensors, quantised, read_json, weight_files
-from fluxlab.checkpoints.finding import resolve
+from fluxlab.checkpoints.casting import check_finite, dtype_for
+from fluxlab.checkpoints.encoders import CLASSES, ENCODERS, OpenEncoder, config_of, open_encoder
+from fluxlab.checkpoints.errors import CheckpointError, first_line
+from fluxlab.checkpoints.files import FLOAT8
+from fluxlab.checkpoints.finding import FOLDERS, TITLES, resolve
 from fluxlab.checkpoints.memory import check_device, check_fits
+from fluxlab.checkpoints.read import check_tensors
+from fluxlab.checkpoints.recognise import text_encoder_names
+from fluxlab.checkpoints.tokenizer_files import FOLDERS as TOKENIZERS
+from fluxlab.checkpoints.tokenizer_files import MissingTokenizer, find_tokenizers, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
@@ -24,104 +30,113 @@ def load_text_encoders(
     device: "str | torch.device" = "cpu",
     variant: str | None = None,
     check_memory: bool = True,
+    tokenizers: "str | PathLike[str] | None" = None,
 ) -> "tuple[PreTrainedTokenizerBase, CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel]":
-    """(CLIP's tokenizer, CLIP, T5's tokenizer, T5) of a Diffusers pipeline folder or hub id, as transformers' classes.
+    """Return (CLIP's tokenizer, CLIP, T5's tokenizer, T5), as transformers' classes.
 
-    dtype, device, variant, check_memory: as for `load_transformer`. In float16, transformers keeps one T5 layer a block
-    (`wo`) in float32, which overflows otherwise. Raises `CheckpointError` naming the file and what to do.
+    path: a Diffusers folder, a hub id, a folder with `clip_l.safetensors` and `t5xxl_….safetensors`, one of these
+    files (the other is found next to it), or an all-in-one file. tokenizers: a folder or hub id with `tokenizer` and
+    `tokenizer_2`, if they are not at the path; FLUX.1's are fetched otherwise, and without a connection the first use
+    of a tokenizer raises `CheckpointError`. dtype, device, variant, check_memory: as for `load_transformer`. In
+    float16, transformers keeps one T5 layer per block (`wo`) in float32, which would overflow.
+
+    Raises `CheckpointError` naming the file and what to do.
     """
     device = check_device(device)
     root = resolve(path, ("text", "settings"), variant)
-    kinds = {
-        "text_encoder": ("CLIPTextModel", ("clip_text_model", "clip")),
-        "text_encoder_2": ("T5EncoderModel", ("t5",)),
-    }
-    needed = [*kinds, "tokenizer", "tokenizer_2"]
-    absent = [name for name in needed if not (root / name).is_dir()]
-    if absent:
-        raise CheckpointError(
-            f"{root}: no text encoders here; looked for the folders {', '.join(needed)}, of which {', '.join(absent)} "
-            "are missing\nPass a Diffusers folder of FLUX.1, or a hub id, that has them."
-        )
+    encoders = open_encoders(root, variant, tokenizers)
     sizes: Counter[torch.dtype] = Counter()
     mapped = 0
-    for name, (_, types) in kinds.items():
-        read, stays = _check_encoder(root / name, types, dtype, variant)
-        sizes += read
-        mapped += stays if device.type == "cpu" else 0
+    dtypes = {}
+    for encoder in encoders:
+        target = dtypes[encoder.part] = dtype_for(encoder.entries.values(), dtype, device, encoder.path)
+        for entry in encoder.entries.values():
+            size = torch.Size(entry.shape).numel() * target.itemsize
+            sizes[target] += size
+            mapped += size if device.type == "cpu" and entry.dtype == target else 0
     if check_memory:
         check_fits(dict(sizes), device, f"{root}: text encoders", mapped)
-    clip, t5 = (_encoder(root / name, kind, dtype, variant).to(device) for name, (kind, _) in kinds.items())
-    return _tokenizer(root, "tokenizer", "CLIPTokenizer"), clip, _tokenizer(root, "tokenizer_2", "T5TokenizerFast"), t5
+    clip, t5 = (_load(encoder, dtypes[encoder.part], check_memory).to(device) for encoder in encoders)
+    try:
+        folder = find_tokenizers(root, tokenizers)
+    except CheckpointError as error:
+        if tokenizers is not None or (root / "model_index.json").is_file():
+            raise
+        return MissingTokenizer(error), clip, MissingTokenizer(error), t5
+    return _tokenizer(folder, "clip", clip), clip, _tokenizer(folder, "t5", t5), t5
 
 
-def _check_encoder(
-    folder: Path, types: tuple[str, ...], dtype: torch.dtype | None, variant: str | None
-) -> tuple["Counter[torch.dtype]", int]:
-    """Bytes by dtype once loaded, and how many of them stay mapped. Raises for damaged, quantised or other models."""
-    config = read_json(folder / "config.json")
-    if config.get("model_type") not in types:
+def open_encoders(
+    root: Path, variant: str | None = None, tokenizers: "str | PathLike[str] | None" = None
+) -> list[OpenEncoder]:
+    """Open CLIP and T5 at a folder or file. Raises `CheckpointError` if one of them is missing."""
+    diffusers = root.is_dir() and ((root / "model_index.json").is_file() or (root / FOLDERS["t5"]).is_dir())
+    if diffusers:
+        needed = [FOLDERS[part] for part in ENCODERS] + ([] if tokenizers else list(TOKENIZERS.values()))
+        absent = [name for name in needed if not (root / name).is_dir()]
+        if absent:
+            raise CheckpointError(
+                f"{root}: holds no text encoders; looked for the folders {', '.join(needed)}, "
+                f"of which {', '.join(absent)} are missing\n"
+                "Pass a Diffusers folder of FLUX.1 that has them, a hub id, or a folder with clip_l.safetensors and "
+                "t5xxl_….safetensors."
+            )
+    encoders = [open_encoder(root, part, variant) for part in ENCODERS]
+    missing = [TITLES[part] for part, encoder in zip(ENCODERS, encoders, strict=True) if encoder is None]
+    if missing:
+        one = "holds no text encoders" if len(missing) == 2 else f"the {missing[0]} is missing"
         raise CheckpointError(
-            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, where {types[0]!r} is needed\n"
-            "Pass a FLUX.1 checkpoint."
+            f"{root}: {one}\nPass a Diffusers folder of FLUX.1, a hub id, or a folder with clip_l.safetensors and "
+            "t5xxl_….safetensors."
         )
-    if config.get("quantization_config"):
-        raise quantised(folder / "config.json", "quantization_config")
-    entries, _ = open_tensors(weight_files(folder, "model", variant))
-    sizes: Counter[torch.dtype] = Counter()
-    mapped = 0
-    for entry in entries.values():
-        size = torch.Size(entry.shape).numel() * (dtype or entry.dtype).itemsize
-        sizes[dtype or entry.dtype] += size
-        mapped += size if dtype in (None, entry.dtype) else 0
-    return sizes, mapped
+    return encoders
 
 
-def _encoder(folder: Path, kind: str, dtype: torch.dtype | None, variant: str | None) -> nn.Module:
-    """A transformers model. Their loader maps files and assigns, as ours does, but only warns of what is missing."""
+def _load(encoder: OpenEncoder, dtype: torch.dtype, check: bool) -> nn.Module:
+    """Return a transformers model. Their loader maps files and assigns, as ours does."""
     import transformers
     from transformers.utils import logging
 
+    cls, config = getattr(transformers, CLASSES[encoder.part]), config_of(encoder)
+    where = encoder.path
+    try:
+        with torch.device("meta"):
+            empty = cls(config)
+        names = {text_encoder_names(encoder.part, name): name for name in empty.state_dict()}
+        expected = {name: tuple(empty.state_dict()[theirs].shape) for name, theirs in names.items() if name}
+    except (RuntimeError, ValueError, TypeError, ZeroDivisionError, KeyError) as error:
+        raise CheckpointError(f"{where}: no {cls.__name__} can have these sizes ({first_line(error)})") from error
+    check_tensors(encoder.entries, expected, encoder.unknown, where)
+    tensors = {
+        # `to` keeps a tensor that has the dtype already; only float8 is cast here, the rest by transformers
+        name: entry.read().to(dtype) if entry.dtype in FLOAT8.values() else entry.read()
+        for name, entry in encoder.entries.items()
+    }
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # weights are mapped: there is nothing to wait for
     try:
-        model, info = getattr(transformers, kind).from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            variant=variant,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no {kind} that can be loaded ({first_line(error)})") from error
+        raise CheckpointError(f"{where}: no {cls.__name__} that can be loaded ({first_line(error)})") from error
     finally:
         if shown:
             logging.enable_progress_bar()
-    wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
-    if any(wrong.values()):
-        told = "; ".join(f"{len(names)} {kind} ({few(names, 3)})" for kind, names in wrong.items() if names)
-        raise CheckpointError(
-            f"{folder}: tensors {told}\nThe file is incomplete, or of another model; download it again."
-        )
+    assert not any(info[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")), info
+    for theirs, weight in model.state_dict().items():
+        name = text_encoder_names(encoder.part, theirs)
+        if name and (check or weight.dtype != encoder.entries[name].dtype):
+            check_finite(weight, [(encoder.entries[name].name, encoder.entries[name].read())], where)
     return model
 
 
-def _tokenizer(root: Path, folder: str, kind: str) -> "PreTrainedTokenizerBase":
-    """The tokenizer in the class that model_index.json names: Diffusers goes by it too."""
-    import transformers
-
-    if (root / "model_index.json").is_file():
-        named = read_json(root / "model_index.json").get(folder)
-        kind = named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else kind
-    cls = getattr(transformers, kind, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedTokenizerBase)):
+def _tokenizer(folder: Path, part: str, encoder: nn.Module) -> "PreTrainedTokenizerBase":
+    tokenizer, rows = load_tokenizer(folder, part), encoder.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
         raise CheckpointError(
-            f"{root / 'model_index.json'}: {folder} is {kind!r}, which is no tokenizer of transformers"
+            f"{folder / TOKENIZERS[part]}: its tokens go up to {largest}, but the {TITLES[part]} knows {rows:,} only\n"
+            "Pass tokenizers= (model.tokenizers=), the folder of those that it was trained with."
         )
-    try:
-        return cls.from_pretrained(root / folder, local_files_only=True)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise CheckpointError(
-            f"{root / folder}: no {kind} that can be loaded ({first_line(error)})\nDownload or copy the folder again."
-        ) from error
+    return tokenizer

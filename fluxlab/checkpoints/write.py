@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.checkpoints.errors import CheckpointError
-from fluxlab.checkpoints.files import DTYPES
+from fluxlab.checkpoints.files import COMPUTE_DTYPES
 from fluxlab.checkpoints.finding import STEM
 from fluxlab.checkpoints.keys import Piece, autoencoder_pieces, their_shapes, to_theirs, transformer_pieces
 from fluxlab.checkpoints.memory import ALIGN, as_bytes
@@ -23,7 +23,7 @@ from fluxlab.files import sync
 from fluxlab.model import AutoEncoder, Flux
 
 MAX_SHARD_SIZE = 10 * 10**9
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
 _Tensors = dict[str, tuple[torch.dtype, tuple[int, ...], list[Tensor]]]
 """Of each tensor to write: dtype, shape, and the blocks of rows that it is made of."""
 
@@ -173,6 +173,13 @@ def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
+def allow_by_umask(file: Path) -> None:
+    """Give a file the permissions that a new one gets."""
+    mask = os.umask(0)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
 @contextmanager
 def _atomic(path: Path) -> Iterator[BinaryIO]:
     with _temporary(path) as (file, temporary):
@@ -194,9 +201,7 @@ def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
             yield file, temporary
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp's 0600 would hide a shared checkpoint from colleagues
+        allow_by_umask(temporary)  # mkstemp's 0600 would hide a shared checkpoint from colleagues
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

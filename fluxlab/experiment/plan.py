@@ -14,7 +14,7 @@ from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, look
-from fluxlab.loading import hollow
+from fluxlab.loading import pipeline_without_weights
 from fluxlab.pipeline import Pipeline
 from fluxlab.probes import WORKING, Probe, memory, settle
 from fluxlab.select.tokens import names_words
@@ -35,7 +35,7 @@ def plan(
     parts = stored(experiment.model)
     fetched, parts = parts is not None, parts or published(experiment.model)
     dtype, device = runner.dtype_of(experiment.dtype), checkpoints.check_device(runner.device_of(experiment, known))
-    pipe = hollow(experiment.model, parts, dtype, device)
+    pipe = pipeline_without_weights(experiment.model, parts, dtype, device)
     same = known is not None and store.record["digest"] == experiment.digest
     if same:
         settings = known

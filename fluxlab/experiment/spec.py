@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -63,7 +63,7 @@ class Experiment:
     def request(self) -> dict[str, Any]:
         """Everything asked for, as plain values for YAML."""
         values = {key: value for key, value in vars(self).items() if key not in ("model", "variants", "capture")}
-        model = {**asdict(self.model), "size": list(self.model.size) if self.model.size else None}
+        model = self.model.values()
         variants = {name: program.to_config() for name, program in self.variants.items()}
         lists = {"prompts": list(self.prompts), "seeds": list(self.seeds)}
         capture = compact(self.capture.to_config()) if self.capture else {}
@@ -72,7 +72,7 @@ class Experiment:
     @property
     def digest(self) -> str:
         """12 hex digits of what the pictures depend on: names the default folder of the same experiment."""
-        settings = {key: value for key, value in asdict(self.model).items() if key not in ("name", "path", *_SOURCES)}
+        settings = {key: value for key, value in self.model.values().items() if key not in ("name", "path", *_SOURCES)}
         asked = {
             "schema": SCHEMA,
             "model": [self.model_digest, settings],
@@ -88,7 +88,7 @@ class Experiment:
         return hashlib.sha256(json.dumps([SCHEMA, asked]).encode()).hexdigest()[:12] if asked else ""
 
 
-_SOURCES = ("autoencoder", "text", "variant", "scenes")
+_SOURCES = ("autoencoder", "text", "tokenizers", "variant", "scenes")
 _NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino", "capture")
 
 

@@ -136,7 +136,7 @@ def test_the_other_network_or_none(file, tmp_path):
     save_file({"lora_down.weight": torch.zeros(3)}, tmp_path / "lora.safetensors")
     for call in (find, load_transformer, load_autoencoder):
         message = complaint(call, tmp_path / "lora.safetensors")
-        assert "neither FLUX.1's transformer nor its autoencoder" in message
+        assert "a LoRA, not a whole model" in message
 
 
 def test_one_file_of_a_diffusers_folder(folder):
@@ -148,7 +148,7 @@ def test_one_file_of_a_diffusers_folder(folder):
 
 def test_no_config_beside_the_weights(folder):
     (folder / "transformer" / "config.json").unlink()
-    assert "no config.json beside its weights" in complaint(load_transformer, folder)
+    assert "no config.json next to its weights" in complaint(load_transformer, folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\udcff"])
@@ -316,7 +316,7 @@ def test_a_folder_instead_of_a_file(folder):
     assert "shards missing" in complaint(load_transformer, folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 def test_quantised_weights(file, dtype):
     def change(state):
         state["single_blocks.0.linear1.weight"] = torch.zeros(448, 64).to(dtype)
@@ -481,7 +481,8 @@ def test_dtypes_that_weights_cannot_have(file, dtype):
 def test_parts_of_different_dtypes(folder):
     for shard in (folder / "transformer").glob("*.safetensors"):
         rewrite(shard, lambda state: state.update({k: v.bfloat16() for k, v in state.items() if "to_k" in k}))
-    assert "different dtypes; pass dtype=" in complaint(load_transformer, folder)
+    dtypes = {weight.dtype for weight in load_transformer(folder).state_dict().values()}
+    assert dtypes == {torch.float32}  # of most parameters
     assert load_transformer(folder, dtype=torch.bfloat16).img_in.weight.dtype == torch.bfloat16
 
 

@@ -20,7 +20,7 @@ from fluxlab.experiment.costs import forward_flops, gb
 from fluxlab.experiment.plan import plan
 from fluxlab.experiment.spec import Experiment, checked
 from fluxlab.experiment.store import open_store
-from fluxlab.loading import hollow
+from fluxlab.loading import pipeline_without_weights
 from fluxlab.model import FluxParams
 from fluxlab.model.rope import Rotary
 from fluxlab.positions import Program
@@ -79,7 +79,7 @@ def told(text, line):
 )
 def test_settings_are_those_of_the_loaded_model(folder, plain, guidance, changes, dtype):
     asked = experiment(folder if guidance else plain, **changes)
-    planned = hollow(asked.model, stored(asked.model), dtype, CPU)
+    planned = pipeline_without_weights(asked.model, stored(asked.model), dtype, CPU)
     loaded = loading.load_row(asked.model, dtype)
     for batch_tokens in (None, 120):
         assert runner.resolve(asked, planned, None, batch_tokens, 2) == runner.resolve(
@@ -95,7 +95,7 @@ def test_parts_of_other_dtypes_and_single_files_too(folder, tmp_path):
     row = ModelRow("local", str(tmp_path / "flux.safetensors"), None, str(tmp_path / "ae.safetensors"), str(folder))
     asked = experiment(folder, model=row)
     loaded = loading.load_row(row)
-    settings = runner.resolve(asked, hollow(row, stored(row), None, CPU), None, None, None)
+    settings = runner.resolve(asked, pipeline_without_weights(row, stored(row), None, CPU), None, None, None)
     assert settings == runner.resolve(asked, loaded, None, None, None)
     assert settings.dtype == "bfloat16+float32"
     parameters = sum(weight.numel() for weight in loaded.transformer.parameters())
@@ -202,7 +202,9 @@ def test_the_schedule_is_the_one_beside_the_model_that_is_loaded(folder):
     """A network of its own, though a scheduler of another pipeline lies beside it, has the original release's."""
     row = ModelRow("local", str(folder / "transformer"), autoencoder=str(folder), text=str(folder))
     loaded = loading.load_row(row).schedule
-    assert hollow(row, stored(row), None, CPU).schedule == loaded != read_schedule(folder / "scheduler")
+    assert (
+        pipeline_without_weights(row, stored(row), None, CPU).schedule == loaded != read_schedule(folder / "scheduler")
+    )
 
 
 CAPTURE = {
@@ -314,7 +316,7 @@ def test_a_fetched_model_is_found_in_the_cache(folder, tmp_path, monkeypatch):
 def test_batches_on_a_gpu_leave_room_for_the_weights(folder, monkeypatch):
     row = ModelRow("local", str(folder))
     parts = stored(row)
-    pipe = hollow(row, parts, None, CPU)
+    pipe = pipeline_without_weights(row, parts, None, CPU)
     weights = sum(part.bytes_as(None) for part in parts.values())
     gpu = SimpleNamespace(device=torch.device("cuda"), dtype=pipe.dtype, transformer=pipe.transformer)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
