@@ -11,6 +11,7 @@ from fluxlab.sampling.settings import check_count
 # Settings of Diffusers' FlowMatchEulerDiscreteScheduler that change the times in ways FLUX.1 does not use.
 _UNUSED = {
     "invert_sigmas": False,
+    "num_train_timesteps": 1000,  # the network is given 1000 t; Diffusers would give it another multiple
     "shift_terminal": None,
     "stochastic_sampling": False,
     "use_beta_sigmas": False,
