@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import fluxlab
 from fluxlab.checkpoints import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest
-from fluxlab.train import main
+from fluxlab.train import locked, main
 
 SHIPPED = Path(fluxlab.__file__).parent / "assets" / "tiny"
 MICRO = [
@@ -69,12 +69,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(undisturbed, tmp_path, stage):
 
 
 def test_a_run_leaves_no_pickle_and_a_manifest(undisturbed):
-    kinds = {p.suffix for p in undisturbed.rglob("*") if p.is_file()}
+    kinds = {p.suffix for p in undisturbed.rglob("*") if p.is_file() and p.name != ".lock"}
     assert kinds <= {".safetensors", ".json", ".csv", ".png"}
     verify_manifest(undisturbed / "pipeline")
     training = json.loads((undisturbed / "pipeline" / "training.json").read_text())
     assert training["steps"] == 8
     assert training["command"].startswith("python -m fluxlab.train +train=tiny")
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path, capsys):
+    with locked(tmp_path):
+        assert main([*MICRO, f"out={tmp_path}", "steps=2"]) == 2
+    assert f"out={tmp_path}: another process is training in this folder" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_another_recipe_in_the_same_folder_is_an_error_of_use(undisturbed, tmp_path, capsys):

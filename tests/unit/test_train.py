@@ -15,7 +15,7 @@ from fluxlab.compose import compose
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
 from fluxlab.sampling import with_negative
 from fluxlab.training.guidance import guided
-from fluxlab.training.pool import NOISE_WORD, build_pool, captions, token_weights
+from fluxlab.training.pool import NOISE_WORD, build_pool, captions, draw_chunk, draw_scenes, token_weights
 from fluxlab.training.recipe import Recipe, check
 from fluxlab.training.seeds import numpy_rng, torch_rng
 from fluxlab.training.state import (
@@ -118,6 +118,25 @@ def test_batches_are_a_function_of_seed_and_step(pools, text):
     assert not torch.equal(make[12][1]["noise"], make[13][1]["noise"])
     assert {make[step][0] for step in range(9)} == {(48, 48), (48, 64)}
     assert make[9][1]["x0"].shape == (3, 192, 16)
+
+
+def test_batches_and_pools_do_not_depend_on_the_number_of_workers(pools, text):
+    make = batches(pools, text, unknown=0.5)
+    drawn = [list(make.stream(range(3), "cpu", workers)) for workers in (0, 2)]
+    for (pool_0, batch_0), (pool_2, batch_2) in zip(*drawn, strict=True):
+        assert pool_0 is pool_2
+        assert all(torch.equal(batch_0[key], batch_2[key]) for key in batch_0)
+    alone, shared = ([chunk for chunk, _ in draw_scenes(0, (48, 48), 3, 0.5, workers)] for workers in (0, 2))
+    assert alone == shared
+
+
+def test_two_words_sets_the_share_of_signs_with_two_words():
+    def share(two_words):
+        scenes_drawn, _ = draw_chunk(0, (64, 64), 0, 400, two_words)
+        return np.mean([bool(scene.sign) and len(scene.sign.words) == 2 for scene in scenes_drawn])
+
+    assert share(0.0) == pytest.approx(0.25, abs=0.07)
+    assert share(0.6) == pytest.approx(0.6 + 0.4 * 0.25, abs=0.07)
 
 
 def test_times_follow_their_mean(pools, text):
