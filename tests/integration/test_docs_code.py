@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -36,5 +37,7 @@ def test_from_python(folder):
     assert Image.open(folder / "cat.png").tobytes() == names["images"][0].tobytes()
     assert names["unchanged"].tobytes() != names["edited"].tobytes()
     assert names["labelled"].sizes["row"] == names["labelled"].sizes["col"] == 16
+    first, again = (np.asarray(image, float) for image in (names["images"][0], names["restored"]))
+    assert abs(first - again).mean() < 10 < abs(first - names["images"][1]).mean()
     assert (folder / "my-flux" / "model_index.json").is_file()
     assert (folder / "my-flux.safetensors").is_file()

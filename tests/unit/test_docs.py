@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from fluxlab.compose import compose
 from fluxlab.files import sha256_of
 from fluxlab.positions import Program
 from fluxlab.run import RunConfig
+from fluxlab.sampling import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -126,6 +128,11 @@ def test_programs_are_valid(page):
         for name, program in programs.items():
             if program and all(isinstance(edit, dict) and "op" in edit for edit in program.values()):
                 assert Program.from_config(program, name)
+
+
+def test_every_setting_is_documented():
+    text = (ROOT / "docs" / "from-python.md").read_text()
+    assert [field.name for field in fields(Sampling) if f"`{field.name}`" not in text] == []
 
 
 def commands(page: Path) -> list[list[str]]:
