@@ -1,4 +1,4 @@
-"""Networks: FLUX.1's transformer, autoencoder and text encoders. They know nothing of experiments."""
+"""The networks of FLUX.1: transformer, autoencoder and text encoders."""
 
 from fluxlab.model.autoencoder import AutoEncoder, AutoEncoderParams
 from fluxlab.model.flux import Flux, FluxParams

@@ -1,4 +1,4 @@
-"""FLUX.1's convolutional autoencoder (the latent-diffusion VAE without quantisation), with the original's names."""
+"""The convolutional autoencoder of FLUX.1: the latent-diffusion VAE (arXiv 2112.10752), with the original's names."""
 
 import itertools
 import math
@@ -16,7 +16,11 @@ from fluxlab.errors import UserError
 
 @dataclass(frozen=True)
 class AutoEncoderParams:
-    """Sizes of the autoencoder, named as in the original release. Each entry of ch_mult but the last halves it."""
+    """Sizes of the autoencoder, named as in the original release.
+
+    Each entry of ch_mult except the last halves height and width. Raises `UserError` for channels that are not
+    divisible by 32, the number of groups of a group norm.
+    """
 
     resolution: int
     in_channels: int
@@ -36,7 +40,7 @@ class AutoEncoderParams:
 
     @property
     def factor(self) -> int:
-        """Image pixels a latent pixel, along a side."""
+        """Image pixels per latent pixel, along a side."""
         return 2 ** (len(self.ch_mult) - 1)
 
 
@@ -45,9 +49,9 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 
 
 class AttnBlock(nn.Module):
-    """One head of self-attention over all pixels."""
+    """Self-attention over all pixels, with one head."""
 
-    scores = 2**26  # of the score matrix at once: a head this wide has no flash kernel on most devices
+    scores = 2**26  # computed at a time: most devices have no flash kernel for a head as wide as this
 
     def __init__(self, channels: int):
         super().__init__()
@@ -112,7 +116,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; `resample` is None at the end that does not change it."""
+    """The residual blocks of one resolution. `resample` is "down", "up", or None for the last level."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, resample: str | None):
         super().__init__()
@@ -157,7 +161,7 @@ class Decoder(nn.Module):
         widths = [p.ch * mult for mult in p.ch_mult] + [p.ch * p.ch_mult[-1]]
         self.conv_in = nn.Conv2d(p.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
-        # up[i] works at the resolution of down[i], so the decoder runs through it backwards
+        # up[i] has the resolution of down[i], so the decoder runs from the last to the first
         self.up = nn.ModuleList(
             Level(widths[i + 1], widths[i], p.num_res_blocks + 1, "up" if i > 0 else None)
             for i in range(len(p.ch_mult))
@@ -166,17 +170,20 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], p.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.rise(self.mid(self.conv_in(z)))
+        return self.upsample(self.mid(self.conv_in(z)))
 
-    def rise(self, h: Tensor) -> Tensor:
-        """From the middle's output to the image: the part that tiles share nothing in."""
+    def upsample(self, h: Tensor) -> Tensor:
+        """Return the image of the middle's output. A tiled decoder calls this once per tile."""
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h), inplace=True))
 
 
 class AutoEncoder(nn.Module):
-    """Images `(B, 3, H, W)` in -1 … 1 ↔ latents `(B, z_channels, H/f, W/f)`, shifted and scaled to unit size."""
+    """Maps images `(B, 3, H, W)` in -1 … 1 to latents `(B, z_channels, H/f, W/f)` and back.
+
+    f is `params.factor`. Latents are shifted and scaled to a standard deviation of about 1.
+    """
 
     def __init__(self, params: AutoEncoderParams):
         super().__init__()
@@ -185,13 +192,13 @@ class AutoEncoder(nn.Module):
         self.decoder = Decoder(params)
 
     def encode(self, x: Float[Tensor, "b c h w"], generator: torch.Generator | None = None) -> Float[Tensor, "b z i j"]:
-        """The posterior's mean, or with a `generator` a sample of it, as latents ready for the transformer.
+        """Return the mean of the posterior, or with a `generator` a sample of it, as scaled latents.
 
-        H and W must be divisible by `params.factor`; raises `UserError` otherwise.
+        Raises `UserError` if H or W is not divisible by `params.factor`.
         """
         f = self.params.factor
         if x.shape[-2] % f or x.shape[-1] % f:
-            raise UserError(f"image of {x.shape[-2]} × {x.shape[-1]} pixels: both sides must be divisible by {f}")
+            raise UserError(f"image of {x.shape[-2]} × {x.shape[-1]} pixels: expected sides divisible by {f}")
         mean, logvar = self.encoder(x).chunk(2, dim=1)
         if generator is not None:
             noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
@@ -201,12 +208,12 @@ class AutoEncoder(nn.Module):
     def decode(
         self, z: Float[Tensor, "b z i j"], tile: int | Literal["auto"] | None = "auto"
     ) -> Float[Tensor, "b c h w"]:
-        """Image `(B, 3, i·f, j·f)`, about -1 … 1, of scaled latents `(B, z_channels, i, j)`.
+        """Return the image `(B, 3, i·f, j·f)`, in about -1 … 1, of scaled latents `(B, z_channels, i, j)`.
 
-        Decoding needs memory in proportion to the pixels. `tile` latent pixels a side bound it: the middle, with its
-        attention, still sees the whole image, the rest runs in tiles that overlap by a quarter and are blended. Group
-        norms then see a tile's statistics, so pixels move a little; `None` never tiles, "auto" tiles (by 64) only where
-        the whole would need more than 4 GB. Raises `UserError` for a tile under 8.
+        Decoding needs memory in proportion to the pixels. With `tile` it decodes tiles of that many latent pixels along
+        a side, which overlap by a quarter and are blended. The middle of the decoder, with its attention, still sees
+        the whole image. Group norms see the statistics of a tile, so pixels change slightly. None never tiles. "auto"
+        uses tiles of 64 if the whole image would need more than 4 GB. Raises `UserError` for a tile below 8.
         """
         if tile == "auto":
             tile = 64 if self._decode_bytes(z) > 4e9 else None
@@ -215,10 +222,10 @@ class AutoEncoder(nn.Module):
             return self.decoder(z)
         if isinstance(tile, bool) or not isinstance(tile, int) or tile < 8:
             raise UserError(f"tile {tile!r}: expected a whole number of latent pixels from 8, auto or None")
-        return torch.cat([self._decode_tiled(one, tile) for one in z.split(1)])
+        return torch.cat([self._decode_tiled(sample, tile) for sample in z.split(1)])
 
     def _decode_bytes(self, z: Tensor) -> int:
-        """About what `decode` needs: three feature maps as wide as the last upsampling leaves them, at full size."""
+        """Return about the memory of `decode`: three maps of full size, as wide as after the last upsampling."""
         p = self.params
         width = p.ch * p.ch_mult[min(1, len(p.ch_mult) - 1)]
         return 3 * width * len(z) * z.shape[-2] * z.shape[-1] * p.factor**2 * z.element_size()
@@ -231,7 +238,7 @@ class AutoEncoder(nn.Module):
         total = h.new_zeros(1, 1, *size)
         for top, bottom in _spans(h.shape[-2], tile, overlap):
             for left, right in _spans(h.shape[-1], tile, overlap):
-                part = self.decoder.rise(h[..., top:bottom, left:right])
+                part = self.decoder.upsample(h[..., top:bottom, left:right])
                 rows, cols = (_ramp(n, overlap * f).to(part) for n in part.shape[-2:])
                 weight = rows[:, None] * cols
                 image[..., top * f : bottom * f, left * f : right * f] += weight * part
@@ -240,13 +247,13 @@ class AutoEncoder(nn.Module):
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Spans of at most `tile` that cover `length`, neighbours sharing at least `overlap`."""
+    """Return spans of at most `tile` that cover `length`. Neighbours overlap by at least `overlap`."""
     count = max(1, math.ceil((length - overlap) / (tile - overlap)))
     starts = [round(i * (length - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
     return [(start, min(start + tile, length)) for start in starts]
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
-    """Blending weights of a tile: rising over `overlap` pixels from each end, never zero."""
+    """Return the blending weights of a tile along a side. They increase over `overlap` pixels from each end, from 1."""
     steps = torch.arange(1, length + 1, dtype=torch.float32)
     return torch.minimum(steps, steps.flip(0)).clamp(max=overlap + 1)

@@ -1,4 +1,4 @@
-"""FLUX.1's transformer (Black Forest Labs, 2024), written from its description and checked against its outputs."""
+"""The transformer of FLUX.1 (Black Forest Labs, 2024). Its outputs are tested against those of the original release."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,8 +25,10 @@ from fluxlab.model.rope import Rotary, check_ids, rotary_table
 class FluxParams:
     """Sizes of a FLUX transformer, named as in the original release.
 
-    in_channels, out_channels: of a packed token (latent channels × 4). vec_in_dim: pooled text. context_in_dim: text
-    tokens. axes_dim: the share of a head's width that each id axis turns; its sum is hidden_size / num_heads.
+    in_channels, out_channels: of a packed token (latent channels × 4).
+    vec_in_dim: width of the pooled text. context_in_dim: width of the text tokens.
+    axes_dim: channels of a head that each axis of the ids rotates. Their sum is hidden_size / num_heads.
+
     Raises `UserError` for sizes that do not fit together.
     """
 
@@ -48,18 +50,18 @@ class FluxParams:
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
         for name in ("in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: at least 1 is needed")
+                raise UserError(f"{name} {getattr(self, name)}: expected at least 1")
         if self.hidden_size % self.num_heads:
             raise UserError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
         head = self.hidden_size // self.num_heads
         if sum(self.axes_dim) != head or any(dim % 2 or dim < 2 for dim in self.axes_dim):
             raise UserError(
-                f"axes_dim {self.axes_dim}: even numbers are needed that add up to the head's width, {head}"
+                f"axes_dim {self.axes_dim}: expected even numbers that add up to the width of a head, {head}"
             )
 
 
 class Flux(nn.Module):
-    """The velocity field of FLUX.1. State-dict names are the original's, so that its files load `strict=True`."""
+    """The velocity field of FLUX.1. The names of its parameters are those of the original release."""
 
     def __init__(self, params: FluxParams):
         super().__init__()
@@ -92,42 +94,43 @@ class Flux(nn.Module):
         mask: Tensor | Sequence[Tensor | None] | None = None,
         taps: Sequence[Tap | None] | None = None,
     ) -> Float[Tensor, "b n o"]:
-        """Velocity dx/dt of the packed latents `img` at time `timesteps` (1 = noise, 0 = image).
+        """Return the velocity dx/dt of the packed latents `img` at time `timesteps` (1 = noise, 0 = image).
 
-        img `(B, N, in_channels)`, txt `(B, L, context_in_dim)`, y `(B, vec_in_dim)`, timesteps and guidance `(B,)` →
-        `(B, N, out_channels)`. img_ids `(B, N, A)` and txt_ids `(B, L, A)` are fp32 (fp64 for an fp64 model), per
-        sample (a batch of 1 serves all), fractional or negative at will.
+        img: `(B, N, in_channels)`. txt: `(B, L, context_in_dim)`. y: `(B, vec_in_dim)`, the pooled text.
+        img_ids: `(B or 1, N, A)`, txt_ids: `(B or 1, L, A)`. fp32, or fp64 for an fp64 model. They may be fractional
+            and negative.
+        timesteps, guidance: `(B,)`. guidance is the distilled guidance strength; other models ignore it.
+        rotary: tables in place of the ids, which are then None. One table for the whole model, or a pair of tables
+            (queries, keys) per block, double blocks first. A table covers text, then image, and broadcasts over batch
+            and heads. For the keys, `KeyGroups` hold one table per group of queries.
+        mask: one for the whole model or one per block. Boolean (True = attend) or additive, broadcasts to
+            `(B, H, L + N, L + N)`.
+        taps: one per block, or None. They observe attention (`fluxlab.probes`).
 
-        `rotary` takes the ids' place (pass None for both): one table for the whole model, or a (queries, keys) pair of
-        tables a block, double blocks first; tables cover text, then image, and broadcast over batch and heads. Keys may
-        have `KeyGroups` instead: a table for each group of queries.
-        `mask`, boolean (True = may look) or additive, broadcasts to `(B, H, L + N, L + N)`; one for all or one a block.
-        `guidance` is the distilled guidance strength; a model without guidance embedding has no use for it.
-        `taps`, one a block or None, look on while the blocks attend (`fluxlab.probes`).
-
-        Raises `UserError` for ids of another shape or dtype, missing guidance, or a wrong number of tables, masks or
-        taps.
+        Returns `(B, N, out_channels)`. Raises `UserError` for ids of another shape or dtype, missing guidance, and a
+        wrong number of tables, masks or taps.
         """
         tables = self._tables(img, img_ids, txt, txt_ids, rotary)
         masks, taps = self._masks(mask), self._taps(taps)
+        per_block = list(zip(tables, masks, taps, strict=True))
 
-        depth, vec = self.params.depth, self._vec(timesteps, y, guidance)
+        vec = self._vec(timesteps, y, guidance)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for block, pair, mask, tap in zip(self.double_blocks, tables[:depth], masks[:depth], taps[:depth], strict=True):
-            img, txt = block(img, txt, vec, pair, mask, tap)
+        for block, attention in zip(self.double_blocks, per_block[: self.params.depth], strict=True):
+            img, txt = block(img, txt, vec, *attention)
 
         joint = torch.cat((txt, img), dim=1)
-        for block, pair, mask, tap in zip(self.single_blocks, tables[depth:], masks[depth:], taps[depth:], strict=True):
-            joint = block(joint, vec, pair, mask, tap)
+        for block, attention in zip(self.single_blocks, per_block[self.params.depth :], strict=True):
+            joint = block(joint, vec, *attention)
         return self.final_layer(joint[:, txt.shape[1] :], vec)
 
     def _vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
-        """The conditioning vector `(B, D)`: time, guidance if the model is distilled, pooled text."""
+        """Return the conditioning vector `(B, D)` of time, guidance (if the model is distilled) and pooled text."""
         dtype = self.img_in.weight.dtype
         vec = self.time_in(timestep_embedding(timesteps, dtype))
         if self.params.guidance_embed:
             if guidance is None:
-                raise UserError("guidance is missing: this model is guidance-distilled (FLUX.1 dev: 3.5)")
+                raise UserError("guidance is missing: this model is guidance-distilled; FLUX.1 dev takes 3.5")
             vec = vec + self.guidance_in(timestep_embedding(guidance, dtype))
         return vec + self.vector_in(y)
 
@@ -138,14 +141,14 @@ class Flux(nn.Module):
         return [None] * blocks if taps is None else taps
 
     def _masks(self, mask: Tensor | Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
-        """One additive mask a block, in the model's dtype; what was one tensor stays one."""
+        """Return one additive mask per block, in the model's dtype. Equal tensors stay one tensor."""
         blocks, dtype = self.params.depth + self.params.depth_single_blocks, self.img_in.weight.dtype
         if mask is None or isinstance(mask, Tensor):
             return [mask if mask is None else additive_mask(mask, dtype)] * blocks
         if len(mask) != blocks:
             raise UserError(f"mask has {len(mask)} entries, the model has {blocks} blocks")
-        converted = {id(one): additive_mask(one, dtype) for one in mask if one is not None}
-        return [converted.get(id(one)) for one in mask]
+        converted = {id(part): additive_mask(part, dtype) for part in mask if part is not None}
+        return [converted.get(id(part)) for part in mask]
 
     def _tables(
         self,
@@ -155,12 +158,12 @@ class Flux(nn.Module):
         txt_ids: Tensor | None,
         rotary: Rotary | Sequence[BlockTables] | None,
     ) -> Sequence[BlockTables]:
-        """One (queries, keys) pair of rotary tables a block, from the ids or from what was given in their place."""
+        """Return a (queries, keys) pair of rotary tables per block, from the ids or from `rotary`."""
         p = self.params
         blocks = p.depth + p.depth_single_blocks
         if rotary is None:
             if img_ids is None or txt_ids is None:
-                raise UserError("img_ids and txt_ids are needed where no rotary tables are given")
+                raise UserError("img_ids and txt_ids are needed without rotary tables")
             dtype = torch.float64 if self.img_in.weight.dtype == torch.float64 else torch.float32
             for name, ids, tokens in (("img_ids", img_ids, img), ("txt_ids", txt_ids, txt)):
                 check_ids(name, ids, batch=len(img), tokens=tokens.shape[1], axes=len(p.axes_dim), dtype=dtype)
@@ -168,7 +171,7 @@ class Flux(nn.Module):
             ids = torch.cat((txt_ids.expand(batch, -1, -1), img_ids.expand(batch, -1, -1)), dim=1)
             rotary = rotary_table(ids, p.axes_dim, p.theta)
         elif img_ids is not None or txt_ids is not None:
-            raise UserError("rotary tables take the place of img_ids and txt_ids: give one or the other")
+            raise UserError("rotary tables replace img_ids and txt_ids: pass one or the other")
         pairs = [(rotary, rotary)] * blocks if isinstance(rotary, Rotary) else rotary
         if len(pairs) != blocks:
             raise UserError(f"rotary has {len(pairs)} pairs of tables, the model has {blocks} blocks")
@@ -177,18 +180,20 @@ class Flux(nn.Module):
         return pairs
 
     def _check_tables(self, pairs: Sequence[BlockTables], batch: int, tokens: int) -> None:
-        """Raise `UserError` for a table of another shape or dtype than this model's."""
+        """Raise `UserError` for a table that does not fit this model and input."""
         p = self.params
         dtype = torch.float64 if self.img_in.weight.dtype == torch.float64 else torch.float32
         width = p.hidden_size // p.num_heads // 2
-        given = [part for pair in pairs for part in (pair if isinstance(pair, tuple) else (pair,))]
-        for table in [t for part in given for t in (part.tables if isinstance(part, KeyGroups) else (part,))]:
+        sides = [side for pair in pairs for side in (pair if isinstance(pair, tuple) else (pair,))]
+        for table in [t for side in sides for t in (side.tables if isinstance(side, KeyGroups) else (side,))]:
             if not isinstance(table, Rotary):
-                raise UserError(f"rotary holds a {type(table).__name__}: a Rotary, or a (queries, keys) pair a block")
+                raise UserError(
+                    f"rotary holds a {type(table).__name__}: expected a Rotary, or a pair of them per block"
+                )
             for x in table:
                 fits = x.ndim == 4 and x.shape[0] in (1, batch) and x.shape[1] in (1, p.num_heads)
                 if not fits or x.shape[2:] != (tokens, width) or x.dtype != dtype:
                     raise UserError(
-                        f"rotary table of shape {tuple(x.shape)} and {x.dtype}: this input needs ({batch} or 1, "
+                        f"rotary table of shape {tuple(x.shape)} and {x.dtype}: expected ({batch} or 1, "
                         f"{p.num_heads} or 1, {tokens}, {width}) and {dtype}"
                     )

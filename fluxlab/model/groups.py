@@ -1,23 +1,26 @@
-"""Attention in which groups of queries see the keys at different positions: once a group, each with a key table."""
+"""Attention in which groups of queries see the keys at different positions: one call per group, with its own table."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fluxlab.model.attention import Tap, attend, heads_inside
+from fluxlab.model.attention import Tap, attend, empty_token_major
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 
 
 class KeyGroups(NamedTuple):
-    """A partition of the queries: index tensors that together hold 0 … N - 1 once, and for each the keys' table."""
+    """A partition of the queries, and a rotary table of the keys for each part.
+
+    queries: index tensors that together hold 0 … N - 1 once. tables: one table for each of them.
+    """
 
     queries: tuple[Tensor, ...]
     tables: tuple[Rotary, ...]
 
     @property
-    def waiting(self) -> Rotary:
-        """A table that turns nothing: the keys wait for each group's own."""
+    def identity(self) -> Rotary:
+        """A table that rotates nothing. The keys are rotated later, by each group."""
         cos = self.tables[0].cos[:1, :1]
         return Rotary(torch.ones_like(cos), torch.zeros_like(cos))
 
@@ -25,7 +28,10 @@ class KeyGroups(NamedTuple):
 def joint_attention(
     q: Tensor, k: Tensor, v: Tensor, keys: Rotary | KeyGroups, mask: Tensor | None, tap: Tap | None = None
 ) -> Tensor:
-    """A block's attention: at once where all queries see the (turned) keys alike, else once a group."""
+    """Return a block's attention, in one call if all queries see the same keys, otherwise in one call per group.
+
+    k is rotated already in the first case, and not yet in the second.
+    """
     if isinstance(keys, KeyGroups):
         return attend_in_groups(q, k, v, keys, mask, tap)
     return attend(q, k, v, mask, tap)
@@ -34,9 +40,9 @@ def joint_attention(
 def attend_in_groups(
     q: Tensor, k: Tensor, v: Tensor, groups: KeyGroups, mask: Tensor | None = None, tap: Tap | None = None
 ) -> Tensor:
-    """As `attend`, for turned queries and keys not yet turned, `(B, H, N, d)`; the mask is `(B or 1, H or 1, N, N)`.
+    """Return attention for rotated queries and keys that are not yet rotated, all `(B, H, N, d)`.
 
-    A tap is called once a group.
+    The mask is `(B or 1, H or 1, N, N)`. `tap` is called once per group.
     """
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
     parts = []
@@ -46,7 +52,7 @@ def attend_in_groups(
         parts.append(attend(q.index_select(2, queries), keys, v, rows, tap, queries))
     if plain:
         return torch.cat(parts, dim=2)[:, :, torch.cat(groups.queries).argsort()]
-    out = heads_inside(q, v.dtype)
+    out = empty_token_major(q, v.dtype)
     for queries, part in zip(groups.queries, parts, strict=True):
         out.index_copy_(2, queries, part)
     return out

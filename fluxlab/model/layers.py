@@ -1,6 +1,6 @@
-"""The blocks of FLUX.1, with the original release's names, so that its state dict loads with no map.
+"""The blocks of FLUX.1. The attribute names are those of the original release, so that its state dict loads directly.
 
-B is the batch, L a sequence length, D the hidden size, H the number of heads, d = D/H a head's width.
+B is the batch size, L a sequence length, D the hidden size, H the number of heads, d = D/H the width of a head.
 """
 
 import math
@@ -12,20 +12,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fluxlab.model.attention import Tap, heads_inside
+from fluxlab.model.attention import Tap, empty_token_major
 from fluxlab.model.groups import KeyGroups, joint_attention
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
+from fluxlab.model.torch_ops import ONEDNN_DTYPES, onednn_linear
 
 BlockTables = tuple[Rotary, Rotary | KeyGroups]
-"""The rotary tables of one block: the queries', and the keys' or one for each group of queries that sees them alike."""
-
-_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-ONEDNN_DTYPES = {torch.float32: _onednn, torch.bfloat16: _onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
-"""What oneDNN can multiply on this CPU: bf16 takes AVX-512 or better."""
+"""The rotary tables of one block: for the queries, and for the keys (one table, or one per group of queries)."""
 
 
-def onednn_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` may use oneDNN's own operator, which has no gradient and does not know autocast."""
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return whether `linear` may use oneDNN's operator, which has no gradient and ignores autocast."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype
@@ -36,24 +33,19 @@ def onednn_takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """x·weightᵀ + bias, through a tanh-GELU if `gelu`.
+    """Return x·weightᵀ + bias, passed through a tanh-GELU if `gelu`.
 
-    On the CPU oneDNN's operator computes the GELU while the product is in registers (0.55 of the time of the two in
-    turn at 1024 → 4096 in fp32) and is itself 15 % faster than the MKL that `F.linear` calls in fp32.
+    On the CPU oneDNN's operator computes the GELU while the product is in registers, which takes 0.55 of the time of
+    the two operators (1024 → 4096, fp32). In fp32 its product is also 15 % faster than MKL's, which `F.linear` calls.
     """
-    if onednn_takes(x, weight):
-        return (_onednn_linear_op if torch.compiler.is_compiling() else _onednn_linear)(x, weight, bias, gelu)
+    if uses_onednn(x, weight):
+        return (_onednn_linear_op if torch.compiler.is_compiling() else onednn_linear)(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-    attr, algorithm = ("gelu", "tanh") if gelu else ("none", "")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
-
-
-# An operator of our own for torch.compile: inductor takes the one above for a weight it has frozen and repacked itself.
-_onednn_linear_op = torch.library.custom_op("fluxlab::onednn_linear", _onednn_linear, mutates_args=())
+# A custom operator for torch.compile: inductor would take oneDNN's for one whose weight it has packed itself.
+_onednn_linear_op = torch.library.custom_op("fluxlab::onednn_linear", onednn_linear, mutates_args=())
 _onednn_linear_op.register_fake(lambda x, weight, bias, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]))
 
 
@@ -68,14 +60,14 @@ class LinearGELU(nn.Linear):
 
 
 class ParallelLinear(nn.Linear):
-    """One projection for attention and MLP: returns its first `attention_width` channels, and GELU of the rest."""
+    """One projection for attention and MLP. Returns its first `attention_width` channels, and the GELU of the rest."""
 
     def __init__(self, dim: int, attention_width: int, mlp_width: int):
         super().__init__(dim, attention_width + mlp_width)
         self.widths = (attention_width, mlp_width)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not onednn_takes(x, self.weight):
+        if not uses_onednn(x, self.weight):
             qkv, mlp = F.linear(x, self.weight, self.bias).split(self.widths, dim=-1)
             return qkv, F.gelu(mlp, approximate="tanh")
         (w_qkv, w_mlp), (b_qkv, b_mlp) = self.weight.split(self.widths), self.bias.split(self.widths)
@@ -90,7 +82,7 @@ TIMESTEP_FREQUENCIES = torch.exp(_EXPONENTS.double()).float()
 
 
 def timestep_embedding(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sinusoids of 1000·t, cos before sin: `(B,)` → `(B, 256)` in `dtype`. Computed in t's own fp32 or fp64."""
+    """Return the sinusoids of 1000·t, cos before sin: `(B,)` → `(B, 256)` in `dtype`. Computed in t's fp32 or fp64."""
     args = (1000.0 * t)[:, None] * TIMESTEP_FREQUENCIES.to(t)
     return torch.cat((args.cos(), args.sin()), dim=-1).to(dtype)
 
@@ -122,7 +114,7 @@ class QKNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The projections of one stream; the attention itself is joint and belongs to the block."""
+    """The projections of one stream. The attention itself is joint, and part of the block."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
         super().__init__()
@@ -133,7 +125,7 @@ class SelfAttention(nn.Module):
 
 
 class Affine(NamedTuple):
-    """An adaLN triple, each `(B, 1, D)`: LN(x) is scaled and shifted on the way in, the result gated on the way out."""
+    """The parameters of one adaLN modulation, each `(B, 1, D)`: scale and shift of LN(x), and gate of the result."""
 
     shift: Tensor
     scale: Tensor
@@ -141,7 +133,7 @@ class Affine(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """adaLN parameters from `vec` `(B, D)`: two triples for a double block, one for a single block."""
+    """adaLN parameters from `vec` `(B, D)`: two sets for a double block, one for a single block."""
 
     def __init__(self, dim: int, double: bool):
         super().__init__()
@@ -154,29 +146,29 @@ class Modulation(nn.Module):
 
 
 def clip_fp16(x: Tensor) -> Tensor:
-    """Keep fp16 finite; other dtypes have no need of it."""
+    """Clip fp16 values to the finite range. Other dtypes have a wider range and are returned as they are."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) · LN(x) + shift."""
+    """Return (1 + scale) · LN(x) + shift."""
     return torch.addcmul(shift, 1 + scale, F.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
 def mlp(dim: int, hidden: int) -> nn.Sequential:
-    """The original's three steps; the second is done within the first, its place keeps the names."""
+    """Return the MLP. The first layer includes the GELU; `Identity` takes its place and keeps the original's names."""
     return nn.Sequential(LinearGELU(dim, hidden), nn.Identity(), Linear(hidden, dim))
 
 
 def query_key_value(
     qkvs: Sequence[Tensor], norms: Sequence[QKNorm], num_heads: int, tables: BlockTables
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fused projections `(B, L, 3·D)` of one stream or several → joint normed, turned q and k, and v: `(B, H, N, d)`.
+    """Return joint q, k and v, each `(B, H, N, d)`, from the fused projections `(B, L, 3·D)` of one or more streams.
 
-    q and k come in the tables' dtype, fp32 unless the model is fp64. Keys that groups of queries see differently are
-    turned later, by each group.
+    q and k are normalised and rotated. They are in the dtype of the tables, which is fp32 unless the model is fp64.
+    Keys that groups of queries see at different positions are rotated later, by each group.
     """
-    q_table, k_table = tables[0], tables[1].waiting if isinstance(tables[1], KeyGroups) else tables[1]
+    q_table, k_table = tables[0], tables[1].identity if isinstance(tables[1], KeyGroups) else tables[1]
     joint = qkvs[0] if len(qkvs) == 1 else torch.cat(list(qkvs), dim=1)
     lengths = [qkv.shape[1] for qkv in qkvs]
     q, k, v = rearrange(joint, "B N (K H D) -> K B H N D", K=3, H=num_heads)
@@ -184,31 +176,31 @@ def query_key_value(
         q = torch.cat([n.query_norm(x) for n, x in zip(norms, q.split(lengths, dim=2), strict=True)], dim=2)
         k = torch.cat([n.key_norm(x) for n, x in zip(norms, k.split(lengths, dim=2), strict=True)], dim=2)
         return apply_rotary(q, q_table), apply_rotary(k, k_table), v
-    turn = _normed_turned_op if torch.compiler.is_compiling() else _normed_turned
-    q = turn(q, [norm.query_norm.scale for norm in norms], lengths, *q_table)
-    k = turn(k, [norm.key_norm.scale for norm in norms], lengths, *k_table)
+    rotate = _norm_and_rotate_op if torch.compiler.is_compiling() else _norm_and_rotate
+    q = rotate(q, [norm.query_norm.scale for norm in norms], lengths, *q_table)
+    k = rotate(k, [norm.key_norm.scale for norm in norms], lengths, *k_table)
     return q, k, v
 
 
-def _normed_turned(x: Tensor, scales: list[Tensor], lengths: list[int], cos: Tensor, sin: Tensor) -> Tensor:
-    """RMSNorm and rotation of `(B, H, N, d)` without gradients, in one buffer of the table's dtype.
+def _norm_and_rotate(x: Tensor, scales: list[Tensor], lengths: list[int], cos: Tensor, sin: Tensor) -> Tensor:
+    """Return RMSNorm and rotation of `(B, H, N, d)`, without gradients, in one buffer of the table's dtype.
 
-    1/rms comes last, for a rotation does not change lengths. `scales` belong to stretches of `lengths` tokens.
+    1/rms is applied last: a rotation does not change lengths. Scale i applies to the next `lengths[i]` tokens.
     """
-    out = heads_inside(x, cos.dtype).copy_(x)
+    out = empty_token_major(x, cos.dtype).copy_(x)
     rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(1e-6).sqrt_()
     for scale, part in zip(scales, out.split(lengths, dim=2), strict=True):
         part.mul_(scale)
     return apply_rotary_(out, Rotary(cos, sin)).div_(rms)
 
 
-# One operator to torch.compile too: inductor's code for interleaved pairs takes longer.
-_normed_turned_op = torch.library.custom_op("fluxlab::normed_turned", _normed_turned, mutates_args=())
-_normed_turned_op.register_fake(lambda x, scales, lengths, cos, sin: heads_inside(x, cos.dtype))
+# One operator for torch.compile too: inductor's code for interleaved pairs is slower.
+_norm_and_rotate_op = torch.library.custom_op("fluxlab::norm_and_rotate", _norm_and_rotate, mutates_args=())
+_norm_and_rotate_op.register_fake(lambda x, scales, lengths, cos, sin: empty_token_major(x, cos.dtype))
 
 
 class DoubleStreamBlock(nn.Module):
-    """Image and text with weights of their own, joined in one attention (MM-DiT, arXiv 2403.03206)."""
+    """Image and text with separate weights and one joint attention (MM-DiT, arXiv 2403.03206)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool):
         super().__init__()
@@ -241,7 +233,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Text and image as one sequence; attention and MLP in parallel, one projection (ViT-22B, arXiv 2302.05442)."""
+    """Text and image as one sequence, attention and MLP in parallel (ViT-22B, arXiv 2302.05442)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
         super().__init__()
@@ -263,7 +255,7 @@ class SingleStreamBlock(nn.Module):
 
 
 class LastLayer(nn.Module):
-    """adaLN, rows (shift, scale), and the projection to a packed patch."""
+    """adaLN, whose rows are (shift, scale), and the projection to packed patches."""
 
     def __init__(self, hidden_size: int, out_channels: int):
         super().__init__()

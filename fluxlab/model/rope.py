@@ -1,7 +1,7 @@
 """Rotary position embedding over several axes (RoFormer, arXiv 2104.09864), in FLUX's interleaved layout.
 
-Ids are fp32, angles are fp64, tables are fp32, whatever the model's dtype: bf16 ids collapse neighbouring positions
-and fp32 angles are off by 1e-5 at id 255 (docs/numerics.md).
+Ids and tables are fp32 and angles are fp64, whatever the dtype of the model. In bf16 neighbouring ids become equal, and
+fp32 angles are off by 1e-5 at id 255 (docs/numerics.md).
 """
 
 from collections.abc import Sequence
@@ -15,31 +15,32 @@ from fluxlab.errors import UserError
 
 
 class Rotary(NamedTuple):
-    """One rotary table: cos and sin of every angle, each `(B or 1, H or 1, N, d/2)`."""
+    """A rotary table: cos and sin of the angles, each `(B or 1, H or 1, N, d/2)`."""
 
     cos: Tensor
     sin: Tensor
 
 
 def frequencies(dim: int, theta: float) -> Float[Tensor, " d"]:
-    """ω_i = θ^(-2i/dim), i = 0 … dim/2 - 1, in radians a position step. fp64, shape `(dim/2,)`."""
+    """Return ω_i = θ^(-2i/dim) for i = 0 … dim/2 - 1, in radians per position: fp64, `(dim/2,)`."""
     return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
 
 def check_ids(name: str, ids: Tensor, *, batch: int, tokens: int, axes: int, dtype: torch.dtype) -> None:
     """Raise `UserError` unless `ids` is `(batch or 1, tokens, axes)` in `dtype`."""
     if ids.ndim != 3:
-        raise UserError(f"{name} has shape {tuple(ids.shape)}: ids are per sample, (B, N, A); add the batch axis")
+        raise UserError(f"{name} has shape {tuple(ids.shape)}: expected (B, N, A); add the batch axis")
     if ids.dtype != dtype:
-        raise UserError(f"{name} has dtype {ids.dtype}: ids are {dtype} (bf16 and integer ids lose positions)")
+        raise UserError(f"{name} has dtype {ids.dtype}: expected {dtype}; bf16 and integer ids lose positions")
     if ids.shape[0] not in (1, batch) or ids.shape[1:] != (tokens, axes):
-        raise UserError(f"{name} has shape {tuple(ids.shape)}, but the tokens need ({batch}, {tokens}, {axes})")
+        raise UserError(f"{name} has shape {tuple(ids.shape)}: expected ({batch} or 1, {tokens}, {axes})")
 
 
 def rotary_table(ids: Float[Tensor, "b n a"], axes_dim: Sequence[int], theta: float) -> Rotary:
-    """The table for `ids` `(B, N, A)`, axis a taking `axes_dim[a]` of the head's width in turn.
+    """Return the table for `ids` `(B, N, A)`. Axis a rotates the next `axes_dim[a]` channels of a head.
 
-    Positions may be fractional or negative. fp32 ids give fp32 tables, fp64 ids fp64 tables; differentiable in `ids`.
+    Positions may be fractional or negative. The table has the dtype of the ids, fp32 or fp64, and is differentiable in
+    them. Raises `UserError` if the number of axes is not that of `axes_dim`.
     """
     if ids.shape[-1] != len(axes_dim):
         raise UserError(f"ids have {ids.shape[-1]} axes, the model has {len(axes_dim)} (axes_dim {tuple(axes_dim)})")
@@ -58,17 +59,18 @@ def _on_fp64_device(ids: Tensor) -> Tensor:
 
 
 def apply_rotary(x: Tensor, table: Rotary) -> Tensor:
-    """Turn the pairs (2k, 2k+1) of `x` `(B, H, N, d)` by the table's angles. Result in the table's dtype."""
+    """Return `x` `(B, H, N, d)` with its pairs of channels (2k, 2k+1) rotated, in the dtype of the table."""
     pairs = x.to(table.cos.dtype).unflatten(-1, (-1, 2))
     x0, x1 = pairs[..., 0], pairs[..., 1]
-    turned = torch.stack((table.cos * x0 - table.sin * x1, table.sin * x0 + table.cos * x1), dim=-1)
-    return turned.flatten(-2)
+    rotated = torch.stack((table.cos * x0 - table.sin * x1, table.sin * x0 + table.cos * x1), dim=-1)
+    return rotated.flatten(-2)
 
 
 def apply_rotary_(x: Tensor, table: Rotary) -> Tensor:
-    """`apply_rotary` in place, `x` being in the table's dtype: one complex product, a quarter of the memory traffic.
+    """Rotate `x` in place, and return it. `x` has the dtype of the table.
 
-    Not under torch.compile, which has no code for complex numbers and fuses the formula above by itself.
+    One complex product has a quarter of the memory traffic of `apply_rotary`. torch.compile has no code for complex
+    numbers; it fuses the formula of `apply_rotary` itself.
     """
     torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.complex(table.cos, table.sin))
     return x

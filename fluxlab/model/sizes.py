@@ -1,4 +1,4 @@
-"""The published FLUX.1 models' sizes: one row each."""
+"""The sizes of the published FLUX.1 models."""
 
 from dataclasses import replace
 
@@ -26,8 +26,8 @@ TRANSFORMERS: dict[str, FluxParams] = {
     "schnell": replace(_DEV, guidance_embed=False),
     "krea": _DEV,
     "kontext": _DEV,
-    "fill": replace(_DEV, in_channels=384),  # latents, masked image's latents, mask: 64 + 64 + 256
-    "canny": replace(_DEV, in_channels=128),  # latents and the condition's latents
+    "fill": replace(_DEV, in_channels=384),  # latents, latents of the masked image, mask: 64 + 64 + 256
+    "canny": replace(_DEV, in_channels=128),  # latents, and latents of the condition
     "depth": replace(_DEV, in_channels=128),
 }
 

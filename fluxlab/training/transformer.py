@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fluxlab.model import Flux, FluxParams, Rotary, rotary_table
 from fluxlab.model.text import TextEncoders
+from fluxlab.model.torch_ops import lerp_
 from fluxlab.sampling import image_ids, text_ids
 from fluxlab.training.pool import Pool, captions
 from fluxlab.training.seeds import numpy_rng, torch_rng
@@ -175,4 +176,4 @@ def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary) -> tuple
 @torch.no_grad()
 def move_average(average: list[Tensor], parameters: list[Tensor], decay: float, step: int) -> None:
     """EMA in place, with a shorter memory at the start, so that early samples are not those of the initial weights."""
-    torch._foreach_lerp_(average, parameters, 1 - min(decay, (1 + step) / (10 + step)))
+    lerp_(average, parameters, 1 - min(decay, (1 + step) / (10 + step)))

@@ -100,7 +100,7 @@ def test_wrong_arguments_raise(flux, unchecked):
     wrong = [
         ({**x, "guidance": None}, "guidance is missing"),
         ({**x, "img_ids": None}, "are needed"),
-        ({**x, "rotary": table}, "one or the other"),
+        ({**x, "rotary": table}, "pass one or the other"),
         (with_tables(x, [(table, table)] * 3), "3 pairs of tables, the model has 4 blocks"),
     ]
     for arguments, message in wrong:
@@ -254,8 +254,8 @@ def test_autocast_keeps_positions(flux, grad):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda t: type(t)(t.cos.bfloat16(), t.sin.bfloat16()), "torch.bfloat16: this input needs"),
-        (lambda t: type(t)(t.cos.double(), t.sin.double()), "torch.float64: this input needs"),
+        (lambda t: type(t)(t.cos.bfloat16(), t.sin.bfloat16()), "torch.bfloat16: expected"),
+        (lambda t: type(t)(t.cos.double(), t.sin.double()), "torch.float64: expected"),
         (lambda t: type(t)(t.cos[:, :, 1:], t.sin[:, :, 1:]), r"shape \(4, 1, 16, 8\)"),
         (lambda t: type(t)(t.cos[..., 1:], t.sin[..., 1:]), r"shape \(4, 1, 17, 7\)"),
         (lambda t: type(t)(t.cos[:3], t.sin[:3]), r"shape \(3, 1, 17, 8\)"),
@@ -276,7 +276,7 @@ def test_integer_masks_raise(flux, unchecked):
 
 
 def test_sizes_of_nothing_raise():
-    with pytest.raises(ValueError, match="num_heads 0: at least 1"):
+    with pytest.raises(ValueError, match="num_heads 0: expected at least 1"):
         replace(PARAMS, num_heads=0)
 
 

@@ -1,0 +1,69 @@
+"""PyTorch operators without a public interface. They are called in this file only.
+
+`F.scaled_dot_product_attention` does not return the log-sum-exp of its kernels, and `F.linear` does not fuse the GELU.
+The operators below do. They may change with any release of PyTorch: `tests/unit/test_torch_ops.py` compares each with
+its public counterpart, and requires that the installed version is listed here.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TRIED_VERSIONS = ("2.13",)
+"""PyTorch versions with which the tests have passed."""
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_DTYPES = {torch.float32: _ONEDNN, torch.bfloat16: _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
+"""The dtypes that oneDNN multiplies on this CPU. bf16 needs AVX-512."""
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """Return x·weightᵀ + bias, passed through a tanh-GELU if `gelu`. It has no gradient."""
+    attr, algorithm = ("gelu", "tanh") if gelu else ("none", "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
+
+
+def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
+    """Move each of `tensors` in place towards the tensor in `ends`, by the share `weight` of their difference."""
+    torch._foreach_lerp_(tensors, ends, weight)
+
+
+def fused_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the output of `F.scaled_dot_product_attention`, and the log-sum-exp of its kernel.
+
+    The kernel is the one that `F.scaled_dot_product_attention` chooses itself. q, k and v are `(B, H, n, d)` in one
+    dtype. The output is the same, bit by bit on the CPU. The log-sum-exp is `(B, H, n)` in fp32 or fp64.
+    """
+    ops, backend = torch.ops.aten, torch.nn.attention.SDPBackend
+    scale = 1 / math.sqrt(q.shape[-1])
+    choice = torch._fused_sdp_choice(q, k, v, attn_mask=mask)
+    if choice == backend.FLASH_ATTENTION.value and q.device.type == "cpu":
+        out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    elif choice == backend.FLASH_ATTENTION.value:
+        padded = [F.pad(x, (0, -x.shape[-1] % 8)) for x in (q, k, v)]  # the kernel needs head widths divisible by 8
+        out, lse = ops._scaled_dot_product_flash_attention(*padded, scale=scale)[:2]
+    elif choice == backend.EFFICIENT_ATTENTION.value:
+        out, lse = ops._scaled_dot_product_efficient_attention(q, k, v, _aligned(mask, q, k), True)[:2]
+    elif choice == backend.CUDNN_ATTENTION.value:
+        out, lse = ops._scaled_dot_product_cudnn_attention(q, k, v, mask, True)[:2]
+    else:  # no fused kernel, for instance for some mask shapes: the formula has no log-sum-exp to return
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        lse = _log_sum_exp(q, k, mask)
+    return out[..., : v.shape[-1]], lse.detach().flatten(2)[..., : q.shape[2]]  # some kernels pad
+
+
+def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Return a mask as the memory-efficient kernel needs it: expanded, with rows that start at multiples of 16."""
+    if mask is None:
+        return None
+    keys = k.shape[2]
+    return F.pad(mask, (0, -keys % 16))[..., :keys].expand(*q.shape[:3], keys)
+
+
+@torch.no_grad()
+def _log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    exact = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(exact) @ k.to(exact).mT / math.sqrt(q.shape[-1])
+    return torch.logsumexp(scores if mask is None else scores + mask, dim=-1)
