@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: run test test-processors lint soak clean
+.PHONY: run test test-processors lint soak docs clean
 
 run: $(VENV)/.core
 	$(PY) -m fluxlab.run +exp=article
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports
+
+docs: $(VENV)/.dev
+	$(PY) docs/tables.py
+	$(PY) docs/architecture.py
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make PYTHON=<a newer one>")'

@@ -5,6 +5,7 @@ configs, or a file of results, so that they cannot drift apart from what they de
 while a committed table differs from what this script writes.
 """
 
+import ast
 import json
 import re
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # `docs` and `fluxlab` are those of this checkout
+
 EMBEDDED = ROOT / "fluxlab" / "assets" / "tiny" / "embedded.json"
 RESULTS = ROOT / "docs" / "results.json"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
@@ -132,6 +135,20 @@ def words() -> str:
     return markdown(["part of a prompt", "words"], [[role, ", ".join(known)] for role, known in roles.items()])
 
 
+def packages() -> str:
+    """Every package and module directly under fluxlab, and the first sentence of its docstring; lower layers last."""
+    from docs.architecture import imports, levels
+
+    level = levels(imports())
+    rows = []
+    for name in sorted(level, key=lambda name: (-level[name], name)):
+        folder = ROOT / "fluxlab" / name
+        file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        rows.append([f"`{name}`", re.split(r"(?<=\.)\s|\n\n", text)[0].replace("\n", " ")])
+    return markdown(["package", "what it does"], rows)
+
+
 def ops() -> str:
     """Every registered op: arguments and the first line of its docstring."""
     from fluxlab.positions import OPS
@@ -161,6 +178,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "experiments": experiments,
     "models": models,
     "words": words,
+    "packages": packages,
     "ops": ops,
     "metrics": metrics,
 }
