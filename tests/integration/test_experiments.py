@@ -1,4 +1,4 @@
-"""Every experiment of `configs/exp`, small, on the model that ships."""
+"""Every experiment of `configs/exp` runs on the embedded model, with few steps and one seed."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ def test_every_experiment_runs(name, tmp_path):
     out = tmp_path / "run"
     assert command_line.main([f"+exp={name}", "seeds=1", "steps=4", "tracking=none", f"out={out}"]) == 0
     run = read_store(out)
-    untouched = [row for row in run.metrics if row["variant"] == run.baseline]
-    assert len(run.metrics) == len(run.variants) * len(untouched)
+    baseline_rows = [row for row in run.metrics if row["variant"] == run.baseline]
+    assert len(run.metrics) == len(run.variants) * len(baseline_rows)
     controls = {"text", "x1", "all_1", "all_16"}  # these change nothing but rounding
     for row in run.metrics:
         image = np.asarray(Image.open(run.image(row["variant"], row["prompt"], row["seed"])))

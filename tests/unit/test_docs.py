@@ -29,9 +29,9 @@ def page(request) -> Path:
 
 
 def test_generated_tables_are_current(page):
-    """`python docs/tables.py` refreshes them."""
+    """`make docs` refreshes them."""
     text = page.read_text()
-    assert tables.rendered(text) == text, "run python docs/tables.py"
+    assert tables.rendered(text) == text, "run make docs"
 
 
 def test_a_stale_table_is_replaced_and_the_rest_kept():
@@ -99,9 +99,9 @@ def test_the_glossary_has_at_most_25_terms_and_defines_each_once():
 
 
 def test_the_import_graph_is_current():
-    """`python docs/architecture.py` refreshes it."""
+    """`make docs` refreshes it."""
     imported = architecture.imports()
-    assert json.loads(architecture.DATA.read_text()) == imported, "run python docs/architecture.py"
+    assert json.loads(architecture.DATA.read_text()) == imported, "run make docs"
     with Image.open(architecture.PICTURE) as picture:
         assert picture.text["Description"] == architecture.digest(imported)
 

@@ -1,4 +1,4 @@
-"""The experiments that ship: each composes, says what it is, and its programs fit the embedded model and FLUX.1."""
+"""The published experiments: each composes, has a header, and its programs fit the embedded model and FLUX.1."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from fluxlab.run import RunConfig
 
 NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
 STUDIES = [name for name in NAMES if name != "hello"]
-UNTOUCHED = {("dose_response", "x1"), ("zero", "text")}  # controls whose ids are the baseline's
+UNCHANGED = {("dose_response", "x1"), ("zero", "text")}  # controls with the ids of the baseline
 
 
 def file_of(name: str) -> Path:
@@ -37,12 +37,12 @@ def programs(config: RunConfig) -> dict[str, Program]:
     return {name: Program.from_config(edits, f"variants.{name}") for name, edits in config.variants.items()}
 
 
-def pictures(config: RunConfig) -> int:
+def count_images(config: RunConfig) -> int:
     return len(config.variants) * len(config.prompts) * config.seeds
 
 
 def contexts(prompt: str) -> list[Context]:
-    """The embedded model at its own size and 20 steps, and FLUX.1 schnell: 57 blocks, 64 × 64 tokens, 4 steps."""
+    """Return contexts of the embedded model (20 steps) and of FLUX.1 schnell (57 blocks, 64 × 64 tokens, 4 steps)."""
     spans = tuple(match.span() for match in re.finditer(r"\w+", prompt))
     made = []
     for text, side, axes, double, single, heads, steps in (
@@ -56,7 +56,7 @@ def contexts(prompt: str) -> list[Context]:
     return made
 
 
-def test_which_there_are():
+def test_the_published_experiments_exist():
     assert {
         "article",
         "attention",
@@ -73,7 +73,7 @@ def test_which_there_are():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_says_what_it_is(name):
+def test_header_name_and_caption(name):
     config, lines = experiment(name), file_of(name).read_text().splitlines()
     assert lines[0] == "# @package _global_"
     assert lines[1].startswith(f"# python -m fluxlab.run +exp={name} ")
@@ -84,11 +84,11 @@ def test_it_says_what_it_is(name):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_its_size(name):
+def test_the_header_states_the_number_of_images(name):
     config, header = experiment(name), file_of(name).read_text().partition("\nname:")[0]
-    assert lines_with(header, f"# {pictures(config)} images, about ") == 1
+    assert lines_with(header, f"# {count_images(config)} images, about ") == 1
     assert lines_with(header, "# grid.png: ") == 1
-    assert 24 <= pictures(config) <= 100
+    assert 24 <= count_images(config) <= 100
     assert all(scenes.parse(prompt).thing for prompt in config.prompts)  # what the embedded model was trained on
     assert len(set(config.prompts)) == len(config.prompts)
 
@@ -123,7 +123,7 @@ def test_programs_fit_both_models_and_move_something(name):
                 for block in range(tiny.blocks)
                 for side in ("queries", "keys")
             )
-            assert moved == (variant != "baseline" and (name, variant) not in UNTOUCHED), variant
+            assert moved == (variant != "baseline" and (name, variant) not in UNCHANGED), variant
 
 
 def test_the_article():
@@ -145,22 +145,22 @@ def test_the_article():
         assert torch.equal(compile_programs([program], tiny).ids(), torch.cat((text, expected[name]))), name
 
 
-def test_the_dose():
+def test_factors_of_dose_response():
     found = experiment("dose_response").variants
     assert [found[name]["a"]["factor"] for name in found if name != "baseline"] == [i / 8 for i in range(25)]
     for name in set(found) - {"baseline"}:
         assert float(name.removeprefix("x").replace("_", ".")) == found[name]["a"]["factor"]
 
 
-def test_variants_yield_to_the_command_line():
+def test_variants_can_be_overridden():
     config = composed("dose_response", "variants.x0_125.a.factor=0.2", "~variants.x3", "+variants.b={a:{op:zero}}")
     assert config.variants["x0_125"]["a"]["factor"] == 0.2
     assert "x3" not in config.variants
     assert programs(config)["b"] == Program.from_config({"a": {"op": "zero"}})
 
 
-def test_the_probe_extends_to_every_block_of_flux():
-    """By the shell line in its header."""
+def test_layer_probe_extends_to_every_block_of_flux():
+    """The header has a shell line for it."""
     loop = re.search(r"\$\((for .*)\)$", file_of("layer_probe").read_text(), re.MULTILINE)[1]
     more = subprocess.run(["sh", "-c", loop], capture_output=True, text=True, check=True).stdout.split()
     found = programs(composed("layer_probe", *more))
@@ -174,18 +174,18 @@ def test_the_probe_extends_to_every_block_of_flux():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_files_hold_known_keys_only(name):
+def test_files_contain_known_keys_only(name):
     assert set(OmegaConf.load(file_of(name))) <= {"defaults", "name", "caption", "prompts", "seeds", "variants"}
 
 
-def test_attention_is_captured_without_being_asked_for():
+def test_the_attention_experiment_captures_words():
     assert experiment("attention").capture["words"]["kind"] == "words"
     assert "words" not in composed("attention", "capture=none").capture
-    assert all(held(prompt) for prompt in experiment("attention").prompts)
+    assert all(is_held_out(prompt) for prompt in experiment("attention").prompts)
 
 
-def held(prompt: str) -> bool:
-    """Whether a caption is of the kind that no model was trained on."""
+def is_held_out(prompt: str) -> bool:
+    """Whether no training scene has the caption's combination."""
     wanted = scenes.parse(prompt)
     thing = scenes.Thing(wanted.thing, wanted.colour, wanted.place, 0, 0, 20)
     return scenes.held_out(scenes.Scene((64, 64), "mist", (thing,), None, scenes.Sign(wanted.sign, 0, 0, (0, 0, 0))))
