@@ -1,1 +1,1 @@
-"""`python -m fluxlab.check`: whether a model's files are whole, and it computes what FLUX should."""
+"""Check whether a model's files are complete, and whether it computes what FLUX should."""

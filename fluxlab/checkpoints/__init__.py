@@ -1,9 +1,9 @@
-"""Checkpoints: found, checked, mapped, read and written. Formats: BFL single file, Diffusers folder, hub id."""
+"""Find, recognise, read and write checkpoints: single files, Diffusers folders, hub ids."""
 
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.finding import Found, find
 from fluxlab.checkpoints.folder import save_pipeline
-from fluxlab.checkpoints.memory import check_device, check_fits
+from fluxlab.checkpoints.memory import check_device, check_fits, default_device
 from fluxlab.checkpoints.read import load_autoencoder, load_transformer
 from fluxlab.checkpoints.text import load_text_encoders
 from fluxlab.checkpoints.write import save_autoencoder, save_transformer
@@ -13,6 +13,7 @@ __all__ = [
     "Found",
     "check_device",
     "check_fits",
+    "default_device",
     "find",
     "load_autoencoder",
     "load_text_encoders",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fluxlab.checkpoints import default_device
 from fluxlab.config import ModelRow
 from fluxlab.errors import UserError
 from fluxlab.experiment import captures
@@ -231,10 +232,10 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 
 def device_of(experiment: Experiment, known: Settings | None) -> str:
-    """The device asked for, else the store's, else a GPU where there is one."""
+    """Return the requested device, else the store's, else the default one (CUDA, mps, CPU)."""
     if experiment.device:
         return experiment.device
-    return known.device if known else "cuda" if torch.cuda.is_available() else "cpu"
+    return known.device if known else default_device()
 
 
 @contextmanager
