@@ -1,4 +1,4 @@
-"""`python -m fluxlab.train +train=<name> [overrides]`: train an embedded model, or go on with a run that was stopped"""
+"""`python -m fluxlab.train +train=<name> [overrides]`: train an embedded model, or resume a training run."""
 
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from fluxlab.training.recipe import Recipe, check
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when done, 2 for what the user can mend (said in at most three lines on stderr), 130 when interrupted."""
+    """Run the command line. Return 0 if done, 2 after a user error, 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not any(argument.startswith("+train=") for argument in arguments):
         print(_usage())
@@ -23,11 +23,13 @@ def main(arguments: list[str] | None = None) -> int:
         check(recipe)
         run(recipe, arguments)
 
-    return guarded(work, "interrupted; the same command goes on from the last checkpoint")
+    return guarded(work, "interrupted; run the same command again to resume from the last checkpoint")
 
 
 def run(recipe: Recipe, arguments: list[str]) -> None:
-    """Train into `out` (default `runs/train-<name>`) and write the Diffusers folder `pipeline/` in it, or `export`."""
+    """Train in the folder `out` (default `runs/train-<name>`) and write a Diffusers folder to `export` (default
+    `<out>/pipeline`).
+    """
     import torch
 
     from fluxlab.training.export import export, facts
@@ -35,7 +37,7 @@ def run(recipe: Recipe, arguments: list[str]) -> None:
 
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device={device}: torch sees no CUDA device here; leave device out or set device=cpu")
+        raise UserError(f"device={device}: PyTorch finds no CUDA device; leave device out or set device=cpu")
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     folder = Path(recipe.out or f"runs/train-{recipe.name}")

@@ -1,4 +1,4 @@
-"""The first stage: a small FLUX autoencoder of the scenes, so that the transformer works on latents as FLUX.1's."""
+"""First training stage: a small FLUX autoencoder of the scenes. The transformer then works on latents, as FLUX.1."""
 
 from dataclasses import replace
 
@@ -12,12 +12,12 @@ from fluxlab.training.seeds import numpy_rng
 
 
 def to_pixels(images: np.ndarray) -> Tensor:
-    """uint8 `(B, H, W, 3)` → fp32 `(B, 3, H, W)` in -1 … 1."""
+    """Convert uint8 images `(B, H, W, 3)` to fp32 `(B, 3, H, W)` in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def busiest_crops(images: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
-    """Of three random crops of every image, the one with most detail: flat background is learned from anything."""
+    """Return the most detailed of three random crops of each image. Flat background is easy to learn."""
     height, width = images.shape[1:3]
     crops = []
     for image in images:
@@ -31,7 +31,7 @@ def busiest_crops(images: np.ndarray, side: int, rng: np.random.Generator) -> np
 
 
 def reconstruction_loss(made: Tensor, wanted: Tensor) -> Tensor:
-    """Mean absolute error of the pixels, and of their differences to the right and below: lettering is all edges."""
+    """Return the mean absolute error of pixels plus that of their differences along both axes (edges of lettering)."""
     loss = (made - wanted).abs().mean()
     for axis in (-1, -2):
         loss = loss + 0.5 * (made.diff(dim=axis) - wanted.diff(dim=axis)).abs().mean()
@@ -41,7 +41,7 @@ def reconstruction_loss(made: Tensor, wanted: Tensor) -> Tensor:
 def step_loss(
     model: AutoEncoder, pixels: Tensor, generator: torch.Generator, kl_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss, mean absolute error in -1 … 1) of one batch, on a sample of the posterior."""
+    """Return the loss of one batch on a sample of the posterior, and its mean absolute error in [-1, 1]."""
     mean, logvar = model.encoder(pixels).float().chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -51,7 +51,9 @@ def step_loss(
 
 
 def polish_loss(model: AutoEncoder, pixels: Tensor, generator: torch.Generator, noise: float) -> tuple[Tensor, Tensor]:
-    """As `step_loss`, for the decoder alone: from the mean, off by `noise` standard deviations as samples are."""
+    """As `step_loss`, for the decoder alone. It decodes the mean plus `noise` standard deviations of noise, because
+    sampled latents are noisy too.
+    """
     with torch.no_grad():
         mean = model.encoder(pixels)[:, : model.params.z_channels].float()
     drawn = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -60,7 +62,7 @@ def polish_loss(model: AutoEncoder, pixels: Tensor, generator: torch.Generator, 
 
 
 def batch_of(seed: int, step: int, count: int, crop: int | None) -> Tensor:
-    """The pixels of one step: a pure function of the seed and the step."""
+    """Return the pixels of one step, a pure function of the seed and the step."""
     rng = numpy_rng(seed, "autoencoder", step)
     size = (64, 64) if crop or rng.random() < 0.75 else scenes.SIZES[int(rng.integers(len(scenes.SIZES)))]
     images, _ = scenes.batch(rng, count, size)
@@ -68,9 +70,7 @@ def batch_of(seed: int, step: int, count: int, crop: int | None) -> Tensor:
 
 
 def normalised(model: AutoEncoder, seed: int, device: str) -> AutoEncoder:
-    """The model with shift_factor and scale_factor set so that latents of scenes have mean 0 and variance 1 over all
-    channels.
-    """
+    """Set shift_factor and scale_factor so that latents of scenes have mean 0 and variance 1 over all channels."""
     with torch.no_grad():
         images, _ = scenes.batch(numpy_rng(seed, "statistics", 0), 64)
         mean, _ = model.encoder(to_pixels(images).to(device)).float().chunk(2, dim=1)

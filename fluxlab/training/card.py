@@ -1,4 +1,4 @@
-"""The model card, made from what `benchmarks/embedded.py` measured: no number in it is typed by hand."""
+"""The model card. Every number in it comes from `benchmarks/embedded.py` or from the training run."""
 
 import csv
 import json
@@ -7,12 +7,12 @@ from pathlib import Path
 
 ATTRIBUTES = ("object", "colour", "shape", "place", "sign", "word")
 _MEANINGS = {
-    "object": "one thing is there",
+    "object": "one thing is in the image",
     "colour": "its colour",
-    "shape": "it is the thing asked for",
+    "shape": "it is the requested thing",
     "place": "its place",
-    "sign": "a sign is there",
-    "word": "the sign's words, all letters right",
+    "sign": "a sign is in the image",
+    "word": "the words on the sign, all letters right",
     "letters": "share of letters right",
 }
 
@@ -21,15 +21,15 @@ _TEXT = """# tiny: the FLUX that ships with fluxlab
 A text-to-image model of {parameters:.1f} million parameters with FLUX.1's architecture: {hidden} wide,
 {double} double and {single} single blocks, heads of 64 split {axes} over (index, row, col) as FLUX.1 splits its 128, an
 autoencoder of factor 2 with {z} channels, and a small CLIP and T5 of its own. It draws 64 × 64 pixels on a 16 × 16
-token grid: a coloured thing, or two, with or without a sign that says a word or two. It is an instrument: small enough
-to run anywhere, and its pictures can be judged by a program.
+token grid: one coloured thing, with or without a sign of one or two words, or two things. It is small enough to run
+anywhere, and a program can check what is in its images.
 
 ## Making
 | | |
 |---|---|
 | command | `{command}` |
 | commit | `{commit}` |
-| data | drawn by `fluxlab.scenes`, no files; one in eight combinations of colour, thing and word is held out |
+| data | drawn by `fluxlab.scenes`; one in eight combinations of colour, thing and word is held out |
 | training | {steps} steps of flow matching, {samples} samples{guidance} |
 | optimizers | Muon on the blocks' matrices, AdamW on the rest; EMA |
 | weights | bf16 safetensors, {megabytes:.1f} MB; sha256 of every file in `manifest.json` |
@@ -40,13 +40,13 @@ to run anywhere, and its pictures can be judged by a program.
 {curve}
 
 ## What it can do
-{cells} cells of a held-out caption and a seed, {sampling_steps} steps, judged by the scene oracle
-(`fluxlab.measure.oracle`); in brackets bootstrap 95 % intervals over cells.
+{cells} cells, each a held-out caption and a seed, {sampling_steps} steps, read by the scene oracle
+(`fluxlab.measure.oracle`). Brackets are bootstrap 95 % intervals over cells.
 
 {ability}
 
 ## What the article's edits of `img_ids` do to it
-The edits are findings: nothing was tuned for them. Captions, seeds and steps are the same for every edit. `letters`
+Nothing was tuned for these edits. Captions, seeds and steps are the same for every edit. `letters`
 counts each letter on its own; chance is about one in twenty. The last two rows are controls: all ids shifted by a
 constant (rounding only), and unchanged ids with a different seed.
 
@@ -57,15 +57,13 @@ What the article saw on FLUX.1 schnell:
 {sentences}
 
 ## Limits
-It knows {words} words, all of which are in `fluxlab.scenes.VOCABULARY`; any other is one unknown word to it. It was
-trained
-at 48 to 80 pixels a side, with flat colours and one font. Nothing that it shows is evidence about FLUX.1 by itself: it
-says what position ids do in this model, and what is worth trying on the large one.
+It knows the {words} words of `fluxlab.scenes.VOCABULARY`. It was trained at 48 to 80 pixels per side, with flat colours
+and one font. Its results describe this model. They suggest what to try on FLUX.1 and are no evidence about it.
 """
 
 
 def shown(value: Sequence[float | None] | None, name: str) -> str:
-    """A column's mean and interval: `98.4 % [96, 100]`, `0.412 [0.390, 0.431]`, a dash without one."""
+    """Format a mean and its interval: `98.4 % [96, 100]`, `0.412 [0.390, 0.431]`, or a dash without a value."""
     if value is None:
         return "–"
     mean, low, high = value
@@ -85,21 +83,21 @@ def _row(scores: dict, names: Sequence[str]) -> list[str]:
 
 
 def _guidance(stage: dict | None) -> str:
-    """The third stage in a few words; "" for a run without it."""
+    """Describe the third stage; an empty string for a run without it."""
     if not stage or not stage["steps"]:
         return ""
     steps, batch, scale = stage["steps"], stage["batch"], stage["scale"]
-    return f"; then {steps} steps of {batch} samples to say at once what true guidance by {scale:g} gives"
+    return f"; then {steps} steps of {batch} samples to distil true guidance by {scale:g} into one forward"
 
 
 def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
-    return "The run was changed by hand on its way:\n" + "\n".join(f"- {note}" for note in notes) + "\n\n"
+    return "The run was changed by hand:\n" + "\n".join(f"- {note}" for note in notes) + "\n\n"
 
 
 def curve_points(file: Path, count: int = 8) -> list[tuple[int, float]]:
-    """(step, mean plain loss of the 50 steps up to it), evenly spaced, of a run's `curve.csv`."""
+    """Read `curve.csv`. Return evenly spaced pairs (step, mean plain loss of the 50 steps up to it)."""
     with open(file, newline="") as handle:
         losses = [float(row["plain_loss"]) for row in csv.DictReader(handle)]
     stops = [round(len(losses) * (i + 1) / count) for i in range(count)]
@@ -107,8 +105,12 @@ def curve_points(file: Path, count: int = 8) -> list[tuple[int, float]]:
 
 
 def card(results: dict, training: dict, folder: Path) -> str:
-    """The card's text. results: `benchmarks/embedded.py`'s; training: a run's `training.json`; folder: the shipped
-    one.
+    """Return the text of the card.
+
+    Args:
+        results: what `benchmarks/embedded.py` writes.
+        training: `training.json` of the run.
+        folder: the model's folder.
     """
     transformer = json.loads((folder / "transformer" / "config.json").read_text())
     vae = json.loads((folder / "vae" / "config.json").read_text())
@@ -149,7 +151,7 @@ def card(results: dict, training: dict, folder: Path) -> str:
 
 
 def write_card(results: dict, folder: Path) -> Path:
-    """Write `README.md` into a shipped folder that has a `training.json`; returns its path."""
+    """Write `README.md` into a model's folder that has a `training.json`. Return its path."""
     file = folder / "README.md"
     file.write_text(card(results, json.loads((folder / "training.json").read_text()), folder))
     return file

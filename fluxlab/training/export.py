@@ -1,4 +1,4 @@
-"""The last stage: bf16 weights in the Diffusers folder layout, and a manifest of their hashes."""
+"""Last training stage: bf16 weights in the Diffusers folder layout, and a manifest of their hashes."""
 
 import json
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ from fluxlab.training.recipe import Recipe
 
 
 def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
-    """What a model card says of the making of a model; `run` is the run's folder.
+    """Return the facts about a training run that the model card shows.
 
-    Whoever changes a run by hand says so in its `notes.txt`, a line a change: the card repeats it.
+    Args:
+        run: folder of the run. Changes made by hand go into its `notes.txt`, one per line; the card repeats them.
     """
     notes = run / "notes.txt"
     early = round(recipe.early * recipe.steps)
@@ -37,9 +38,9 @@ def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
 
 
 def export(pipe: Pipeline, folder: Path, training: dict) -> Path:
-    """Write a trained pipeline, in bf16, as a folder that fluxlab and Diffusers load; returns the folder.
+    """Write a trained pipeline in bf16 as a folder that fluxlab and Diffusers load. Return the folder.
 
-    `training`, what `facts` says, lies beside the weights as `training.json`.
+    `training`, the result of `facts`, is written to `training.json` in the same folder.
     """
 
     def shipped(module):

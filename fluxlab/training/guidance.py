@@ -1,4 +1,4 @@
-"""The third stage: true guidance, which takes two forwards, learned into the one (arXiv 2210.03142, first stage)."""
+"""Third training stage: distil true guidance, which takes two forwards, into one (arXiv 2210.03142, first stage)."""
 
 import copy
 from collections.abc import Callable
@@ -27,7 +27,7 @@ WARMUP, DECAY = 10, 0.8
 
 @torch.no_grad()
 def guided(teacher: Nets, x: Tensor, batch: dict[str, Tensor], empty: dict[str, Tensor], table: Rotary, scale: float):
-    """The velocity v⁻ + scale · (v⁺ - v⁻), `(B, N, C)`: away from what the empty caption gives, as `true_cfg` does."""
+    """Return the velocity v⁻ + scale · (v⁺ - v⁻), `(B, N, C)`, with v⁻ from the empty caption (as `true_cfg`)."""
     count = len(x)
     ids = [torch.cat((batch[key], empty[key].expand(count, -1))) for key in ("t5_ids", "clip_ids")]
     with_text, without = teacher(torch.cat((x, x)), batch["t"].repeat(2), *ids, table).float().chunk(2)
@@ -44,10 +44,10 @@ def distill(
     log: Callable[[dict, int], None],
     workers: int = 0,
 ) -> None:
-    """Teach the pipeline's networks, in place, what they say under `recipe.guidance`.
+    """Distil guidance by `recipe.guidance` into the networks of the pipeline, in place.
 
-    `guidance.safetensors` in the folder says how far it is. The target is a function of its input, without the noise
-    that flow matching's target has: few steps are enough.
+    Resumes from `guidance.safetensors` in the folder. Few steps are enough: unlike the target of flow matching, this
+    one has no noise.
     """
     teacher = Nets(pipe.transformer, pipe.text)
     nets = copy.deepcopy(teacher).train().requires_grad_(True)
@@ -99,4 +99,4 @@ def distill(
             write_tensors(file, states, {"step": step + 1})
     progress.close()
     load_parameters("", teacher, dict(average.named_parameters()))
-    pipe._encoded.clear()  # what the encoders said before
+    pipe._encoded.clear()  # of earlier weights

@@ -1,4 +1,4 @@
-"""Scenes with their latents, drawn and encoded once: neither rendering nor encoding ever stalls a step."""
+"""Pools of scenes with their latents. They are drawn and encoded once, before training."""
 
 import math
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from fluxlab.scenes.captions import EMPTY_SHARE
 from fluxlab.training.autoencoder import to_pixels
 from fluxlab.training.seeds import numpy_rng
 
-TOKEN = 4  # image pixels a token, along a side
+TOKEN = 4  # image pixels per token and side
 BATCH = 50  # images that the autoencoder encodes at a time
-NOISE_WORD = "photo"  # stands for every word the model does not know
+NOISE_WORD = "photo"  # a word outside the vocabulary, so that the model meets the unknown token
 
 
 @dataclass
 class Pool:
-    """Scenes of one size: bf16 latents `(n, tokens, channels)` and each token's weight in the loss `(n, tokens)`."""
+    """Scenes of one size, their latents `(n, tokens, channels)` in bf16, and loss weights `(n, tokens)`."""
 
     size: tuple[int, int]
     scenes: list[scenes.Scene]
@@ -37,8 +37,9 @@ class Pool:
 
 
 def token_weights(scene: scenes.Scene, *, sign: float, thing: float) -> Tensor:
-    """`(tokens,)`: what a token's error counts for, where a thing's box touches it, where the sign's board does (the
-    board lies on top), and 1 elsewhere.
+    """Return the loss weights `(tokens,)` of a scene: `sign` on the board, `thing` on the box of a thing, else 1.
+
+    The board wins where both touch a token.
     """
     rows, cols = scene.size[0] // TOKEN, scene.size[1] // TOKEN
     weights = torch.ones(rows, cols)
@@ -128,7 +129,7 @@ def build_pool(
 
 
 def captions(drawn: list[scenes.Scene], rng: np.random.Generator, unknown_share: float, full_share: float) -> list[str]:
-    """A fresh caption of every scene; in a share of them one unknown word is put where it changes nothing."""
+    """Return a new caption of each scene. A share of them gets an unknown word where it changes no meaning."""
     texts = []
     for scene in drawn:
         draw = rng.random()

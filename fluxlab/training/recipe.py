@@ -1,4 +1,4 @@
-"""The schema of `configs/train/*.yaml`: a key that is not here, or a value of another type, is an error."""
+"""The schema of `configs/train/*.yaml`. Unknown keys and values of another type are errors."""
 
 from dataclasses import dataclass, field
 
@@ -9,9 +9,8 @@ from fluxlab.errors import UserError
 class AutoencoderRecipe:
     """The first stage.
 
-    steps: of `batch` crops of `crop` pixels, then, from `whole_from` (a share) on, of `whole_batch` whole scenes. After
-    them the encoder stays as it is, and the decoder alone learns for `polish` steps, from means off by `polish_noise`
-    standard deviations, as sampled latents are.
+    The `steps` see `batch` crops of `crop` pixels and, after a share `whole_from`, `whole_batch` whole scenes. Then the
+    decoder alone learns for `polish` steps, from means with `polish_noise` standard deviations of noise.
     """
 
     ch: int = 64
@@ -34,17 +33,17 @@ class AutoencoderRecipe:
 class Recipe:
     """One training run.
 
-    Widths and depths have FLUX.1's names; `lr` is Muon's, for the blocks' matrices, `adam_lr` is for all the rest.
+    Widths and depths have FLUX.1's names. `lr` is Muon's, for the matrices of the blocks; `adam_lr` is for the rest.
 
-    For the first `early` share of the steps most batches are 48 × 48 pixels instead of 64 × 64, which costs half as
-    much and teaches the same lettering. `native_share` of the batches have the phase's own size, the others any.
+    During the first share `early` of the steps, most batches are 48 × 48 pixels instead of 64 × 64: half the cost, same
+    lettering. A share `native_share` of the batches has the size of its phase, the others any size.
     `two_words` is the share of scenes that are drawn again until they have a sign with two words, the hardest to
     spell. `workers` processes draw scenes and batches (null: chosen by the device).
-    `t_mean` is the mean of the logit of the times, from a step on, and `shift` the sampler's μ: flat pictures stand out
-    of the noise so early that what the text decides is decided at times above 0.8.
+    `t_mean` maps a step to the mean of the logit of the times from there on; `shift` is the sampler's μ. Flat images
+    emerge from noise early, so that the text matters most at times above 0.8.
 
-    Afterwards, for `guidance_steps` of `guidance_batch` scenes and `guidance_rate` of the learning rates, the networks
-    learn to say at once what true guidance by `guidance` makes of them; 0 steps leave that out.
+    Afterwards true guidance by `guidance` is distilled into one forward for `guidance_steps` steps (0: never) of
+    `guidance_batch` scenes, at a share `guidance_rate` of the learning rates.
     """
 
     name: str = "???"
@@ -97,7 +96,7 @@ class Recipe:
 
 
 def check(recipe: Recipe) -> None:
-    """Raise `UserError` naming the key, its value and what would be accepted."""
+    """Raise UserError if a value is out of range."""
     for key in (
         "steps",
         "batch",
@@ -111,22 +110,22 @@ def check(recipe: Recipe) -> None:
     ):
         value = getattr(recipe, key)
         if value < 1:
-            raise UserError(f"{key}={value}: at least 1 is needed")
+            raise UserError(f"{key}={value}: expected at least 1")
     if recipe.hidden_size % 64:
-        raise UserError(f"hidden_size={recipe.hidden_size}: heads are 64 wide, a multiple of 64 is needed")
+        raise UserError(f"hidden_size={recipe.hidden_size}: expected a multiple of 64, the width of a head")
     for key in ("t5_width", "clip_width"):
         if getattr(recipe, key) % 32:
-            raise UserError(f"{key}={getattr(recipe, key)}: heads are 32 wide, a multiple of 32 is needed")
+            raise UserError(f"{key}={getattr(recipe, key)}: expected a multiple of 32, the width of a head")
     if recipe.tracker not in ("wandb", "none"):
         raise UserError(f"tracker={recipe.tracker}: expected wandb or none")
     if recipe.guidance_steps < 0 or recipe.guidance_batch < 1:
         key = "guidance_steps" if recipe.guidance_steps < 0 else "guidance_batch"
-        raise UserError(f"{key}={getattr(recipe, key)}: a count is needed, guidance_steps=0 leaves the stage out")
+        raise UserError(f"{key}={getattr(recipe, key)}: expected a count; guidance_steps=0 leaves the stage out")
     if not 0 <= recipe.two_words <= 1:
         raise UserError(f"two_words={recipe.two_words}: expected a share from 0 to 1")
     if recipe.workers is not None and recipe.workers < 0:
         raise UserError(f"workers={recipe.workers}: expected a number of processes, 0 for none")
     if not 0 < recipe.native_share <= 1:
-        raise UserError(f"native_share={recipe.native_share}: a share above 0, at most 1, is needed")
+        raise UserError(f"native_share={recipe.native_share}: expected a share above 0 and at most 1")
     if 0 not in recipe.t_mean:
-        raise UserError(f"t_mean={recipe.t_mean}: a mean from step 0 on is needed")
+        raise UserError(f"t_mean={recipe.t_mean}: expected a mean for step 0, for instance {{0: 1.6}}")

@@ -1,4 +1,4 @@
-"""What a run shows of itself: curve and sample grids to files first, then to W&B."""
+"""Curves and sample grids of a training run: first to files, then to W&B."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from fluxlab.report.wandb.link import Link
 
 
 class Tracker:
-    """W&B if wanted and possible. Whatever goes wrong with it is said once and never stops a run."""
+    """Log to W&B if requested. Its failures are reported once and never stop a run."""
 
     def __init__(self, kind: str, folder: Path, config: dict):
         self.link = None
@@ -23,19 +23,19 @@ class Tracker:
             self.link = Link(folder, {"project": "fluxlab-train", "group": config["name"]}, config, command)
 
     def log(self, values: dict[str, float], step: int, images: dict[str, Path] | None = None) -> None:
-        """Numbers and pictures of a step. The pictures' files have to stay as they are."""
+        """Log numbers and images of a step. The image files must not change afterwards."""
         if self.link:
             shown = {key: [(str(file.resolve()), None)] for key, file in (images or {}).items()}
             self.link.say({"log": values, "images": shown, "step": step})
 
     def close(self) -> None:
-        """End the run: as failed where an exception is on its way."""
+        """End the run, as failed if an exception is being raised."""
         if self.link:
             self.link.close(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def write_curve(file: Path, curve: list[list[float]]) -> None:
-    """The loss curve as CSV: step, weighted loss, plain loss, gradient norm, learning rate's share."""
+    """Write the loss curve as CSV: step, weighted loss, plain loss, gradient norm, share of the learning rate."""
     text = io.StringIO(newline="")
     rows = csv.writer(text)
     rows.writerow(["step", "loss", "plain_loss", "grad_norm", "lr_share"])
@@ -44,7 +44,7 @@ def write_curve(file: Path, curve: list[list[float]]) -> None:
 
 
 def write_grid(file: Path, images: np.ndarray, columns: int, zoom: int = 2) -> None:
-    """uint8 images `(n, H, W, 3)` side by side, each pixel `zoom` wide."""
+    """Write uint8 images `(n, H, W, 3)` as one PNG with `columns` per row, enlarged `zoom` times."""
     rows = [
         np.concatenate(list(images[i : i + columns]), axis=1)
         for i in range(0, len(images) // columns * columns, columns)

@@ -1,4 +1,4 @@
-"""A training run from nothing to a Diffusers folder: autoencoder, pool of latents, transformer, guidance, export."""
+"""The stages of a training run: autoencoder, pools of latents, transformer, guidance."""
 
 import copy
 import math
@@ -56,7 +56,7 @@ LOOK = (
 
 
 def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
-    """Run or resume a recipe in its folder; the trained pipeline, whose weights are the EMA, is also written there."""
+    """Run or resume a recipe in its folder. Return the trained pipeline with EMA weights."""
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(recipe.tracker, folder, asdict(recipe))
     try:
@@ -75,7 +75,7 @@ def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
 
 
 def train_autoencoder(recipe: Recipe, folder: Path, device: str, tracker: Tracker) -> AutoEncoder:
-    """The first stage; `autoencoder.safetensors` in the folder says how far it is."""
+    """Run or resume the first stage from `autoencoder.safetensors` in the folder."""
     r, file = recipe.autoencoder, folder / "autoencoder.safetensors"
     torch.manual_seed(derived(recipe.seed, "autoencoder weights", 0))
     params = AutoEncoderParams(64, 3, r.ch, 3, tuple(r.ch_mult), r.num_res_blocks, r.z_channels, 1.0, 0.0)
@@ -105,7 +105,7 @@ def train_autoencoder(recipe: Recipe, folder: Path, device: str, tracker: Tracke
             else:
                 loss, error = ae.step_loss(model, pixels, generator, r.kl_weight)
         optimizer.zero_grad()
-        loss.backward()  # while polishing the encoder has no gradients, and the optimizer leaves it alone
+        loss.backward()  # the encoder has no gradients while polishing
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         progress(step + 1, f"error {error.item():.4f}")
@@ -118,7 +118,7 @@ def train_autoencoder(recipe: Recipe, folder: Path, device: str, tracker: Tracke
 
 
 def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) -> list[Pool]:
-    """A pool for every size. Latents lie in the folder, so that a resumed run has the very same."""
+    """Return a pool for each size. Latents are kept in the folder, so that a resumed run has the same ones."""
     counts = dict.fromkeys(scenes.SIZES, recipe.pool_other)
     counts |= {NATIVE_SIZE: recipe.pool, EARLY_SIZE: recipe.pool_early}
     pools = []
@@ -139,7 +139,7 @@ def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) ->
 
 
 def new_nets(recipe: Recipe) -> tuple[Nets, TextEncoders]:
-    """Untrained networks: a pure function of the recipe."""
+    """Return untrained networks, a pure function of the recipe."""
     torch.manual_seed(derived(recipe.seed, "weights", 0))
     text = text_encoders(
         length=recipe.max_sequence_length,
@@ -168,7 +168,7 @@ def new_nets(recipe: Recipe) -> tuple[Nets, TextEncoders]:
 def train_transformer(
     recipe: Recipe, folder: Path, device: str, model: AutoEncoder, pools: list[Pool], tracker: Tracker
 ) -> Pipeline:
-    """The second stage; `state.safetensors` in the folder says how far it is."""
+    """Run or resume the second stage from `state.safetensors` in the folder."""
     nets, text = new_nets(recipe)
     nets.to(device)
     average = copy.deepcopy(nets).eval().requires_grad_(False)
@@ -257,7 +257,7 @@ def read_values(pending: list[tuple], recipe: Recipe) -> list[list[float]]:
 def supply(
     recipe: Recipe, pools: list[Pool], text: TextEncoders, params: FluxParams, device: str
 ) -> tuple[Batches, dict[tuple[int, int], Rotary]]:
-    """What every step trains on, and the rotary table of each size."""
+    """Return the batches of all steps, and the rotary table of each size."""
     turn = round(recipe.early * recipe.steps)
     phases = [
         Phase(0, EARLY_SIZE, recipe.native_share, recipe.early_batch),
@@ -280,11 +280,9 @@ def supply(
 
 
 def look(pipe: Pipeline, seeds: int = 2):
-    """uint8 `(seeds · prompts, 64, 64, 3)`: the fixed prompts, a row a seed. bf16, as sampling in training need not be
-    exact.
-    """
+    """Return images of the fixed prompts, uint8 `(seeds · prompts, 64, 64, 3)`, one row per seed, sampled in bf16."""
     parts = []
-    pipe._encoded.clear()  # the encoders have moved on
+    pipe._encoded.clear()  # of earlier weights
     device = pipe.device.type
     for seed in range(seeds):
         with torch.autocast(device, torch.bfloat16):

@@ -1,6 +1,6 @@
-"""Checkpoints of a training run: one safetensors file each, what is not a tensor as JSON in its header. No pickle.
+"""Checkpoints of a training run: one safetensors file each, with other values as JSON in its header.
 
-Random draws are functions of (seed, step), so tensors and the step are all that an exact resume needs.
+Random draws are functions of (seed, step), so that tensors and the step suffice for an exact resume.
 """
 
 import json
@@ -17,7 +17,7 @@ from fluxlab.files import sync
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], notes: dict) -> None:
-    """Write a file that is either the old one or the whole new one, whenever the process or the machine stops."""
+    """Write a file atomically: if the process or machine stops, the old file remains."""
     partial = file.with_name(f".{file.name}.part")
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, {"notes": json.dumps(notes)})
     with open(partial, "rb") as handle:
@@ -27,36 +27,36 @@ def write_tensors(file: Path, tensors: dict[str, Tensor], notes: dict) -> None:
 
 
 def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, notes) of `write_tensors`. Raises `UserError` naming a file that cannot be read."""
+    """Return the tensors and notes that `write_tensors` wrote. Raises UserError for a file that cannot be read."""
     try:
         with safe_open(file, "pt") as handle:
             names = list(handle.keys())
             return {name: handle.get_tensor(name) for name in names}, json.loads(handle.metadata()["notes"])
     except Exception as error:  # safetensors raises its own, and a bare Exception for some files
-        raise UserError(f"{file}: not a checkpoint of a training run ({error}); delete it to start again") from error
+        raise UserError(f"{file}: not a checkpoint of a training run ({error}); delete it to start over") from error
 
 
 def parameter_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once, by name: T5 ties its embedding to a second name."""
+    """Return each parameter by name, once: T5 has two names for its embedding."""
     return {prefix + name: parameter for name, parameter in module.named_parameters()}
 
 
 @torch.no_grad()
 def load_parameters(prefix: str, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `parameter_tensors`. Raises `UserError` if the tensors are another recipe's."""
+    """Load the result of `parameter_tensors`. Raises UserError for tensors of another recipe."""
     own = dict(module.named_parameters())
     given = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     wrong = sorted(set(own) ^ set(given)) or [name for name in own if own[name].shape != given[name].shape]
     if wrong:
         raise UserError(
-            f"the checkpoint is of another recipe ({wrong[0]} differs): choose another out=, or delete its folder"
+            f"the checkpoint belongs to another recipe ({wrong[0]} differs): set another out= or delete its folder"
         )
     for name, parameter in own.items():
         parameter.copy_(given[name])
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """The optimizers' state under flat names: `opt.<optimizer>.<parameter>.<key>`. All of it is tensors."""
+    """Return the state of optimizers under flat names, `opt.<optimizer>.<parameter>.<key>`."""
     return {
         f"opt.{i}.{index}.{key}": value
         for i, optimizer in enumerate(optimizers)
@@ -66,7 +66,7 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tens
 
 
 def load_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; learning rates are set at every step and need no place."""
+    """Load the result of `optimizer_tensors`. Learning rates are set at each step and are not part of it."""
     for i, optimizer in enumerate(optimizers):
         whole = optimizer.state_dict()
         whole["state"] = {}

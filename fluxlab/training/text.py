@@ -1,6 +1,4 @@
-"""The embedded model's own text encoders: word-level tokenizers over the scenes' vocabulary, a small CLIP and a small
-T5.
-"""
+"""Text encoders of the embedded model: word-level tokenizers over the vocabulary of the scenes, a small CLIP and T5."""
 
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,7 @@ PUNCTUATION = r"""[\"'.,!?:;()“”‘’]"""
 
 
 def _tokenizer(length: int, template: str):
-    """Lower-cased words, punctuation dropped, unknown words as one unknown token, between the marks of the template."""
+    """Return a tokenizer of lower-cased words without punctuation. Other words become the unknown token."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -35,10 +33,10 @@ def _tokenizer(length: int, template: str):
 
 
 def text_encoders(*, length: int, t5_width: int, clip_width: int, layers: int) -> TextEncoders:
-    """Untrained encoders for prompts of `length` tokens, initialised from torch's global generator.
+    """Return untrained encoders for prompts of `length` tokens, initialised from the global generator of PyTorch.
 
-    T5 gives `(B, length, t5_width)`, CLIP's pooled output is `(B, clip_width)`; both have `layers` layers and heads
-    32 wide.
+    T5 returns `(B, length, t5_width)`, the pooled output of CLIP is `(B, clip_width)`. Both have `layers` layers with
+    heads 32 wide.
     """
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -80,9 +78,9 @@ def text_encoders(*, length: int, t5_width: int, clip_width: int, layers: int) -
 
 @torch.no_grad()
 def _bag_of_words(clip: "CLIPTextModel") -> None:
-    """Draw CLIP afresh so that the pooled vector begins as about the sum of the words' vectors.
+    """Initialise CLIP so that its pooled vector is close to the sum of the word vectors.
 
-    With CLIP's own small initial weights it tells "red" from "blue" by a hundredth once position and length have grown.
+    With the usual small initial weights, "red" and "blue" differ by only one hundredth in the pooled vector.
     """
     width = clip.config.hidden_size
     scales = {"token_embedding": 1.0, "position_embedding": 0.1, "v_proj": width**-0.5, "out_proj": 4 * width**-0.5}
@@ -93,5 +91,5 @@ def _bag_of_words(clip: "CLIPTextModel") -> None:
 
 
 def token_ids(tokenizer, prompts: list[str], length: int) -> torch.Tensor:
-    """`(B, length)` ids, padded and cut: the very call that sampling makes."""
+    """Return token ids `(B, length)`, padded and truncated as in sampling."""
     return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids

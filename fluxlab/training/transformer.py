@@ -1,4 +1,4 @@
-"""The second stage: the transformer and both text encoders, by flow matching on the latents."""
+"""Second training stage: the transformer and both text encoders, by flow matching on latents."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from fluxlab.training.text import token_ids
 
 
 class Nets(nn.Module):
-    """Everything that the second stage trains."""
+    """All networks that the second stage trains."""
 
     def __init__(self, transformer: Flux, text: TextEncoders):
         super().__init__()
@@ -27,14 +27,14 @@ class Nets(nn.Module):
         self.t5 = text.t5
 
     def forward(self, x: Tensor, t: Tensor, t5_ids: Tensor, clip_ids: Tensor, table: Rotary) -> Tensor:
-        """Velocity of the packed latents x `(B, N, C)` at the times t `(B,)`, given both tokenizers' ids `(B, L)`."""
+        """Return the velocity of packed latents x `(B, N, C)` at times t `(B,)`. Token ids are `(B, L)`."""
         txt = self.t5(t5_ids)[0]
         y = self.clip(clip_ids).pooler_output
         return self.transformer(x, None, txt, None, t, y, rotary=table)
 
 
 def start_at_identity(transformer: Flux) -> Flux:
-    """Zero the modulations and the last layer, so that every block begins as the identity (adaLN-Zero, arXiv
+    """Set modulations and the last layer to zero, so that each block starts as the identity (adaLN-Zero, arXiv
     2212.09748).
     """
     for name, parameter in transformer.named_parameters():
@@ -44,19 +44,17 @@ def start_at_identity(transformer: Flux) -> Flux:
 
 
 def table_for(params: FluxParams, length: int, grid: tuple[int, int], device: str = "cpu") -> Rotary:
-    """The rotary table of `length` text tokens and an image of `grid` tokens: fp32 ids, fp64 angles, whatever autocast
-    does.
-    """
+    """Return the rotary table of `length` text tokens and an image of `grid` tokens (rows, columns)."""
     axes = len(params.axes_dim)
     ids = torch.cat((text_ids(1, length, axes), image_ids(1, *grid, axes)), dim=1)
     return rotary_table(ids.to(device), params.axes_dim, params.theta)
 
 
 def optimizers(nets: Nets, *, muon_lr: float, adam_lr: float, text_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the blocks' matrices, AdamW on all the rest: in a trial, AdamW alone never got the lettering legible.
+    """Return Muon for the matrices of the blocks and AdamW for the rest. With AdamW alone, lettering stayed illegible.
 
-    The encoders learn slower than the transformer: at its rate CLIP's pooled output collapses while the transformer
-    still learns what all pictures have in common, and colours come much later.
+    The text encoders have a lower rate: at the rate of the transformer, the pooled output of CLIP collapses early, and
+    colours are learned much later.
     """
     in_blocks = [p for n, p in nets.transformer.named_parameters() if "_blocks." in n and p.ndim == 2]
     chosen = {id(p) for p in in_blocks}
@@ -77,9 +75,10 @@ def optimizers(nets: Nets, *, muon_lr: float, adam_lr: float, text_lr: float) ->
 
 
 def learning_rate(step: int, steps: int, warmup: int, decay: float) -> float:
-    """The share of the full rate at a step: a linear warm-up, level, then over the last `decay` share straight to 2 %.
+    """Return the share of the full rate at a step: linear warm-up, constant, then linear to 2 % over the last share
+    `decay` of the steps.
 
-    Until the decay begins nothing depends on `steps`, so how long to train can be settled while a run is going.
+    Before the decay nothing depends on `steps`, so that a run can be made longer while it is going.
     """
     left = (steps - step) / max(1.0, decay * steps)
     return min(1.0, (step + 1) / warmup) * max(0.02, min(1.0, left))
@@ -87,7 +86,7 @@ def learning_rate(step: int, steps: int, warmup: int, decay: float) -> float:
 
 @dataclass(frozen=True)
 class Phase:
-    """From a step on: `share` of the batches are `count` scenes of `size`, the others of any other size."""
+    """From step `start` on, a share `share` of the batches has `count` scenes of `size`, the others another size."""
 
     start: int
     size: tuple[int, int]
@@ -96,7 +95,7 @@ class Phase:
 
 
 class Batches(Dataset):
-    """What a step trains on, a pure function of (seed, step)."""
+    """The batch of each step, a pure function of (seed, step)."""
 
     def __init__(
         self,
@@ -129,7 +128,7 @@ class Batches(Dataset):
         texts = captions([pool.scenes[i] for i in chosen], rng, self.unknown, self.full_share)
         generator = torch_rng(self.seed, "noise", step)
         x0 = pool.latents[torch.from_numpy(chosen)].float()
-        # stratified: every batch sees all times, which quiets the loss
+        # stratified: each batch covers all times, which lowers the variance of the loss
         u = (torch.rand(count, generator=generator) + torch.arange(count)) / count
         mean = [mean for start, mean in sorted(self.t_mean.items()) if start <= step][-1]
         t = torch.sigmoid(mean + self.t_std * torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)))
@@ -164,7 +163,7 @@ def _one_thread(worker: int) -> None:
 
 
 def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary) -> tuple[Tensor, Tensor]:
-    """(weighted, plain) mean squared error of the velocity noise - x0 at x_t = (1 - t)·x0 + t·noise."""
+    """Return the weighted and the plain mean squared error of the velocity noise - x0 at x_t = (1 - t)·x0 + t·noise."""
     t = batch["t"][:, None, None]
     x = (1 - t) * batch["x0"] + t * batch["noise"]
     velocity = nets(x, batch["t"], batch["t5_ids"], batch["clip_ids"], table)
@@ -175,5 +174,5 @@ def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary) -> tuple
 
 @torch.no_grad()
 def move_average(average: list[Tensor], parameters: list[Tensor], decay: float, step: int) -> None:
-    """EMA in place, with a shorter memory at the start, so that early samples are not those of the initial weights."""
+    """Update an exponential moving average in place, with a shorter memory during the first steps."""
     lerp_(average, parameters, 1 - min(decay, (1 + step) / (10 + step)))
