@@ -16,9 +16,8 @@
 # %% [markdown]
 # # A tour of fluxlab
 #
-# **What do position ids do in a FLUX diffusion transformer?** Five minutes on a laptop, with the small model that ships
-# with fluxlab: ids, an edit of them, what it does to attention, what it does to pictures, and an experiment with
-# numbers. Nothing in here is needed elsewhere; everything it calls is documented where it lives.
+# **What do position ids do in a FLUX diffusion transformer?** This tour takes five minutes on a laptop, with the small
+# model that is part of fluxlab: ids, an edit, its effect on attention and on images, and an experiment with numbers.
 
 # %%
 # %matplotlib inline
@@ -37,7 +36,7 @@ from fluxlab.positions import Program
 from fluxlab.run import main
 from fluxlab.sampling import image_ids, text_ids
 
-warnings.filterwarnings("ignore", "IProgress")  # progress bars do without widgets
+warnings.filterwarnings("ignore", "IProgress")  # progress bars work without widgets
 
 pipe = fluxlab.load_pipeline("tiny")
 prompt = "a red fox on the left holding a sign that says hello world"
@@ -45,8 +44,8 @@ prompt = "a red fox on the left holding a sign that says hello world"
 # %% [markdown]
 # ## Ids
 #
-# Every token has a position: (index, row, col), in fp32. Image tokens stand on their grid, text tokens all at the
-# origin; that is all a FLUX transformer is told about where things are.
+# Every token has a position (index, row, col) in fp32. Image tokens have the positions of their grid, text tokens are
+# all at the origin. A FLUX transformer has no other information about where a token is.
 
 # %%
 rows, cols = pipe.grid(None, None)  # the model's own size, in tokens
@@ -58,7 +57,7 @@ img_ids.view(rows, cols, 3)[:3, :3]  # the top left corner
 # %% [markdown]
 # ## An edit
 #
-# An edit is an op and where it acts; a program is a list of edits. This one halves the distances between image tokens.
+# An edit is an op and where it acts. A program is a list of edits. This one halves the distances between image tokens.
 # The text stays at the origin.
 
 # %%
@@ -67,45 +66,45 @@ print(half.describe(), half.digest[:12])
 plot.layout(half, grid=(rows, cols), text=pipe.max_sequence_length)
 
 # %% [markdown]
-# Attention sees ids only through rotations of queries and keys, so only their differences count. For equal vectors the
-# score falls off with distance; halved ids make everything look half as far away.
+# Ids enter attention through rotations of queries and keys, so only their differences matter. The RoPE similarity of
+# two tokens falls with their distance. With halved ids, every distance counts half.
 
 # %%
 params = pipe.transformer.params
 plot.kernel(half, grid=(rows, cols), axes_dim=params.axes_dim, theta=params.theta)
 
 # %% [markdown]
-# ## Pictures
+# ## Images
 #
-# Programs of one batch may differ. Same prompt, same seed, three programs: untouched ids; halved; and all ids, the
-# text's too, shifted by one constant, which leaves all differences as they were.
+# Programs in a batch may differ. Here are three programs with the same prompt and seed: unchanged ids, halved ids, and
+# all ids (text and image) shifted by a constant, which keeps all differences.
 
 # %%
 shift = Program.from_config({"a": {"op": "offset", "by": [3, -2.5, 7], "tokens": "all"}})
 images = pipe.generate([prompt], seeds=[0], programs=[None, half, shift])
 
 figure, panels = plt.subplots(1, 3, figsize=(9, 3.4), layout="constrained")
-for panel, image, title in zip(panels, images, ("untouched", half.describe(), "all ids shifted"), strict=True):
+for panel, image, title in zip(panels, images, ("unchanged", half.describe(), "all ids shifted"), strict=True):
     panel.imshow(image, interpolation="nearest")
     panel.set_title(title, fontsize=9)
     panel.axis("off")
 
 # %% [markdown]
-# How far apart are they? The shift changes nothing but rounding: it is the noise floor that every effect is quoted
-# beside.
+# How much do they differ? The shift changes rounding only. It is the noise floor, a control that is shown next to every
+# effect.
 
 # %%
-untouched, halved, shifted = (np.asarray(image, int) for image in images)
+unchanged, halved, shifted = (np.asarray(image, int) for image in images)
 print("largest difference of a pixel, 0 to 255:")
-print("  ids halved: ", abs(halved - untouched).max())
-print("  ids shifted:", abs(shifted - untouched).max())
+print("  ids halved: ", abs(halved - unchanged).max())
+print("  ids shifted:", abs(shifted - unchanged).max())
 
 # %% [markdown]
 # ## An experiment
 #
-# On the command line an experiment is `python -m fluxlab.run +exp=<name>` and keys; the same from here. It fills a
-# folder, the store: pictures, a row of numbers for each, means with intervals, and the grid below. The same command
-# again makes only what is missing.
+# On the command line, `python -m fluxlab.run +exp=<name>` and keys run an experiment. The same works here. It writes a
+# folder, the store: images, one row of metrics per image, means with intervals, and the grid below. The same call again
+# computes only what is missing.
 
 # %%
 store = Path(tempfile.mkdtemp()) / "tour"
@@ -126,8 +125,8 @@ main(
 Image.open(store / "grid.png")
 
 # %% [markdown]
-# Figures, reports and trackers read nothing but the store, and so can you. Structural similarity to the baseline, 1
-# where nothing changed:
+# Figures, reports and trackers read the store only. This is the structural similarity to the baseline, which is 1 for
+# equal images:
 
 # %%
 run = read_store(store)
@@ -136,5 +135,5 @@ for row in run.summary:
         print(f"{row['variant']:<14}{row['mean']:.3f}  n = {row['n']}")
 
 # %% [markdown]
-# From here: the README lists all ops and where they can act, `configs/exp/` has the article's experiments, and
-# `python -m experiments.article <store>` draws a store for a paper.
+# Next: `docs/programs.md` lists all ops and where they can act, README lists the experiments, and
+# `python -m experiments.article <store>` makes a figure for a paper.

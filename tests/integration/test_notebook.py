@@ -1,4 +1,4 @@
-"""The tour: its two files say the same, neither holds results, and it runs."""
+"""The tour: its two files agree, neither contains outputs, and it runs."""
 
 import ast
 import os
@@ -22,14 +22,14 @@ def test_every_notebook_is_a_pair():
     assert SCRIPTS
 
 
-def test_the_pair_says_the_same(script):
+def test_both_files_agree(script):
     pair = [jupytext.read(script), jupytext.read(script.with_suffix(".ipynb"))]
-    told = [[(cell.cell_type, cell.source) for cell in one.cells] for one in pair]
-    assert told[0] == told[1], f"write the notebook anew: jupytext --to ipynb {script}"
+    cells = [[(cell.cell_type, cell.source) for cell in one.cells] for one in pair]
+    assert cells[0] == cells[1], f"run jupytext --to ipynb {script}"
     assert pair[0].metadata.kernelspec == pair[1].metadata.kernelspec
 
 
-def test_no_results_are_kept(script):
+def test_outputs_are_not_saved(script):
     notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:
@@ -37,7 +37,7 @@ def test_no_results_are_kept(script):
         assert cell.get("execution_count") is None
 
 
-def test_nothing_is_defined_that_could_be_reused(script):
+def test_no_functions_or_classes_are_defined(script):
     defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
     assert not [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, defined)]
 
@@ -49,17 +49,17 @@ def test_the_tour_runs(tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path), "IPYTHONDIR": str(tmp_path)}
     environment["JUPYTER_RUNTIME_DIR"] = str(tmp_path)
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute(env=environment)  # raises for a cell that does
-    shown = {
-        i: [sort for output in cell.get("outputs", ()) for sort in output.get("data", {})]
+    client.execute(env=environment)  # raises if a cell does
+    types = {
+        i: [kind for output in cell.get("outputs", ()) for kind in output.get("data", {})]
         for i, cell in enumerate(notebook.cells)
     }
-    pictures = [i for i, sorts in shown.items() if "image/png" in sorts]
-    assert [_heading(notebook, i) for i in pictures] == ["An edit", "An edit", "Pictures", "An experiment"]
-    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "img_ids (1, 256, 3) torch.float32" in said
-    assert "half" in said
-    differences = dict(line.split(":") for line in said.splitlines() if line.startswith("  ids "))
+    images = [i for i, kinds in types.items() if "image/png" in kinds]
+    assert [_heading(notebook, i) for i in images] == ["An edit", "An edit", "Images", "An experiment"]
+    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "img_ids (1, 256, 3) torch.float32" in printed
+    assert "half" in printed
+    differences = dict(line.split(":") for line in printed.splitlines() if line.startswith("  ids "))
     assert int(differences["  ids halved"]) > 5 * int(differences["  ids shifted"])  # which is rounding
 
 
