@@ -1,6 +1,6 @@
 """Measure what the embedded model can do, and what the article's edits of img_ids do to it.
 
-    python benchmarks/embedded.py --model runs/train-tiny/pipeline     # about 12 min on 2 CPU cores
+    python benchmarks/embedded.py --model runs/train-tiny/pipeline     # about 7 min on 2 CPU cores
 
 writes `embedded.json` and the model card, `README.md`, into the model's folder. `--model tiny` measures the model that
 is part of the package. README's table of results is then refreshed by `python docs/tables.py`.
