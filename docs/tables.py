@@ -149,15 +149,25 @@ def packages() -> str:
     return markdown(["package", "what it does"], rows)
 
 
-def ops() -> str:
-    """Every registered op: arguments and the first line of its docstring."""
-    from fluxlab.positions import OPS
+def ops_on_ids() -> str:
+    """Every op that changes ids: arguments and the first line of its docstring."""
+    from fluxlab.positions import ops_table
 
-    rows = []
-    for name, op in OPS.items():
-        arguments = [f"`{key}`" + ("" if key in op.required else f" = {op.defaults[key]}") for key in op.types]
-        rows.append([f"`{name}`", ", ".join(arguments) or "none", op.summary])
-    return markdown(["op", "arguments", "what it does"], rows)
+    return ops_table(["ids"])
+
+
+def ops_on_attention() -> str:
+    """Every op that changes attention itself: arguments and the first line of its docstring."""
+    from fluxlab.positions import ops_table
+
+    return ops_table(["attention", "scale", "rotation"])
+
+
+def where() -> str:
+    """Every key that says where an edit acts: default and what it accepts."""
+    from fluxlab.positions import where_table
+
+    return where_table()
 
 
 def metrics() -> str:
@@ -179,7 +189,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "words": words,
     "packages": packages,
-    "ops": ops,
+    "ops-on-ids": ops_on_ids,
+    "ops-on-attention": ops_on_attention,
+    "where": where,
     "metrics": metrics,
 }
 

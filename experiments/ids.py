@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from experiments.style import COLUMN, PAGE, command, figure, paper, save, save_caption
-from fluxlab.drawing.token_layout import sequence, view
 from fluxlab.positions import IMAGE, TEXT, Program
+from fluxlab.positions.at_step import program_at_step, sequence
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ TINT, PLAIN = "#CFE8F7", "white"
 def image_ids(edit: dict | None, side: int) -> tuple[Tensor, Tensor]:
     """img_ids `(side², 3)` of a square picture, before and after an edit."""
     context = sequence(grid=(side, side), text=TEXT_TOKENS)
-    seen = view(Program.from_config({"edit": edit} if edit else None), context)
+    seen = program_at_step(Program.from_config({"edit": edit} if edit else None), context)
     image = slice(*context.layout.range(IMAGE))
     return seen.before[image], seen.after[image]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxlab.compose import guarded
-from fluxlab.drawing.token_layout import OKABE_ITO, style, write_figure
+from fluxlab.drawing.style import OKABE_ITO, style, write_figure
 from fluxlab.files import write_atomic
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 import fluxlab
-from fluxlab.drawing import token_layout as plot
+from fluxlab.drawing import position_plot as plot
 from fluxlab.experiment.reading import read_store
 from fluxlab.positions import Program
 from fluxlab.run import main
@@ -63,7 +63,7 @@ img_ids.view(rows, cols, 3)[:3, :3]  # the top left corner
 # %%
 half = Program.from_config({"a": {"op": "scale", "factor": 0.5}})
 print(half.describe(), half.digest[:12])
-plot.layout(half, grid=(rows, cols), text=pipe.max_sequence_length)
+plot.position_plot(half, grid=(rows, cols), text=pipe.max_sequence_length)
 
 # %% [markdown]
 # Ids enter attention through rotations of queries and keys, so only their differences matter. The RoPE similarity of
@@ -71,7 +71,7 @@ plot.layout(half, grid=(rows, cols), text=pipe.max_sequence_length)
 
 # %%
 params = pipe.transformer.params
-plot.kernel(half, grid=(rows, cols), axes_dim=params.axes_dim, theta=params.theta)
+plot.similarity_plot(half, grid=(rows, cols), axes_dim=params.axes_dim, theta=params.theta)
 
 # %% [markdown]
 # ## Images

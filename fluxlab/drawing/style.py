@@ -1,4 +1,4 @@
-"""What pictures of programs share: colours, settings, titles, and files whose bytes are the same at every run."""
+"""Colours, settings and titles of figures, and figure files with the same bytes on every run."""
 
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
-from fluxlab.positions.view import View
+from fluxlab.positions.program import Program
 from fluxlab.select.layout import IMAGE, REFERENCE, TEXT
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ NO_DATES = {
     ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     ".svg": {"Date": None, "Creator": None},
 }
-"""What `write_figure` writes, and the metadata that it leaves out."""
+"""The file types that `write_figure` writes, and the metadata that it leaves out."""
 
 OKABE_ITO = {
     "black": "#000000",
@@ -31,21 +31,22 @@ OKABE_ITO = {
     "vermillion": "#D55E00",
     "purple": "#CC79A7",
 }
-"""Colours that colour-blind readers tell apart (Okabe and Ito, Color Universal Design, 2008)."""
+"""Colours that colour-blind readers can distinguish (Okabe and Ito, Color Universal Design, 2008)."""
 
 GREY = "0.75"
 STYLE = {"font.size": 8, "figure.titlesize": 9, "legend.frameon": False}
 MARKS = {TEXT: ("^", OKABE_ITO["orange"]), IMAGE: ("o", OKABE_ITO["blue"]), REFERENCE: ("s", OKABE_ITO["purple"])}
 
 
-def title(view: View, told: Mapping[str, str]) -> str:
-    lines = textwrap.wrap(view.program.describe(), 100, max_lines=4, placeholder=" …")
-    return "\n".join([*lines, ", ".join(told.values())]).strip()
+def title(program: Program, labels: Mapping[str, str]) -> str:
+    """Return a program in at most four lines, and labels in another."""
+    lines = textwrap.wrap(program.describe(), 100, max_lines=4, placeholder=" …")
+    return "\n".join([*lines, ", ".join(labels.values())]).strip()
 
 
 @contextmanager
 def style(settings: Mapping[str, Any]) -> Iterator[None]:
-    """matplotlib's defaults and `settings`, whatever a user's own are."""
+    """Use matplotlib's defaults and `settings`, and not the user's own configuration."""
     import matplotlib
 
     with matplotlib.rc_context():
@@ -55,8 +56,9 @@ def style(settings: Mapping[str, Any]) -> Iterator[None]:
 
 
 def write_figure(figure: "Figure", path: str | Path, dpi: int = 200) -> Path:
-    """Write a figure as PNG, PDF or SVG, whichever the name says: the same bytes for the same figure, letters as
-    letters in a PDF. Raises `UserError` for another ending.
+    """Write a figure as PNG, PDF or SVG, depending on the file's ending. Raises UserError for another ending.
+
+    The same figure has the same bytes on every run. Text in a PDF stays text.
     """
     file = check_ending(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,7 @@ def write_figure(figure: "Figure", path: str | Path, dpi: int = 200) -> Path:
 
 
 def check_ending(path: str | Path) -> Path:
-    """The path of a figure. `UserError` for an ending that `write_figure` does not write."""
+    """Return the path of a figure. Raises UserError for an ending that `write_figure` does not write."""
     if Path(path).suffix not in NO_DATES:
         raise UserError(f"{path}: expected a name that ends in {', '.join(NO_DATES)}")
     return Path(path)

@@ -1,10 +1,11 @@
-"""What to do to position ids, and where: ops, edits and programs (README, "Programs"). No networks in here."""
+"""What to do to position ids and where: ops, edits and programs (docs/programs.md). Contains no networks."""
 
 from fluxlab.positions import attention_ops, ops
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
-from fluxlab.positions.noise import noise_floor, shifted
+from fluxlab.positions.markdown import ops_table, where_table
 from fluxlab.positions.program import Edit, Program
 from fluxlab.positions.registry import OPS, Op, load_plugins, op
+from fluxlab.positions.shift_invariance import noise_floor, shifted
 from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout, Scope
 from fluxlab.select.words import Prompt, find_word
 
@@ -29,5 +30,7 @@ __all__ = [
     "noise_floor",
     "op",
     "ops",
+    "ops_table",
     "shifted",
+    "where_table",
 ]

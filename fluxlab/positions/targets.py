@@ -1,4 +1,4 @@
-"""Where relocate and warp move tokens to: places of the image, and displacement fields."""
+"""The targets of `relocate` and the displacement fields of `warp`."""
 
 import math
 from collections.abc import Mapping
@@ -16,8 +16,11 @@ from fluxlab.select.tokens import box_in_tokens, mask_on_grid
 SHAPES = ("point", "box", "line", "mask")
 
 
-def place(value: Any, path: str) -> dict:
-    """`{point | box | line | mask, unit}`; a bare list is a point in tokens."""
+def parse_target(value: Any, path: str) -> dict:
+    """[row, col], {box}, {line} or {mask} of the image
+
+    Returns `{point | box | line | mask, unit}`. A list is a point in tokens.
+    """
     if is_list(value):
         value = {"point": value}
     accepted = f"[row, col], or one of {{{'}, {'.join(SHAPES)}}}"
@@ -42,25 +45,28 @@ def _line(value: Any, path: str) -> list[list[float]]:
     return [[number(n, f"{path}[{i}][{j}]") for j, n in enumerate(end)] for i, end in enumerate(value)]
 
 
-def grid_field(value: Any, path: str) -> list[list[list[float]]]:
-    """A displacement field `(h, w, 2)` as nested lists."""
+def parse_field(value: Any, path: str) -> list[list[list[float]]]:
+    """rows of displacements [row, col]
+
+    Returns a field `(h, w, 2)` as nested lists.
+    """
     value = plain(value)
     accepted = "rows of points [row, col], all rows of equal length"
     if not is_list(value) or not value or any(not is_list(row) or not row for row in value):
         raise wrong(path, value, accepted)
     if len({len(row) for row in value}) != 1:
         raise wrong(path, value, accepted)
-    found = []
+    field = []
     for i, row in enumerate(value):
         for j, point in enumerate(row):
             if not is_list(point) or len(point) != 2:
                 raise wrong(f"{path}[{i}][{j}]", point, "[row, col]")
-        found.append([[number(n, f"{path}[{i}][{j}][{k}]") for k, n in enumerate(p)] for j, p in enumerate(row)])
-    return found
+        field.append([[number(n, f"{path}[{i}][{j}][{k}]") for k, n in enumerate(p)] for j, p in enumerate(row)])
+    return field
 
 
-def targets(ids: Tensor, scope: Scope, to: dict, spread: str | None) -> Tensor:
-    """Positions `(n, A)` spread over `to` (canonical); the index axis stays unless a point gives one."""
+def spread_over(ids: Tensor, scope: Scope, to: dict, spread: str | None) -> Tensor:
+    """Return positions `(n, A)` spread over the target `to` (canonical). The index stays unless a point gives one."""
     ((shape, value),) = ((key, to[key]) for key in SHAPES if key in to)
     layout, unit, n = scope.layout, to["unit"], len(ids)
     spread = spread or {"point": "point", "line": "line"}.get(shape, "grid")
@@ -68,24 +74,27 @@ def targets(ids: Tensor, scope: Scope, to: dict, spread: str | None) -> Tensor:
         point = _position(value[-2:], unit, layout)
         head = ids[:, :1] if value[0] is None else torch.full_like(ids[:, :1], value[0])
         if spread != "point":
-            raise wrong("spread", spread, "point: a point has no room")
+            raise wrong("spread", spread, "point, since a point has no extent")
         rest = [ids[:, 1 + i] if x is None else torch.full_like(ids[:, 1 + i], x) for i, x in enumerate(point)]
         return torch.cat((head, torch.stack(rest, -1)), -1)
     if shape == "line":
         ends = [_position(end, unit, layout) for end in value]
         if spread == "grid":
-            raise wrong("spread", spread, "point or line: a line has no area")
-        found = _along(*ends, n if spread == "line" else 1)
+            raise wrong("spread", spread, "point or line, since a line has no area")
+        positions = _along(*ends, n if spread == "line" else 1)
     elif shape == "box":
-        found = _in_box(box_in_tokens(value, unit, layout, "to.box"), spread, n, scope.rectangle())
+        positions = _in_box(box_in_tokens(value, unit, layout, "to.box"), spread, n, scope.rectangle())
     else:
-        found = _in_mask(mask_on_grid(value, unit, layout, "to.mask"), spread, n)
-    found = torch.tensor(found, dtype=ids.dtype, device=ids.device).expand(n, 2)
-    return torch.cat((ids[:, :1], found), -1)
+        positions = _in_mask(mask_on_grid(value, unit, layout, "to.mask"), spread, n)
+    positions = torch.tensor(positions, dtype=ids.dtype, device=ids.device).expand(n, 2)
+    return torch.cat((ids[:, :1], positions), -1)
 
 
 def _position(point: list[float | None], unit: str, layout: Layout) -> list[float | None]:
-    """A (row, col) of the image as a position: the middle of token r is r tokens, (r + ½) · pixels_per_token pixels."""
+    """Return a (row, col) of the image as a position.
+
+    The middle of token r lies at r in tokens and at (r + ½) · pixels_per_token in pixels.
+    """
     if unit == "tokens":
         return list(point)
     size = [layout.pixels_per_token] * 2 if unit == "pixels" else [1 / n for n in layout.grid]
@@ -98,7 +107,7 @@ def _along(a: list[float], b: list[float], n: int) -> list[list[float]]:
 
 
 def _in_box(edges: list[float], spread: str, n: int, rectangle: tuple[int, int] | None) -> list[list[float]]:
-    """Middles of equal cells: a box of as many tokens gives each a whole position."""
+    """Return the middles of n equal parts of a box. In a box of n tokens these are whole positions."""
     top, left, bottom, right = edges
     if spread != "grid":
         rectangle, n = (1, n), n if spread == "line" else 1
@@ -111,14 +120,18 @@ def _in_box(edges: list[float], spread: str, n: int, rectangle: tuple[int, int] 
 
 
 def _in_mask(inside: Tensor, spread: str, n: int) -> list[list[float]]:
-    """grid: the mask's own tokens, as evenly taken as n allows; line: its middle row of mass; point: its middle."""
-    places = inside.nonzero().double()
-    if not len(places):
+    """Return n positions in a mask.
+
+    grid: the positions of its tokens, taken as evenly as n allows. line: a line through its centre of mass, as wide as
+    the mask. point: its centre of mass.
+    """
+    covered = inside.nonzero().double()
+    if not len(covered):
         raise UserError("to.mask: covers no token of the image")
     if spread == "grid":
-        return places[[int((i + 0.5) * len(places) / n) for i in range(n)]].tolist()
-    middle = places.mean(0).tolist()
+        return covered[[int((i + 0.5) * len(covered) / n) for i in range(n)]].tolist()
+    middle = covered.mean(0).tolist()
     if spread == "point":
         return [middle]
-    left, right = places[:, 1].min().item(), places[:, 1].max().item()
+    left, right = covered[:, 1].min().item(), covered[:, 1].max().item()
     return _along([middle[0], left], [middle[0], right], n)

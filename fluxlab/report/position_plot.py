@@ -35,7 +35,7 @@ def _draw(program: str, grid: tuple[int, int], text: int, prompt: str, steps: in
     The store has no tokenizer, so every word of the prompt counts as one token. A program that cannot be read, for
     example because its plugin is not loaded, has no plot.
     """
-    from fluxlab.drawing import token_layout as plot
+    from fluxlab.drawing import position_plot as plot
     from fluxlab.sampling.schedule import Schedule
 
     known = {field.name for field in fields(Schedule)}
@@ -43,13 +43,13 @@ def _draw(program: str, grid: tuple[int, int], text: int, prompt: str, steps: in
     context = plot.sequence(grid=grid, text=text, prompt=prompt, steps=steps)
     context = replace(context, sigmas=tuple(times.times(steps, grid[0] * grid[1])))
     try:
-        view = plot.view(json.loads(program), context)
+        state = plot.program_at_step(json.loads(program), context)
         # the store does not know how many blocks are double, so the plot does not name its block
-        view = replace(view, told={key: text for key, text in view.told.items() if key != "block"})
+        state = replace(state, labels={key: text for key, text in state.labels.items() if key != "block"})
     except UserError as error:
         return PositionPlot(missing=str(error))
     png = io.BytesIO()
     with plot.style(plot.STYLE):
-        plot.draw_layout(view).savefig(png, format="png", dpi=100)
+        plot.draw_positions(state).savefig(png, format="png", dpi=100)
     content, size = plot_png(png.getvalue())
     return PositionPlot(data_url(content, "png"), size)

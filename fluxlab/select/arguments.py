@@ -83,7 +83,7 @@ def choice(*words: str) -> ArgumentType:
             raise wrong(path, value, " or ".join(words), words)
         return value
 
-    parse.__doc__ = " or ".join(words)
+    parse.__doc__ = ", ".join(words[:-1]) + f" or {words[-1]}"
     return parse
 
 
@@ -97,7 +97,7 @@ def word_or(other: ArgumentType, *words: str) -> ArgumentType:
             raise wrong(path, value, f"{', '.join(words)} or numbers", words)
         return value
 
-    parse.__doc__ = ", ".join([*words, (other.__doc__ or "").partition("\n")[0]])
+    parse.__doc__ = f"{', '.join(words)} or {(other.__doc__ or '').partition(chr(10))[0]}"
     return parse
 
 

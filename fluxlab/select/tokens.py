@@ -22,7 +22,10 @@ ACCEPTED = f"{', '.join(OFFERED)}, or one of {{{'}, {'.join(OFFERED_FORMS)}}}"
 
 
 def parse_tokens(value: Any, path: str) -> str | dict | list:
-    """Return a token selection in canonical form. A list is the union of its parts. Raises UserError otherwise."""
+    """a token selection
+
+    Returns it in canonical form. A list is the union of its parts. Raises UserError for anything else.
+    """
     if is_list(value):
         if not value:
             raise wrong(path, list(value), ACCEPTED)

@@ -22,7 +22,7 @@ from fluxlab.config import ModelRow
 from fluxlab.files import sha256_of
 from fluxlab.model import TRANSFORMERS
 from fluxlab.positions import Program
-from fluxlab.positions import noise as oracle
+from fluxlab.positions import shift_invariance as oracle
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -10,8 +10,8 @@ import torch
 from matplotlib.figure import Figure
 
 from fluxlab.config import config_folder
-from fluxlab.drawing import rope_similarity as kernel
-from fluxlab.drawing import token_layout as plot
+from fluxlab.drawing import position_plot as plot
+from fluxlab.drawing import rope_similarity
 from fluxlab.model.rope import frequencies
 from fluxlab.positions import Program, Prompt, compile_programs
 from fluxlab.positions.__main__ import main, read_program
@@ -23,7 +23,7 @@ PRESETS = sorted((config_folder() / "op").glob("*.yaml"))
 
 
 def layout(program, **more) -> Figure:
-    return plot.layout(program, **{"grid": GRID, "text": TEXT, **more})
+    return plot.position_plot(program, **{"grid": GRID, "text": TEXT, **more})
 
 
 def points(figure: Figure, label: str):
@@ -38,7 +38,7 @@ def line(figure: Figure, label: str, panel: int = 0):
 
 
 def expected(program, **more):
-    seen = plot.view(program, plot.sequence(grid=GRID, text=TEXT), **more)
+    seen = plot.program_at_step(program, plot.sequence(grid=GRID, text=TEXT), **more)
     return seen.after[:TEXT, [2, 1]], seen.after[TEXT:, [2, 1]]
 
 
@@ -66,7 +66,7 @@ def test_points_are_the_ids(program):
     assert torch.equal(points(figure, "text"), text)
     assert torch.equal(points(figure, "image"), image)
     context = plot.sequence(grid=GRID, text=TEXT)
-    assert torch.equal(points(figure, "untouched"), context.ids[0][:, [2, 1]])
+    assert torch.equal(points(figure, "unchanged"), context.ids[0][:, [2, 1]])
     compiled = compile_programs([Program.from_config(program)], context)
     assert torch.equal(torch.cat((text, image)), compiled.ids()[:, [2, 1]])
 
@@ -164,7 +164,9 @@ def test_references():
     context = plot.sequence(grid=GRID, text=0, references=[(2, 2), (1, 3)])
     assert context.ids[0, 24:28].tolist() == [[1, 0, 0], [1, 0, 1], [1, 1, 0], [1, 1, 1]]
     assert context.ids[0, 28:].tolist() == [[2, 0, 0], [2, 0, 1], [2, 0, 2]]
-    figure = plot.draw_layout(plot.view({"a": {"op": "offset", "by": [0, 0, 9], "tokens": "reference"}}, context))
+    figure = plot.draw_positions(
+        plot.program_at_step({"a": {"op": "offset", "by": [0, 0, 9], "tokens": "reference"}}, context)
+    )
     assert points(figure, "reference 1").tolist() == [[9, 0], [10, 0], [11, 0]]
 
 
@@ -175,14 +177,14 @@ def similarity(distance, axis: int):
 
 
 def curve(program, label="after, this axis", panel=0, **more):
-    return line(plot.kernel(program, **{"grid": GRID, "text": TEXT, **more}), label, panel)
+    return line(plot.similarity_plot(program, **{"grid": GRID, "text": TEXT, **more}), label, panel)
 
 
 @pytest.mark.parametrize(("panel", "n"), [(0, 4), (1, 6)])
 def test_kernel_is_the_formula(panel, n):
-    distance, untouched = curve(SCALE, "untouched, this axis", panel)
+    distance, unchanged = curve(SCALE, "unchanged, this axis", panel)
     assert distance.tolist() == list(range(1 - n, n))
-    torch.testing.assert_close(untouched, similarity(distance, 1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(unchanged, similarity(distance, 1), rtol=0, atol=1e-6)
     _, after = curve(SCALE, panel=panel)
     torch.testing.assert_close(after, similarity(2 * distance, 1), rtol=0, atol=1e-6)
     _, whole = curve(SCALE, "after, all axes", panel)
@@ -199,8 +201,8 @@ def test_kernel_of_moved_keys_temperature_and_dropped_rotation():
 
 def test_kernel_of_a_head_and_of_query_groups():
     one = {"a": {"op": "scale", "factor": 2, "heads": [5]}}
-    distance, untouched = curve(one, "untouched, this axis")
-    assert torch.equal(curve(one, head=0)[1], untouched)
+    distance, unchanged = curve(one, "unchanged, this axis")
+    assert torch.equal(curve(one, head=0)[1], unchanged)
     torch.testing.assert_close(curve(one)[1], similarity(2 * distance, 1), rtol=0, atol=1e-6)
     half = {"op": "offset", "by": {"row": 3}, "side": "keys", "seen_by": {"box": [0, 0, 4, 3]}}  # three of six columns
     between = (similarity(distance, 1) + similarity(distance + 3, 1)) / 2
@@ -208,10 +210,12 @@ def test_kernel_of_a_head_and_of_query_groups():
 
 
 def test_kernel_band_holds_all_pairs():
-    view = plot.view({"a": {"op": "jitter", "std": 1}}, plot.sequence(grid=GRID, text=TEXT))
-    row = view.after[TEXT:, 1].reshape(GRID)
+    state = plot.program_at_step({"a": {"op": "jitter", "std": 1}}, plot.sequence(grid=GRID, text=TEXT))
+    row = state.after[TEXT:, 1].reshape(GRID)
     pairs = similarity((row[2:] - row[:-2]).flatten(), 1)  # two rows apart
-    _, mean, low, high = kernel.fall_off(view, kernel._tables(view), 1, slice(8, 36))
+    _, mean, low, high = rope_similarity.similarity_by_distance(
+        state, rope_similarity.program_tables(state), 1, slice(8, 36)
+    )
     at = GRID[0] - 1 + 2
     torch.testing.assert_close(
         torch.stack((mean[at], low[at], high[at])),
@@ -258,8 +262,8 @@ def test_equal_figures_have_equal_bytes(ending, tmp_path):
 
 def test_figures_leave_pyplot_alone():
     code = (
-        "import sys; from fluxlab.drawing import token_layout; assert 'matplotlib' not in sys.modules;"
-        "token_layout.layout({}, grid=(2, 2)); assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys; from fluxlab.drawing import position_plot; assert 'matplotlib' not in sys.modules;"
+        "position_plot.position_plot({}, grid=(2, 2)); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -280,7 +284,7 @@ def test_figures_leave_pyplot_alone():
 )
 def test_what_the_sequence_does_not_have(sizes, message):
     with pytest.raises(ValueError, match=message):
-        plot.layout(SCALE, **sizes)
+        plot.position_plot(SCALE, **sizes)
 
 
 def test_command_line_without_output_only_prints(tmp_path, monkeypatch, capsys):

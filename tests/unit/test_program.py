@@ -533,7 +533,7 @@ BAD_HERE = [
     ({"op": "zero", "blocks": [5]}, "a.blocks", "5", "0-4 through: 2 double, 3 single", None, None),
     ({"op": "zero", "blocks": {"double": [2]}}, "a.blocks", "2", "a double block below 2", None, None),
     ({"op": "zero", "heads": [4]}, "a.heads", "4", "a head below 4", None, None),
-    ({"op": "text_line", "axis": "row", "tokens": "image"}, "a.tokens", "text_line", "select text tokens", None, None),
+    ({"op": "text_line", "axis": "row", "tokens": "image"}, "a.tokens", "text_line", "of text tokens only", None, None),
     ({"op": "relocate", "to": {"box": [0, 0, 9, 9]}}, "a.to.box", "9", "within [0, 0, 4, 4]", None, None),
     ({"op": "relocate", "to": [1, 1], "spread": "grid"}, "a.spread", "'grid'", "point", None, None),
     ({"op": "mask", "from": "text", "to": "all"}, "a", "", "nothing to attend to", None, None),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fluxlab.drawing.legend import legend_below
-from fluxlab.drawing.token_layout import NO_DATES, OKABE_ITO, STYLE, style
+from fluxlab.drawing.style import NO_DATES, OKABE_ITO, STYLE, style
 from fluxlab.experiment.reading import Run
 from fluxlab.probes import Captured
 
