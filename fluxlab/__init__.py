@@ -8,7 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _SUBMODULES = ("checkpoints", "measure", "model", "pipeline", "positions", "probes", "sampling", "scenes")
-_FUNCTIONS = {"load_pipeline": "loading", "Pipeline": "pipeline"}
+_FUNCTIONS = {"load_pipeline": "loading", "Pipeline": "pipeline", "read_run": "experiment.reading"}
 
 __all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fluxlab.config import config_folder
-from fluxlab.errors import UserError
+from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.explain import explain, short, unknown_key
 from fluxlab.terminal import tolerant_output
 
@@ -246,7 +246,7 @@ def _as_yaml(config: Any) -> str:
 
 
 def guarded(work: Callable[[], None], interrupted: str) -> int:
-    """Run `work` and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C.
+    """Run `work` and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C, 1 for NaN.
 
     The message of such an error, at most three lines, goes to standard error. `FLUXLAB_DEBUG=1` shows its traceback
     instead. Any other exception is a bug and is raised. Output goes on without its reader, see `tolerant_output`.
@@ -257,6 +257,9 @@ def guarded(work: Callable[[], None], interrupted: str) -> int:
         except KeyboardInterrupt:
             print(interrupted, file=sys.stderr)
             return 130
+        except NonFiniteError as error:
+            print(error, file=sys.stderr)
+            return 1
         except (UserError, OSError) as error:
             if debugging() or not is_users(error):
                 raise

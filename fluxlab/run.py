@@ -22,7 +22,7 @@ from fluxlab.compose import (
     launches_jobs,
 )
 from fluxlab.config import config_folder, model_row
-from fluxlab.errors import UserError
+from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.explain import short
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _run_combinations(overrides: list[str], folder: Path | None) -> None:
     anything runs if two combinations have the same folder, and at the end if some of them failed.
     """
     every = combinations("config", RunConfig, "schema", overrides, folder)
-    failures: dict[int, str] = {}
+    failures: dict[int, Exception] = {}
     folders: dict[int, Path] = {}
     for i, combination in enumerate(every):
         with _reported(failures, i, combination.settings):
@@ -122,18 +122,19 @@ def _run_combinations(overrides: list[str], folder: Path | None) -> None:
     for i, combination in enumerate(every):
         print(f"  {'failed' if i in failures else folders[i]}  {combination.settings}")
     if failures:
-        raise UserError(f"{len(failures)} of the {len(every)} combinations failed; the others are done")
+        kind = NonFiniteError if any(isinstance(error, NonFiniteError) for error in failures.values()) else UserError
+        raise kind(f"{len(failures)} of the {len(every)} combinations failed; the others are done")
 
 
 @contextmanager
-def _reported(failures: dict[int, str], i: int, settings: str) -> Iterator[None]:
-    """Print an error that the user can fix and note it under `i`, instead of raising it."""
+def _reported(failures: dict[int, Exception], i: int, settings: str) -> Iterator[None]:
+    """Print an error that the user can fix, and one of images with NaN, and note it under `i` instead of raising it."""
     try:
         yield
-    except (UserError, OSError) as error:
-        if debugging() or not is_users(error):
+    except (UserError, OSError, NonFiniteError) as error:
+        if debugging() or not (is_users(error) or isinstance(error, NonFiniteError)):
             raise
-        failures[i] = short(str(error))
+        failures[i] = error
         print(short(f"{settings}: {error}" if settings else str(error)), file=sys.stderr)
 
 
@@ -223,18 +224,19 @@ def run(config: RunConfig, command: str) -> None:
         finished = finished and not config.measure and effects.measured(experiment, store)
         similarities = {} if finished else effects.load_models(experiment)
         with tracker.start(tracking, out, experiment, command) as tracked:
-            settings = fill(
+            filled = fill(
                 experiment,
                 store,
                 load_row,
                 batch_tokens=config.batch_tokens,
                 threads=config.threads,
                 command=command,
-                told=tracked.pictures,
+                report=tracked.pictures,
             )
-            if not finished or not store.sealed(sealed):
-                effects.measure(experiment, settings, store, similarities)
-                made = read_store(out)
+            if not finished or filled.written or not store.sealed(sealed):
+                similarities = similarities or effects.load_models(experiment)
+                effects.measure(experiment, filled.settings, store, similarities)
+                made = read_store(out, check=False)
                 grid(made)
                 page(made)
                 store.seal()
@@ -244,6 +246,7 @@ def run(config: RunConfig, command: str) -> None:
     print("  ".join(str(out / name) for name in products))
     if told:
         print(told)
+    filled.check()
 
 
 def usage(folder: Path | None = None) -> str:

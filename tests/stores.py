@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from fluxlab.config import ModelRow
 from fluxlab.experiment import effects
 from fluxlab.experiment.captures import write_index
 from fluxlab.experiment.cells import Cell, Settings, cells, references
+from fluxlab.experiment.reading import read_store
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment, checked, read_variants
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, open_store
 from fluxlab.probes import Capture, Captured, Request
@@ -47,6 +48,7 @@ def make_store(
     seeds: Sequence[int] = (0, 1),
     size: tuple[int, int] = (64, 64),
     attention: Mapping[str, Any] | str | None = None,
+    skip: Callable[[Cell], bool] = lambda cell: False,
     **changes: Any,
 ) -> Path:
     """A store as a run leaves it, but for grid.png and report.html. Deterministic; a second on an idle machine.
@@ -77,12 +79,18 @@ def make_store(
         store.write_experiment(asked, how, changes.get("versions", VERSIONS), command)
         for part, folder in ((cells(asked, how), CELLS), (references(asked, how), REFERENCES)):
             for cell in part:
-                store.put(cell, picture(cell, size), {"height": size[0], "width": size[1]}, folder)
+                if not skip(cell):
+                    store.put(cell, picture(cell, size), {"height": size[0], "width": size[1]}, folder)
         if attention:
             put_attention(asked, how, store)
         effects.measure(asked, how, store, effects.load_models(asked))
         store.seal()
     return Path(path)
+
+
+def every_key(store: Path) -> set[str]:
+    """Return the keys of a store's cells, from its table."""
+    return {row["cell"] for row in read_store(store).metrics}
 
 
 STREAMS = ("double", "double", "single", "single", "single", "single")

@@ -1,4 +1,4 @@
-"""Attention captured in a run: before anything runs, whether it can be; after, which arrays are whose."""
+"""Attention captured in a run: checks before anything is computed, and the index of the arrays afterwards."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,55 +12,55 @@ from fluxlab.pipeline import Pipeline
 from fluxlab.probes import INDEX, Probe, index
 from fluxlab.select.masks import compact
 
-Settle = Callable[[Sequence[str]], None]
-"""Raises where a batch of these prompts cannot be captured."""
+CheckPrompts = Callable[[Sequence[str]], None]
+"""Raises `UserError` if a batch of these prompts cannot be captured."""
 
 
 def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: bool = False) -> None:
-    """Raise for a capture that some batch cannot give: no such word, step or block, too small a budget.
+    """Raise `UserError` for a capture that some batch cannot give: an unknown word, step or block, a small budget.
 
-    fixed: batch_tokens is the store's, so that only another one can have smaller batches.
+    fixed: batch_tokens is the store's, so that smaller batches need another folder.
     """
     if not experiment.capture:
         return
 
-    def settle(prompts: Sequence[str]) -> None:
+    def check_prompts(prompts: Sequence[str]) -> None:
         probe = Probe(experiment.capture)
         pipe.check(prompts, None, settings.sampling, probe=probe)
 
-    told = [_refusal(settle, [prompt]) for prompt in experiment.prompts]
-    refused = [(prompt, message) for prompt, message in zip(experiment.prompts, told, strict=True) if message]
-    if refused:
-        prompt, message = refused[0]
-        alike = len(set(told)) == 1
-        raise UserError(message if alike else f"{message}\nThis is of the prompt {prompt!r}.")
-    every = cells(experiment, settings)
-    message = _refused(settle, every, settings)
+    messages = [_error(check_prompts, [prompt]) for prompt in experiment.prompts]
+    failed = [(prompt, message) for prompt, message in zip(experiment.prompts, messages, strict=True) if message]
+    if failed:
+        prompt, message = failed[0]
+        same = len(set(messages)) == 1
+        raise UserError(message if same else f"{message}\nThe prompt is {prompt!r}.")
+    every_cell = cells(experiment, settings)
+    message = _first_error(check_prompts, every_cell, settings)
     if message:
-        largest = len(batches(every, settings)[0])
+        largest = len(batches(every_cell, settings)[0])
         smaller = (replace(settings, batch_tokens=size * settings.tokens) for size in range(largest - 1, 0, -1))
-        fits = next(one.batch_tokens for one in smaller if not _refused(settle, every, one))
+        fits = next(s.batch_tokens for s in smaller if not _first_error(check_prompts, every_cell, s))
         elsewhere = " with another out= folder" if fixed else ""
-        raise UserError(f"{message}\nOr batch_tokens={fits}{elsewhere}: fewer pictures at a time.")
+        raise UserError(f"{message}\nOr batch_tokens={fits}{elsewhere}, for fewer images at a time.")
 
 
-def _refusal(settle: Settle, prompts: Sequence[str]) -> str:
-    """Why a batch of these prompts cannot be captured; "" where it can."""
+def _error(check_prompts: CheckPrompts, prompts: Sequence[str]) -> str:
+    """Return why a batch of these prompts cannot be captured; "" if it can."""
     try:
-        settle(prompts)
+        check_prompts(prompts)
     except UserError as error:
         return str(error)
     return ""
 
 
-def _refused(settle: Settle, every: Sequence[Cell], settings: Settings) -> str:
-    """The same of the first of an experiment's batches that cannot be."""
-    compositions = dict.fromkeys(tuple(cell.prompt for cell in batch) for batch in batches(every, settings))
-    return next(filter(None, (_refusal(settle, prompts) for prompts in compositions)), "")
+def _first_error(check_prompts: CheckPrompts, every_cell: Sequence[Cell], settings: Settings) -> str:
+    """Return why the first batch that cannot be captured cannot; "" if all can."""
+    compositions = dict.fromkeys(tuple(cell.prompt for cell in batch) for batch in batches(every_cell, settings))
+    return next(filter(None, (_error(check_prompts, prompts) for prompts in compositions)), "")
 
 
 def write_index(experiment: Experiment, settings: Settings, store: Store) -> None:
-    """Tell which arrays are whose, once all are there. Where nothing is captured, nothing is told."""
+    """Write which file has the arrays of which cell. Without a capture, remove the index."""
     if not experiment.capture:
         store.remove(INDEX)
         return
@@ -73,25 +73,24 @@ def write_index(experiment: Experiment, settings: Settings, store: Store) -> Non
             "file": store.arrays(cell.key, experiment.captures).relative_to(store.path).as_posix(),
         }
         for cell in cells(experiment, settings)
+        if store.arrays(cell.key, experiment.captures).is_file()  # a cell with NaN has none
     ]
-    told = {"capture": compact(experiment.capture.to_config()), "digest": experiment.captures, "cells": rows}
-    store.write(INDEX, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    content = {"capture": compact(experiment.capture.to_config()), "digest": experiment.captures, "cells": rows}
+    store.write(INDEX, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def names(experiment: Experiment) -> str:
-    """What is captured, in a few words; "" for nothing."""
+    """Return what is captured, in a few words; "" without a capture."""
     requests = ", ".join(request.name for request in experiment.capture.requests)
     return f"attention: {requests}" if requests else ""
 
 
 def summary(store: Store) -> str:
-    """Where the arrays are, how large and how to read them; "" where the run captured nothing."""
-    told = index(store.path)
-    if told is None:
+    """Return where the arrays are, their size and how to read them; "" if the run captured nothing."""
+    content = index(store.path)
+    if content is None or not content["cells"]:
         return ""
-    files = {store.path / row["file"] for row in told["cells"]}
+    files = {store.path / row["file"] for row in content["cells"]}
     size = sum(file.stat().st_size for file in files) / 1e6
     folder = next(iter(files)).parent
-    return (
-        f"{folder}: attention, {len(files)} files, {size:.3g} MB; fluxlab.probes.read({str(store.path)!r}) reads them"
-    )
+    return f"{folder}: attention, {len(files)} files, {size:.3g} MB; read with fluxlab.probes.read({str(store.path)!r})"

@@ -1,4 +1,4 @@
-"""Cells, their keys, and the batches that they are computed in: pure functions of the experiment."""
+"""Cells, their keys, and the batches they are computed in: pure functions of the experiment and its settings."""
 
 import hashlib
 import json
@@ -11,15 +11,14 @@ from fluxlab.positions import Program, shifted
 from fluxlab.sampling import Sampling
 
 FLOOR_SHIFT = (3.0, -2.5, 7.0)
-"""The constant that the noise floor shifts all ids by: (index, row, col), as the parity tests have it."""
+"""The constant by which the noise floor shifts all ids: (index, row, col). The parity tests use the same."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How an experiment is computed, once its model, device and store are known; a resume takes the store's.
+    """How an experiment is computed, once its model, device and store are known. A resumed run uses the store's.
 
-    What the pictures depend on comes first, and is in every cell's key. batch_tokens, threads and kernel change their
-    last bits only.
+    batch_tokens, threads and kernel change the last bits of an image only and are not in the cell's key.
     """
 
     model_digest: str
@@ -58,7 +57,7 @@ _NOT_IN_KEY = ("batch_tokens", "threads", "kernel", "tokens", "pixels_per_token"
 
 @dataclass(frozen=True)
 class Cell:
-    """One (variant, prompt, seed). Cells of one key are one picture: variants may come to the same program."""
+    """One variant, prompt and seed. Cells with equal keys share one image: two variants may have equal programs."""
 
     variant: str
     prompt: str
@@ -68,7 +67,7 @@ class Cell:
 
 
 def cell_key(settings: Settings, prompt: str, seed: int, program: Program) -> str:
-    """32 hex digits of everything that determines a picture; free of the names of variants, files and machines."""
+    """Return 32 hex digits of everything that determines an image. Names of variants, files and machines do not."""
     parts = {
         "schema": SCHEMA,
         **{key: value for key, value in asdict(settings).items() if key not in _NOT_IN_KEY},
@@ -81,7 +80,7 @@ def cell_key(settings: Settings, prompt: str, seed: int, program: Program) -> st
 
 
 def cells(experiment: Experiment, settings: Settings) -> list[Cell]:
-    """Every cell in the experiment's order: the baseline first, then variants as listed; prompts; seeds."""
+    """Return every cell in the experiment's order: the baseline first, then variants as listed; prompts; seeds."""
     names = sorted(experiment.variants, key=lambda name: name != experiment.baseline)
     return [
         _cell(name, experiment.variants[name], prompt, seed, settings)
@@ -92,17 +91,18 @@ def cells(experiment: Experiment, settings: Settings) -> list[Cell]:
 
 
 def references(experiment: Experiment, settings: Settings) -> list[Cell]:
-    """What effects are quoted beside: for every prompt the noise floor at the first seed, and where the experiment has
-    one seed only, the baseline at its neighbour for the ceiling.
+    """Return the cells of the two controls that are not cells of the experiment.
+
+    For every prompt, the noise floor at the first seed. With one seed, also the baseline at a neighbouring seed, which
+    is the control "another seed"; with several seeds that control uses the baseline's own cells.
     """
-    untouched, first = experiment.variants[experiment.baseline], experiment.seeds[0]
-    floor, ceiling = REFERENCE_NAMES
-    made = [
-        _cell(floor, shifted(untouched, list(FLOOR_SHIFT)), prompt, first, settings) for prompt in experiment.prompts
-    ]
+    baseline, seed = experiment.variants[experiment.baseline], experiment.seeds[0]
+    noise_floor, another_seed = REFERENCE_NAMES
+    shifted_ids = shifted(baseline, list(FLOOR_SHIFT))
+    controls = [_cell(noise_floor, shifted_ids, prompt, seed, settings) for prompt in experiment.prompts]
     if len(experiment.seeds) == 1:
-        made += [_cell(ceiling, untouched, prompt, first ^ 1, settings) for prompt in experiment.prompts]
-    return made
+        controls += [_cell(another_seed, baseline, prompt, seed ^ 1, settings) for prompt in experiment.prompts]
+    return controls
 
 
 def _cell(variant: str, program: Program, prompt: str, seed: int, settings: Settings) -> Cell:
@@ -110,7 +110,7 @@ def _cell(variant: str, program: Program, prompt: str, seed: int, settings: Sett
 
 
 def batches(cells: Sequence[Cell], settings: Settings) -> list[list[Cell]]:
-    """Distinct cells in order, as many at a time as `batch_tokens` allows, and at least one."""
+    """Return the distinct cells in order, in batches of as many as `batch_tokens` allows, at least one."""
     distinct: dict[str, Cell] = {}
     for cell in cells:
         distinct.setdefault(cell.key, cell)

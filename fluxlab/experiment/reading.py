@@ -1,79 +1,90 @@
-"""A finished store, read: where reports, figures and trackers begin. Nothing in here writes."""
+"""Read a finished store: where reports, figures and trackers begin. Nothing here writes."""
 
 import csv
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxlab.errors import UserError
-from fluxlab.experiment.store import CELLS, read_experiment
+from fluxlab.experiment.store import CELLS, EXPERIMENT, changed, read_experiment
+from fluxlab.images import open_image
 from fluxlab.measure import summary
 from fluxlab.measure.summary import Effect
-from fluxlab.probes import Captured, index, load
+from fluxlab.probes import INDEX, Captured, index, load
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE = "metrics.csv", "references.csv", "summary.csv"
 _TEXT = ("variant", "prompt", "digest", "cell", "metric")
 _WHOLE = ("seed", "n", "paired_n")
 
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Run:
-    """A store's tables. metrics, references and summary are rows: column → text, whole number or float (nan: none).
+    """A finished store. Made by `read_run`.
 
-    record is `experiment.yaml`; metrics has a row a cell, the baseline first, then variants as listed, prompts, seeds.
+    record: the content of experiment.yaml. metrics: one row per cell, the baseline first, then variants as listed,
+    prompts, seeds; `table` is another name for it. references: the rows of the two controls. summary: one row per
+    variant and metric, with the columns of `fluxlab.measure.summary.CSV_COLUMNS`. Rows map a column to text, a whole
+    number or a float, nan for no value; `pandas.DataFrame(run.table)` makes a data frame of them.
     """
 
     path: Path
-    record: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    references: list[dict[str, Any]]
-    summary: list[dict[str, Any]]
+    record: Row
+    metrics: list[Row]
+    references: list[Row]
+    summary: list[Row]
+
+    @property
+    def table(self) -> list[Row]:
+        """The rows of metrics.csv, one per cell."""
+        return self.metrics
 
     @cached_property
     def variants(self) -> list[str]:
-        """Names in order, the baseline first."""
+        """Names of the variants in order, the baseline first."""
         return list(dict.fromkeys(row["variant"] for row in self.metrics))
 
     @property
     def baseline(self) -> str:
+        """Name of the baseline."""
         return self.variants[0]
 
     @cached_property
     def places(self) -> list[tuple[str, int]]:
-        """(prompt, seed) in order."""
+        """Every (prompt, seed) in order: the columns of the grid."""
         return list(dict.fromkeys((row["prompt"], row["seed"]) for row in self.metrics))
 
     @cached_property
-    def _cells(self) -> dict[tuple[str, str, int], dict[str, Any]]:
+    def _rows(self) -> dict[tuple[str, str, int], Row]:
         return {(row["variant"], row["prompt"], row["seed"]): row for row in self.metrics}
 
-    def cell(self, variant: str, prompt: str, seed: int) -> dict[str, Any]:
-        """A cell's row of metrics. `KeyError` for one that the experiment does not have."""
-        return self._cells[variant, prompt, seed]
+    def cell(self, variant: str, prompt: str, seed: int) -> Row:
+        """Return a cell's row of metrics. Raises `KeyError` for a cell that the experiment does not have."""
+        return self._rows[variant, prompt, seed]
+
+    @cached_property
+    def images(self) -> dict[tuple[str, str, int], Path]:
+        """The image file of every cell, by (variant, prompt, seed). A file may be missing if its cell failed."""
+        return {key: self.path / CELLS / f"{row['cell']}.png" for key, row in self._rows.items()}
 
     def image(self, variant: str, prompt: str, seed: int) -> Path:
-        """Where a cell's picture lies."""
-        return self.path / CELLS / f"{self.cell(variant, prompt, seed)['cell']}.png"
+        """Return the path of a cell's image. Raises `KeyError` for a cell that the experiment does not have."""
+        return self.images[variant, prompt, seed]
 
-    @cached_property
-    def attention(self) -> list[dict[str, Any]]:
-        """A row a cell, in the order of metrics: variant, prompt, seed, cell, file. Empty without a capture."""
-        return (index(self.path) or {"cells": []})["cells"]
+    def open(self, variant: str, prompt: str, seed: int) -> "Image.Image":
+        """Return a cell's image, a PIL image in RGB.
 
-    def captured(self, variant: str, prompt: str, seed: int) -> dict[str, Captured]:
-        """What was captured of a cell, by the names of the requests. `KeyError` for one that was not.
-
-        Raises `UserError` for a run without a capture, and for a file that is missing or damaged.
+        Raises `KeyError` for a cell that the experiment does not have and `UserError` for a file that is missing or
+        damaged.
         """
-        if not self.attention:
-            raise UserError(f"{self.path}: nothing of attention was captured; run its command again with capture=words")
-        return load(self.path / self._captured[variant, prompt, seed])
-
-    @cached_property
-    def _captured(self) -> dict[tuple[str, str, int], str]:
-        return {(row["variant"], row["prompt"], row["seed"]): row["file"] for row in self.attention}
+        return open_image(self.image(variant, prompt, seed), remedy="run the command of this store again")
 
     @cached_property
     def effects(self) -> list[Effect]:
@@ -83,30 +94,76 @@ class Run:
         """
         return summary.effects(self.summary, self.baseline)
 
+    @cached_property
+    def attention(self) -> list[Row]:
+        """One row per cell with captured attention: variant, prompt, seed, cell, file. Empty without a capture.
+
+        `captured` returns the arrays of one cell, `fluxlab.probes.read(run.path)` those of all cells.
+        """
+        return (index(self.path) or {"cells": []})["cells"]
+
+    def captured(self, variant: str, prompt: str, seed: int) -> dict[str, Captured]:
+        """Return the attention arrays of a cell by the names of the requests.
+
+        Raises `KeyError` for a cell that was not captured, and `UserError` for a run without a capture and for a file
+        that is missing or damaged.
+        """
+        if not self.attention:
+            raise UserError(f"{self.path}: no attention was captured; run its command again with capture=words")
+        return load(self.path / self._array_files[variant, prompt, seed])
+
+    @cached_property
+    def _array_files(self) -> dict[tuple[str, str, int], str]:
+        return {(row["variant"], row["prompt"], row["seed"]): row["file"] for row in self.attention}
+
     def describe(self, variant: str) -> str:
-        """A variant's program in one line."""
+        """Return a variant's program in one line."""
         return self.record["variants"][variant]["describe"]
 
 
-def read_store(path: "str | Path") -> Run:
-    """Raises `UserError` for a folder that is no store, is damaged, or has not come to its numbers yet."""
+def read_run(folder: "str | PathLike[str]") -> Run:
+    """Read a finished store: images, tables, summary, attention.
+
+        run = fluxlab.read_run("runs/article/3f2a…")
+        run.variants, run.places                        # names; every (prompt, seed)
+        run.open("half", *run.places[0])                # a PIL image
+        pandas.DataFrame(run.table)                     # one row per cell
+        [e for e in run.effects if e.metric == "word"]  # baseline + paired difference, with n
+        run.captured("half", *run.places[0])["words"]   # attention, if the run has capture=words
+
+    Raises `UserError` if the folder is not a store, is not finished, or a table is not the file that the manifest
+    lists, because it was cut or changed.
+    """
+    return read_store(Path(folder))
+
+
+def read_store(path: "str | PathLike[str]", check: bool = True) -> Run:
+    """Read a store as `read_run` does. check: compare the tables with the manifest, which a run writes last."""
     path = Path(path)
     record = read_experiment(path)
-    metrics, references, rows = (read_table(path / name) for name in (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE))
+    names = (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE)
+    tables = [read_table(path / name) for name in names]
+    if check:
+        captured = (INDEX,) if (path / INDEX).exists() else ()
+        for name in (EXPERIMENT, *names, *captured):
+            problem = changed(path, name)
+            if problem:
+                raise UserError(f"{path / name}: {problem}; run the command of this store again")
+    metrics, references, rows = tables
     if metrics:
         rows = summary.complete(rows, [*metrics, *references], metrics[0]["variant"])
     return Run(path, record, metrics, references, rows)
 
 
-def read_table(file: Path) -> list[dict[str, Any]]:
-    """The rows of one of a store's CSV files."""
+def read_table(file: Path) -> list[Row]:
+    """Return the rows of one of a store's CSV files. Raises `UserError` if it is missing or damaged."""
     try:
         with open(file, newline="", encoding="utf-8") as handle:
             return [{key: _value(key, value) for key, value in row.items()} for row in csv.DictReader(handle)]
     except FileNotFoundError:
-        raise UserError(f"{file}: not there; the run is not finished: run its command again") from None
+        raise UserError(f"{file}: missing, so the run is not finished; run its command again") from None
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); delete it and run the command again") from error
+        raise UserError(f"{file}: cannot be read ({error}); run the command of this store again") from error
 
 
 def _value(key: str, text: str) -> Any:

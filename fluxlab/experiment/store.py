@@ -1,21 +1,21 @@
-"""The run folder: the only thing that figures, reports and trackers read.
+"""The store, also called run folder: the only thing that figures, reports and trackers read.
 
-    experiment.yaml   what was asked for, how it was computed, with which versions
-    cells/            <key>.png and <key>.json, a cell each; a cell is there once its JSON is
-    references/       the same for pictures that are no cells: noise floor, another seed
-    attention/        <digest of the capture>/<key>.safetensors, a cell's attention; index.json, which file is whose
-    metrics.csv       a row a cell, in the experiment's order; references.csv, summary.csv
+    experiment.yaml   what was requested, the settings it was computed with, versions
+    cells/            <key>.png and <key>.json for every cell; the JSON is written last
+    references/       the same for the controls that are not cells: noise floor, another seed
+    attention/        <digest of the capture>/<key>.safetensors for every cell; index.json lists them
+    metrics.csv       one row per cell, in the experiment's order; references.csv, summary.csv
     grid.png          variants × (prompt, seed)
-    manifest.jsonl    every file's sha256
+    manifest.jsonl    the size and sha256 of every file
 
-Every write is atomic, and one process at a time holds the lock.
+Every write is atomic. One process at a time has the lock.
 """
 
 import errno
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,18 +25,20 @@ import yaml
 
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import Cell, Settings
+from fluxlab.experiment.locks import LOCK, LOCKS, locked, make_folder
 from fluxlab.experiment.spec import SCHEMA, Experiment
 from fluxlab.files import sha256_of, sweep, write_atomic
 from fluxlab.probes import Captured
-from fluxlab.probes import whole as is_whole
+from fluxlab.probes import whole as is_complete
 from fluxlab.probes import write as write_arrays
 
 if TYPE_CHECKING:
     from PIL import Image
 
-EXPERIMENT, MANIFEST, LOCK = "experiment.yaml", "manifest.jsonl", ".lock"
+EXPERIMENT, MANIFEST = "experiment.yaml", "manifest.jsonl"
 CELLS, REFERENCES, ATTENTION = "cells", "references", "attention"
-TRACKERS = ("wandb",)  # folders that a tracker writes into while we look
+TRACKERS = ("wandb",)
+"""Folders that trackers write into; they are not part of the manifest."""
 
 
 class Store:
@@ -47,10 +49,13 @@ class Store:
         self.record: dict[str, Any] = read_experiment(path) if (path / EXPERIMENT).is_file() else {}
 
     def settings(self) -> Settings | None:
-        """How the pictures here were computed; None for a new store."""
+        """Return the settings that the images were computed with; None for a new store."""
         return Settings(**self.record["settings"]) if self.record else None
 
-    def write_experiment(self, experiment: Experiment, settings: Settings, versions: dict, command: str) -> None:
+    def write_experiment(
+        self, experiment: Experiment, settings: Settings, versions: dict[str, str], command: str
+    ) -> None:
+        """Write experiment.yaml."""
         self.record = {
             "schema": SCHEMA,
             "name": experiment.name,
@@ -69,19 +74,20 @@ class Store:
         write_atomic(self.path / EXPERIMENT, text)
 
     def png(self, key: str, folder: str = CELLS) -> Path:
+        """Return the path of a cell's image, whether or not it exists."""
         return self.path / folder / f"{key}.png"
 
     def has(self, cell: Cell, folder: str = CELLS) -> bool:
-        """Whether a cell's picture is there, whole."""
+        """Return whether the image of a cell is complete."""
         file = self.png(cell.key, folder)
         try:
-            told = json.loads(file.with_suffix(".json").read_text())
-            return told["sha256"] == sha256_of(file)
+            notes = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            return notes["sha256"] == sha256_of(file)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def put(self, cell: Cell, image: "Image.Image", notes: dict[str, Any], folder: str = CELLS) -> Path:
-        """Write a picture, then what it is. A cell that is there stays as it is."""
+        """Write the image of a cell, then its JSON. A complete cell is left as it is. Returns the image's path."""
         file = self.png(cell.key, folder)
         if self.has(cell, folder):
             return file
@@ -90,7 +96,7 @@ class Store:
         image.save(png, format="png")
         content = png.getvalue()
         write_atomic(file, content)
-        told = {
+        record = {
             "variant": cell.variant,
             "prompt": cell.prompt,
             "seed": cell.seed,
@@ -99,38 +105,50 @@ class Store:
             "sha256": hashlib.sha256(content).hexdigest(),
             **notes,
         }
-        write_atomic(file.with_suffix(".json"), json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(file.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         return file
 
     def arrays(self, key: str, captures: str) -> Path:
-        """Where the arrays of a cell lie; `captures` is the digest of what was looked at."""
+        """Return the path of a cell's attention arrays. captures: the digest of the capture."""
         return self.path / ATTENTION / captures / f"{key}.safetensors"
 
     def has_arrays(self, cell: Cell, captures: str) -> bool:
-        """Whether what a cell's attention was is there, whole."""
-        return is_whole(self.arrays(cell.key, captures))
+        """Return whether the attention arrays of a cell are complete."""
+        return is_complete(self.arrays(cell.key, captures))
 
     def put_arrays(self, cell: Cell, captures: str, arrays: Mapping[str, Captured]) -> None:
-        """Write what a cell's attention was. What is there stays as it is."""
+        """Write the attention arrays of a cell. Complete ones are left as they are."""
         if not self.has_arrays(cell, captures):
             file = self.arrays(cell.key, captures)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_arrays(file, arrays)
 
+    def other_cells(self, keys: Collection[str]) -> dict[str, int]:
+        """Return how many images of each variant are in `cells/` under a key that is not in `keys`."""
+        counts: dict[str, int] = {}
+        for file in sorted((self.path / CELLS).glob("*.json")):
+            if file.stem not in keys and file.with_suffix(".png").is_file():
+                try:
+                    variant = json.loads(file.read_text(encoding="utf-8"))["variant"]
+                except (OSError, ValueError, KeyError, TypeError):
+                    continue
+                counts[variant] = counts.get(variant, 0) + 1
+        return counts
+
     def write(self, name: str, content: "bytes | str") -> None:
-        """Write a file unless it already holds just that: what is finished is never rewritten."""
+        """Write a file. A file that already has this content is left as it is."""
         file = self.path / name
         new = content.encode() if isinstance(content, str) else content
         if not (file.is_file() and file.read_bytes() == new):
             write_atomic(file, new)
 
     def remove(self, name: str) -> None:
-        """Remove a file that says what is no longer so."""
+        """Remove a file that is out of date."""
         (self.path / name).unlink(missing_ok=True)
 
     def seal(self) -> None:
-        """Write the manifest: a line a file, in the order of their names."""
-        tops = [p for p in self.path.iterdir() if p.name not in (MANIFEST, LOCK, *TRACKERS)]
+        """Write the manifest: one line per file, sorted by name."""
+        tops = [p for p in self.path.iterdir() if p.name not in (MANIFEST, *LOCKS, *TRACKERS)]
         files = sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file())
         lines = [
             json.dumps({"file": p.relative_to(self.path).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)})
@@ -138,83 +156,95 @@ class Store:
         ]
         self.write(MANIFEST, "".join(line + "\n" for line in lines))
 
-    def sealed(self, names: tuple[str, ...]) -> bool:
-        """Whether the manifest is there and says of every one of `names` what lies in the folder."""
-        try:
-            lines = [json.loads(line) for line in (self.path / MANIFEST).read_text().splitlines()]
-            told = {line["file"]: line["sha256"] for line in lines}
-            return all(told.get(name) == sha256_of(self.path / name) for name in (EXPERIMENT, *names))
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+    def sealed(self, names: Collection[str]) -> bool:
+        """Return whether experiment.yaml and the files `names` are those that the manifest lists."""
+        return not any(changed(self.path, name) for name in (EXPERIMENT, *names))
 
 
-def look(path: Path) -> Store | None:
-    """The store at `path` to look at, None where there is none yet. Raises `UserError` for what is no run folder."""
+def changed(path: Path, name: str) -> str:
+    """Return how a file of a store differs from the manifest, in words; "" if it does not."""
+    try:
+        lines = [json.loads(line) for line in (path / MANIFEST).read_text(encoding="utf-8").splitlines()]
+        hashes = {line["file"]: line["sha256"] for line in lines}
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is damaged"
+    try:
+        if name not in hashes:
+            return f"{MANIFEST} does not list it"
+        return "" if hashes[name] == sha256_of(path / name) else f"it is not the file that {MANIFEST} lists"
+    except FileNotFoundError:
+        return "it is missing"
+
+
+def find_store(path: Path) -> Store | None:
+    """Return the store at `path` for reading, or None for a new or empty folder.
+
+    Raises `UserError` for a file, and for a folder with other things in it.
+    """
     if not path.exists():
         return None
     if not path.is_dir():
-        raise UserError(f"out={path}: a file; name a folder")
+        raise UserError(f"out={path}: a file, expected a folder")
     if (path / EXPERIMENT).is_file():
         return Store(path)
-    names = [p.name for p in path.iterdir() if p.name not in (LOCK, *TRACKERS)]
+    names = [p.name for p in path.iterdir() if p.name not in (*LOCKS, *TRACKERS)]
     others = [name for name in names if not name.startswith(f".{EXPERIMENT}")]
     if others:
         raise UserError(
-            f"out={path}: holds {others[0]!r} and no {EXPERIMENT}, so it is no run folder; name a new or empty one"
+            f"out={path}: not a run folder, it contains {others[0]!r} and no {EXPERIMENT}; name a new or empty folder"
         )
     return None
 
 
 @contextmanager
 def open_store(path: Path) -> Iterator[Store]:
-    """The store at `path`, made if need be, locked while the block runs.
+    """Open the store at `path`, locked while the block runs. A new folder is created, and removed if it stays empty.
 
-    Raises `UserError` for a folder with other things in it, a store of another schema, one that another process holds,
-    or one that cannot be written.
+    Raises `UserError` for a folder with other things in it, a store of another schema, one that another process has
+    open, and one that cannot be written.
     """
-    from filelock import FileLock, Timeout
-
+    entered = False
     try:
-        look(path)
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / LOCK, timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise UserError(
-            f"out={path}: another process is running in this folder; wait for it, or name another"
-        ) from None
-    except OSError as error:
-        raise UserError(f"out={path}: cannot be written ({error.strerror or error}); name another folder") from error
-    try:
-        sweep(path)
-        yield Store(path)
+        find_store(path)
+        make_folder(path)
+        with locked(path):
+            entered = True
+            sweep(path)
+            yield Store(path)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG):
             raise
         raise UserError(
             f"{error.filename or path}: {error.strerror}\n"
-            "What was finished is kept; make room and run the same command again."
+            "Finished images are kept. Free some space and run the same command again."
         ) from error
     finally:
-        lock.release()
-        if not (path / EXPERIMENT).exists():  # what could not begin leaves no folder
-            (path / LOCK).unlink(missing_ok=True)
-            with suppress(OSError):
-                path.rmdir()
+        if entered:
+            _remove_if_unused(path)
+
+
+def _remove_if_unused(path: Path) -> None:
+    """Remove the folder of a run that did not start."""
+    if not (path / EXPERIMENT).exists():
+        (path / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            path.rmdir()
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
-    """What `experiment.yaml` holds. Raises `UserError` for one that is damaged or of another schema."""
+    """Return the content of experiment.yaml. Raises `UserError` for a damaged one and one of another schema."""
     file = path / EXPERIMENT
     try:
         record = yaml.safe_load(file.read_text(encoding="utf-8"))
         schema = record["schema"]
     except FileNotFoundError:
-        raise UserError(f"{path}: no {EXPERIMENT} in it, so it is no run folder") from None
+        raise UserError(f"{path}: not a run folder, it contains no {EXPERIMENT}") from None
     except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); name another out= folder") from error
     if schema != SCHEMA:
-        raise UserError(f"{file}: schema {schema}, this fluxlab writes {SCHEMA}; name another out= folder")
+        raise UserError(f"{file}: schema {schema}, but this version writes {SCHEMA}; name another out= folder")
     missing = {f.name for f in fields(Settings)} - set(record.get("settings") or ())
     if missing or "request" not in record:
         raise UserError(f"{file}: {min(missing, default='request')} is missing; name another out= folder")

@@ -26,7 +26,7 @@ CRISP = 160  # px: images up to this side are enlarged with visible pixels
 Row = dict[str, Any]
 
 
-def write_report(stores: "Sequence[str | PathLike[str]]", file: "str | PathLike[str]") -> Path:
+def write_report(stores: "Sequence[Run | str | PathLike[str]]", file: "str | PathLike[str]") -> Path:
     """Write the page of one or several run folders, atomically. Returns the file.
 
     The same folders give the same bytes. A file that already has them is not written, and no other file is. Raises
@@ -35,7 +35,7 @@ def write_report(stores: "Sequence[str | PathLike[str]]", file: "str | PathLike[
     return put(Path(file), render(stores).encode())
 
 
-def render(stores: "Sequence[str | PathLike[str]]", budget: int = BUDGET) -> str:
+def render(stores: "Sequence[Run | str | PathLike[str]]", budget: int = BUDGET) -> str:
     """Return the page as HTML. Its images together take `budget` bytes at most and are reduced if they need more.
 
     Errors are those of `write_report`.
@@ -98,14 +98,14 @@ def run_names(runs: Sequence[Run]) -> list[str]:
     return chosen
 
 
-def _read(stores: "Sequence[str | PathLike[str]]") -> list[Run]:
-    paths = [Path(path) for path in stores]
+def _read(stores: "Sequence[Run | str | PathLike[str]]") -> list[Run]:
+    paths = [store.path if isinstance(store, Run) else Path(store) for store in stores]
     if not paths:
         raise UserError("no run folder is named; expected at least one")
     for i, path in enumerate(paths):
         if path.resolve() in [other.resolve() for other in paths[:i]]:
             raise UserError(f"{path}: named twice; name it once")
-    runs = [read_store(path) for path in paths]
+    runs = [store if isinstance(store, Run) else read_store(store) for store in stores]
     for run in runs:
         if not run.metrics:
             raise UserError(f"{run.path}: its tables have no cells; run its command again")

@@ -26,4 +26,4 @@ def grid(run: Run) -> Path:
 def page(run: Run) -> Path:
     """Write `report.html`, and the pictures of attention that it shows if the run captured attention."""
     write_pictures(run)
-    return write_report([run.path], run.path / PAGE_FILE)
+    return write_report([run], run.path / PAGE_FILE)

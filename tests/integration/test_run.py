@@ -122,7 +122,7 @@ def test_a_missing_cell_brings_its_batch_back_bit_for_bit(model, finished, tmp_p
     assert contents(out) == expected
 
 
-def test_a_changed_experiment_keeps_the_old_cells_and_shows_the_new(model, finished, tmp_path):
+def test_a_changed_experiment_keeps_the_old_cells_and_shows_the_new(model, finished, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     old = {p.name: p.read_bytes() for p in (out / "cells").iterdir()}
@@ -136,12 +136,117 @@ def test_a_changed_experiment_keeps_the_old_cells_and_shows_the_new(model, finis
     assert old.items() <= kept.items()
     assert len(kept) == len(old) + 8  # half's four pictures and their notes
     assert run.record["settings"]["batch_tokens"] == 120  # the folder's
+    said = capsys.readouterr().out
+    assert "the experiment has changed: 8 images in" in said
+    assert "left out of the tables: half (4), moved (4)" in said
+
+
+def test_another_experiment_in_the_same_folder_is_refused(model, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = contents(out)
+    for more in (["name=other"], ["name=other", "plan=true"]):
+        assert command_line.main(arguments(model, out, *more)) == 2
+        assert "holds the experiment 'hello', this one is 'other'; name another folder" in capsys.readouterr().err
+    assert contents(out) == before
+    assert read_store(out).record["name"] == "hello"
+
+
+def test_a_cut_table_is_refused_and_the_run_restores_it(model, finished, tmp_path, capsys):
+    from fluxlab.report.__main__ import main as report
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    expected = contents(out)
+    content = (out / "metrics.csv").read_bytes()
+    (out / "metrics.csv").write_bytes(content[: len(content) // 2])
+    assert report([str(out), "-o", str(tmp_path / "page.html")]) == 2
+    assert "metrics.csv: it is not the file that manifest.jsonl lists" in capsys.readouterr().err
+    assert command_line.main(arguments(model, out)) == 0
+    assert contents(out) == expected
+
+
+@pytest.fixture
+def contrast():
+    """A metric that is added after a run."""
+    from fluxlab.measure import METRICS, Sample, metric
+
+    @metric("contrast of the luma", "0..1", shown=1)
+    def contrast(image: Sample) -> float:
+        """Standard deviation of the luma."""
+        return image.luma.std()
+
+    yield contrast
+    del METRICS["contrast"]
+
+
+def test_a_metric_that_is_added_is_measured_by_the_next_call(model, finished, tmp_path, contrast, monkeypatch, capsys):
+    from fluxlab.experiment import runner
+
+    def computed(*_):
+        raise AssertionError("an image was computed again")
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    monkeypatch.setattr(runner, "run_batch", computed)
+    assert command_line.main(arguments(model, out)) == 0
+    run = read_store(out)
+    assert all(row["contrast"] > 0 for row in [*run.metrics, *run.references])
+    assert "contrast (0..1)" in capsys.readouterr().out
+    assert "contrast" in (out / "report.html").read_text()
+    assert list(run.metrics[0])[-1] == "contrast"
+
+
+def test_measure_computes_the_tables_again(model, finished, tmp_path, monkeypatch):
+    from fluxlab.experiment import effects
+
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    measured, real = [], effects.measure
+    monkeypatch.setattr(effects, "measure", lambda *given: (measured.append(1), real(*given)))
+    assert command_line.main(arguments(model, out)) == 0
+    assert not measured
+    assert command_line.main(arguments(model, out, "measure=true")) == 0
+    assert measured
+    assert contents(out) == contents(finished)
+
+
+def test_a_cell_with_nan_has_no_image_and_the_others_are_finished(model, finished, tmp_path, monkeypatch, capsys):
+    from fluxlab.errors import NonFiniteError
+    from fluxlab.pipeline import Pipeline
+
+    real = Pipeline.sample
+
+    def sample(self, prompts, seeds, programs, settings, **options):
+        images = real(self, prompts, seeds, programs, settings, **options)
+        bad = [i for i, program in enumerate(programs) if program and "offset" in program.describe() and seeds[i] == 1]
+        if not bad:
+            return images
+        reasons = dict.fromkeys(bad, "its latents are not finite after step 2 of 2")
+        kept = [None if i in bad else image for i, image in enumerate(images)]
+        raise NonFiniteError("not finite", dict.fromkeys(bad, 1), reasons, None if len(bad) == len(kept) else kept)
+
+    monkeypatch.setattr(Pipeline, "sample", sample)
+    out = tmp_path / "run"
+    assert command_line.main(arguments(model, out)) == 1
+    errors = capsys.readouterr().err
+    assert "2 images not written" in errors
+    assert "moved, prompt 'a cat', seed 1: its latents are not finite after step 2 of 2" in errors
+    assert "Traceback" not in errors
+    run = read_store(out)
+    missing = {key for key, file in run.images.items() if not file.is_file()}
+    assert missing == {("moved", "a cat", 1), ("moved", "a red dog", 1)}
+    assert np.isnan(run.cell("moved", "a cat", 1)["ssim"])
+    assert "missing" in (out / "report.html").read_text()
+    monkeypatch.setattr(Pipeline, "sample", real)
+    assert command_line.main(arguments(model, out)) == 0
+    assert contents(out) == contents(finished)
 
 
 def test_other_settings_of_a_store_are_refused(model, finished, capsys):
     asked = [a for a in arguments(model, finished) if "batch_tokens" not in a]
     assert command_line.main([*asked, "batch_tokens=240"]) == 2
-    assert "batch_tokens=240: the pictures in" in capsys.readouterr().err
+    assert "batch_tokens=240: the images in" in capsys.readouterr().err
     assert command_line.main([*asked, "threads=64"]) == 2
 
 
@@ -231,7 +336,7 @@ def test_interrupted_from_the_keyboard(model, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert errors.strip().splitlines()[-1].startswith("interrupted; what was finished is kept")
+    assert errors.strip().splitlines()[-1].startswith("interrupted; finished images are kept")
     assert "Traceback" not in errors
 
 
@@ -240,14 +345,14 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(model, finished, tmp_pa
 
     from fluxlab.pipeline import Pipeline
 
-    real = Pipeline.generate
+    real = Pipeline.sample
 
     def small(self, prompts, *args, **kwargs):
         if len(prompts) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
         return real(self, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(Pipeline, "generate", small)
+    monkeypatch.setattr(Pipeline, "sample", small)
     assert command_line.main(arguments(model, tmp_path / "run")) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert said == ["out of memory: batch_tokens 120 → 60, kept for this folder"]
@@ -256,9 +361,9 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(model, finished, tmp_pa
     def never(self, prompts, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Pipeline, "generate", never)
+    monkeypatch.setattr(Pipeline, "sample", never)
     assert command_line.main(arguments(model, tmp_path / "other")) == 2
-    assert "out of memory with one picture of 16 × 24" in capsys.readouterr().err
+    assert "out of memory with one image of 16 × 24" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -271,16 +271,19 @@ def test_strays_are_swept_and_other_folders_left_alone(tmp_path):
         assert not stray.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("…")
-    with pytest.raises(ValueError, match=r"holds 'thesis\.tex' and no experiment\.yaml"), open_store(tmp_path / "mine"):
+    with (
+        pytest.raises(ValueError, match=r"it contains 'thesis\.tex' and no experiment\.yaml"),
+        open_store(tmp_path / "mine"),
+    ):
         pass
-    with pytest.raises(ValueError, match="a file; name a folder"), open_store(tmp_path / "mine" / "thesis.tex"):
+    with pytest.raises(ValueError, match="a file, expected a folder"), open_store(tmp_path / "mine" / "thesis.tex"):
         pass
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (yaml.safe_dump({"schema": SCHEMA + 1}), f"schema {SCHEMA + 1}, this fluxlab writes {SCHEMA}"),
+        (yaml.safe_dump({"schema": SCHEMA + 1}), f"schema {SCHEMA + 1}, but this version writes {SCHEMA}"),
         ("a: [", "cannot be read"),
         ("", "cannot be read"),
         (yaml.safe_dump({"schema": SCHEMA, "request": {}, "settings": {}}), "is missing"),
@@ -303,7 +306,7 @@ def test_a_full_disk_is_said_and_what_was_finished_stays(tmp_path, picture, monk
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ValueError, match=r"No space left on device\nWhat was finished is kept"):  # noqa: PT012, SIM117
+    with pytest.raises(ValueError, match=r"No space left on device\nFinished images are kept"):  # noqa: PT012, SIM117
         with open_store(tmp_path / "s") as store:
             store.write_experiment(experiment(), SETTINGS, {}, "")
             store.put(first, picture, {})

@@ -15,7 +15,7 @@ from fluxlab import loading
 from fluxlab.checkpoints import CheckpointError, files, save_autoencoder, save_transformer
 from fluxlab.checkpoints.stored import here, on_meta, published, stored
 from fluxlab.config import ModelRow, find_row
-from fluxlab.experiment import runner
+from fluxlab.experiment import runner, settings
 from fluxlab.experiment.costs import forward_flops, gb
 from fluxlab.experiment.plan import plan
 from fluxlab.experiment.spec import Experiment, checked
@@ -82,7 +82,7 @@ def test_settings_are_those_of_the_loaded_model(folder, plain, guidance, changes
     planned = pipeline_without_weights(asked.model, stored(asked.model), dtype, CPU)
     loaded = loading.load_row(asked.model, dtype)
     for batch_tokens in (None, 120):
-        assert runner.resolve(asked, planned, None, batch_tokens, 2) == runner.resolve(
+        assert settings.resolve(asked, planned, None, batch_tokens, 2) == settings.resolve(
             asked, loaded, None, batch_tokens, 2
         )
     assert planned.text.t5_tokenizer("a red cat").input_ids == loaded.text.t5_tokenizer("a red cat").input_ids
@@ -95,9 +95,9 @@ def test_parts_of_other_dtypes_and_single_files_too(folder, tmp_path):
     row = ModelRow("local", str(tmp_path / "flux.safetensors"), None, str(tmp_path / "ae.safetensors"), str(folder))
     asked = experiment(folder, model=row)
     loaded = loading.load_row(row)
-    settings = runner.resolve(asked, pipeline_without_weights(row, stored(row), None, CPU), None, None, None)
-    assert settings == runner.resolve(asked, loaded, None, None, None)
-    assert settings.dtype == "bfloat16+float32"
+    resolved = settings.resolve(asked, pipeline_without_weights(row, stored(row), None, CPU), None, None, None)
+    assert resolved == settings.resolve(asked, loaded, None, None, None)
+    assert resolved.dtype == "bfloat16+float32"
     parameters = sum(weight.numel() for weight in loaded.transformer.parameters())
     assert stored(row)["transformer"].parameters == Counter({torch.bfloat16: parameters})
     assert stored(row)["transformer"].bytes_as(torch.float32) == 4 * parameters
@@ -112,7 +112,7 @@ def test_batches_pictures_and_forwards_are_those_of_a_run(folder, tmp_path, monk
     said = plan(asked, out, batch_tokens=120)
     assert told(said, "folder").endswith(f"{out} (new)")
     assert told(said, "cells").endswith(
-        "4 variants × 2 prompts × 2 seeds = 16, 12 distinct; and 2 references: noise floor"
+        "4 variants × 2 prompts × 2 seeds = 16, 12 distinct; and 2 controls: noise floor"
     )
     assert not out.exists()
 
@@ -129,15 +129,15 @@ def test_batches_pictures_and_forwards_are_those_of_a_run(folder, tmp_path, monk
         runner.fill(asked, store, load, batch_tokens=120)
     most = max(map(len, ran))
     assert told(said, "batches").endswith(
-        f"{len(ran)} of up to {most} pictures ({most * 40} tokens); {len(forwards)} forwards"
+        f"{len(ran)} of up to {most} images ({most * 40} tokens); {len(forwards)} forwards"
     )
 
     done = plan(asked, out)
-    assert told(done, "folder").endswith("(holds 14 of 14 pictures already)")
+    assert told(done, "folder").endswith("(holds 14 of 14 images)")
     assert told(done, "time").endswith("nothing to do")
     next((out / "cells").glob("*.png")).unlink()
-    assert f"{len(ran)} of up to {most} pictures ({most * 40} tokens), 1 of them to do; 2 forwards" in plan(asked, out)
-    with pytest.raises(ValueError, match=r"batch_tokens=80: the pictures in .* were made with 120"):
+    assert f"{len(ran)} of up to {most} images ({most * 40} tokens), 1 of them to do; 2 forwards" in plan(asked, out)
+    with pytest.raises(ValueError, match=r"batch_tokens=80: the images in .* were computed with 120"):
         plan(asked, out, batch_tokens=80)
 
 
@@ -153,8 +153,8 @@ def test_it_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatch):
     said = plan(experiment(folder, seeds=(4,)), tmp_path / "runs" / "x")
     assert not list(tmp_path.iterdir())
     assert told(said, "files").count("float32 in 1 file") == 2
-    assert "4 references: noise floor, another seed" in told(said, "cells")
-    assert told(said, "picture").endswith("2 steps, guidance 3.5; 40 tokens: 4 × 6 image + 16 text")
+    assert "4 controls: noise floor, another seed" in told(said, "cells")
+    assert told(said, "image").endswith("2 steps, guidance 3.5; 40 tokens: 4 × 6 image + 16 text")
     assert "  half      scale factor 0.5 on image" in said.splitlines()
     assert re.search(r"about [\d.]+ (s|min|h), ", told(said, "time"))
     on_disk = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -176,7 +176,7 @@ def test_a_second_forward_for_true_guidance(folder):
         ({"guidance": 3.0, "prompts": ("a dog",)}, {}, "cat"),
         ({"prompts": ("a cat " * 9,)}, {}, "max_sequence_length=16"),
         ({"variants": {"baseline": Program.from_config({"a": {"op": "zero", "blocks": [9]}})}}, {}, "blocks"),
-        ({}, {"threads": 0}, "threads=0: a whole number"),
+        ({}, {"threads": 0}, "threads=0: expected a whole number"),
     ],
 )
 def test_what_the_run_would_refuse_is_refused(folder, changes, more, message):
@@ -186,9 +186,9 @@ def test_what_the_run_would_refuse_is_refused(folder, changes, more, message):
 
 def test_folders_that_are_no_stores(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds 'notes.txt' and no experiment.yaml"):
+    with pytest.raises(ValueError, match=r"not a run folder, it contains 'notes.txt' and no experiment.yaml"):
         plan(experiment(folder), tmp_path)
-    with pytest.raises(ValueError, match="a file; name a folder"):
+    with pytest.raises(ValueError, match="a file, expected a folder"):
         plan(experiment(folder), tmp_path / "notes.txt")
 
 
@@ -229,17 +229,17 @@ def test_a_capture_takes_what_a_run_of_it_does(folder, tmp_path, monkeypatch):
     assert line.startswith(f"attention  where {one / 1e3:.1f} kB, cat ")
     largest = max(needed, key=lambda parts: sum(parts.values()))
     working = largest.pop(WORKING)
-    batch = f"a batch {gb(sum(largest.values()))}, and {gb(working)} to work with, of capture.max_mb=512 MB"
+    batch = f"a batch {gb(sum(largest.values()))}, and {gb(working)} of working memory, of capture.max_mb=512 MB"
     assert said.splitlines()[-1].strip() == batch
     done = plan(asked, out)
-    assert told(done, "attention").endswith(f", {len(files_made)} there already")
+    assert told(done, "attention").endswith(f", {len(files_made)} stored already")
     assert "0 of them to do" in told(done, "batches")
     files_made[0].unlink()
     assert "1 of them to do" in told(plan(asked, out), "batches")
     other = replace(asked, capture=Capture.from_config({"masses": {"kind": "quadrants"}}))
     again = plan(other, out)
-    assert told(again, "folder").endswith("(holds 14 of 14 pictures already)")
-    assert "5 of up to 3 pictures" in told(again, "batches")
+    assert told(again, "folder").endswith("(holds 14 of 14 images)")
+    assert "5 of up to 3 images" in told(again, "batches")
     assert "4 of them to do" in told(again, "batches")
 
 
@@ -286,15 +286,15 @@ def test_a_published_model_before_it_is_fetched(tmp_path, monkeypatch):
     assert published(find_row("schnell"))["transformer"].parameters.total() == 11_891_178_560
     assert not here(row)
     said = plan(experiment(tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",)))
-    assert "black-forest-labs/FLUX.1-dev, still to be fetched" in said
+    assert "black-forest-labs/FLUX.1-dev, not downloaded yet" in said
     assert "transformer 23.8 GB bfloat16, autoencoder 0.2 GB bfloat16, text encoders 9.8 GB bfloat16" in said
     assert "1024 × 1024 px, 28 steps, guidance 3.5; 4,608 tokens: 64 × 64 image + 512 text" in said
-    assert "74.4 TFLOP a forward" in said
+    assert "74.4 TFLOP per forward and image" in said
     capture = Capture.from_config({"where": {"kind": "words"}, "masses": {"kind": "quadrants", "average": ["heads"]}})
     asked = experiment(tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",), capture=capture)
     lines = plan(asked).splitlines()
-    assert lines[-3] == "attention  where: unknown until the tokenizer is there"
-    assert lines[-2] == f"           masses {28 * 57 * 4 * 4 / 1e3:.1f} kB a picture; 6 files, 0.2 MB on disk"
+    assert lines[-3] == "attention  where: unknown until the tokenizer is downloaded"
+    assert lines[-2] == f"           masses {28 * 57 * 4 * 4 / 1e3:.1f} kB per image; 6 files, 0.2 MB on disk"
     with pytest.raises(ValueError, match="some/model: not on this machine, and its sizes are unknown"):
         plan(experiment(tmp_path, model=ModelRow("local", "some/model")))
 
@@ -307,7 +307,7 @@ def test_a_fetched_model_is_found_in_the_cache(folder, tmp_path, monkeypatch):
     (root / "refs" / "main").write_text("abc")
     row = ModelRow("local", "some/model", max_sequence_length=16)
     assert here(row)
-    assert "still to be fetched" not in plan(experiment(tmp_path, model=row))
+    assert "not downloaded yet" not in plan(experiment(tmp_path, model=row))
     assert not here(replace(row, path="some/model@other"))
     (root / "snapshots" / "abc" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert not here(row)
@@ -320,6 +320,6 @@ def test_batches_on_a_gpu_leave_room_for_the_weights(folder, monkeypatch):
     weights = sum(part.bytes_as(None) for part in parts.values())
     gpu = SimpleNamespace(device=torch.device("cuda"), dtype=pipe.dtype, transformer=pipe.transformer)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
-    loaded = runner.default_batch_tokens(gpu)
+    loaded = settings.default_batch_tokens(gpu)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9 + weights, 10**9 + weights))
-    assert runner.default_batch_tokens(gpu, weights) == loaded
+    assert settings.default_batch_tokens(gpu, weights) == loaded

@@ -1,0 +1,209 @@
+"""The run folder: locks, changed and damaged files, images that an experiment no longer has."""
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fluxlab
+from fluxlab.experiment import locks
+from fluxlab.experiment.reading import read_run, read_store
+from fluxlab.experiment.store import open_store
+from fluxlab.experiment.versions import commit
+from tests import stores
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return stores.make_store(tmp_path_factory.mktemp("store") / "s", attention="words")
+
+
+@pytest.fixture
+def store(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "s")
+
+
+# ---- locks
+
+
+@pytest.fixture
+def without_locks(monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+
+
+def test_a_file_system_without_locks(tmp_path, without_locks, capsys):
+    with open_store(tmp_path / "s") as store:
+        assert "this file system has no locks" in capsys.readouterr().err
+        assert (tmp_path / "s" / locks.MARKER).exists()
+        with pytest.raises(ValueError, match=r"(?s)another process is running .*delete .*marker"):  # noqa: SIM117
+            with open_store(tmp_path / "s"):
+                raise AssertionError("two at a time")
+        store.write("experiment.yaml", "schema: 1")
+    assert not (tmp_path / "s" / locks.MARKER).exists()
+
+
+def test_a_marker_of_a_killed_process_is_taken_over(tmp_path, without_locks):
+    code = (
+        "import fcntl, os, sys, errno\n"
+        "def flock(*_): raise OSError(errno.ENOLCK, 'no locks')\n"
+        "fcntl.flock = flock\n"
+        "from pathlib import Path\n"
+        "from fluxlab.experiment.store import open_store\n"
+        "with open_store(Path(sys.argv[1])): os._exit(9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "s")], check=False).returncode == 9
+    assert (tmp_path / "s" / locks.MARKER).exists()
+    with open_store(tmp_path / "s"):
+        pass
+
+
+def test_a_folder_that_another_process_has_just_locked_is_left_alone(tmp_path):
+    with open_store(tmp_path / "s"):
+        with pytest.raises(ValueError, match="another process is running"):  # noqa: SIM117
+            with open_store(tmp_path / "s"):
+                raise AssertionError("two at a time")
+        assert (tmp_path / "s" / locks.LOCK).exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("fcntl.flock", read_only)
+    with pytest.raises(ValueError, match=r"out=.*cannot be written \(Read-only file system\)"):  # noqa: SIM117
+        with open_store(tmp_path / "s"):
+            raise AssertionError("not writable")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out=.*cannot be written \(Not a directory\)"):  # noqa: SIM117
+        with open_store(tmp_path / "file" / "s"):
+            raise AssertionError("not a folder")
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.csv", "references.csv", "summary.csv", "experiment.yaml", "attention/index.json"]
+)
+def test_a_cut_file_is_refused_by_name(store, name):
+    content = (store / name).read_bytes()
+    lines = content.splitlines(keepends=True)
+    for cut in (b"".join(lines[:-1]), content[: len(content) // 2], b""):
+        (store / name).write_bytes(cut)
+        with pytest.raises(ValueError, match=name) as error:
+            read_run(store).attention  # noqa: B018
+        assert len(str(error.value).splitlines()) <= 2
+    (store / name).write_bytes(content)
+    assert read_run(store).metrics
+
+
+def test_a_table_that_was_edited_is_refused(store):
+    text = (store / "metrics.csv").read_text()
+    (store / "metrics.csv").write_text(text.replace("half", "hulf"))
+    with pytest.raises(ValueError, match=r"metrics\.csv: it is not the file that manifest\.jsonl lists; run the comm"):
+        read_run(store)
+    assert "hulf" in read_store(store, check=False).variants
+
+
+@pytest.mark.parametrize(("content", "problem"), [(None, "is missing"), ("{", "is damaged"), ("", "does not list it")])
+def test_a_damaged_manifest(store, content, problem):
+    if content is None:
+        (store / "manifest.jsonl").unlink()
+    else:
+        (store / "manifest.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=rf"manifest\.jsonl {problem}"):
+        read_run(store)
+
+
+def test_a_missing_table(store):
+    (store / "summary.csv").unlink()
+    with pytest.raises(ValueError, match=r"summary\.csv: missing, so the run is not finished"):
+        read_run(store)
+
+
+# ---- reading
+
+
+def test_read_run(finished):
+    run = fluxlab.read_run(finished)
+    place = run.places[0]
+    assert isinstance(run.open("half", *place), Image.Image)
+    assert run.open("half", *place).size == (64, 64)
+    assert list(run.images) == [(row["variant"], row["prompt"], row["seed"]) for row in run.table]
+    assert all(file.is_file() for file in run.images.values())
+    assert len(run.table) == len(run.variants) * len(run.places)
+    assert {entry.variant for entry in run.effects} == {*run.variants, "noise floor", "another seed"}
+    assert run.captured("half", *place)["words"].values.ndim == 6
+    with pytest.raises(KeyError):
+        run.open("quarter", *place)
+
+
+def test_a_missing_image_is_named(store):
+    run = read_run(store)
+    run.image("half", *run.places[0]).unlink()
+    with pytest.raises(ValueError, match=r"image not found; run the command of this store again"):
+        run.open("half", *run.places[0])
+
+
+def test_controls_stand_at_the_baseline_if_they_change_nothing(finished):
+    run = read_run(finished)
+    levels = {(entry.variant, entry.metric): entry for entry in run.effects}
+    floor, baseline = levels["noise floor", "object"], levels["baseline", "object"]
+    assert floor.n == 2  # prompts, at the first seed
+    assert baseline.n == 4
+    assert floor.value == baseline.value + floor.difference
+
+
+# ---- a cell without an image
+
+
+def test_cells_without_an_image_have_rows_without_values(tmp_path):
+    folder = stores.make_store(tmp_path / "s", skip=lambda cell: cell.variant == "half" and cell.seed == 1)
+    run = read_run(folder)
+    place = run.places[1]
+    assert np.isnan(run.cell("half", *place)["ssim"])
+    assert run.cell("half", *run.places[0])["ssim"] < 1
+    entry = next(e for e in run.effects if (e.variant, e.metric) == ("half", "sharpness"))
+    assert entry.n == 2
+    folder = stores.make_store(tmp_path / "t", skip=lambda cell: cell.variant == "baseline" and cell.seed == 0)
+    run = read_run(folder)
+    assert all(np.isnan(run.cell(variant, *run.places[0])["ssim"]) for variant in run.variants)
+    assert run.cell("half", *run.places[1])["ssim"] < 1
+
+
+def test_images_of_other_cells_are_counted_by_variant(store):
+    with open_store(store) as opened:
+        every = stores.every_key(store)
+        assert opened.other_cells(every) == {}
+        assert opened.other_cells(set()) == {"baseline": 4, "zero": 4, "half": 4}
+
+
+# ---- versions
+
+
+def test_a_modified_checkout_is_marked(tmp_path, monkeypatch):
+    package = tmp_path / "fluxlab"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(fluxlab, "__file__", str(package / "__init__.py"))
+    assert commit() == "none"
+
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = commit()
+    assert len(clean) == 40
+    (package / "__init__.py").write_text("changed = True\n")
+    assert commit() == f"{clean}-dirty"
