@@ -28,8 +28,8 @@ def words_cut(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) ->
 def unknown_parts(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[str]:
     """Return the parts of `prompt` that do not reach the encoder, in order and without repetition.
 
-    These are the parts that become the unknown token or another special token, and letters, digits and symbols that
-    become no token at all. Dropped punctuation, white space and control characters do not count.
+    These are the parts that become the unknown token or another special token, and those that become no token at all.
+    Punctuation, white space and control characters alone do not count.
     """
     encoded = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
     special = set(tokenizer.all_special_ids)
@@ -38,8 +38,10 @@ def unknown_parts(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[str
         covered |= set(range(start, end))
         if token in special and end > start:  # the tokens that the tokenizer adds itself have empty spans
             spans.append((start, prompt[start:end].strip()))
-    spans += [(i, c) for i, c in enumerate(prompt) if i not in covered and unicodedata.category(c)[0] in "LNS"]
-    return list(dict.fromkeys(part for _, part in sorted(spans) if part))
+    spans += [(i, c) for i, c in enumerate(prompt) if i not in covered]
+    return list(
+        dict.fromkeys(part for _, part in sorted(spans) if any(unicodedata.category(c)[0] in "LNS" for c in part))
+    )
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def test_unknown_words_are_an_error(pipe):
     for prompt, listed in (("a cat 7", "'7'"), ("a 猫 and 😀", "'猫', '😀'"), ("a cat</s>", "'</s>'.*")):
         with pytest.raises(UserError, match=f"the text encoders have no token for {listed}\n.*unknown_words='allow'"):
             pipe.generate(**{**GOOD, "prompts": prompt})
+    assert pipe.generate(**{**GOOD, "prompts": "a cat, on the left!"})  # punctuation alone is no word
     allowed = pipe.generate(**{**GOOD, "prompts": "a cat 7"}, unknown_words="allow", output="pt")
     assert not torch.equal(allowed, pipe.generate(**GOOD, output="pt"))
     with pytest.raises(UserError, match="no token for '7'"):  # also after the prompt was encoded with "allow"
