@@ -141,15 +141,20 @@ def pipeline_without_weights(
     p, like = transformer.params, transformer.img_in.weight
     clip = _SilentEncoder(p.vec_in_dim, dtype or parts["clip"].dtype, like)
     t5 = _SilentEncoder(p.context_in_dim, dtype or parts["t5"].dtype, like)
-    found, tokenizers = None, {"clip": None, "t5": None}
+    tokenizers = {"clip": None, "t5": None}
     if parts["t5"].files:
-        found = checkpoints.find(local(row.path, "transformer", row.variant))
         root = local(row.text or row.path, "text", row.variant)
         folder = find_tokenizers(root, row.tokenizers)
         tokenizers = {part: load_tokenizer(folder, part) for part in tokenizers}
-    decision = schedules.decide(row, found, p)
     encoders = TextEncoders(tokenizers["clip"], clip, tokenizers["t5"], t5)
-    return assemble(row, decision, transformer, autoencoder, encoders)
+    return assemble(row, schedule_of(row, parts), transformer, autoencoder, encoders)
+
+
+def schedule_of(row: ModelRow, parts: dict[str, Stored]) -> schedules.Decision:
+    """Return the schedule that `load_row` chooses, and why. parts: of `checkpoints.stored`."""
+    fetched = bool(parts["transformer"].files)
+    found = checkpoints.find(local(row.path, "transformer", row.variant)) if fetched else None
+    return schedules.decide(row, found, parts["transformer"].params)
 
 
 class _Config:

@@ -14,7 +14,7 @@ from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
-from fluxlab.loading import pipeline_without_weights
+from fluxlab.loading import pipeline_without_weights, schedule_of
 from fluxlab.pipeline import Pipeline
 from fluxlab.probes import WORKING, Probe, memory, settle
 from fluxlab.select.tokens import names_words
@@ -99,6 +99,7 @@ def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[s
         f"files      {', '.join(listed)}",
         f"image      {s.height} × {s.width} px, {s.steps} steps{extra}; "
         f"{s.tokens:,} tokens: {rows} × {cols} image + {s.max_sequence_length} text",
+        f"schedule   {schedule_of(row, parts).describe()}",
         f"computed   {s.device}, {s.dtype}, attention {s.kernel}, {number(s.threads, 'thread')}",
     ]
 

@@ -207,6 +207,17 @@ def test_the_schedule_is_the_one_beside_the_model_that_is_loaded(folder):
     )
 
 
+def test_a_plan_says_which_schedule_was_chosen_and_why(folder, plain, tmp_path):
+    assert told(plan(experiment(folder)), "schedule").endswith(f": as {folder}/scheduler says")
+    pipe = loading.load_row(ModelRow("local", str(plain)))
+    save_transformer(pipe.transformer, tmp_path / "flux.safetensors")
+    row = ModelRow("local", str(tmp_path / "flux.safetensors"), None, str(plain), str(folder), like="dev")
+    said = told(plan(experiment(folder, model=row)), "schedule")
+    assert said == "schedule   times shifted by image size (mu 0.5 to 1.15): as model.like=dev says"
+    with pytest.raises(ValueError, match=r"model\.like=dev"):
+        plan(experiment(folder, model=replace(row, like=None)))
+
+
 CAPTURE = {
     "where": {"kind": "words"},
     "cat": {"kind": "words", "words": ["cat"], "direction": "word_to_image", "steps": [0], "average": ["blocks"]},
