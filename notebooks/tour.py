@@ -31,7 +31,6 @@ from PIL import Image
 
 import fluxlab
 from fluxlab.drawing import position_plot as plot
-from fluxlab.experiment.reading import read_store
 from fluxlab.positions import Program
 from fluxlab.run import main
 from fluxlab.sampling import image_ids, text_ids
@@ -129,7 +128,7 @@ Image.open(store / "grid.png")
 # equal images:
 
 # %%
-run = read_store(store)
+run = fluxlab.read_run(store)
 for row in run.summary:
     if row["metric"] == "ssim":
         print(f"{row['variant']:<14}{row['mean']:.3f}  n = {row['n']}")
