@@ -63,30 +63,30 @@ def main() -> None:
     ids = torch.cat((text_ids(1, TEXT), image_ids(1, *GRID)), 1).to(device)
     sigmas = [1 - i / 1000 for i in range(1001)]
     context = Context(ids, Layout(TEXT, GRID), params.axes_dim, params.theta, double, single, HEADS, sigmas)
-    PROGRAMS["another in every block"] = {
+    PROGRAMS["one for every block"] = {
         f"b{k}": {"op": "scale", "factor": 1 + k / 10, "blocks": [k], "side": "keys", **FADE}
         for k in range(double + single)
     }
-    chosen = {name: program for name, program in PROGRAMS.items() if options.only is None or name in options.only}
-    chosen.setdefault("unchanged", {})
-    compiled = {name: compile_programs([Program.from_config(program)], context) for name, program in chosen.items()}
-    now = time.process_time if options.cpu_time else time.perf_counter
+    selected = {name: program for name, program in PROGRAMS.items() if options.only is None or name in options.only}
+    selected.setdefault("unchanged", {})
+    compiled = {name: compile_programs([Program.from_config(program)], context) for name, program in selected.items()}
+    clock = time.process_time if options.cpu_time else time.perf_counter
 
-    def clock(function, *arguments, **keywords):
+    def timed(function, *arguments, **keywords):
         wait = torch.cuda.synchronize if device != "cpu" else lambda: None
         wait()
-        start = now()
+        start = clock()
         result = function(*arguments, **keywords)
         wait()
-        return now() - start, result
+        return clock() - start, result
 
     build, run = ({name: [] for name in compiled} for _ in range(2))
     for i in range(options.rounds + 1):
-        for name, one in compiled.items():
-            seconds, (rotary, mask) = clock(one.at, sigmas[i + 1])
+        for name, programs in compiled.items():
+            seconds, (rotary, mask) = timed(programs.at, sigmas[i + 1])
             build[name].append(seconds)
             with torch.inference_mode():
-                seconds, _ = clock(flux, img, None, txt, None, t, y, rotary=rotary, mask=mask)
+                seconds, _ = timed(flux, img, None, txt, None, t, y, rotary=rotary, mask=mask)
             run[name].append(seconds)
     base = median(run["unchanged"][1:])
     print(

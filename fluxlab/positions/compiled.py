@@ -1,4 +1,4 @@
-"""Programs compiled: one rotary table for each distinct (samples, block, side, head, query group), built once."""
+"""Programs compiled to rotary tables and masks. Equal tables are one tensor, built once and shared."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,60 +19,61 @@ Keys = Rotary | KeyGroups
 
 
 class Placement(NamedTuple):
-    """What the model takes at one step: `rotary=` and `mask=` of `Flux.forward`.
+    """The arguments `rotary=` and `mask=` of `Flux.forward` at one step.
 
-    rotary: one table for all, or (queries, keys) a block. mask: None, or an additive `(B or 1, H or 1, N, N)` or None a
-    block. Whatever is equal is the same object.
+    rotary: one table for all blocks, or (queries, keys) for each block. mask: None, or for each block an additive mask
+    `(B or 1, H or 1, N, N)` or None. Equal tables and equal masks are the same object.
     """
 
     rotary: Rotary | list[tuple[Rotary, Keys]]
     mask: list[Tensor | None] | None
 
 
-class _Kept:
-    """Values by key, of which only those asked for since the last `turn` but one are kept."""
+class _Cache:
+    """Values by key. A value that is not used between two calls of `next_step` is dropped."""
 
     def __init__(self):
-        self._now: dict[Any, Any] = {}
-        self._before: dict[Any, Any] = {}
+        self._current: dict[Any, Any] = {}
+        self._previous: dict[Any, Any] = {}
 
-    def turn(self) -> None:
-        self._now, self._before = {}, self._now
+    def next_step(self) -> None:
+        self._current, self._previous = {}, self._current
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._now:
-            self._now[key] = self._before[key] if key in self._before else make()
-        return self._now[key]
+        if key not in self._current:
+            self._current[key] = self._previous[key] if key in self._previous else make()
+        return self._current[key]
 
-    def of_kind(self, kind: str) -> list:
-        return [value for part in (self._now, self._before) for key, value in part.items() if key[0] == kind]
+    def values(self, group: str) -> list:
+        """Return the values whose key starts with `group`."""
+        return [value for part in (self._current, self._previous) for key, value in part.items() if key[0] == group]
 
 
 class Compiled:
-    """The programs of a batch, one a sample, for one sequence, model and schedule. `at(t)` is all one needs."""
+    """The programs of a batch, one per sample, for one sequence, model and schedule. Call `at(t)` at each step."""
 
     def __init__(
         self, samples: Sequence[tuple[Resolved, ...]], ids: Sequence[Tensor], of: Sequence[int], context: Context
     ):
-        self._samples = samples  # the distinct ones: their edits
-        self._ids = ids  # and their untouched ids (N, A)
-        self._of = of  # which of them each sample of the batch is
+        self._samples = samples  # the edits of each distinct sample
+        self._ids = ids  # its unchanged ids (N, A)
+        self._of = of  # for each sample of the batch, which distinct one it is
         self._context = context
         self._state: tuple | None = None
         self._placement: Placement | None = None
-        self._kept = _Kept()
+        self._cache = _Cache()
 
     def step(self, t: float) -> int:
-        """The step whose σ is t, or in whose interval t lies."""
+        """Return the step whose σ is t, or whose interval contains t."""
         sigmas = self._context.sigmas
         return max((i for i in range(len(sigmas) - 1) if sigmas[i] >= t), default=0)
 
     def at(self, t: float) -> Placement:
-        """Tables and masks for time t (1 = noise, 0 = image); the same object as before where nothing changes."""
+        """Return tables and masks at time t (1 is noise, 0 the image): the same object as before if nothing changed."""
         step = self.step(t)
         state = tuple(tuple(edit.strength_at(step, t) for edit in edits) for edits in self._samples)
         if state != self._state:
-            self._kept.turn()
+            self._cache.next_step()
             self._state = state
             self._placement = self._build()
         return self._placement
@@ -86,14 +87,14 @@ class Compiled:
         sample: int = 0,
         query: int | None = None,
     ) -> Tensor:
-        """The positions `(N, A)` that one block and head work with, of the keys as the token `query` sees them.
+        """Return the positions `(N, A)` that one block and head use, those of keys as the token `query` sees them.
 
-        Rotation that was dropped counts as position 0.
+        Dropped rotation counts as position 0.
         """
         return self._whole(t, block, side, head, sample, query).ids
 
     def scales(self, t: float = 1.0, block: int = 0, head: int = 0, sample: int = 0) -> Tensor:
-        """What the scores of each query `(N,)` are multiplied by."""
+        """Return the factor of each query's scores, `(N,)`."""
         placed = self._whole(t, block, "queries", head, sample, None)
         return torch.ones_like(placed.ids[:, 0]) if placed.scales is None else placed.scales
 
@@ -105,7 +106,7 @@ class Compiled:
         return self._placed(which, tuple(n for n in now if edits[n].touches(side, head) and edits[n].is_seen_by(query)))
 
     def _active(self, block: int) -> tuple[tuple[int, ...], ...]:
-        """For each distinct sample, the edits at work in a block now."""
+        """Return the edits that act in a block now, for each distinct sample."""
         return tuple(
             tuple(n for n, edit in enumerate(edits) if strengths[n] > 0 and block in edit.blocks)
             for edits, strengths in zip(self._samples, self._state, strict=True)
@@ -128,14 +129,13 @@ class Compiled:
         return self._table("queries", active, None)
 
     def _keys(self, active: tuple) -> Keys:
-        """One table, or one for each group of queries that sees the keys alike."""
+        """Return one table, or one for each group of queries that see the same keys."""
         limited = [
             edits[n].seen_by
             for edits, now in zip(self._samples, active, strict=True)
             for n in now
-            if edits[n].touches("keys")
+            if edits[n].touches("keys") and edits[n].seen_by is not None
         ]
-        limited = [seen_by for seen_by in limited if seen_by is not None]
         if not limited:
             return self._table("keys", active, None)
         _, group = torch.stack(limited, 1).unique(dim=0, return_inverse=True)
@@ -144,17 +144,17 @@ class Compiled:
         if all(table is tables[0] for table in tables):
             return tables[0]
         key = ("groups", active, *map(id, tables))
-        return self._kept.get(key, lambda: KeyGroups(tuple(queries), tuple(tables)))
+        return self._cache.get(key, lambda: KeyGroups(tuple(queries), tuple(tables)))
 
     def _table(self, side: str, active: tuple, query: int | None) -> Rotary:
-        """The batch's table of one side, as seen by the token `query`: `(B or 1, H or 1, N, d/2)`."""
+        """Return the batch's table `(B or 1, H or 1, N, d/2)` of one side, as the token `query` sees it."""
         rows = []
         for which, now in enumerate(active):
             edits = self._samples[which]
             now = [n for n in now if edits[n].touches(side) and edits[n].is_seen_by(query)]
             by_head = any(edits[n].heads is not None for n in now)
             heads = range(self._context.heads) if by_head else (0,)
-            rows.append([self._one(which, tuple(n for n in now if edits[n].touches(side, h))) for h in heads])
+            rows.append([self._head_table(which, tuple(n for n in now if edits[n].touches(side, h))) for h in heads])
         rows = [row[:1] if all(table is row[0] for table in row) else row for row in rows]
         rows = [rows[which] for which in self._of]
         if all(_same(row, rows[0]) for row in rows):
@@ -162,25 +162,25 @@ class Compiled:
         if len(rows) == 1 and len(rows[0]) == 1:
             return rows[0][0]
         key = tuple(tuple(id(table) for table in row) for row in rows)
-        return self._kept.get(("joined", key), lambda: _join(rows))
+        return self._cache.get(("joined", key), lambda: _join(rows))
 
     def _strengths(self, which: int, edits: tuple[int, ...]) -> tuple:
         return tuple((n, self._state[which][n]) for n in edits)
 
     def _placed(self, which: int, edits: tuple[int, ...]) -> Placed:
         strengths = self._strengths(which, edits)
-        return self._kept.get(
+        return self._cache.get(
             ("ids", which, strengths),
             lambda: apply_edits(self._ids[which], self._samples[which], strengths),
         )
 
-    def _one(self, which: int, edits: tuple[int, ...]) -> Rotary:
-        """The table `(1, 1, N, d/2)` of some edits of one sample; ids that come out equal share one."""
+    def _head_table(self, which: int, edits: tuple[int, ...]) -> Rotary:
+        """Return the table `(1, 1, N, d/2)` of some edits of one sample. Equal ids share one."""
         key = ("table", which, self._strengths(which, edits))
-        return self._kept.get(key, lambda: self._shared(self._placed(which, edits)))[1]
+        return self._cache.get(key, lambda: self._shared(self._placed(which, edits)))[1]
 
     def _shared(self, placed: Placed) -> tuple[Placed, Rotary]:
-        for known, table in self._kept.of_kind("table"):
+        for known, table in self._cache.values("table"):
             if known.equals(placed):
                 return known, table
         table = rotary_table(placed.ids[None], self._context.axes_dim, self._context.theta)
@@ -189,7 +189,7 @@ class Compiled:
         return placed, table
 
     def _mask(self, active: tuple) -> Tensor | None:
-        """The batch's additive mask `(B or 1, H or 1, N, N)`, or None."""
+        """Return the batch's additive mask `(B or 1, H or 1, N, N)`, or None."""
         rows = []
         for which, now in enumerate(active):
             edits = self._samples[which]
@@ -203,14 +203,14 @@ class Compiled:
         if all(_same(row, rows[0]) for row in rows):
             rows = rows[:1]
         key = ("mask", tuple(tuple(id(part) for part in row) for row in rows))
-        return self._kept.get(key, lambda: _join_masks(rows, self._ids[0]))
+        return self._cache.get(key, lambda: _join_masks(rows, self._ids[0]))
 
     def _blocked(self, which: int, edits: tuple[int, ...]) -> Tensor | None:
         strengths = self._strengths(which, edits)
         if not edits:
             return None
         make = lambda: blocked(self._samples[which], strengths, self._ids[which])  # noqa: E731
-        return self._kept.get(("blocked", which, strengths), make)
+        return self._cache.get(("blocked", which, strengths), make)
 
 
 def _same(a: list, b: list) -> bool:
@@ -228,24 +228,24 @@ def _join(rows: list[list[Rotary]]) -> Rotary:
 
 def _join_masks(rows: list[list[Tensor | None]], like: Tensor) -> Tensor:
     heads = max(len(row) for row in rows)
-    nothing = like.new_zeros(len(like), len(like))
-    joined = [torch.stack([nothing if part is None else part for part in row]).expand(heads, -1, -1) for row in rows]
+    zeros = like.new_zeros(len(like), len(like))
+    joined = [torch.stack([zeros if part is None else part for part in row]).expand(heads, -1, -1) for row in rows]
     return torch.stack(joined)
 
 
 def compile_programs(programs: "Sequence[Program]", context: Context) -> Compiled:
-    """Compile one program a sample, or one for all. Samples that come out equal share everything.
+    """Compile one program per sample, or one for all. Equal samples share their tables.
 
-    Raises `UserError` naming the path of what the context does not have.
+    Raises UserError, with the path of the edit, for what the context does not have.
     """
     ids = context.ids
     tokens, axes = context.layout.tokens, len(context.axes_dim)
     if ids.ndim != 3 or ids.shape[1:] != (tokens, axes) or not ids.is_floating_point():
-        raise UserError(f"ids have shape {tuple(ids.shape)}: (B, {tokens}, {axes}) floating point is needed")
+        raise UserError(f"ids: shape {tuple(ids.shape)} {ids.dtype}, expected floating point (B, {tokens}, {axes})")
     batch = max(len(programs), len(ids), len(context.prompts or ()))
     sizes = {"programs": len(programs), "ids": len(ids), "prompts": len(context.prompts or [None])}
     if any(n not in (1, batch) for n in sizes.values()):
-        raise UserError(", ".join(f"{n} {key}" for key, n in sizes.items()) + ": equal numbers are needed, or one")
+        raise UserError(", ".join(f"{n} {key}" for key, n in sizes.items()) + ": expected equal numbers, or one")
     samples, sources, of = [], [], []
     for b in range(batch):
         program = programs[b % len(programs)]

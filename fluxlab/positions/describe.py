@@ -1,4 +1,4 @@
-"""An edit in words."""
+"""Describe an edit in words."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def describe_edit(edit: "Edit") -> str:
-    """`scale factor 1.2 on image (row, col), steps 0–3, double blocks 0–18, keys, strength 1 → 0`."""
+    """Return `scale factor 1.2 on image (row, col), steps 0–3, double blocks 0–18, keys, strength 1 → 0`."""
     config = edit.to_config()
     where = edit.where
     arguments = [f"{key} {_value(config[key])}" for key in edit.arguments if key in config]
@@ -52,8 +52,9 @@ def _tokens(selection: str | dict | list) -> str:
     if "box" in selection:
         return f"box [{', '.join(f'{n:g}' for n in selection['box'])}] {selection['unit']}"
     if "mask" in selection:
-        rows = selection["mask"]
-        return f"mask of {len(rows)} × {len(rows[0])}"
+        mask = selection["mask"]
+        rows, cols = mask["size"] if isinstance(mask, dict) else (len(mask), len(mask[0]))
+        return f"mask of {rows} × {cols}"
     if "indices" in selection:
         return f"{selection['of']} tokens {_ranges(selection['indices'])}"
     return f"reference {selection['reference']}"

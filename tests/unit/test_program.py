@@ -353,7 +353,7 @@ def test_old_tables_are_let_go():
     )
     for i in range(100):
         compiled.at(1 - i / 100)
-    assert sum(len(part) for part in (compiled._kept._now, compiled._kept._before)) < 10
+    assert sum(len(part) for part in (compiled._cache._current, compiled._cache._previous)) < 10
 
 
 def test_a_batch_holds_each_samples_table():
