@@ -14,7 +14,18 @@ from omegaconf import OmegaConf
 import fluxlab.positions
 from fluxlab.config import config_folder
 from fluxlab.errors import UserError
-from fluxlab.positions import OPS, Context, Layout, Program, Prompt, compile_programs, find_word
+from fluxlab.positions import (
+    OPS,
+    Context,
+    Layout,
+    Program,
+    Prompt,
+    compile_programs,
+    find_word,
+    ops_table,
+    where_table,
+)
+from fluxlab.positions.registry import WHERE
 from fluxlab.select.arguments import number
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
 from fluxlab.select.where import parse_steps, parse_strength, resolve_steps, strength_at
@@ -575,6 +586,39 @@ def test_presets():
         edit = {key: [1, 1] if value == "???" else value for key, value in edit.items()}
         compile_programs([Program.from_config({"a": edit})], context())
         assert file.read_text().startswith("# "), f"{file} says nothing of itself"
+
+
+def yaml_blocks(file: str) -> list[dict]:
+    text = (Path(fluxlab.__file__).parents[1] / file).read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    return [OmegaConf.to_container(OmegaConf.create(block)) for block in blocks]
+
+
+def test_programs_in_the_docs_compile():
+    first, *others = [Program.from_config(block) for block in yaml_blocks("docs/programs.md")]
+    assert len(first.edits) == 4
+    for program in (first, *others):
+        compile_programs([program], context(Layout(text=len(WORDS.spans), grid=(8, 8))))
+    (experiment,) = yaml_blocks("README.md")
+    for variant in experiment["variants"].values():
+        assert Program.from_config(variant)
+
+
+def test_the_op_of_the_docs_works(own_op):
+    text = (Path(fluxlab.__file__).parents[1] / "docs/programs.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n# my_ops.py\n(.*?)```", text, re.DOTALL)
+    exec(source.replace('"shear"', '"own"'), {})
+    after = compile_programs([program(op="own", by=0.5)], context(Layout(0, (2, 3)), prompts=None)).ids()
+    before = context(Layout(0, (2, 3))).ids[0]
+    assert torch.equal(after[:, 2], before[:, 2] + 0.5 * before[:, 1])
+    assert torch.equal(after[:, :2], before[:, :2])
+
+
+def test_the_tables_of_the_docs_name_every_op_and_key():
+    tables = ops_table() + where_table()
+    assert all(f"| `{name}` |" in tables for name in (*OPS, *WHERE))
+    assert "`factor`: a number, [row, col], [index, row, col] or {row: 2}<br>`origin`: corner, centre or" in tables
+    assert "| `strength` | 1 | from 0" in tables
 
 
 def test_every_op_is_documented():
