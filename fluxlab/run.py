@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,24 @@ from fluxlab.compose import (
 from fluxlab.config import config_folder, model_row
 from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.explain import short
+from fluxlab.settings import Sampling
 
 if TYPE_CHECKING:
     from fluxlab.experiment.spec import Experiment
 
 
+_SamplingConfig = make_dataclass(
+    "_SamplingConfig", [(f.name, f.type, field(default=f.default)) for f in fields(Sampling)]
+)
+"""`Sampling`, not frozen: OmegaConf makes a frozen schema read-only."""
+
+
 @dataclass
-class RunConfig:
-    """The schema of `configs/config.yaml`: a key that is not here, or a value of another type, is an error."""
+class RunConfig(_SamplingConfig):
+    """The schema of `configs/config.yaml`: any other key, or a value of another type, is an error.
+
+    The settings of `Sampling` are keys too.
+    """
 
     model: dict[str, Any] = field(default_factory=dict)
     name: str = "???"
@@ -42,14 +52,6 @@ class RunConfig:
     prompts_file: str | None = None
     seeds: Any = 1
     plugins: list[str] = field(default_factory=list)
-    steps: int | None = None
-    height: int | None = None
-    width: int | None = None
-    guidance: float | None = None
-    true_cfg: float | None = None
-    negative_prompt: str | None = None
-    device: str | None = None
-    dtype: str | None = None
     batch_tokens: int | None = None
     threads: int | None = None
     clip: str | None = None
@@ -174,7 +176,9 @@ def read(config: RunConfig) -> "Experiment":
         prompts=tuple(prompts),
         seeds=seeds,
         capture=Capture.from_config(config.capture),
-        **{key: getattr(config, key) for key in _PLAIN},
+        clip=config.clip,
+        dino=config.dino,
+        **{f.name: getattr(config, f.name) for f in fields(Sampling)},
     )
     experiment = checked(asked)
     if config.plan:
@@ -183,9 +187,6 @@ def read(config: RunConfig) -> "Experiment":
         if not here(row):  # a plan fetches nothing
             return experiment
     return replace(experiment, model_digest=fingerprint(row))
-
-
-_PLAIN = ("height", "width", "steps", "guidance", "true_cfg", "negative_prompt", "device", "dtype", "clip", "dino")
 
 
 def out_folder(config: RunConfig, experiment: "Experiment") -> Path:

@@ -58,7 +58,7 @@ def run(config: CheckConfig) -> None:
 
     from fluxlab.check import computed, weights
     from fluxlab.checkpoints import check_device, default_device
-    from fluxlab.experiment.spec import DTYPES
+    from fluxlab.settings import DTYPES
 
     if config.dtype not in (None, *DTYPES):
         raise UserError(f"dtype={config.dtype}: expected {', '.join(DTYPES)} or null (as stored)")

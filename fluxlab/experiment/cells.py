@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fluxlab.experiment.spec import REFERENCE_NAMES, SCHEMA, Experiment
+from fluxlab.experiment.spec import FIRST, REFERENCE_NAMES, SCHEMA, Experiment, unchanged
 from fluxlab.positions import Program, shifted
 from fluxlab.sampling import Sampling
 
@@ -14,24 +14,16 @@ FLOOR_SHIFT = (3.0, -2.5, 7.0)
 """The constant by which the noise floor shifts all ids: (index, row, col). The parity tests use the same."""
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Settings(Sampling):
     """How an experiment is computed, once its model, device and store are known. A resumed run uses the store's.
 
-    batch_tokens, threads and kernel change the last bits of an image only and are not in the cell's key.
+    Of `Sampling`, nothing is None but what the model does not have. batch_tokens, threads and kernel change the last
+    bits of an image only and are not in the cell's key. dtype: of all parts of the model, such as float32+bfloat16.
     """
 
     model_digest: str
-    height: int
-    width: int
-    steps: int
     schedule: dict[str, Any]
-    guidance: float | None
-    true_cfg: float | None
-    negative_prompt: str | None
-    max_sequence_length: int
-    device: str
-    dtype: str
     batch_tokens: int
     threads: int
     kernel: str
@@ -40,17 +32,17 @@ class Settings:
 
     @property
     def sampling(self) -> Sampling:
-        """What `Pipeline.sample` takes."""
-        return Sampling(
-            steps=self.steps,
-            height=self.height,
-            width=self.width,
-            guidance=self.guidance,
-            true_cfg=self.true_cfg,
-            negative_prompt=self.negative_prompt,
-            max_sequence_length=self.max_sequence_length,
-        )
+        """What `Pipeline.sample` takes, for a model that is loaded already."""
+        values = {f.name: getattr(self, f.name) for f in fields(Sampling)}
+        return Sampling(**{**values, "dtype": None, "device": None})
 
+    def record(self) -> dict[str, Any]:
+        """Return the settings as plain values for YAML."""
+        return {key: value for key, value in asdict(self).items() if key not in unchanged(self)}
+
+
+REQUIRED = {f.name for f in fields(Settings)} - {f.name for f in fields(Sampling)} | {*FIRST, "max_sequence_length"}
+"""The settings that every store records."""
 
 _NOT_IN_KEY = ("batch_tokens", "threads", "kernel", "tokens", "pixels_per_token", "device")
 
@@ -70,7 +62,7 @@ def cell_key(settings: Settings, prompt: str, seed: int, program: Program) -> st
     """Return 32 hex digits of everything that determines an image. Names of variants, files and machines do not."""
     parts = {
         "schema": SCHEMA,
-        **{key: value for key, value in asdict(settings).items() if key not in _NOT_IN_KEY},
+        **{key: value for key, value in settings.record().items() if key not in _NOT_IN_KEY},
         "device": settings.device.split(":")[0],
         "prompt": prompt,
         "seed": int(seed),

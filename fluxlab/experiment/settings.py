@@ -1,7 +1,7 @@
 """The settings of a run: those of the experiment, the rest from the model, the device and the store."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -24,26 +24,19 @@ def resolve(
 
     known: the settings of the images that the store has.
     """
-    height, width = experiment.height or pipe.size[0], experiment.width or pipe.size[1]
-    rows, cols = pipe.grid(height, width)
-    tokens = rows * cols + pipe.max_sequence_length
+    sampling = pipe.resolve(replace(experiment.sampling, dtype=None, device=None))
+    rows, cols = pipe.grid(sampling.height, sampling.width)
+    tokens = rows * cols + sampling.max_sequence_length
     device = pipe.device.type if pipe.device.index is None else str(pipe.device)
     parts = (pipe.transformer, pipe.autoencoder, pipe.text.t5, pipe.text.clip)
     dtypes = [next(module.parameters()).dtype for module in parts]  # they may differ if left as stored
     if known is not None and known.device.split(":")[0] == device.split(":")[0]:
         batch_tokens, threads = batch_tokens or known.batch_tokens, threads or known.threads
+    dtype = "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return Settings(
+        **asdict(replace(sampling, dtype=dtype, device=device)),
         model_digest=experiment.model_digest,
-        height=height,
-        width=width,
-        steps=pipe.steps if experiment.steps is None else experiment.steps,
         schedule=pipe.schedule.config(),
-        guidance=pipe.guidance if experiment.guidance is None else experiment.guidance,
-        true_cfg=experiment.true_cfg,
-        negative_prompt=experiment.negative_prompt,
-        max_sequence_length=pipe.max_sequence_length,
-        device=device,
-        dtype="+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes)),
         batch_tokens=batch_tokens or default_batch_tokens(pipe),
         threads=threads or torch.get_num_threads(),
         kernel=kernel(pipe.device.type, pipe.dtype, tokens),

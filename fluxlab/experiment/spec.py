@@ -5,8 +5,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from numbers import Integral, Real
+from dataclasses import dataclass, field, fields, replace
+from numbers import Integral
 from typing import Any
 
 from fluxlab.checkpoints import check_device
@@ -14,6 +14,7 @@ from fluxlab.config import ModelRow
 from fluxlab.errors import UserError, join, show
 from fluxlab.positions import Program
 from fluxlab.probes import Capture
+from fluxlab.sampling import Sampling
 from fluxlab.select.masks import compact
 
 SCHEMA = 1
@@ -22,22 +23,21 @@ SCHEMA = 1
 REFERENCE_NAMES = ("noise floor", "another seed")
 """What effects are quoted beside: the change that shifting all ids makes, and the change from another seed."""
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 LONGEST_NAME = 100
 """Characters of the name of an experiment or a variant: names become parts of file names and labels in figures."""
 
-_LARGEST = {"height": 65_536, "width": 65_536, "steps": 10_000}
+_LARGEST = {"height": 65_536, "width": 65_536, "steps": 10_000, "max_sequence_length": 65_536}
 _LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which the model computes
 _LARGEST_SEED = 2**63 - 1  # what a generator takes
 
 
-@dataclass(frozen=True)
-class Experiment:
-    """Variants × prompts × seeds on one model; None means the model's own.
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Sampling):
+    """Variants × prompts × seeds on one model, with the settings of `Sampling`. None means the model's own value.
 
-    model_digest: `checkpoints.fingerprint` of the model. baseline: the variant that the others are compared with.
-    clip, dino: checkpoints for similarity metrics, capture: what to look at in attention; no picture depends on them.
+    model_digest: `checkpoints.fingerprint` of the model.
+    baseline: the variant that the others are compared with.
+    clip, dino: checkpoints for similarity metrics. capture: what is stored of attention. Images depend on neither.
     """
 
     name: str
@@ -48,21 +48,19 @@ class Experiment:
     seeds: tuple[int, ...]
     baseline: str = "baseline"
     caption: str = ""
-    height: int | None = None
-    width: int | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    true_cfg: float | None = None
-    negative_prompt: str | None = None
-    device: str | None = None
-    dtype: str | None = None
     clip: str | None = None
     dino: str | None = None
     capture: Capture = field(default_factory=Capture)
 
+    @property
+    def sampling(self) -> Sampling:
+        """The settings alone."""
+        return Sampling(**{f.name: getattr(self, f.name) for f in fields(Sampling)})
+
     def request(self) -> dict[str, Any]:
-        """Everything asked for, as plain values for YAML."""
-        values = {key: value for key, value in vars(self).items() if key not in ("model", "variants", "capture")}
+        """Return the experiment as plain values for YAML."""
+        left_out = {"model", "variants", "capture", *unchanged(self)}
+        values = {key: value for key, value in vars(self).items() if key not in left_out}
         model = self.model.values()
         variants = {name: program.to_config() for name, program in self.variants.items()}
         lists = {"prompts": list(self.prompts), "seeds": list(self.seeds)}
@@ -92,6 +90,15 @@ _SOURCES = ("autoencoder", "text", "tokenizers", "variant", "scenes")
 _NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino", "capture")
 
 
+FIRST = ("steps", "height", "width", "guidance", "true_cfg", "negative_prompt", "dtype", "device")
+"""The settings of release 0.1. Digests always contain these, and the others only if they differ from their default."""
+
+
+def unchanged(settings: Sampling) -> set[str]:
+    """Return the settings that digests and stores leave out: those added after release 0.1, at their default."""
+    return {f.name for f in fields(Sampling) if f.name not in FIRST and getattr(settings, f.name) == f.default}
+
+
 def checked(experiment: Experiment) -> Experiment:
     """The experiment with its numbers normalised. Raises `UserError` naming the key, its value, and what to do."""
     if not re.fullmatch(r"\w[\w.-]*", experiment.name) or len(experiment.name) > LONGEST_NAME:
@@ -110,12 +117,11 @@ def checked(experiment: Experiment) -> Experiment:
     twice = [prompt for prompt, count in Counter(experiment.prompts).items() if count > 1]
     if twice:
         raise UserError(f"prompts: {show(twice[0])} is there twice; its images would be the same")
+    experiment.sampling.check()
     for key, largest in _LARGEST.items():
         value = getattr(experiment, key)
-        if value is not None and not 1 <= value <= largest:
+        if value is not None and value > largest:
             raise UserError(f"{key}={value}: expected a whole number from 1 to {largest}")
-    if experiment.dtype not in (None, *DTYPES):
-        raise UserError(f"dtype={experiment.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
     if experiment.device:
         check_device(experiment.device)
     for request in experiment.capture.requests:
@@ -126,16 +132,14 @@ def checked(experiment: Experiment) -> Experiment:
                 "Or put what is to be compared into one pipe.generate(probe=…)."
             )
     numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
-    if experiment.negative_prompt is not None and experiment.true_cfg is None:
-        raise UserError("negative_prompt acts through true_cfg: give it too, for instance true_cfg=4")
     return replace(experiment, **numbers)
 
 
 def _number(key: str, value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= _LARGEST_FLOAT:
-        raise UserError(f"{key}={show(value)}: expected a finite number, at most {_LARGEST_FLOAT:.2g} (float32)")
+    if abs(value) > _LARGEST_FLOAT:
+        raise UserError(f"{key}={show(value)}: expected a number of at most {_LARGEST_FLOAT:.2g}, the largest float32")
     return float(value)
 
 

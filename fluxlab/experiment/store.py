@@ -17,14 +17,13 @@ import io
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fluxlab.errors import UserError
-from fluxlab.experiment.cells import Cell, Settings
+from fluxlab.experiment.cells import REQUIRED, Cell, Settings
 from fluxlab.experiment.locks import LOCK, LOCKS, locked, make_folder
 from fluxlab.experiment.spec import SCHEMA, Experiment
 from fluxlab.files import sha256_of, sweep, write_atomic
@@ -67,7 +66,7 @@ class Store:
                 for name, program in experiment.variants.items()
             },
             "request": experiment.request(),
-            "settings": asdict(settings),
+            "settings": settings.record(),
             "versions": versions,
         }
         text = yaml.safe_dump(self.record, sort_keys=False, allow_unicode=True, width=120)
@@ -245,7 +244,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); name another out= folder") from error
     if schema != SCHEMA:
         raise UserError(f"{file}: schema {schema}, but this version writes {SCHEMA}; name another out= folder")
-    missing = {f.name for f in fields(Settings)} - set(record.get("settings") or ())
+    missing = REQUIRED - set(record.get("settings") or ())
     if missing or "request" not in record:
         raise UserError(f"{file}: {min(missing, default='request')} is missing; name another out= folder")
     return record

@@ -73,17 +73,24 @@ class TextEncoders:
         does not know are rejected unless `unknown_words` is "allow". CLIP reads the first 77 tokens only, as in both
         reference implementations. That is not an error: CLIP's vector is a summary, and T5 reads all words.
         """
+        def unknown(prompt: str) -> list[str]:
+            tokenizers = (self.t5_tokenizer, self.clip_tokenizer) if unknown_words != "allow" else ()
+            return list(dict.fromkeys(part for tokenizer in tokenizers for part in unknown_parts(tokenizer, prompt)))
+
         for prompt in prompts if not truncate else ():
-            if cut := words_cut(self.t5_tokenizer, prompt, max_sequence_length):
+            cut = words_cut(self.t5_tokenizer, prompt, max_sequence_length)
+            if cut and (parts := unknown(prompt)):  # truncate=True alone would not help
+                message, *more = _unknown_message(prompt, parts, self.vocabulary).splitlines()[:-1]
+                too_long = f"prompt of more than {max_sequence_length} tokens: {_ends(cut)!r} would be cut"
+                raise UserError("\n".join([too_long, message, *more]))
+            if cut:
                 raise UserError(
                     f"prompt of more than max_sequence_length={max_sequence_length} tokens: {_ends(cut)!r} would be "
                     "cut\nShorten it, raise max_sequence_length, or set truncate=True."
                 )
-        for prompt in prompts if unknown_words != "allow" else ():
-            tokenizers = (self.t5_tokenizer, self.clip_tokenizer)
-            unknown = dict.fromkeys(part for tokenizer in tokenizers for part in unknown_parts(tokenizer, prompt))
-            if unknown:
-                raise UserError(_unknown_message(prompt, list(unknown), self.vocabulary))
+        for prompt in prompts:
+            if parts := unknown(prompt):
+                raise UserError(_unknown_message(prompt, parts, self.vocabulary))
 
     @torch.inference_mode()
     def encode(

@@ -6,7 +6,7 @@ from fluxlab.sampling.invert import invert
 from fluxlab.sampling.latents import image_ids, pack, text_ids, unpack
 from fluxlab.sampling.noise import noise
 from fluxlab.sampling.schedule import FLUX_SCHEDULE, Schedule, read_schedule, schedule
-from fluxlab.sampling.settings import Sampling
+from fluxlab.settings import Sampling
 
 __all__ = [
     "FLUX_SCHEDULE",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from fluxlab.errors import UserError
-from fluxlab.sampling.settings import check_count
+from fluxlab.settings import check_count
 
 # Settings of Diffusers' FlowMatchEulerDiscreteScheduler that change the times in ways FLUX.1 does not use.
 _UNUSED = {

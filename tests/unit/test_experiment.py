@@ -1,7 +1,7 @@
 """Experiments, cells, batches and the store, without a model."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
@@ -10,12 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fluxlab.config import ModelRow
+from fluxlab.compose import compose
+from fluxlab.config import ModelRow, config_folder
 from fluxlab.experiment.cells import Settings, batches, cell_key, cells, references
 from fluxlab.experiment.spec import SCHEMA, Experiment, checked, read_seeds, read_variants
 from fluxlab.experiment.store import open_store
 from fluxlab.positions import Program
 from fluxlab.probes import Capture, Captured
+from fluxlab.run import RunConfig
+from fluxlab.sampling import Sampling
 
 SCALE = Program.from_config({"a": {"op": "scale", "factor": 1.5}})
 SETTINGS = Settings(
@@ -97,6 +100,40 @@ def test_the_experiment_s_digest():
         assert experiment(**changes).digest != digest, changes
 
 
+def test_digests_and_keys_of_release_0_1_stay():
+    """Otherwise runs from before would not be found in their folders, and their images would be computed again."""
+    assert experiment().digest == "15bddb244c0e"
+    assert (
+        experiment(guidance=3, dtype="float32", capture=Capture.from_config({"w": {"kind": "words"}})).digest
+        == "1cdf0848c76b"
+    )
+    assert cell_key(SETTINGS, "a cat", 0, SCALE) == "0467ea6dd8ef747a426890f2989ef1bb"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("timestep_rounding", "bfl"), ("truncate", True), ("unknown_words", "allow"), ("max_sequence_length", 12)],
+)
+def test_settings_added_later_count_only_where_they_are_used(setting, value):
+    plain, changed = experiment(), experiment(**{setting: value})
+    assert changed.digest != plain.digest
+    assert getattr(changed.sampling, setting) == changed.request()[setting] == value
+    assert setting not in plain.request()
+    used = replace(SETTINGS, **{setting: value})
+    assert cell_key(used, "a cat", 0, SCALE) != cell_key(SETTINGS, "a cat", 0, SCALE)
+    assert used.record()[setting] == value
+    assert (setting in SETTINGS.record()) == (setting == "max_sequence_length")
+    assert getattr(used.sampling, setting) == value
+
+
+def test_every_setting_of_sampling_is_a_key_of_a_config():
+    for f in fields(Sampling):
+        assert RunConfig.__dataclass_fields__[f.name].default == f.default
+        assert f"{f.name}:" in (config_folder() / "config.yaml").read_text()
+    config = compose("config", RunConfig, "schema", ["+exp=hello", "truncate=true", "timestep_rounding=bfl"])
+    assert (config.truncate, config.timestep_rounding) == (True, "bfl")
+
+
 def test_what_is_captured_is_asked_for_and_changes_no_picture():
     config = {
         "max_mb": 300,
@@ -152,7 +189,8 @@ def test_batches_hold_every_distinct_cell_once_in_order_and_keep_to_the_limit(ba
 def test_seeds():
     assert read_seeds(3) == (0, 1, 2)
     assert read_seeds([5, 3]) == (5, 3)
-    for wrong in (0, -1, True, [], [1, 1], [-1], [1.5], ["a"], "4", None, 2.0, [2**63], 10**9, {}):
+    assert read_seeds(list(np.arange(2))) == (0, 1)
+    for wrong in (0, -1, True, 10**4000, [], [1, 1], [-1], [1.5], ["a"], "4", None, 2.0, [2**63], 10**9, {}):
         with pytest.raises(ValueError, match="seeds="):
             read_seeds(wrong)
 
@@ -165,10 +203,16 @@ def test_seeds():
         ({"prompts": ()}, r"prompts=\[\]: at least one"),
         ({"prompts": ("a", "b", "a")}, "'a' is there twice"),
         ({"height": 0}, "height=0"),
+        ({"height": 10**6}, "height=1000000: expected a whole number from 1 to 65536"),
+        ({"steps": 10**20}, "steps=1000+: expected a whole number from 1 to 10000"),
+        ({"guidance": 1e39}, r"guidance=1e\+39: expected a number of at most 3.4e\+38"),
+        ({"dtype": "int8"}, "dtype='int8': expected float32, bfloat16 or float16"),
+        ({"unknown_words": "skip"}, "unknown_words='skip': expected error or allow"),
+        ({"name": "n" * 300}, "name=nnn.*at most 100 letters"),
         ({"steps": -3}, "steps=-3"),
         ({"guidance": float("nan")}, "guidance=nan"),
         ({"true_cfg": float("inf")}, "true_cfg=inf"),
-        ({"negative_prompt": "x"}, "negative_prompt acts through true_cfg"),
+        ({"negative_prompt": "x"}, "negative_prompt has no effect without true_cfg"),
         ({"name": "../up"}, "name=../up"),
     ],
 )
@@ -180,7 +224,7 @@ def test_what_cannot_be_asked_for(changes, message):
 def test_variants_are_named_in_errors():
     with pytest.raises(ValueError, match=r"variants\.half\.a\.factor"):
         read_variants({"half": {"a": {"op": "scale", "factor": "wide"}}})
-    for name in ("a/b", "", "noise floor", "../x"):
+    for name in ("a/b", "", "noise floor", "../x", "x" * 300):
         with pytest.raises(ValueError, match="no name for a variant"):
             read_variants({name: {}})
 
