@@ -147,7 +147,7 @@ def jitter(ids: Tensor, scope: Scope, std: PerAxis, seed: int = 0) -> Tensor:
 
     It is drawn on the CPU for (token, axis) in order. Its last digit depends on the processor, as torch.randn does.
     """
-    drawn = torch.randn(ids.shape, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randn(ids.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed))
     return ids + drawn.to(ids) * axis_values(std, ids)
 
 

@@ -1,4 +1,4 @@
-"""The sampler loop, and what wraps a velocity field. A velocity is a function `(x, t) -> dx/dt` of packed latents."""
+"""The sampler loop and wrappers of a velocity field: a function `(x, t) -> dx/dt` of packed latents."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -13,10 +13,10 @@ OnStep = Callable[[int, float, Tensor], None]
 
 
 def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None) -> Tensor:
-    """Walk x along `sigmas` (1 → 0 makes an image): x ← x + (t_next - t) · v(x, t).
+    """Return x after Euler steps x ← x + (t_next - t) · v(x, t) along `sigmas`. From 1 to 0 they make an image.
 
-    `x` keeps its dtype; give fp32, whatever the model runs in, and no rounding builds up. After step i,
-    `on_step(i, t_next, x)` is called.
+    `x` keeps its dtype. It should be fp32 whatever the dtype of the model, so that rounding does not accumulate. After
+    step i, `on_step(i, t_next, x)` is called.
     """
     for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
         x = x + (t_next - t) * velocity(x, t).to(x.dtype)
@@ -26,24 +26,25 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnSte
 
 
 def with_negative(positive: Velocity, negative: Velocity, scale: float) -> Velocity:
-    """True classifier-free guidance (arXiv 2207.12598): v⁻ + scale · (v⁺ - v⁻), at twice the cost."""
+    """Return the velocity of classifier-free guidance (arXiv 2207.12598), v⁻ + scale · (v⁺ - v⁻), at twice the cost."""
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        away = negative(x, t)
-        return away + scale * (positive(x, t) - away)
+        v = negative(x, t)
+        return v + scale * (positive(x, t) - v)
 
     return velocity
 
 
 def round_timesteps(values: Tensor, like: str | None) -> Tensor:
-    """Timesteps (or guidance strengths), fp32 `(B,)`, as a bf16 run of another implementation feeds them on.
+    """Return timesteps (or guidance strengths), fp32 `(B,)`, rounded as in a bf16 run of another implementation.
 
-    `None` leaves them alone. "bfl": bf16(1000 · bf16(t)) / 1000. "diffusers": t goes through bf16(bf16(1000 t) / 1000)
-    first. Both multiply by 1000 in bf16, so a guidance of 3.5 acts as 3.504. Raises `UserError` for another word.
+    None does not round. "bfl" returns bf16(1000 · bf16(t)) / 1000. "diffusers" first replaces t by
+    bf16(bf16(1000 · t) / 1000). Both multiply by 1000 in bf16, so a guidance of 3.5 acts as 3.504. Raises `UserError`
+    for another value of `like`.
     """
     if like is None:
         return values
     if like not in ("bfl", "diffusers"):
-        raise UserError(f"timestep_rounding {like!r}: expected bfl, diffusers or nothing")
+        raise UserError(f"timestep_rounding={like!r}: expected bfl, diffusers or None")
     low = values.to(torch.bfloat16) if like == "bfl" else (1000 * values).to(torch.bfloat16) / 1000
     return (1000 * low).float() / 1000

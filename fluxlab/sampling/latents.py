@@ -1,4 +1,4 @@
-"""Latent images as token sequences, and the ids FLUX.1 gives them."""
+"""Latent images as sequences of tokens, and the ids of FLUX.1."""
 
 import torch
 from einops import rearrange
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def pack(latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n c4"]:
-    """Each 2 × 2 patch of a latent image as a token: `(B, C, 2h, 2w)` → `(B, h·w, 4·C)`, order (c, ph, pw)."""
+    """Return each 2 × 2 patch of a latent image as a token: `(B, C, 2h, 2w)` → `(B, h·w, 4·C)`, order (c, ph, pw)."""
     return rearrange(latents, "b c (h ph) (w pw) -> b (h w) (c ph pw)", ph=2, pw=2)
 
 
 def unpack(tokens: Float[Tensor, "b n c4"], rows: int, cols: int) -> Float[Tensor, "b c h w"]:
-    """The inverse of `pack` for a grid of `rows` × `cols` tokens."""
+    """Return the latent image of `rows` × `cols` tokens: the inverse of `pack`."""
     return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=rows, w=cols, ph=2, pw=2)
 
 
 def image_ids(batch: int, rows: int, cols: int, axes: int = 3) -> Float[Tensor, "b n a"]:
-    """FLUX.1's ids of an image: (0, row, col) for each token in raster order, fp32."""
+    """Return FLUX.1's ids of an image: (0, row, col) for each token in raster order, fp32."""
     ids = torch.zeros(rows, cols, axes, dtype=torch.float32)
     ids[..., 1] = torch.arange(rows)[:, None]
     ids[..., 2] = torch.arange(cols)[None, :]
@@ -25,5 +25,5 @@ def image_ids(batch: int, rows: int, cols: int, axes: int = 3) -> Float[Tensor, 
 
 
 def text_ids(batch: int, tokens: int, axes: int = 3) -> Float[Tensor, "b l a"]:
-    """FLUX.1's ids of a text: zeros, fp32. The order of words is T5's business."""
+    """Return FLUX.1's ids of a text: zeros, fp32. T5's states already contain the order of the words."""
     return torch.zeros(batch, tokens, axes, dtype=torch.float32)
