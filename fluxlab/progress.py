@@ -28,7 +28,7 @@ class Progress:
     def __call__(self, done: int, note: str = "") -> None:
         now = time.monotonic()
         pace = (now - self.start) / max(1, done - self.first)
-        speed = f"{pace:.2f} s a {self.unit}" if pace >= 0.5 else f"{1 / max(pace, 1e-9):.1f} {self.unit}s/s"
+        speed = f"{pace:.2f} s per {self.unit}" if pace >= 0.5 else f"{1 / max(pace, 1e-9):.1f} {self.unit}s/s"
         said = "  ".join(part for part in (note, speed) if part)
         if self.bar:
             self.bar.update(self.task, completed=done, description=f"{self.what}  {said}")

@@ -21,7 +21,7 @@ from fluxlab.experiment.settings import (
     resolve,
 )
 from fluxlab.experiment.spec import Experiment
-from fluxlab.experiment.store import CELLS, REFERENCES, Store
+from fluxlab.experiment.store import CELLS, EXPERIMENT, REFERENCES, Store
 from fluxlab.experiment.versions import versions
 from fluxlab.pipeline import Pipeline
 from fluxlab.probes import INDEX, Probe, of_sample
@@ -31,6 +31,10 @@ Load = Callable[[ModelRow, torch.dtype | None, str], Pipeline]
 
 Work = Sequence[tuple[Sequence[Cell], str]]
 """Cells with the folder of the store that their images belong in."""
+
+
+MOST_FAILURES = 20
+"""Cells without an image that an error message lists."""
 
 
 @dataclass
@@ -45,7 +49,10 @@ class Filled:
         """Raise `NonFiniteError` if a cell has no image."""
         if self.failures:
             count = number(len(self.failures), "image")
-            raise NonFiniteError("\n".join([f"{count} not written, because of NaN or infinity:", *self.failures]))
+            lines = [f"{count} not written, because of NaN or infinity:", *self.failures[:MOST_FAILURES]]
+            if len(self.failures) > MOST_FAILURES:
+                lines.append(f"… and {len(self.failures) - MOST_FAILURES} more; their rows in metrics.csv are empty")
+            raise NonFiniteError("\n".join(lines))
 
 
 def fill(
@@ -79,7 +86,10 @@ def fill(
             pipe = load(experiment.model, dtype_of(experiment.dtype), settings.device)
         check(experiment, pipe, settings)
         captures.check(experiment, pipe, settings, fixed=same)
-    if store.record.get("request") != experiment.request():
+    damaged = store.damaged
+    if damaged:
+        print(f"{store.path / EXPERIMENT}: damaged, written again", flush=True)
+    if damaged or store.record.get("request") != experiment.request():
         unused = unused_images(experiment, settings, store)
         if unused:
             print(unused, flush=True)
@@ -94,10 +104,10 @@ def fill(
 
 def check_name(experiment: Experiment, store: Store) -> None:
     """Raise `UserError` for a store that belongs to an experiment of another name: its tables would be replaced."""
-    name = store.record.get("name", experiment.name)
-    if name != experiment.name:
+    if store.name and store.name != experiment.name:
         raise UserError(
-            f"out={store.path}: holds the experiment {name!r}, this one is {experiment.name!r}; name another folder"
+            f"out={store.path}: holds the experiment {store.name!r}, this one is {experiment.name!r}; "
+            "name another folder"
         )
 
 
@@ -187,7 +197,9 @@ def run_batch(
         if i not in failures:
             store.put(cell, image, notes, folder)
     return [
-        f"{batch[i].variant}, prompt {show(batch[i].prompt)}, seed {batch[i].seed}: {failures[i]}" for i in failures
+        f"{cell.variant}, prompt {show(cell.prompt)}, seed {cell.seed}: {failures[i]}"
+        for i, cell in enumerate(batch)
+        if i in failures
     ]
 
 

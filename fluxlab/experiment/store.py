@@ -15,6 +15,7 @@ import errno
 import hashlib
 import io
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,8 @@ from fluxlab.probes import write as write_arrays
 if TYPE_CHECKING:
     from PIL import Image
 
+NOT_AS_LISTED = "it is not the file that manifest.jsonl lists"
+
 EXPERIMENT, MANIFEST = "experiment.yaml", "manifest.jsonl"
 CELLS, REFERENCES, ATTENTION = "cells", "references", "attention"
 TRACKERS = ("wandb",)
@@ -45,7 +48,21 @@ class Store:
 
     def __init__(self, path: Path):
         self.path = path
-        self.record: dict[str, Any] = read_experiment(path) if (path / EXPERIMENT).is_file() else {}
+        self.record: dict[str, Any] = {}
+        self.name = ""
+        if (path / EXPERIMENT).is_file():
+            try:
+                self.record = read_experiment(path)
+                self.name = self.record["name"]
+            except DamagedRecordError as error:
+                self.name = error.name
+                if not self.name:  # without it another experiment's images could be taken over
+                    raise
+
+    @property
+    def damaged(self) -> bool:
+        """Whether experiment.yaml cannot be read, or is not the file that the manifest lists."""
+        return bool(self.name) and (not self.record or changed(self.path, EXPERIMENT) == NOT_AS_LISTED)
 
     def settings(self) -> Settings | None:
         """Return the settings that the images were computed with; None for a new store."""
@@ -172,7 +189,7 @@ def changed(path: Path, name: str) -> str:
     try:
         if name not in hashes:
             return f"{MANIFEST} does not list it"
-        return "" if hashes[name] == sha256_of(path / name) else f"it is not the file that {MANIFEST} lists"
+        return "" if hashes[name] == sha256_of(path / name) else NOT_AS_LISTED
     except FileNotFoundError:
         return "it is missing"
 
@@ -232,19 +249,39 @@ def _remove_if_unused(path: Path) -> None:
             path.rmdir()
 
 
+class DamagedRecordError(UserError):
+    """experiment.yaml cannot be read. name: the experiment's name if its line is complete, else ""."""
+
+    def __init__(self, message: str, text: str = ""):
+        super().__init__(message)
+        line = re.search(r"^name: (\S+)\n", text, re.MULTILINE)
+        self.name = line[1].strip("'\"") if line else ""
+
+
+_KEYS = ("request", "settings", "name", "caption", "command", "digest", "variants", "versions")
+_REMEDY = "run the command of this store again, or name another out= folder"
+
+
 def read_experiment(path: Path) -> dict[str, Any]:
-    """Return the content of experiment.yaml. Raises `UserError` for a damaged one and one of another schema."""
-    file = path / EXPERIMENT
+    """Return the content of experiment.yaml.
+
+    Raises `DamagedRecordError` if it is damaged, and `UserError` if it is missing or of another schema.
+    """
+    file, text = path / EXPERIMENT, ""
     try:
-        record = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_bytes().decode(errors="replace")
+        record = yaml.safe_load(text)
         schema = record["schema"]
     except FileNotFoundError:
         raise UserError(f"{path}: not a run folder, it contains no {EXPERIMENT}") from None
-    except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({str(error).splitlines()[0]}); name another out= folder") from error
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise DamagedRecordError(f"{file}: cannot be read ({reason}); {_REMEDY}", text) from error
     if schema != SCHEMA:
         raise UserError(f"{file}: schema {schema}, but this version writes {SCHEMA}; name another out= folder")
-    missing = REQUIRED - set(record.get("settings") or ())
-    if missing or "request" not in record:
-        raise UserError(f"{file}: {min(missing, default='request')} is missing; name another out= folder")
+    settings = record.get("settings")
+    missing = [key for key in _KEYS if key not in record]
+    missing += sorted(REQUIRED - set(settings if isinstance(settings, dict) else ()))
+    if missing:
+        raise DamagedRecordError(f"{file}: {missing[0]} is missing; {_REMEDY}", text)
     return record

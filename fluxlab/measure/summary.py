@@ -161,6 +161,7 @@ def table(
     lines = ["mean [95 % interval] over n cells", "Δ: mean paired difference to the baseline [95 % interval]"]
     lines += [f"{name}: of the mean {about(name).pooled} over cells (pooled)" for name in columns if about(name).pooled]
     made = Table(box=box.HORIZONTALS, caption="\n".join(lines), caption_justify="left", pad_edge=False)
+    made.min_width = min(width, max(map(len, lines)))  # the caption wraps at the table's width
     made.add_column("variant", no_wrap=True, overflow="ellipsis", max_width=name_width)
     made.add_column("n", justify="right", no_wrap=True)
     for name in columns:

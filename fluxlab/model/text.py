@@ -73,6 +73,7 @@ class TextEncoders:
         does not know are rejected unless `unknown_words` is "allow". CLIP reads the first 77 tokens only, as in both
         reference implementations. That is not an error: CLIP's vector is a summary, and T5 reads all words.
         """
+
         def unknown(prompt: str) -> list[str]:
             tokenizers = (self.t5_tokenizer, self.clip_tokenizer) if unknown_words != "allow" else ()
             return list(dict.fromkeys(part for tokenizer in tokenizers for part in unknown_parts(tokenizer, prompt)))

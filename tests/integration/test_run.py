@@ -166,6 +166,20 @@ def test_a_cut_table_is_refused_and_the_run_restores_it(model, finished, tmp_pat
     assert contents(out) == expected
 
 
+def test_a_damaged_record_is_written_again(model, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    content = (out / "experiment.yaml").read_bytes()
+    for cut in (len(content) // 2, len(content) - 100):
+        (out / "experiment.yaml").write_bytes(content[:cut])
+        with pytest.raises(ValueError, match=r"experiment\.yaml: "):
+            read_store(out)
+        assert command_line.main(arguments(model, out)) == 0
+        assert "experiment.yaml: damaged, written again" in capsys.readouterr().out
+        assert contents(out) == contents(finished)
+        assert read_store(out).record["settings"] == read_store(finished).record["settings"]
+
+
 @pytest.fixture
 def contrast():
     """A metric that is added after a run."""

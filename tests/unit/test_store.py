@@ -129,6 +129,21 @@ def test_a_missing_table(store):
         read_run(store)
 
 
+def test_a_damaged_record_keeps_the_name_of_the_experiment(store):
+    from fluxlab.experiment.store import Store
+
+    content = (store / "experiment.yaml").read_bytes()
+    assert not Store(store).damaged
+    for cut in (content[: len(content) // 2], content[:-200], content.replace(b"versions:", b"version:")):
+        (store / "experiment.yaml").write_bytes(cut)
+        damaged = Store(store)
+        assert damaged.damaged
+        assert damaged.name == "test"
+    (store / "experiment.yaml").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"experiment\.yaml: cannot be read"):
+        Store(store)
+
+
 # ---- reading
 
 
