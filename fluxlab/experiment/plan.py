@@ -16,7 +16,7 @@ from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
 from fluxlab.loading import pipeline_without_weights, schedule_of
 from fluxlab.pipeline import Pipeline
-from fluxlab.probes import WORKING, Probe, memory, settle
+from fluxlab.probes import WORKING, Probe, memory, resolve
 from fluxlab.select.tokens import names_words
 
 
@@ -172,7 +172,7 @@ def _attention_lines(
             context = pipe.context(prompts if tokenizer else None, s.max_sequence_length, (rows, cols), sigmas)
             if tokenizer is None:  # with a tokenizer, `captures.check` has raised already
                 Probe(known).begin(context, len(prompts))
-            return memory(settle(known, context, len(prompts)), context)
+            return memory(resolve(known, context, len(prompts)), context)
 
         prompts = {cell.key: cell.prompt for batch in every_batch for cell in batch}
         alone = {prompt: bytes_of((prompt,)) for prompt in dict.fromkeys(prompts.values())}

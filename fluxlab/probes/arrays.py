@@ -1,4 +1,7 @@
-"""What was captured: arrays with named axes, in memory and in safetensors files."""
+"""Captured arrays with named axes and labels, in memory and in safetensors files.
+
+`Captured` works without xarray, which is optional. `fluxlab.probes.label` converts it to a `DataArray`.
+"""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,14 +21,14 @@ if TYPE_CHECKING:
 METADATA_KEY = "fluxlab.probes"
 
 Coords = Mapping[str, tuple[tuple[str, ...], Sequence]]
-"""Labels: name → (the axes they lie along, their values). A name that is an axis' own labels that axis."""
+"""Labels: name → (axes, values along them). The labels of an axis have its name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """An array with named axes, labels along them, and in `about` what it is: request, unit.
+    """An array with named axes and labels. `about` has the request and the unit.
 
-    Axes come in this order: sample, step, block, head (those not averaged), then the request's own.
+    The order of the axes is sample, step, block, head (without those averaged over), then those of the kind.
     """
 
     values: np.ndarray
@@ -34,35 +37,38 @@ class Captured:
     about: Mapping[str, Any]
 
     def sel(self, **labels: Any) -> "Captured":
-        """The part with these labels, `sel(block=3, word="cat")`; the axes named are gone. `UserError` otherwise."""
-        found = self
+        """Select by label, like `sel(block=3, word="cat")`. The selected axes are dropped.
+
+        Raises `UserError` for an unknown axis or label.
+        """
+        selected = self
         for axis, label in labels.items():
-            known = found.labels(axis)
+            known = selected.labels(axis)
             if label not in known:
                 listed = ", ".join(map(str, known[:8])) + (" …" if len(known) > 8 else "")
-                raise UserError(f"{axis}={label!r}: there is none, expected one of {listed}")
-            found = found._at(axis, known.index(label))
-        return found
+                raise UserError(f"{axis}={label!r}: not found, expected one of {listed}")
+            selected = selected._take(axis, known.index(label))
+        return selected
 
     def mean(self, *axes: str) -> "Captured":
-        """Averaged over these axes."""
-        found = self
+        """Average over axes. Raises `UserError` for an unknown axis."""
+        result = self
         for axis in axes:
-            n = found._number(axis)
-            found = replace(found._at(axis, 0), values=found.values.mean(n))
-        return found
+            n = result._number(axis)
+            result = replace(result._take(axis, 0), values=result.values.mean(n))
+        return result
 
     def labels(self, axis: str) -> list:
-        """Of one axis: its own, or 0, 1, 2, … where it has none."""
+        """Return the labels of an axis, or 0, 1, 2, … if it has none. Raises `UserError` for an unknown axis."""
         n = self._number(axis)
         return list(self.coords[axis][1] if axis in self.coords else range(self.values.shape[n]))
 
     def _number(self, axis: str) -> int:
         if axis not in self.axes:
-            raise UserError(f"{axis}: there is no such axis, expected one of {', '.join(self.axes)}")
+            raise UserError(f"{axis}: axis not found, expected one of {', '.join(self.axes)}")
         return self.axes.index(axis)
 
-    def _at(self, axis: str, i: int) -> "Captured":
+    def _take(self, axis: str, i: int) -> "Captured":
         coords = {}
         for name, (along, values) in self.coords.items():
             if axis in along:
@@ -75,67 +81,71 @@ class Captured:
 
 
 def of_sample(arrays: Mapping[str, Captured], sample: int) -> dict[str, Captured]:
-    """One sample of a batch's arrays. Labels that differ from sample to sample become its own."""
-    found = {}
-    for name, captured in arrays.items():
-        one = captured.sel(sample=sample)
-        own = {}  # a sample's places in the sequence label their axis, as they do where all samples have the same
-        for key, (along, labels) in one.coords.items():
-            moved = key.endswith("_place") and along == (key.removesuffix("_place"),)
-            own[key.removesuffix("_place") if moved else key] = (along, labels)
-        one = replace(one, coords=own)
-        words = one.coords.get("text")
-        if words is not None:  # as many as its own prompt has
+    """Return one sample of a batch's arrays. Labels that differ between samples become labels of its axes."""
+    selected = {}
+    for name, batch in arrays.items():
+        array = batch.sel(sample=sample)
+        coords = {}
+        for key, (along, labels) in array.coords.items():
+            axis = key.removesuffix("_place")
+            coords[axis if key.endswith("_place") and along == (axis,) else key] = (along, labels)
+        array = replace(array, coords=coords)
+        words = array.coords.get("text")
+        if words is not None:  # padded to the largest number of words in the batch
             count = sum(label != "" for label in words[1])
-            axis = one.axes.index("word")
-            coords = {k: v for k, v in one.coords.items() if k != "text"}
+            axis = array.axes.index("word")
+            coords = {k: v for k, v in array.coords.items() if k != "text"}
             coords["word"] = (("word",), list(words[1][:count]))
-            one = replace(one, values=one.values.take(range(count), axis), coords=coords)
-        found[name] = one
-    return found
+            array = replace(array, values=array.values.take(range(count), axis), coords=coords)
+        selected[name] = array
+    return selected
 
 
 def write(path: "str | PathLike[str]", arrays: Mapping[str, Captured]) -> None:
-    """Write arrays as one safetensors file, names of axes and labels in its metadata; whole or not at all."""
+    """Write arrays to one safetensors file, with axes and labels in its metadata. The write is atomic."""
     from safetensors.numpy import save
 
-    described = {
-        name: {"axes": one.axes, "coords": dict(one.coords), "about": dict(one.about)} for name, one in arrays.items()
+    metadata = {
+        name: {"axes": array.axes, "coords": dict(array.coords), "about": dict(array.about)}
+        for name, array in arrays.items()
     }
-    values = {name: np.ascontiguousarray(one.values) for name, one in arrays.items()}
-    write_atomic(Path(path), save(values, {METADATA_KEY: json.dumps(described, ensure_ascii=False)}))
+    values = {name: np.ascontiguousarray(array.values) for name, array in arrays.items()}
+    write_atomic(Path(path), save(values, {METADATA_KEY: json.dumps(metadata, ensure_ascii=False)}))
 
 
 def load(path: "str | PathLike[str]") -> dict[str, Captured]:
-    """The arrays of a file that `write` wrote. `UserError` for any other file."""
-    with opened(path) as (file, described):
-        return {name: replace(one, values=file.get_tensor(name)) for name, one in described.items()}
+    """Load the arrays of a file that `write` wrote. Raises `UserError` for any other file."""
+    with open_arrays(path) as (file, arrays):
+        return {name: replace(array, values=file.get_tensor(name)) for name, array in arrays.items()}
 
 
-def whole(path: "str | PathLike[str]") -> bool:
-    """Whether a file that `write` wrote is there to its last byte: told by its header and its length."""
+def is_complete(path: "str | PathLike[str]") -> bool:
+    """Return whether a file that `write` wrote exists and is not truncated. Reads only its header."""
     try:
-        with opened(path):
+        with open_arrays(path):
             return True
     except ValueError:
         return False
 
 
 @contextmanager
-def opened(path: "str | PathLike[str]") -> Iterator[tuple[Any, dict[str, Captured]]]:
-    """The open file, and its arrays without their values (NaN that takes no memory). `UserError` as `load`."""
+def open_arrays(path: "str | PathLike[str]") -> Iterator[tuple[Any, dict[str, Captured]]]:
+    """Open a file and yield it with its arrays, whose values are NaN until `file.get_tensor(name)` reads them.
+
+    The NaN are broadcast from one value and take no memory. Raises `UserError` like `load`.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "np") as file:
-            described = json.loads((file.metadata() or {})[METADATA_KEY])
-            found = {}
-            for name, one in described.items():
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            arrays = {}
+            for name, stored in metadata.items():
                 empty = np.broadcast_to(np.float32(np.nan), file.get_slice(name).get_shape())
-                coords = {key: (tuple(along), labels) for key, (along, labels) in one["coords"].items()}
-                found[name] = Captured(empty, tuple(one["axes"]), coords, one["about"])
-            yield file, found
+                coords = {key: (tuple(along), labels) for key, (along, labels) in stored["coords"].items()}
+                arrays[name] = Captured(empty, tuple(stored["axes"]), coords, stored["about"])
+            yield file, arrays
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: file not found") from None
     except (SafetensorError, KeyError, OSError) as error:
-        raise UserError(f"{path}: holds no captured arrays, or is damaged ({error})") from None
+        raise UserError(f"{path}: not a file of captured arrays, or damaged ({error})") from None

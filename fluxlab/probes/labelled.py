@@ -1,8 +1,7 @@
-"""Captured arrays with their labels, as xarray: of one file, or of all cells of a run folder. And how alike two are."""
+"""Captured arrays as xarray `DataArray`s: those of one file, or of all cells of a store. And the similarity of maps."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from fluxlab.errors import UserError
-from fluxlab.probes.arrays import Captured, load, opened
+from fluxlab.probes.arrays import Captured, load, open_arrays
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 Maps = TypeVar("Maps", Captured, "DataArray")
 
 INDEX = "attention/index.json"
-"""In a run folder: the capture, and which file holds the arrays of which cell."""
+"""File in a store: the capture, and which file has the arrays of which cell."""
 
 
 def label(captured: Captured, name: str | None = None) -> "DataArray":
-    """As an xarray `DataArray`. `UserError` telling how to get xarray where it is missing."""
+    """Convert to an xarray `DataArray`. Raises `UserError` if xarray is not installed."""
     try:
         from xarray import DataArray
     except ImportError:
@@ -41,42 +40,42 @@ def read(
     prompts: str | Sequence[str] | None = None,
     seeds: int | Sequence[int] | None = None,
 ) -> "dict[str, DataArray]":
-    """What a run captured, or one file that `write` wrote, as xarray `DataArray`s by name.
+    """Read what a run captured, or one file that `write` wrote, as xarray `DataArray`s by name.
 
-    path: a run folder, or a file. Of a run folder, every array has the axes variant, prompt and seed in front, in the
-    experiment's order; `variants`, `prompts` and `seeds` choose some, for all of a large run need not fit in memory.
-    Where prompts have words of their own, the axis `word` has them all, and a prompt's values are NaN where it lacks
-    one.
+    Args:
+        path: a store (run folder) or a file. The arrays of a store have the axes variant, prompt and seed in front, in
+            the order of the experiment.
+        variants, prompts, seeds: select cells of a store, so that a large run need not fit in memory.
 
-    Raises `UserError` for a folder in which nothing was captured, for what a run does not have, for any other file,
-    and where xarray is missing (pip install 'fluxlab[probes]').
+    Where prompts have different words, the axis `word` has all of them. Words that a prompt does not have are NaN.
+
+    Raises `UserError` for a store without captured attention, for a variant, prompt or seed that it does not have, for
+    any other file, and if xarray is not installed (pip install 'fluxlab[probes]').
     """
-    asked = {"variant": variants, "prompt": prompts, "seed": seeds}
+    selection = {"variant": variants, "prompt": prompts, "seed": seeds}
     if Path(path).is_dir():
-        captured = _read_run(Path(path), asked)
-    else:
-        needless = [f"{key}s" for key, value in asked.items() if value is not None]
-        if needless:
-            raise UserError(f"{needless[0]}= chooses from a run folder, which {path} is not")
-        captured = load(path)
-    return {name: label(one, name) for name, one in captured.items()}
+        return _read_store(Path(path), selection)
+    given = [f"{key}s" for key, value in selection.items() if value is not None]
+    if given:
+        raise UserError(f"{given[0]}= selects cells of a run folder, but {path} is not a folder")
+    return {name: label(array, name) for name, array in load(path).items()}
 
 
 def index(folder: "str | PathLike[str]") -> dict[str, Any] | None:
-    """What `attention/index.json` of a run folder tells; None where nothing was captured.
+    """Return the contents of `attention/index.json` of a store, or None if nothing was captured.
 
-    `capture` is the config, `digest` tells captures apart, `cells` has a row a cell: variant, prompt, seed, cell (its
-    key) and file (of its arrays, in the folder). Raises `UserError` for a damaged one.
+    `capture` is the config and `digest` its hash. `cells` has one row per cell: variant, prompt, seed, cell (its key)
+    and file (of its arrays, relative to the store). Raises `UserError` if the file is damaged.
     """
     file = Path(folder) / INDEX
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        lacking = [
-            key for row in found["cells"] for key in ("variant", "prompt", "seed", "cell", "file") if key not in row
+        loaded = json.loads(file.read_text(encoding="utf-8"))
+        missing = [
+            key for row in loaded["cells"] for key in ("variant", "prompt", "seed", "cell", "file") if key not in row
         ]
-        if lacking:
-            raise UserError(f"{lacking[0]} is missing")
-        return found
+        if missing:
+            raise UserError(f"{missing[0]} is missing")
+        return loaded
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -84,42 +83,48 @@ def index(folder: "str | PathLike[str]") -> dict[str, Any] | None:
 
 
 def similarity(a: Maps, b: Maps, over: str | Sequence[str] = ("row", "col")) -> Maps:
-    """How alike two maps are: their cosine over the axes `over`, Σ ab / √(Σ a² · Σ b²); the other axes stay.
+    """Return the cosine similarity of two maps over the axes `over`: Σ ab / √(Σ a² · Σ b²). Other axes remain.
 
-    1 for maps that differ by a factor only, 0 for maps with no place in common, NaN where either is NaN or all zero.
-    Computed in fp64. Two `Captured` need equal axes and labels. Of two `DataArray`s, an axis that only one has serves
-    the other too, and of labels that differ those that both have are kept: with `maps = fluxlab.probes.read(folder)`,
-    `similarity(maps["words"], maps["words"].sel(variant="baseline"))` compares every variant with the baseline.
+    It is 1 for maps that differ by a factor, 0 for maps without common positions, and NaN where a map is all 0 or has
+    NaN. It is computed in fp64.
 
-    Raises `UserError` for axes that are not there, and for maps of different places.
+    Two `Captured` need equal axes and labels. Two `DataArray`s are broadcast, and keep the labels that both have: with
+    `maps = fluxlab.probes.read(folder)`, `similarity(maps["words"], maps["words"].sel(variant="baseline"))` compares
+    every variant with the baseline.
+
+    This function compares maps that were stored. The request kind `similarity` compares the full attention of two
+    samples while they are computed in one batch.
+
+    Raises `UserError` for unknown axes, and for maps of different shapes.
     """
     over = (over,) if isinstance(over, str) else tuple(over)
     plain = isinstance(a, Captured)
     if plain != isinstance(b, Captured):
-        raise UserError("similarity: two of a kind are needed; fluxlab.probes.label makes a DataArray of a Captured")
-    for one in (a, b):
-        axes = one.axes if plain else one.dims
+        raise UserError("similarity: expected two Captured or two DataArrays; fluxlab.probes.label converts the former")
+    for maps in (a, b):
+        axes = maps.axes if plain else maps.dims
         if not over or not {*over} <= {*axes}:
             raise UserError(f"over={list(over)}: expected some of {', '.join(map(str, axes))}")
     if plain and a.axes != b.axes:
         raise UserError(f"similarity: the axes differ, {', '.join(a.axes)} and {', '.join(b.axes)}")
     for axis in a.axes if plain else over:
-        here, there = (one.labels(axis) if plain else one[axis].values.tolist() for one in (a, b))
-        if here != there:
-            raise UserError(f"similarity: {axis} has {len(here)} places and {len(there)}, or other ones")
+        labels = [maps.labels(axis) if plain else maps[axis].values.tolist() for maps in (a, b)]
+        if labels[0] != labels[1]:
+            counts = " and ".join(str(len(part)) for part in labels)
+            raise UserError(f"similarity: the labels of {axis} differ ({counts} entries)")
     if plain:
-        places, rest = [a.axes.index(axis) for axis in over], tuple(axis for axis in a.axes if axis not in over)
-        moved = [np.moveaxis(one.values, places, range(-len(over), 0)) for one in (a, b)]
+        positions, rest = [a.axes.index(axis) for axis in over], tuple(axis for axis in a.axes if axis not in over)
+        moved = [np.moveaxis(maps.values, positions, range(-len(over), 0)) for maps in (a, b)]
         coords = {key: (along, labels) for key, (along, labels) in a.coords.items() if not {*along} & {*over}}
         return Captured(_cosine(*moved, last=len(over)), rest, coords, {**a.about, "unit": "cosine"})
     import xarray
 
-    found = xarray.apply_ufunc(_cosine, a, b, input_core_dims=[over, over], join="inner", kwargs={"last": len(over)})
-    return found.rename(None).assign_attrs(unit="cosine")
+    cosine = xarray.apply_ufunc(_cosine, a, b, input_core_dims=[over, over], join="inner", kwargs={"last": len(over)})
+    return cosine.rename(None).assign_attrs(unit="cosine")
 
 
 def _cosine(a: np.ndarray, b: np.ndarray, last: int) -> np.ndarray:
-    """Over the last axes."""
+    """Return the cosine over the last axes."""
     axes = tuple(range(-last, 0))
 
     def total(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -129,43 +134,44 @@ def _cosine(a: np.ndarray, b: np.ndarray, last: int) -> np.ndarray:
         return total(a, b) / np.sqrt(total(a, a) * total(b, b))
 
 
-def _read_run(folder: Path, asked: Mapping[str, Any]) -> dict[str, Captured]:
-    """The arrays of the cells asked for, in one, with the axes of `asked` in front."""
-    told = index(folder)
-    if told is None:
-        raise UserError(f"{folder}: nothing of attention was captured; run its command again with capture=words")
-    labels = {key: _choose(told["cells"], key, values) for key, values in asked.items()}
-    files = {tuple(row[key] for key in labels): folder / row["file"] for row in told["cells"]}
-    cells = [files[place] for place in product(*labels.values())]
-    described = []
-    for cell in cells:
-        with opened(cell) as (_, arrays):
-            described.append(arrays)
-    found = {}
-    for name, first in described[0].items():
-        unions = [list(dict.fromkeys(n for cell in described for n in cell[name].labels(axis))) for axis in first.axes]
-        coords = {
-            key: (along, unions[first.axes.index(key)] if key in first.axes else values)
-            for key, (along, values) in first.coords.items()
-        }
-        values = np.full((len(cells), *map(len, unions)), np.nan, np.float32)
-        for n, cell in enumerate(cells):
-            with opened(cell) as (file, arrays):
-                own = [arrays[name].labels(axis) for axis in first.axes]
-                at = [[union.index(one) for one in labels] for union, labels in zip(unions, own, strict=True)]
-                values[n][np.ix_(*at)] = file.get_tensor(name)
-        values = values.reshape(*map(len, labels.values()), *values.shape[1:])
-        coords |= {key: ((key,), values) for key, values in labels.items()}
-        found[name] = replace(first, values=values, axes=(*labels, *first.axes), coords=coords)
-    return found
+def _read_store(folder: Path, selection: Mapping[str, Any]) -> "dict[str, DataArray]":
+    """Return the arrays of the selected cells, with the axes of `selection` in front."""
+    loaded = index(folder)
+    if loaded is None:
+        raise UserError(f"{folder}: no attention was captured; run its command again with capture=words")
+    cells = {key: _select(loaded["cells"], key, values) for key, values in selection.items()}
+    files = {tuple(row[key] for key in cells): folder / row["file"] for row in loaded["cells"]}
+    places = list(product(*cells.values()))
+    headers = []
+    for place in places:
+        with open_arrays(files[place]) as (_, arrays):
+            headers.append(arrays)
+    combined = {name: _allocated(name, [arrays[name] for arrays in headers], cells) for name in headers[0]}
+    for place in places:
+        cell = dict(zip(cells, place, strict=True))
+        for name, array in load(files[place]).items():
+            own = {axis: array.labels(axis) for axis in array.axes}
+            combined[name].loc[cell | own] = array.values
+    return combined
 
 
-def _choose(rows: Sequence[Mapping[str, Any]], key: str, asked: Any) -> list:
-    """The labels asked for, or all, in the experiment's order."""
-    there = list(dict.fromkeys(row[key] for row in rows))
-    wanted = there if asked is None else [asked] if isinstance(asked, str | int) else list(asked)
-    for one in wanted or [asked]:
-        if one not in there:
-            listed = ", ".join(map(str, there[:8])) + (" …" if len(there) > 8 else "")
-            raise UserError(f"{key}s={one!r}: there is none, expected some of {listed}")
-    return wanted
+def _allocated(name: str, headers: Sequence[Captured], cells: Mapping[str, list]) -> "DataArray":
+    """Return an array of NaN for all cells, whose axes have the labels of every cell in order of appearance."""
+    first = headers[0]
+    labels = {axis: list(dict.fromkeys(n for array in headers for n in array.labels(axis))) for axis in first.axes}
+    coords = {key: ((key,), values) for key, values in cells.items()}
+    coords |= {key: (along, labels.get(key, values)) for key, (along, values) in first.coords.items()}
+    lengths = [len(values) for values in (*cells.values(), *labels.values())]
+    values = np.full(lengths, np.nan, np.float32)
+    return label(Captured(values, (*cells, *first.axes), coords, first.about), name)
+
+
+def _select(rows: Sequence[Mapping[str, Any]], key: str, wanted: Any) -> list:
+    """Return the wanted labels, or all of them in the order of the experiment."""
+    known = list(dict.fromkeys(row[key] for row in rows))
+    labels = known if wanted is None else [wanted] if isinstance(wanted, str | int) else list(wanted)
+    for value in labels or [wanted]:
+        if value not in known:
+            listed = ", ".join(map(str, known[:8])) + (" …" if len(known) > 8 else "")
+            raise UserError(f"{key}s={value!r}: not found, expected some of {listed}")
+    return labels

@@ -1,7 +1,8 @@
-"""The kinds of request that are sums and means of p, or of scores: each a function (arguments, place) → `Measure`.
+"""Kinds of request that sum or average attention weights or scores over groups of tokens.
 
-A measure observes one sample in one call of a kernel. A call may hold some of the queries only (programs with groups
-of queries make several), so whatever is handed to `add` adds up over calls.
+Each function resolves a request against a run and returns a `Measure`. Its `observe` is called once per sample and
+kernel call. A program with groups of queries makes several calls, each with some of the queries: what `observe` passes
+to `add` must therefore add up over calls.
 """
 
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxlab.errors import join, wrong
 from fluxlab.model.attention import Attended
 from fluxlab.model.rope import frequencies
 from fluxlab.probes.outputs import (
@@ -17,111 +19,138 @@ from fluxlab.probes.outputs import (
     Add,
     Axes,
     Measure,
-    Place,
-    chosen,
-    means,
+    ProbeContext,
+    averaging_weights,
     named_axis,
-    span,
-    spelt_words,
+    select_tokens,
     token_axes,
+    token_range,
     union,
     word_axis,
+    words_of_prompts,
 )
-from fluxlab.probes.stream import Tokens, present, probabilities, take
-from fluxlab.select.arguments import AXES
+from fluxlab.probes.registry import probe
+from fluxlab.probes.stream import Tokens, attention_weights, locate, take
+from fluxlab.select.arguments import AXES, choice
 from fluxlab.select.layout import IMAGE, TEXT
+from fluxlab.select.tokens import parse_tokens
 
 
-def words(arguments: Mapping[str, Any], place: Place) -> Measure:
-    """Word heatmaps. image_to_word: how much each image token looks at a word, all its tokens together; word_to_image:
-    where a word looks, the mean of its tokens.
+def parse_words(value: Any, path: str) -> str | list[str]:
+    """Parse "all", or words and phrases as in a program's `tokens: {words: …}`."""
+    return "all" if value == "all" else parse_tokens({"words": value}, path.rpartition(".")[0])["words"]
+
+
+def parse_regions(value: Any, path: str) -> dict[str, Any]:
+    """Parse a mapping of names to token selections."""
+    if not isinstance(value, Mapping) or not value:
+        raise wrong(path, value, "a mapping of names to tokens, such as {sky: {box: [0, 0, 4, 16]}, ground: text}")
+    return {str(name): parse_tokens(tokens, join(path, name)) for name, tokens in value.items()}
+
+
+@probe("words", {"words": parse_words, "direction": choice("image_to_word", "word_to_image", "both")})
+def words(context: ProbeContext, words: str | list[str] = "all", direction: str = "both") -> Measure:
+    """Attention between image tokens and words: a map per word.
+
+    image_to_word: the attention of each image query to a word, the sum over its tokens. word_to_image: the attention of
+    a word to each image key, the mean over its tokens.
     """
-    found = spelt_words(arguments["words"], place)
-    axis = word_axis([[name for name, _ in one] for one in found])
+    found = words_of_prompts(words, context)
+    axis = word_axis([[name for name, _ in sample] for sample in found])
     count = axis.shape[0]
-    groups = [[torch.tensor(group) for _, group in one] for one in found]
-    spelt = [union([*one, *[torch.tensor([], dtype=torch.long)] * (count - len(one))], place) for one in groups]
-    weights = [means(member) for _, member in spelt]
-    image, asked = span(place, IMAGE), arguments["direction"]
-    directions = ["image_to_word", "word_to_image"] if asked == "both" else [asked]
+    groups = [[torch.tensor(group) for _, group in sample] for sample in found]
+    empty = torch.tensor([], dtype=torch.long)
+    members = [union([*sample, *[empty] * (count - len(sample))], context) for sample in groups]
+    weights = [averaging_weights(member) for _, member in members]
+    image = token_range(context, IMAGE)
+    directions = ["image_to_word", "word_to_image"] if direction == "both" else [direction]
 
-    def observe(seen: Attended, b: int, heads: Tensor | None, add: Add) -> None:
-        text, member = spelt[b]
-        for d, direction in enumerate(directions):
-            here = slice(d, d + 1)
-            if direction == "image_to_word":
-                for p, which in probabilities(seen, b, heads, image, text):
-                    add("", (here, ALL, which), (p @ member.to(p)).mT[:, None])
+    def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
+        text, member = members[b]
+        for d, name in enumerate(directions):
+            output = slice(d, d + 1)
+            if name == "image_to_word":
+                for p, which in attention_weights(attended, b, heads, image, text):
+                    add("", (output, ALL, which), (p @ member.to(p)).mT[:, None])
             else:
-                for p, which in probabilities(seen, b, heads, text, image):
-                    add("", (here,), (take(weights[b], 1, which).to(p) @ p)[:, None])
+                for p, which in attention_weights(attended, b, heads, text, image):
+                    add("", (output,), (take(weights[b], 1, which).to(p) @ p)[:, None])
 
-    axes = named_axis("direction", directions) + axis + token_axes([image], place, "")
-    blank = tuple((b, (ALL, slice(len(one), None))) for b, one in enumerate(found) if len(one) < count)
+    axes = named_axis("direction", directions) + axis + token_axes([image], context, "")
+    blank = tuple((b, (ALL, slice(len(sample), None))) for b, sample in enumerate(found) if len(sample) < count)
     return Measure({"": axes}, observe, "probability", blank)
 
 
-def regions(arguments: Mapping[str, Any], place: Place) -> Measure:
-    """From region to region: what share of its attention a token of the one pays to the other, mean over the one."""
-    named = {name: chosen(one, place, f"regions.{name}") for name, one in arguments["regions"].items()}
-    members = [union([one[b].index for one in named.values()], place) for b in range(place.samples)]
-    weights = [means(member) for _, member in members]
+@probe("regions", {"regions": parse_regions})
+def regions(context: ProbeContext, regions: Mapping[str, Any]) -> Measure:
+    """Attention from each region to each region: summed over keys, averaged over queries."""
+    selected = {name: select_tokens(part, context, f"regions.{name}") for name, part in regions.items()}
+    members = [union([part[b].index for part in selected.values()], context) for b in range(context.samples)]
+    weights = [averaging_weights(member) for _, member in members]
 
-    def observe(seen: Attended, b: int, heads: Tensor | None, add: Add) -> None:
+    def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
         both, member = members[b]
-        for p, which in probabilities(seen, b, heads, both, both):
+        for p, which in attention_weights(attended, b, heads, both, both):
             add("", (), take(weights[b], 1, which).to(p) @ (p @ member.to(p)))
 
-    return Measure({"": named_axis("from", list(named)) + named_axis("to", list(named))}, observe, "probability")
+    axes = named_axis("from", list(selected)) + named_axis("to", list(selected))
+    return Measure({"": axes}, observe, "probability")
 
 
-def quadrants(arguments: Mapping[str, Any], place: Place) -> Measure:
-    """Text and image (and each reference), from and to: what share of its attention a token pays, mean over tokens.
+@probe("map", {"from": parse_tokens, "to": parse_tokens})
+def every_pair(context: ProbeContext, from_: Any, to: Any) -> Measure:
+    """The attention weight itself, from each query to each key."""
+    queries, keys = select_tokens(from_, context, "from"), select_tokens(to, context, "to")
 
-    The largest kind gets what the others leave, so that most keys need not be looked at.
+    def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
+        for p, which in attention_weights(attended, b, heads, queries[b], keys[b]):
+            add("", (which,), p)
+
+    axes = token_axes(queries, context, "from", "from") + token_axes(keys, context, "to", "to")
+    return Measure({"": axes}, observe, "probability")
+
+
+@probe("quadrants")
+def quadrants(context: ProbeContext) -> Measure:
+    """Attention within and between text and image (and each reference): summed over keys, averaged over queries.
+
+    The largest group of keys is computed as 1 minus the others, so that most keys need not be read.
     """
-    layout = place.context.layout
-    kinds = [span(place, kind) for kind in range(TEXT, IMAGE + len(layout.grids))]
+    layout = context.layout
+    kinds = [token_range(context, kind) for kind in range(TEXT, IMAGE + len(layout.grids))]
     names = ["text", "image", *(f"reference {i}" for i in range(len(layout.references)))]
     largest = max(range(len(kinds)), key=lambda kind: len(kinds[kind]))
     others = [kind.index for i, kind in enumerate(kinds) if i != largest]
-    rest, member = union(others, place)
-    everything, average = span(place), means(union([kind.index for kind in kinds], place)[1])
+    rest, member = union(others, context)
+    sequence = token_range(context)
+    average = averaging_weights(union([kind.index for kind in kinds], context)[1])
 
-    def observe(seen: Attended, b: int, heads: Tensor | None, add: Add) -> None:
-        for p, which in probabilities(seen, b, heads, everything, rest):
+    def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
+        for p, which in attention_weights(attended, b, heads, sequence, rest):
             mass = p @ member.to(p)
-            whole = 1 - mass.sum(-1, keepdim=True)
-            mass = torch.cat((mass[..., :largest], whole, mass[..., largest:]), -1)
+            remainder = 1 - mass.sum(-1, keepdim=True)
+            mass = torch.cat((mass[..., :largest], remainder, mass[..., largest:]), -1)
             add("", (), take(average, 1, which).to(p) @ mass)
 
     return Measure({"": named_axis("from", names) + named_axis("to", names)}, observe, "probability")
 
 
-def every_pair(arguments: Mapping[str, Any], place: Place) -> Measure:
-    """p itself, of every token of `from` over every token of `to`: a point's full map."""
-    queries, keys = chosen(arguments["from"], place, "from"), chosen(arguments["to"], place, "to")
+@probe("logits", {"from": parse_tokens, "to": parse_tokens, "against": parse_tokens})
+def logits(context: ProbeContext, from_: Any, to: Any, against: Any = None) -> Measure:
+    """Scores q·k/√d between two regions, split into their rotary pairs, each with its axis and wavelength.
 
-    def observe(seen: Attended, b: int, heads: Tensor | None, add: Add) -> None:
-        for p, which in probabilities(seen, b, heads, queries[b], keys[b]):
-            add("", (which,), p)
-
-    axes = token_axes(queries, place, "from", "from") + token_axes(keys, place, "to", "to")
-    return Measure({"": axes}, observe, "probability")
-
-
-def logits(arguments: Mapping[str, Any], place: Place) -> Measure:
-    """The scores q·k/√d between two regions, mean over pairs of tokens, as the sum that they are over rotary pairs.
-
-    Each pair of channels turns with one axis at one wavelength: which of them made this token look there? `against`
-    takes the mean score with other keys away, for what is common to all keys changes no probability. Scores are before
-    a mask; a temperature is in them. Turned queries and keys are used, so that edits of positions show.
+    A score is a sum over pairs of channels. Each pair is rotated along one axis at one wavelength, so that the split
+    shows which positions raise a score. Results are means over queries and keys. `against` subtracts the mean score to
+    other keys, because a constant that all keys share does not change attention. Scores are computed before a mask is
+    added, from rotated queries and keys, so that edits of positions show. A temperature is included.
     """
-    named = {key: chosen(arguments[key], place, key) for key in ("from", "to", "against") if arguments[key]}
-    p = place.context
-    names = AXES if len(p.axes_dim) == len(AXES) else tuple(map(str, range(len(p.axes_dim))))
-    axis = [name for name, dim in zip(names, p.axes_dim, strict=True) for _ in range(dim // 2)]
-    turns = torch.cat([frequencies(dim, p.theta) for dim in p.axes_dim])
+    selected = {"from": select_tokens(from_, context, "from"), "to": select_tokens(to, context, "to")}
+    if against:
+        selected["against"] = select_tokens(against, context, "against")
+    dims = context.run.axes_dim
+    names = AXES if len(dims) == len(AXES) else tuple(map(str, range(len(dims))))
+    axis = [name for name, dim in zip(names, dims, strict=True) for _ in range(dim // 2)]
+    turns = torch.cat([frequencies(dim, context.run.theta) for dim in dims])
     pairs = Axes(
         ("pair",),
         (len(axis),),
@@ -133,20 +162,20 @@ def logits(arguments: Mapping[str, Any], place: Place) -> Measure:
         },
     )
 
-    def observe(seen: Attended, b: int, heads: Tensor | None, add: Add) -> None:
-        wide = torch.promote_types(seen.q.dtype, torch.float32)
+    def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
+        exact = torch.promote_types(attended.q.dtype, torch.float32)
 
-        def total(x: Tensor, where: Any) -> Tensor:
-            return take(take(x[b], 0, heads), 1, where).to(wide).sum(1)
+        def total(x: Tensor, indexer: Any) -> Tensor:
+            return take(take(x[b], 0, heads), 1, indexer).to(exact).sum(1)
 
         def mean_key(keys: Tokens) -> Tensor:
-            return total(seen.k, keys.places) / len(keys)
+            return total(attended.k, keys.indexer) / len(keys)
 
-        here, _ = present(named["from"][b], seen.queries)
-        q = total(seen.q, here) / len(named["from"][b])
-        k = mean_key(named["to"][b])
-        if "against" in named:
-            k = k - mean_key(named["against"][b])
-        add("", (), (q * k).unflatten(-1, (-1, 2)).sum(-1) / seen.q.shape[-1] ** 0.5)
+        rows, _ = locate(selected["from"][b], attended.queries)
+        q = total(attended.q, rows) / len(selected["from"][b])
+        k = mean_key(selected["to"][b])
+        if "against" in selected:
+            k = k - mean_key(selected["against"][b])
+        add("", (), (q * k).unflatten(-1, (-1, 2)).sum(-1) / attended.q.shape[-1] ** 0.5)
 
     return Measure({"": pairs}, observe, "score")

@@ -1,4 +1,4 @@
-"""The shapes and labels of what is captured, known before anything runs; and which tokens a request names."""
+"""What a kind of request computes (`Measure`). Its tokens, shapes and labels are known before the run starts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,34 +11,52 @@ from fluxlab.errors import UserError, join, wrong
 from fluxlab.model.attention import Attended
 from fluxlab.probes.arrays import Coords
 from fluxlab.probes.stream import Tokens, tokens
-from fluxlab.select.layout import IMAGE, Context
+from fluxlab.select.layout import IMAGE, Context, Layout
 from fluxlab.select.tokens import resolve_tokens
 from fluxlab.select.words import Prompt, find_word, named_words
 
 ALL = slice(None)
 
 Add = Callable[[str, tuple, Tensor], None]
-"""(output, index into its own axes, values `(heads, …)`): adds them up there. A grid of tokens is one axis to it."""
+"""(output, index into its axes, values `(heads, …)`) → adds the values there. A grid of tokens counts as one axis."""
 
 Observe = Callable[[Attended, int, Tensor | None, Add], None]
-"""(what a kernel worked with, sample, heads or None for all, where results go)."""
+"""(queries, keys and log-sum-exp of one kernel call, sample, heads or None for all, add)."""
 
 
-class Place(NamedTuple):
-    """Where a request is made: the run, how many samples its batch has, the request's path in its config."""
+class ProbeContext(NamedTuple):
+    """The run that a request is resolved against.
 
-    context: Context
+    run: tokens, model sizes, schedule and prompts. samples: batch size. path: of the request in its config, for error
+    messages. average: the axes that the request averages over.
+    """
+
+    run: Context
     samples: int
     path: str
+    average: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> Layout:
+        return self.run.layout
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.ids.device
+
+    @property
+    def averages_tokens(self) -> bool:
+        """Whether the results of the queries are to be averaged."""
+        return "tokens" in self.average
 
 
 class Axes(NamedTuple):
-    """Axes of an output. `flat` is the shape that `Add` sees: a grid as one axis."""
+    """Axes of an output. `flat` is the shape that `Add` indexes, in which a grid is one axis."""
 
     names: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     flat: tuple[int, ...] = ()
-    coords: Coords = {}  # noqa: RUF012 (never changed)
+    coords: Coords = {}  # noqa: RUF012 (never modified)
 
     def __add__(self, other: "Axes") -> "Axes":
         coords = {**self.coords, **other.coords}
@@ -47,10 +65,11 @@ class Axes(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Measure:
-    """What a request comes down to. outputs: by name, "" for one that takes the request's own.
+    """A request that was resolved against a run.
 
-    blank: (sample, index) of what a sample does not have and is NaN. scratch: bytes that `observe` holds besides one
-    stretch of p.
+    outputs: the axes of each output by name; the only output of a request has the name "". observe: computes a part of
+    them from one kernel call. blank: (sample, index) of entries that a sample does not have; they are NaN. scratch:
+    bytes that `observe` allocates in addition to one chunk of attention weights.
     """
 
     outputs: Mapping[str, Axes]
@@ -60,46 +79,45 @@ class Measure:
     scratch: int = 0
 
 
-def chosen(selection: Any, place: Place, key: str) -> list[Tokens]:
-    """A token selection's places, for each sample. `UserError` naming the path where nothing is selected."""
-    where = join(place.path, key)
-    return [tokens(resolve_tokens(selection, place.context, b, where)) for b in range(place.samples)]
+def select_tokens(selection: Any, context: ProbeContext, key: str) -> list[Tokens]:
+    """Return the selected tokens of each sample. Raises `UserError` with the path of `key` for an empty selection."""
+    path = join(context.path, key)
+    return [tokens(resolve_tokens(selection, context.run, b, path)) for b in range(context.samples)]
 
 
-def chosen_image(selection: Any, place: Place, key: str) -> list[Tokens]:
-    """As `chosen`, of the image only: the kind of request is about places in it."""
-    found = chosen(selection, place, key)
-    start, stop = place.context.layout.range(IMAGE)
-    if any(one.index[0] < start or one.index[-1] >= stop for one in found):
-        raise wrong(join(place.path, key), selection, "tokens of the image only")
-    return found
+def select_image_tokens(selection: Any, context: ProbeContext, key: str) -> list[Tokens]:
+    """Like `select_tokens`. Raises `UserError` for tokens that are not image tokens."""
+    selected = select_tokens(selection, context, key)
+    start, stop = context.layout.range(IMAGE)
+    if any(one.index[0] < start or one.index[-1] >= stop for one in selected):
+        raise wrong(join(context.path, key), selection, "image tokens only")
+    return selected
 
 
-def span(place: Place, kind: int | None = None) -> Tokens:
-    """All tokens of a kind, or of the sequence."""
-    layout = place.context.layout
-    ends = (0, layout.tokens) if kind is None else layout.range(kind)
-    return tokens(torch.arange(*ends, device=place.context.ids.device))
+def token_range(context: ProbeContext, kind: int | None = None) -> Tokens:
+    """Return all tokens of a kind (`TEXT`, `IMAGE`, …), or of the whole sequence."""
+    ends = (0, context.layout.tokens) if kind is None else context.layout.range(kind)
+    return tokens(torch.arange(*ends, device=context.device))
 
 
-def grid(place: Place) -> tuple[Tensor, Tensor]:
-    """Row and column of each image token, `(N,)` fp32."""
-    rows, cols = place.context.layout.grid
-    at = torch.arange(rows * cols, device=place.context.ids.device)
-    return (at // cols).float(), (at % cols).float()
+def grid_positions(context: ProbeContext) -> tuple[Tensor, Tensor]:
+    """Return row and column of each image token, `(N,)` in fp32."""
+    rows, cols = context.layout.grid
+    index = torch.arange(rows * cols, device=context.device)
+    return (index // cols).float(), (index % cols).float()
 
 
-def union(groups: Sequence[Tensor], place: Place) -> tuple[Tokens, Tensor]:
-    """The tokens of several groups together, and which are whose: 0 or 1, `(tokens, groups)`."""
-    member = torch.zeros(place.context.layout.tokens, len(groups), dtype=torch.float32, device=place.context.ids.device)
+def union(groups: Sequence[Tensor], context: ProbeContext) -> tuple[Tokens, Tensor]:
+    """Return the n tokens that are in any of m groups, and their membership: 0 or 1, `(n, m)`."""
+    member = torch.zeros(context.layout.tokens, len(groups), dtype=torch.float32, device=context.device)
     for g, group in enumerate(groups):
         member[group, g] = 1
     index = member.any(1).nonzero()[:, 0]
     return tokens(index), member[index]
 
 
-def means(member: Tensor) -> Tensor:
-    """Weights `(groups, tokens)` that average over each group's tokens."""
+def averaging_weights(member: Tensor) -> Tensor:
+    """Return weights `(groups, tokens)` that average over the tokens of each group."""
     return (member / member.sum(0).clamp(min=1)).T
 
 
@@ -107,19 +125,23 @@ def named_axis(name: str, labels: Sequence) -> Axes:
     return Axes((name,), (len(labels),), (len(labels),), {name: ((name,), list(labels))})
 
 
-def token_axes(selections: Sequence[Tokens], place: Place, key: str, prefix: str = "") -> Axes:
-    """Axes `row`, `col` for a rectangle of a grid, else `token`, labelled by places in the sequence; `from_row` or
-    `from` with a prefix. `UserError` where samples select different numbers of tokens.
+def token_axes(selections: Sequence[Tokens], context: ProbeContext, key: str, prefix: str = "") -> Axes:
+    """Return axes for tokens: `row` and `col` for a rectangle of a grid, else `token` with indices into the sequence.
+
+    prefix: "from" gives `from_row` and `from_col`, or `from`. Where samples select different tokens, the coordinate
+    `token_place` has the indices of each. Raises `UserError` if samples select different numbers of tokens.
     """
     first = selections[0].index
-    counts = [len(one) for one in selections]
+    counts = [len(selection) for selection in selections]
     if len(set(counts)) > 1:
-        raise UserError(f"{join(place.path, key)}: selects {counts} tokens of the samples, expected equal numbers")
+        raise UserError(
+            f"{join(context.path, key)}: selects {counts} tokens of the samples, expected the same number for each"
+        )
     name = prefix or "token"
-    if any(not torch.equal(one.index, first) for one in selections):
-        labels = {f"{name}_place": (("sample", name), [one.index.tolist() for one in selections])}
+    if any(not torch.equal(selection.index, first) for selection in selections):
+        labels = {f"{name}_place": (("sample", name), [selection.index.tolist() for selection in selections])}
         return Axes((name,), (len(first),), (len(first),), labels)
-    scope = place.context.layout.scope(first)
+    scope = context.layout.scope(first)
     rectangle = scope.rectangle()
     if rectangle is None:
         return named_axis(name, first.tolist())
@@ -129,18 +151,21 @@ def token_axes(selections: Sequence[Tokens], place: Place, key: str, prefix: str
     return Axes(names, rectangle, (len(first),), coords)
 
 
-def spelt_words(asked: str | list[str], place: Place) -> list[list[tuple[str, list[int]]]]:
-    """For each sample, words with the text tokens that spell them: those asked for, or "all" of its prompt."""
-    path, prompts = join(place.path, "words"), place.context.prompts
+def words_of_prompts(requested: str | list[str], context: ProbeContext) -> list[list[tuple[str, list[int]]]]:
+    """Return (word, its text tokens) for each sample: the requested words, or for "all" every word of its prompt.
+
+    Raises `UserError` for a word that a prompt does not have, and if there are no prompts.
+    """
+    path, prompts = join(context.path, "words"), context.run.prompts
     if prompts is None or any(prompt is None for prompt in prompts):
-        raise UserError(f"{path}: {asked}, but no prompt was given to find them in")
-    if asked == "all":
+        raise UserError(f"{path}: {requested}, but the run has no prompts to find words in")
+    if requested == "all":
         return [_all_words(prompt, path) for prompt in prompts]
-    return [[(word, find_word(prompt, word, path)) for word in asked] for prompt in prompts]
+    return [[(word, find_word(prompt, word, path)) for word in requested] for prompt in prompts]
 
 
 def _all_words(prompt: Prompt, path: str) -> list[tuple[str, list[int]]]:
-    """Every word of a prompt in order; repeated ones are cat#1, cat#2. Those cut off are left out."""
+    """Return every word of a prompt in order, without those that were truncated. Repeated words are cat#1, cat#2."""
     words = named_words(prompt)
     if not words:
         raise UserError(f"{path}: all, but the prompt {prompt.text!r} has no words")
@@ -148,9 +173,9 @@ def _all_words(prompt: Prompt, path: str) -> list[tuple[str, list[int]]]:
 
 
 def word_axis(names: Sequence[Sequence[str]]) -> Axes:
-    """Axis `word`; where samples have words of their own, `text` tells them, "" for none."""
-    most = max(len(one) for one in names)
-    if all(list(one) == list(names[0]) for one in names):
+    """Return the axis `word`. Where samples have different words, the coordinate `text` has those of each, or ""."""
+    most = max(len(words) for words in names)
+    if all(list(words) == list(names[0]) for words in names):
         return named_axis("word", names[0])
-    padded = [[*one, *[""] * (most - len(one))] for one in names]
+    padded = [[*words, *[""] * (most - len(words))] for words in names]
     return Axes(("word",), (most,), (most,), {"text": (("sample", "word"), padded)})

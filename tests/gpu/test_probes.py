@@ -1,4 +1,4 @@
-"""Probes on a GPU: every kernel's log-sum-exp, and that a probe sees what the CPU's does. Skipped without one."""
+"""Probes on a GPU: the log-sum-exp of every kernel, and results equal to those of the CPU. Skipped without a GPU."""
 
 import math
 
@@ -20,10 +20,10 @@ KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 @pytest.fixture(autouse=True)
 def exact_matmul():
-    kept = torch.backends.cuda.matmul.allow_tf32
+    before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
-    torch.backends.cuda.matmul.allow_tf32 = kept
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -36,21 +36,21 @@ def test_log_sum_exp_of_every_kernel(kernel, dtype, width, masked):
     shapes = [(2, 70, 3, width), (2, 333, 3, width), (2, 333, 3, width)]
     q, k, v = (torch.randn(*shape, generator=g, device="cuda").to(dtype).transpose(1, 2) for shape in shapes)
     mask = torch.randn(2, 1, 70, 333, generator=g, device="cuda").to(dtype) if masked else None
-    seen = []
+    calls = []
     with sdpa_kernel(kernel):
         try:
             plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         except RuntimeError:
-            pytest.skip("not a case for this kernel on this card")
-        watched = attend(q, k, v, mask, seen.append)
-    assert watched.shape == plain.shape
-    assert (watched.float() - plain.float()).abs().max() <= 2 * torch.finfo(dtype).eps * plain.abs().max()
+            pytest.skip("this kernel does not support the case on this GPU")
+        probed = attend(q, k, v, mask, calls.append)
+    assert probed.shape == plain.shape
+    assert (probed.float() - plain.float()).abs().max() <= 2 * torch.finfo(dtype).eps * plain.abs().max()
     scores = q.double() @ k.double().mT / math.sqrt(width) + (0 if mask is None else mask.double())
-    assert seen[0].lse.shape == (2, 3, 70)
-    assert (seen[0].lse - scores.logsumexp(-1)).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-3)
+    assert calls[0].lse.shape == (2, 3, 70)
+    assert (calls[0].lse - scores.logsumexp(-1)).abs().max() <= (1e-5 if dtype == torch.float32 else 1e-3)
 
 
-def test_what_is_seen_is_the_cpus(tmp_path):
+def test_results_equal_those_of_the_cpu(tmp_path):
     folder = tiny.save(tmp_path, guidance=True)
     call = {"prompts": "a cat", "height": 32, "width": 24, "steps": 2, "max_sequence_length": 24, "output": "latent"}
     programs = [
@@ -69,7 +69,7 @@ def test_what_is_seen_is_the_cpus(tmp_path):
     cpu, cuda = found
     assert list(cpu) == list(cuda)
     for name, one in cpu.items():
-        if name != "peak":  # near ties fall either way
+        if name != "peak":  # nearly equal weights may be ranked differently
             np.testing.assert_allclose(cuda[name].values, one.values, atol=1e-3 * max(1, np.abs(one.values).max()))
     assert np.abs(cuda["all"].values.sum(-1) - 1).max() <= 1e-5
 

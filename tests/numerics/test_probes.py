@@ -1,6 +1,8 @@
-"""What a probe sees against every score written out: every kind of request and program, every block and step."""
+"""Probes against a dense softmax in fp64: every kind of request, every kind of program, every block and step."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from fluxlab.model import layers
 from fluxlab.model.attention import attend
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import apply_rotary
-from fluxlab.probes import Probe
+from fluxlab.probes import PROBES, Probe
 from tests import tiny
 
 TEXT, STEPS, BLOCKS, HEADS = 24, 2, 4, 2
@@ -42,7 +44,7 @@ def pipe(tmp_path_factory):
 
 
 def sharpen(flux) -> None:
-    """Random weights look everywhere alike: larger q and k, and what they are made of."""
+    """Increase q and k: with random weights, attention is nearly uniform."""
     with torch.no_grad():
         for name, weight in flux.named_parameters():
             if name.endswith("norm.scale"):
@@ -70,14 +72,14 @@ def generate(pipe, programs, capture=None, size=(16, 24), prompts=PROMPT, **more
 
 @pytest.fixture
 def dense(monkeypatch):
-    """Every block's softmax in fp64, `(B, H, N, N)`, in the order of the calls, and the scores before masks."""
-    seen = []
+    """Record each block's softmax in fp64, `(B, H, N, N)`, in the order of the calls, and the scores before masks."""
+    recorded = []
     real = layers.joint_attention
 
     def attention(q, k, v, keys, mask, tap):
         groups = keys if isinstance(keys, KeyGroups) else None
         scores = torch.empty(*q.shape[:3], k.shape[2], dtype=torch.float64)
-        unrounded = v.dtype == torch.bfloat16 and k.shape[2] >= 256 and mask is None  # what `dense_attention` reads
+        unrounded = v.dtype == torch.bfloat16 and k.shape[2] >= 256 and mask is None  # as in `dense_attention`
         wide = q.dtype if unrounded else v.dtype
         for n in range(q.shape[2]):
             table = None if groups is None else next(t for i, t in zip(*groups, strict=True) if n in i)
@@ -85,11 +87,11 @@ def dense(monkeypatch):
             row = q[:, :, n, None].to(wide).double() @ turned.to(wide).double().mT
             scores[:, :, n] = row[:, :, 0] / math.sqrt(q.shape[-1])
         biased = scores if mask is None else scores + mask.double()
-        seen.append((biased.softmax(-1), scores))
+        recorded.append((biased.softmax(-1), scores))
         return real(q, k, v, keys, mask, tap)
 
     monkeypatch.setattr(layers, "joint_attention", attention)
-    return seen
+    return recorded
 
 
 def stacked(dense, of=0) -> np.ndarray:
@@ -103,90 +105,173 @@ def close(found, expected, bound=1e-5):
     assert np.abs(found - expected).max() <= bound
 
 
-def named(size, word_cat=2, word_sign=5):
-    """Places of what the requests below name, for images of `size`."""
+SIZE, ALL = (16, 24), list(PROGRAMS)
+CASES = [(SIZE, [name]) for name in PROGRAMS] + [(size, ALL) for size in (SIZE, (24, 24), (20, 16))]
+
+
+class Dense(NamedTuple):
+    """The dense softmax p and the scores of a run, `(B, steps, blocks, H, N, N)`, and indices of selected tokens."""
+
+    p: np.ndarray
+    scores: np.ndarray
+    rows: int
+    cols: int
+    image: np.ndarray
+    box: np.ndarray
+    spots: np.ndarray
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.p.shape[:4]
+
+
+def named(size, word_sign=5):
+    """Return rows, cols, and the tokens of the image, of `BOX` and of `SPOTS`, for images of `size`."""
     rows, cols = size[0] // 4, size[1] // 4
     image = TEXT + np.arange(rows * cols)
     box = image.reshape(rows, cols)[1:3, 1:4].ravel()
     return rows, cols, image, box, np.sort([word_sign, *image[[0, 7, 2]]])
 
 
-SIZE, ALL = (16, 24), list(PROGRAMS)
-CASES = [(SIZE, [name]) for name in PROGRAMS] + [(size, ALL) for size in (SIZE, (24, 24), (20, 16))]
+REFERENCES: dict[str, tuple[dict, Callable]] = {}
+
+
+def reference(**request) -> Callable:
+    """Register the dense computation of a request: a function of `Dense` → expected values by output.
+
+    The request has the function's name. At least one is needed for each registered kind.
+    """
+
+    def register(function: Callable) -> Callable:
+        REFERENCES[function.__name__] = (request, function)
+        return function
+
+    return register
+
+
+@reference(kind="map", **{"from": "all", "to": "all"})
+def map_of_everything(d):
+    return {"": d.p}
+
+
+@reference(kind="map", **{"from": SPOTS, "to": "image"})
+def map_of_spots(d):
+    return {"": d.p[..., d.spots, :][..., d.image].reshape(*d.grid, len(d.spots), d.rows, d.cols)}
+
+
+@reference(kind="words", words=["cat", "sign"])
+def words(d):
+    cat, sign = [2], [5]
+    at = np.stack([d.p[..., d.image, :][..., w].sum(-1) for w in (cat, sign)], 4)
+    of = np.stack([d.p[..., w, :][..., d.image].mean(-2) for w in (cat, sign)], 4)
+    return {"": np.stack((at, of), 4).reshape(*d.grid, 2, 2, d.rows, d.cols)}
+
+
+@reference(kind="words", direction="image_to_word")
+def all_words(d):
+    tokens = [[0], [1], [2], [3], [4], [5]]  # a#1 red cat holding a#2 sign
+    maps = np.stack([d.p[..., d.image, :][..., w].sum(-1) for w in tokens], 4)
+    return {"": maps.reshape(*d.grid, 1, 6, d.rows, d.cols)}
+
+
+@reference(kind="regions", regions={"box": BOX, "cat": {"words": "cat"}, "spots": SPOTS})
+def regions(d):
+    parts = [d.box, [2], d.spots]
+    sums = [np.stack([d.p[..., a, :][..., b].sum(-1).mean(-1) for b in parts], -1) for a in parts]
+    return {"": np.stack(sums, -2)}
+
+
+@reference(kind="quadrants")
+def quadrants(d):
+    parts = [np.arange(TEXT), d.image]
+    sums = [np.stack([d.p[..., a, :][..., b].sum(-1).mean(-1) for b in parts], -1) for a in parts]
+    return {"": np.stack(sums, -2)}
+
+
+@reference(kind="entropy", tokens="all")
+def entropy(d):
+    return {"": -np.where(d.p > 0, d.p * np.log(np.where(d.p > 0, d.p, 1)), 0).sum(-1)}
+
+
+def offsets(d, queries, *shape):
+    r, c = np.divmod(np.arange(d.rows * d.cols), d.cols)
+    p = d.p[..., d.image[queries], :][..., d.image]
+    down, right = (r - r[:, None])[queries], (c - c[:, None])[queries]
+    means = [(p * part).sum(-1) / p.sum(-1) for part in (down, right, np.hypot(down, right))]
+    histogram = np.zeros((*d.grid, 2 * d.rows - 1, 2 * d.cols - 1))
+    for q in range(len(queries)):
+        for n in range(d.rows * d.cols):
+            histogram[..., down[q, n] + d.rows - 1, right[q, n] + d.cols - 1] += p[..., q, n] / len(queries)
+    return {"offset": np.stack(means, -1).reshape(*d.grid, *shape, 3), "histogram": histogram}
+
+
+@reference(kind="distance")
+def distance(d):
+    return offsets(d, np.arange(d.rows * d.cols), d.rows, d.cols)
+
+
+@reference(kind="distance", tokens=BOX)
+def distance_of_a_box(d):
+    return offsets(d, d.box - TEXT, 2, 3)
+
+
+@reference(kind="similarity", tokens=SPOTS)
+def similarity(d):
+    own, first = d.p[..., d.spots, :], d.p[:1][..., d.spots, :]
+    cosine = (own * first).sum(-1) / np.linalg.norm(own, axis=-1) / np.linalg.norm(first, axis=-1)
+    return {"": np.stack((np.minimum(own, first).sum(-1), cosine), -1)}
+
+
+@reference(kind="logits", **{"from": SPOTS, "to": BOX})
+def logits(d):
+    """Of the sum over rotary pairs: each pair is tested in `test_each_pair_is_its_own_share`."""
+    return {"": d.scores[..., d.spots, :][..., d.box].mean((-1, -2))}
+
+
+@reference(kind="peak")
+def peak(d):
+    """The weight only: its position may be that of an equal one, and is tested in `test_peaks`."""
+    return {"": d.p[..., d.image, :][..., d.image].max(-1).reshape(*d.grid, d.rows, d.cols)}
+
+
+REDUCE = {"logits": lambda values: values.sum(-1), "peak": lambda values: values[..., 2]}
+"""What is compared of the results of a kind, if not all of them."""
+
+BOUNDS = {"entropy": 3e-5, "distance": 3e-5}
+"""Largest errors where a result weighs that of p: by |ln p|, by tokens. Elsewhere 1e-5."""
+
+
+def test_every_kind_has_a_reference():
+    assert {request["kind"] for request, _ in REFERENCES.values()} == set(PROBES)
 
 
 @pytest.mark.parametrize(("size", "batch"), CASES, ids=lambda part: "+".join(map(str, part))[:24])
 def test_against_dense_softmax(pipe, dense, size, batch):
-    capture = {
-        "all": {"kind": "map", "from": "all", "to": "all"},
-        "spot": {"kind": "map", "from": SPOTS, "to": "image"},
-        "words": {"kind": "words", "words": ["cat", "sign"]},
-        "every": {"kind": "words", "direction": "image_to_word"},
-        "regions": {"kind": "regions", "regions": {"box": BOX, "cat": {"words": "cat"}, "spots": SPOTS}},
-        "quadrants": {"kind": "quadrants"},
-        "entropy": {"kind": "entropy", "tokens": "all"},
-        "distance": {"kind": "distance"},
-        "part": {"kind": "distance", "tokens": BOX},
-        "peak": {"kind": "peak"},
-        "similarity": {"kind": "similarity", "tokens": SPOTS},
-    }
+    capture = {name: request for name, (request, _) in REFERENCES.items()}
     _, arrays = generate(pipe, [PROGRAMS[name] for name in batch], capture, size)
-    p, found = stacked(dense), {name: one.values for name, one in arrays.items()}
-    rows, cols, image, box, spots = named(size)
-    grid = p.shape[:4]
-
-    close(found["all"], p, 1e-5)
-    assert np.abs(found["all"].sum(-1) - 1).max() <= 1e-5
-    close(found["spot"], p[..., spots, :][..., image].reshape(*grid, len(spots), rows, cols))
-
-    word = [[2], [5]]
-    at = np.stack([p[..., image, :][..., w].sum(-1) for w in word], 4)
-    of = np.stack([p[..., w, :][..., image].mean(-2) for w in word], 4)
-    close(found["words"], np.stack((at, of), 4).reshape(*grid, 2, 2, rows, cols))
-    assert arrays["every"].labels("word") == ["a#1", "red", "cat", "holding", "a#2", "sign"]
-    close(found["every"][..., 0, [2, 5], :, :], at.reshape(*grid, 2, rows, cols))
-
-    parts = [box, [2], spots]
-    close(
-        found["regions"],
-        np.stack([np.stack([p[..., a, :][..., b].sum(-1).mean(-1) for b in parts], -1) for a in parts], -2),
+    found, d = (
+        {name: one.values for name, one in arrays.items()},
+        Dense(*map(stacked, (dense, dense), (0, 1)), *named(size)),
     )
-    parts = [np.arange(TEXT), image]
-    close(
-        found["quadrants"],
-        np.stack([np.stack([p[..., a, :][..., b].sum(-1).mean(-1) for b in parts], -1) for a in parts], -2),
-    )
+    for name, (request, function) in REFERENCES.items():
+        for output, expected in function(d).items():
+            values = found[f"{name}.{output}" if output else name]
+            values = REDUCE.get(request["kind"], lambda values: values)(values)
+            close(values, expected, 1e-5 if output == "histogram" else BOUNDS.get(request["kind"], 1e-5))
+    assert np.abs(found["map_of_everything"].sum(-1) - 1).max() <= 1e-5
+    assert arrays["all_words"].labels("word") == ["a#1", "red", "cat", "holding", "a#2", "sign"]
 
-    close(found["entropy"], -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1), 3e-5)
 
-    r, c = np.divmod(np.arange(rows * cols), cols)
-    look = p[..., image, :][..., image]
-    down, right = r - r[:, None], c - c[:, None]
-    for name, mine in (("distance", np.arange(rows * cols)), ("part", box - TEXT)):
-        ours = look[..., mine, :]
-        mass = ours.sum(-1)
-        offset = [(ours * d[mine]).sum(-1) / mass for d in (down, right, np.hypot(down, right))]
-        offset = np.stack(offset, -1)
-        shape = (rows, cols) if name == "distance" else (2, 3)
-        close(found[f"{name}.offset"], offset.reshape(*grid, *shape, 3), 3e-5)
-        histogram = np.zeros((*grid, 2 * rows - 1, 2 * cols - 1))
-        for q in range(len(mine)):
-            for n in range(rows * cols):
-                histogram[..., down[mine[q], n] + rows - 1, right[mine[q], n] + cols - 1] += ours[..., q, n] / len(mine)
-        close(found[f"{name}.histogram"], histogram)
-
-    peak = found["peak"].reshape(*grid, rows * cols, 3)
-    close(peak[..., 2], look.max(-1))
-    where = (peak[..., 0] * cols + peak[..., 1]).astype(int)
-    close(np.take_along_axis(look, where[..., None], -1)[..., 0], look.max(-1))  # equal ones may tie
-
-    mine, first = p[..., spots, :], p[:1][..., spots, :]
-    cosine = (mine * first).sum(-1) / np.linalg.norm(mine, axis=-1) / np.linalg.norm(first, axis=-1)
-    close(found["similarity"], np.stack((np.minimum(mine, first).sum(-1), cosine), -1))
+def test_peaks(pipe, dense):
+    _, arrays = generate(pipe, list(PROGRAMS.values()), {"peak": {"kind": "peak"}})
+    p, (rows, cols, image, _, _) = stacked(dense), named(SIZE)
+    weights, found = p[..., image, :][..., image], arrays["peak"].values.reshape(*p.shape[:4], rows * cols, 3)
+    index = (found[..., 0] * cols + found[..., 1]).astype(int)
+    close(np.take_along_axis(weights, index[..., None], -1)[..., 0], weights.max(-1))  # equal weights may tie
 
 
 def test_the_programs_differ(pipe, dense):
-    """What makes the test above one of programs: no two of them look alike."""
+    """No two programs give the same attention: the test above tests every one of them."""
     generate(pipe, list(PROGRAMS.values()))
     p = stacked(dense)
     for i in range(len(p)):
@@ -220,9 +305,9 @@ def test_selected_and_averaged(pipe, dense):
     close(arrays["of_some"].values, some.mean((2, 3)))
     entropy = -np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0).sum(-1)[..., image]
     close(arrays["entropy"].values, entropy.mean((3, 4)), 3e-5)
-    look = p[..., box, :][..., image]
+    weights = p[..., box, :][..., image]
     r = np.arange(rows * cols) // cols
-    down = (look * (r - r[box - TEXT][:, None])).sum(-1) / look.sum(-1)
+    down = (weights * (r - r[box - TEXT][:, None])).sum(-1) / weights.sum(-1)
     close(arrays["distance.offset"].values[..., 0], down.mean(-1))
     overlap = np.minimum(p, p[1:])[..., image, :].sum(-1).mean(-1)
     close(arrays["similarity"].values[..., 0], overlap)
@@ -238,17 +323,17 @@ def test_pairs_sum_to_the_logit(pipe, dense, name):
     }
     _, arrays = generate(pipe, [PROGRAMS[name]], capture)
     scores, (_, _, image, box, spots) = stacked(dense, 1), named((16, 24))
-    here = image[5]
-    close(arrays["pair"].values.sum(-1), scores[..., here, 2])
+    query = image[5]
+    close(arrays["pair"].values.sum(-1), scores[..., query, 2])
     close(arrays["region"].values.sum(-1), scores[..., spots, :][..., box].mean((-1, -2)))
-    close(arrays["against"].values.sum(-1), scores[..., here, box].mean(-1) - scores[..., here, :].mean(-1))
+    close(arrays["against"].values.sum(-1), scores[..., query, box].mean(-1) - scores[..., query, :].mean(-1))
     pair = arrays["pair"]
     assert pair.coords["axis"][1] == ["index"] * 2 + ["row"] * 7 + ["col"] * 7
     assert pair.coords["wavelength"][1][:3] == pytest.approx([2 * math.pi, 2 * math.pi * 100, 2 * math.pi])
 
 
 def test_each_pair_is_its_own_share(pipe):
-    """A shift along an axis reaches only the scores of that axis' pairs."""
+    """A shift along an axis changes only the scores of the pairs of this axis."""
     shift = {"a": {"op": "offset", "by": {"row": 1.5}, "side": "keys", "tokens": "all", "blocks": [0]}}
     capture = {
         "pair": {"kind": "logits", "from": {"indices": [5]}, "to": {"indices": [9]}, "blocks": [0], "steps": [0]}
@@ -257,7 +342,7 @@ def test_each_pair_is_its_own_share(pipe):
     change = np.abs(np.diff(arrays["pair"].values, axis=0)).reshape(HEADS, -1)
     axis = np.array(arrays["pair"].coords["axis"][1])
     assert change[:, axis != "row"].max() <= 1e-6
-    assert change[:, axis == "row"][:, :4].min() > 1e-5  # the long wavelengths hardly turn
+    assert change[:, axis == "row"][:, :4].min() > 1e-5  # long wavelengths change little
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
@@ -268,8 +353,8 @@ def test_output_is_the_same_bits(pipe, program):
         "c": {"kind": "map", "from": SPOTS, "to": "all"},
     }
     plain, _ = generate(pipe, [program])
-    watched, _ = generate(pipe, [program], capture)
-    assert torch.equal(plain, watched)
+    probed, _ = generate(pipe, [program], capture)
+    assert torch.equal(plain, probed)
 
 
 @pytest.mark.parametrize("keys", [100, 400])  # flash, and the dense path of bf16
@@ -277,7 +362,7 @@ def test_output_is_the_same_bits(pipe, program):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_log_sum_exp_of_every_kernel(dtype, grad, masked, keys):
-    """The kernels of the CPU: the output to the bit, and p from their log-sum-exp."""
+    """Kernels on the CPU: a tap leaves the output equal bit for bit, and the log-sum-exp agrees with fp64."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 70 if i == 0 else keys, 3, 20, generator=g).transpose(1, 2) for i in range(3))
     v = v.to(dtype).requires_grad_(grad)
@@ -289,15 +374,15 @@ def test_log_sum_exp_of_every_kernel(dtype, grad, masked, keys):
     )
     bound = 1e-4 if v.dtype.itemsize == 2 else 1e-5
     for mask in masks:
-        seen = []
+        calls = []
         with torch.set_grad_enabled(grad):
-            plain, watched = attend(q, k, v, mask), attend(q, k, v, mask, seen.append)
-        assert torch.equal(plain, watched)
-        (one,) = seen
-        scores = one.q.double() @ one.k.double().mT / math.sqrt(20) + (0 if mask is None else mask.double())
-        assert (one.lse - scores.logsumexp(-1)).abs().max() <= bound
-        assert one.lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert not one.lse.requires_grad
+            plain, probed = attend(q, k, v, mask), attend(q, k, v, mask, calls.append)
+        assert torch.equal(plain, probed)
+        (call,) = calls
+        scores = call.q.double() @ call.k.double().mT / math.sqrt(20) + (0 if mask is None else mask.double())
+        assert (call.lse - scores.logsumexp(-1)).abs().max() <= bound
+        assert call.lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert not call.lse.requires_grad
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-4), (torch.float64, 1e-6)], ids=["bf16", "fp64"])
@@ -308,22 +393,22 @@ def test_other_dtypes(tmp_path, dense, dtype, bound, size):
     capture = {"all": {"kind": "map", "from": {"box": [0, 0, 2, 2]}, "to": "all"}}
     plain, _ = generate(pipe, [None], None, size)
     dense.clear()
-    watched, arrays = generate(pipe, [None], capture, size)
-    assert torch.equal(plain, watched)
+    probed, arrays = generate(pipe, [None], capture, size)
+    assert torch.equal(plain, probed)
     rows, cols, image, _, _ = named(size)
     spot = image.reshape(rows, cols)[:2, :2].ravel()
     found = arrays["all"].values.reshape(1, STEPS, BLOCKS, HEADS, 4, -1)
     close(found, stacked(dense)[..., spot, :], bound)
 
 
-def test_a_negative_prompt_is_not_looked_at(pipe, dense):
+def test_the_negative_prompt_is_not_recorded(pipe, dense):
     capture = {"words": {"kind": "words", "words": "cat", "direction": "image_to_word"}}
     _, arrays = generate(pipe, [None], capture, true_cfg=3, negative_prompts="a dog")
     half = len(dense) // 2
     assert half == STEPS * BLOCKS
     rows, cols, image, _, _ = named((16, 24))
     each = torch.stack([p for p, _ in dense]).reshape(STEPS, 2, BLOCKS, 1, HEADS, *dense[0][0].shape[-2:])
-    # which of the two forwards of a step comes first is the sampler's business
+    # the order of the two forward passes of a step does not matter
     both = [each[:, n, :, 0].numpy()[..., image, 2].reshape(1, STEPS, BLOCKS, HEADS, 1, 1, rows, cols) for n in (0, 1)]
     errors = sorted(np.abs(arrays["words"].values - one).max() for one in both)
     assert errors[0] <= 1e-5 < 1e-3 < errors[1]

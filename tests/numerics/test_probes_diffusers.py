@@ -1,4 +1,4 @@
-"""The whole way: what a probe sees in `generate` against Diffusers' pipeline with its softmax written out."""
+"""Probes in `generate` against Diffusers' pipeline with a dense softmax."""
 
 import numpy as np
 import pytest
@@ -13,19 +13,19 @@ TEXT, STEPS, BLOCKS = 24, 2, 4
 
 @pytest.fixture
 def softmaxes(monkeypatch):
-    """Every softmax that Diffusers computes, `(B, H, N, N)`."""
+    """Record every softmax that Diffusers computes, `(B, H, N, N)`."""
     from diffusers.models.transformers import transformer_flux
 
-    seen = []
+    recorded = []
 
     def attention(q, k, v, **_):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         p = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-        seen.append(p)
+        recorded.append(p)
         return (p @ v).transpose(1, 2)
 
     monkeypatch.setattr(transformer_flux, "dispatch_attention_fn", attention)
-    return seen
+    return recorded
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def test_against_diffusers(tmp_path, softmaxes):
     theirs.set_progress_bar_config(disable=True)
     for name, weight in theirs.transformer.named_parameters():
         if ".norm_" in name:
-            weight.add_(1)  # random weights look everywhere alike
+            weight.add_(1)  # with random weights, attention is nearly uniform
     theirs.save_pretrained(tmp_path)
     size = {"height": 16, "width": 24}
     capture = {
@@ -57,7 +57,7 @@ def test_against_diffusers(tmp_path, softmaxes):
     assert len(softmaxes) == STEPS * BLOCKS
     expected = torch.stack(softmaxes).unflatten(0, (STEPS, BLOCKS)).transpose(0, 2).transpose(1, 2).numpy()
     found = probe.arrays
-    assert np.abs(found["all"].values - expected).max() <= 1e-4  # as far as the two pipelines' activations agree
+    assert np.abs(found["all"].values - expected).max() <= 1e-4  # limited by the activations of the two pipelines
     assert expected.max() > 0.1
     cat = expected[..., TEXT:, 2].reshape(1, STEPS, BLOCKS, 2, 1, 1, 4, 6)
     assert np.abs(found["word"].values - cat).max() <= 1e-4

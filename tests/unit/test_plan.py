@@ -24,7 +24,7 @@ from fluxlab.loading import pipeline_without_weights
 from fluxlab.model import FluxParams
 from fluxlab.model.rope import Rotary
 from fluxlab.positions import Program
-from fluxlab.probes import WORKING, Capture, load, probe
+from fluxlab.probes import WORKING, Capture, load, recorder
 from fluxlab.sampling import read_schedule
 from tests import tiny
 
@@ -227,7 +227,7 @@ CAPTURE = {
 
 def test_a_capture_takes_what_a_run_of_it_does(folder, tmp_path, monkeypatch):
     needed = []
-    monkeypatch.setattr(probe, "_check_budget", lambda parts, max_mb: needed.append(parts))
+    monkeypatch.setattr(recorder, "check_budget", lambda parts, max_mb: needed.append(parts))
     asked, out = experiment(folder, capture=Capture.from_config(CAPTURE)), tmp_path / "run"
     said = plan(asked, out, batch_tokens=120)
     with open_store(out) as store:

@@ -1,4 +1,4 @@
-"""What can be asked of a probe and how it refuses; memory; arrays in files; what a probe leaves alone."""
+"""Probes: the registry of kinds, requests and their errors, memory, arrays in files, and that models stay unchanged."""
 
 import json
 import subprocess
@@ -14,22 +14,28 @@ from fluxlab.model import Flux, FluxParams
 from fluxlab.model.attention import Attended
 from fluxlab.positions import Context, Layout, Prompt
 from fluxlab.probes import (
-    KINDS,
+    PROBES,
     WORKING,
     Capture,
     Captured,
+    Measure,
     Probe,
+    ProbeContext,
     label,
     load,
     memory,
     of_sample,
+    probe,
     read,
-    settle,
+    resolve,
     similarity,
     stream,
     write,
 )
+from fluxlab.probes.measures import parse_regions
+from fluxlab.probes.outputs import select_tokens, token_axes
 from fluxlab.sampling import image_ids, text_ids
+from fluxlab.select.tokens import parse_tokens
 from tests import tiny
 
 TEXT, GRID = 6, (4, 3)
@@ -55,7 +61,7 @@ def flux() -> Flux:
 
 @pytest.fixture
 def unchecked():
-    """As a user runs it: shape checks cannot be compiled."""
+    """Disable shape checks, which cannot be compiled. Users run without them."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
@@ -106,7 +112,7 @@ WORDS = {"kind": "words", "words": ["cat"]}
         ({"a": {**WORDS, "average": "head"}}, r"capture.a.average\[0\]: 'head', expected some of steps, .*; did"),
         ({"a": {**WORDS, "average": ["tokens"]}}, r"capture.a.average\[0\]: 'tokens', expected some of"),
         ({"a": {**WORDS, "average": 3}}, "capture.a.average: 3, expected some of"),
-        ({"a": {"kind": "peak", "average": "heads"}}, "capture.a.average.0.: 'heads', expected none: places"),
+        ({"a": {"kind": "peak", "average": "heads"}}, "capture.a.average.0.: 'heads', expected none: peak has no"),
         ({"a": {"kind": "map", "from": "all"}}, "capture.a.to: missing, map needs it"),
         ({"a": {"kind": "map", "from": "al", "to": "all"}}, "capture.a.from: 'al', expected image, text, all"),
         ({"a": {"kind": "regions", "regions": ["image"]}}, "capture.a.regions: .*expected a mapping of names"),
@@ -115,7 +121,7 @@ WORDS = {"kind": "words", "words": ["cat"]}
         ({"max_mb": 0, "a": WORDS}, "capture.max_mb: 0, expected a number above 0"),
     ],
 )  # fmt: skip
-def test_a_wrong_config_is_named(config, message):
+def test_a_wrong_config_is_reported(config, message):
     with pytest.raises(ValueError, match=message) as error:
         Probe(config)
     assert len(str(error.value).splitlines()) == 1
@@ -125,23 +131,23 @@ def test_a_wrong_config_is_named(config, message):
     ("request_", "more", "message"),
     [
         ({**WORDS, "words": "fox"}, {}, "capture.a.words: 'fox' is not in the prompt, which has: a, cat, hat"),
-        (WORDS, {"prompts": None}, "capture.a.words: .*but no prompt was given"),
+        (WORDS, {"prompts": None}, "capture.a.words: .*but the run has no prompts"),
         ({"kind": "words"}, {"prompts": [Prompt("…", ((0, 1),))]}, "capture.a.words: all, but .*'…' has no words"),
         ({**WORDS, "blocks": [3]}, {}, "capture.a.blocks: 3, expected a block below 3"),
         ({**WORDS, "steps": [2]}, {}, "capture.a.steps: 2, expected a step of this run"),
         ({**WORDS, "heads": [2]}, {}, "capture.a.heads: 2, expected a head below 2"),
-        ({"kind": "distance", "tokens": "all"}, {}, "capture.a.tokens: 'all', expected tokens of the image only"),
+        ({"kind": "distance", "tokens": "all"}, {}, "capture.a.tokens: 'all', expected image tokens only"),
         ({"kind": "similarity", "to": 2}, {}, "capture.a.to: 2, expected a sample of this batch, 0 … 1"),
         ({"kind": "entropy", "tokens": {"words": "a#1"}}, {"prompts": [CAT, Prompt("a a", ((0, 1), (0, 1)))]},
-         r"capture.a.tokens: selects \[1, 2\] tokens of the samples, expected equal numbers"),
+         r"capture.a.tokens: selects \[1, 2\] tokens of the samples, expected the same number for each"),
     ],
 )  # fmt: skip
-def test_what_a_run_lacks_is_named(request_, more, message):
+def test_what_a_run_does_not_have_is_reported(request_, more, message):
     with pytest.raises(ValueError, match=message):
         Probe({"a": request_}).begin(context(**more), 2)
 
 
-def test_a_config_comes_back():
+def test_a_config_round_trips():
     config = {
         "max_mb": 7.0,
         "cats": {"kind": "words", "words": "cat", "steps": "0-1", "blocks": ["double", 2], "average": "heads"},
@@ -166,33 +172,113 @@ def test_presets_run(flux, name):
         assert np.abs(one.values).max() > 0
 
 
-def test_every_kind_is_labelled(flux, tmp_path):
-    capture = {kind: {"kind": kind} for kind in KINDS if kind not in ("regions", "map", "logits")}
-    capture["map"] = {"kind": "map", "from": {"box": [1, 1, 3, 3]}, "to": "text", "blocks": "single"}
-    capture["regions"] = {"kind": "regions", "regions": {"left": {"box": [0, 0, 4, 1]}, "text": "text"}, "heads": 1}
-    capture["logits"] = {"kind": "logits", "from": {"indices": 1}, "to": "text", "average": ["steps"]}
-    arrays = watch(flux, capture, samples=2)
+EXAMPLES = {
+    parse_tokens: [{"indices": [0, 5, 6]}, {"words": "cat"}],
+    parse_regions: {"a": {"indices": [0, 7]}, "text": "text"},
+}
+"""Values for arguments without a default, by their parser."""
+
+
+def every_kind(**more) -> dict:
+    """Return a request for each registered kind, by its name."""
+    return {
+        name: {"kind": name, **{key: EXAMPLES[kind.parsers[key]] for key in kind.required}, **more}
+        for name, kind in PROBES.items()
+    }
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_kind(flux, tmp_path, name):
+    """Finite labelled results that survive a file, and averages that are means of them, for steps, blocks and heads."""
+    request_ = every_kind()[name]
+    averages = {axis: {**request_, "average": [axis]} for axis in PROBES[name].averages}
+    arrays = watch(flux, {"plain": request_, **averages}, samples=2)
     write(tmp_path / "a.safetensors", arrays)
-    found = read(tmp_path / "a.safetensors")
-    assert list(found) == list(arrays)
-    for name, one in found.items():
-        assert one.dims == arrays[name].axes
-        assert one.dims[0] == "sample"
-        np.testing.assert_array_equal(one.values, arrays[name].values)
-        assert one.attrs["request"]["kind"] == name.split(".")[0]
-        assert set(one.dims) <= set(one.coords)
+    for key, array in read(tmp_path / "a.safetensors").items():
+        assert array.dims == arrays[key].axes
+        assert array.dims[0] == "sample"
+        np.testing.assert_array_equal(array.values, arrays[key].values)
+        assert np.isfinite(array.values).all()
+        assert array.attrs["request"]["kind"] == name
+        assert array.attrs["unit"]
+        assert set(array.dims) <= set(array.coords)
+    outputs = [key.removeprefix("plain") for key in arrays if key.split(".")[0] == "plain"]
+    for axis in {"steps", "blocks", "heads"} & set(averages):
+        for output in outputs:
+            expected = arrays[f"plain{output}"].mean(axis[:-1])
+            np.testing.assert_allclose(arrays[f"{axis}{output}"].values, expected.values, atol=1e-5)
+            assert arrays[f"{axis}{output}"].axes == expected.axes
+    if "tokens" in averages:
+        for output in outputs:
+            plain, mean = arrays[f"plain{output}"], arrays[f"tokens{output}"]
+            gone = [axis for axis in plain.axes if axis not in mean.axes]
+            np.testing.assert_allclose(mean.values, plain.mean(*gone).values, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_kind_describes_itself(name):
+    kind = PROBES[name]
+    assert kind.summary.endswith(".")
+    assert len(kind.summary) <= 120
+    config = Capture.from_config({"a": every_kind()[name]}).to_config()
+    assert Capture.from_config(config).to_config() == config
+    explicit = Capture.from_config({"a": {**every_kind()[name], **kind.defaults}}).to_config()
+    assert explicit == config  # defaults are left out
+
+
+def test_a_registered_probe_is_found(flux):
+    @probe("reading", {"tokens": parse_tokens, "from": parse_tokens}, averages=("heads",))
+    def reading(context: ProbeContext, tokens="image", from_="text") -> Measure:
+        """Attention from tokens to text."""
+        queries, keys = (select_tokens(part, context, key) for part, key in ((tokens, "tokens"), (from_, "from")))
+
+        def observe(attended, b, heads, add):
+            for p, which in stream.attention_weights(attended, b, heads, queries[b], keys[b]):
+                add("", (which,), p.sum(-1))
+
+        return Measure({"": token_axes(queries, context, "tokens")}, observe, "probability")
+
+    try:
+        arrays = watch(flux, {"a": {"kind": "reading", "average": "heads"}, "b": {"kind": "quadrants"}})
+        expected = arrays["b"].sel(**{"from": "image", "to": "text"}).mean("head").values
+        np.testing.assert_allclose(arrays["a"].mean("row", "col").values, expected, atol=1e-6)
+        assert PROBES["reading"].defaults == {"tokens": "image", "from": "text"}
+        with pytest.raises(ValueError, match=r"capture.a.average\[0\]: 'steps', expected some of heads"):
+            Probe({"a": {"kind": "reading", "average": "steps"}})
+        with pytest.raises(ValueError, match=r"probe 'reading' is registered by .*test_probes; choose another name"):
+            probe("reading")(lambda context: None)
+        with pytest.raises(AssertionError, match="steps is a key of every request"):
+            probe("other", {"steps": parse_tokens})(lambda context, steps: None)
+        with pytest.raises(AssertionError, match=r"parsers \['tokens'\] do not match \['token'\]"):
+            probe("other", {"tokens": parse_tokens})(lambda context, token: None)
+    finally:
+        PROBES.pop("reading", None)
+    assert "other" not in PROBES
+
+
+def test_labels(flux):
+    box, spots = {"box": [1, 1, 3, 3]}, {"indices": 1}
+    capture = {
+        "map": {"kind": "map", "from": box, "to": "text", "blocks": "single"},
+        "words": {"kind": "words"},
+        "entropy": {"kind": "entropy"},
+        "regions": {"kind": "regions", "regions": {"left": {"box": [0, 0, 4, 1]}, "text": "text"}, "heads": 1},
+        "logits": {"kind": "logits", "from": spots, "to": "text", "average": ["steps"]},
+        "distance": {"kind": "distance"},
+    }
+    found = {name: label(array) for name, array in watch(flux, capture, samples=2).items()}
     assert found["map"].dims == ("sample", "step", "block", "head", "from_row", "from_col", "to")
     assert found["map"].sel(block=2, from_row=1, to=3).shape == (2, 2, 2, 2)
     assert found["map"].block.values.tolist() == [1, 2]
     assert found["words"].sel(word="cat", direction="image_to_word").dims[-2:] == ("row", "col")
     assert found["entropy"].sizes["row"] == 4
     assert found["entropy"].sigma.values.tolist() == [1.0, 0.5]
+    assert found["entropy"].stream.values.tolist() == ["double", "single", "single"]
     assert found["regions"].dims == ("sample", "step", "block", "head", "from", "to")
     assert found["regions"]["head"].values.tolist() == [1]
     assert found["logits"].dims == ("sample", "block", "head", "pair")
     assert found["logits"].groupby("axis").sum().sizes["axis"] == 3
     assert found["distance.histogram"].delta_col.values.tolist() == [-2, -1, 0, 1, 2]
-    assert found["entropy"].stream.values.tolist() == ["double", "single", "single"]
 
 
 def test_words_of_different_prompts(flux):
@@ -209,12 +295,12 @@ def test_words_of_different_prompts(flux):
     assert "sample" not in dog.axes
 
 
-def test_words_that_were_cut_off():
+def test_truncated_words():
     cut = Prompt("a cat, a hat", CAT.spans[:2])
-    (one,) = settle(Capture.from_config({"a": {"kind": "words"}}), context(prompts=[cut]), 1)
+    (one,) = resolve(Capture.from_config({"a": {"kind": "words"}}), context(prompts=[cut]), 1)
     assert one.measure.outputs[""].coords["word"][1] == ["a#1", "cat"]
     with pytest.raises(ValueError, match=r"capture.a.words: 'hat' was cut off"):
-        settle(Capture.from_config({"a": {"kind": "words", "words": ["hat"]}}), context(prompts=[cut]), 1)
+        resolve(Capture.from_config({"a": {"kind": "words", "words": ["hat"]}}), context(prompts=[cut]), 1)
 
 
 def test_selections_that_differ_by_sample(flux):
@@ -223,7 +309,7 @@ def test_selections_that_differ_by_sample(flux):
     assert arrays["m"].coords["from_place"] == (("sample", "from"), [[4], [0]])
     other = watch(flux, {"m": {"kind": "map", "from": {"indices": [0], "of": "text"}, "to": "text"}})
     np.testing.assert_allclose(arrays["m"].values[1], other["m"].values[0], atol=1e-6)
-    # alone, a sample's axis has its places for labels, as where all samples have the same
+    # the axis of a single sample is labelled like that of a batch whose samples select the same tokens
     assert of_sample(arrays, 1)["m"].coords["from"] == (("from",), [0]) == of_sample(other, 0)["m"].coords["from"]
     assert set(of_sample(arrays, 0)["m"].coords) == set(of_sample(other, 0)["m"].coords)
 
@@ -237,7 +323,7 @@ def test_memory_is_planned():
             "d": {"kind": "distance", "average": ["tokens"], "blocks": [0]},
         }
     )
-    needed = memory(settle(capture, context(), 3), context())
+    needed = memory(resolve(capture, context(), 3), context())
     assert needed.pop(WORKING) >= stream.CHUNK_BYTES["cpu"]
     heads, steps, blocks, samples, tokens = 2, 2, 3, 3, 12
     assert needed == {
@@ -250,8 +336,8 @@ def test_memory_is_planned():
 
 def test_a_small_budget_is_refused_before_the_run():
     big = {"max_mb": 9, "all": {"kind": "map", "from": "image", "to": "image"}}
-    told = r"capture.max_mb: 9, but 132 MB are needed \(all 123, working memory 8.8\)"
-    with pytest.raises(ValueError, match=told) as error:
+    message = r"capture.max_mb: 9, but 132 MB are needed \(all 123, working memory 8.8\)"
+    with pytest.raises(ValueError, match=message) as error:
         Probe(big).begin(context((40, 40)), 1)
     assert len(str(error.value).splitlines()) <= 3
     Probe({**big, "max_mb": 133}).begin(context((40, 40)), 1)
@@ -259,82 +345,80 @@ def test_a_small_budget_is_refused_before_the_run():
 
 def test_arrays_need_a_whole_run(flux):
     probe = Probe({"a": {"kind": "quadrants"}})
-    with pytest.raises(ValueError, match=r"probe.arrays: nothing was captured yet"):
+    with pytest.raises(ValueError, match=r"probe.arrays: nothing captured yet"):
         probe.arrays  # noqa: B018
     probe.begin(context(), 1)
     flux(**inputs(), taps=probe.taps(0))
-    with pytest.raises(ValueError, match="broke off"):
+    with pytest.raises(ValueError, match="did not complete"):
         probe.arrays  # noqa: B018
     flux(**inputs(), taps=probe.taps(1))
     first = probe.arrays["a"].values.copy()
-    probe.begin(context(), 1)  # a second run starts afresh
+    probe.begin(context(), 1)  # a second run replaces the results
     for step in (0, 1):
         flux(**inputs(), taps=probe.taps(step))
     np.testing.assert_array_equal(probe.arrays["a"].values, first)
 
 
-def test_a_forward_too_many_is_refused(flux):
+def test_a_second_forward_pass_is_an_error(flux):
     probe = Probe({"a": {"kind": "quadrants", "steps": [1]}})
     probe.begin(context(), 1)
     taps = probe.taps(1)
-    with pytest.raises(ValueError, match="probe: a batch of 2, but begin\\(\\) was told 1"):
+    with pytest.raises(ValueError, match="probe: a batch of 2, but begin\\(\\) was given 1"):
         flux(**inputs(2), taps=taps)
-    with pytest.raises(ValueError, match="probe: step 1 was looked at already"):
+    with pytest.raises(ValueError, match="probe: step 1 was recorded already"):
         probe.taps(1)
     assert probe.taps(0) is None
 
 
-def test_only_what_is_asked_is_looked_at(flux, monkeypatch):
+def test_only_requested_blocks_and_steps_are_recorded(flux, monkeypatch):
     probe = Probe({"a": {"kind": "quadrants", "blocks": [1], "steps": [1]}})
     probe.begin(context(), 1)
     assert probe.taps(0) is None
     taps = probe.taps(1)
     assert [tap is None for tap in taps] == [True, False, True]
-    asked = []
+    calls = []
     monkeypatch.setattr(
         fluxlab.model.attention,
         "fused_attention_with_lse",
-        lambda *a, real=fluxlab.model.attention.fused_attention_with_lse: asked.append(1) or real(*a),
+        lambda *a, real=fluxlab.model.attention.fused_attention_with_lse: calls.append(1) or real(*a),
     )
     flux(**inputs())
-    assert not asked
+    assert not calls
     flux(**inputs(), taps=taps)
-    assert len(asked) == 1
+    assert len(calls) == 1
     with pytest.raises(ValueError, match="taps has 1 entries, the model has 3 blocks"):
         flux(**inputs(), taps=taps[:1])
 
 
 @pytest.mark.parametrize("bytes_", [64, 1000, 5000])
-def test_a_stretch_at_a_time(flux, monkeypatch, bytes_):
-    """Results do not depend on how much is computed at a time, and no more than that is."""
-    capture = {kind: {"kind": kind} for kind in KINDS if kind not in ("regions", "map", "logits")}
-    capture["map"] = {"kind": "map", "from": [{"indices": [0, 5, 6]}, {"words": "cat"}], "to": {"indices": [3, 9]}}
-    capture["regions"] = {"kind": "regions", "regions": {"a": {"indices": [0, 7]}, "text": "text"}}
-    whole = watch(flux, capture)
+def test_results_do_not_depend_on_the_size_of_chunks(flux, monkeypatch, bytes_):
+    """And a chunk is never larger than the limit."""
+    capture = every_kind()
+    expected = watch(flux, capture)
     monkeypatch.setitem(stream.CHUNK_BYTES, "cpu", bytes_)
-    sizes, real = [], stream.probabilities
+    sizes, real = [], stream.attention_weights
 
     def spy(*arguments):
         for p, which in real(*arguments):
             sizes.append((p.numel() * p.element_size(), p.shape[1]))
             yield p, which
 
-    for module in (fluxlab.probes.measures, fluxlab.probes.queries):
-        monkeypatch.setattr(module, "probabilities", spy)
+    for module in (fluxlab.probes.measures, fluxlab.probes.per_query):
+        monkeypatch.setattr(module, "attention_weights", spy)
     for name, one in watch(flux, capture).items():
-        np.testing.assert_allclose(one.values, whole[name].values, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(one.values, expected[name].values, atol=1e-6, err_msg=name)
     assert all(size <= bytes_ or rows == 1 for size, rows in sizes)
 
 
 def test_one_head_and_groups_out_of_order():
-    """Queries of a call may stand anywhere in the sequence, and keys be any."""
+    """The queries of a kernel call may be in any order, and keys anywhere in the sequence."""
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 3, 10, 8, generator=g), torch.randn(1, 3, 10, 8, generator=g)
     scores = q @ k.mT / 8**0.5
     order = torch.tensor([7, 2, 9, 0, 4])
     seen = Attended(q[:, :, order], k, scores.logsumexp(-1)[:, :, order], None, order)
     wanted, keys = stream.tokens(torch.tensor([0, 1, 2, 9])), stream.tokens(torch.tensor([3, 8]))
-    ((p, which),) = stream.probabilities(seen, 0, torch.tensor([2]), wanted, keys)
+    ((p, which),) = stream.attention_weights(seen, 0, torch.tensor([2]), wanted, keys)
     assert which.tolist() == [0, 2, 3]
     expected = scores.softmax(-1)[0, 2][torch.tensor([0, 2, 9])][:, torch.tensor([3, 8])]
     torch.testing.assert_close(p[0], expected)
@@ -350,12 +434,12 @@ def test_masks_that_broadcast(shape):
     seen = Attended(q, k, scores.logsumexp(-1), mask, None)
     wanted, keys = torch.tensor([1, 4, 9]), torch.tensor([0, 3, 8, 9])
     for heads in (None, torch.tensor([0, 2])):
-        ((p, _),) = stream.probabilities(seen, 1, heads, stream.tokens(wanted), stream.tokens(keys))
+        ((p, _),) = stream.attention_weights(seen, 1, heads, stream.tokens(wanted), stream.tokens(keys))
         expected = scores.softmax(-1)[1] if heads is None else scores.softmax(-1)[1, heads]
         torch.testing.assert_close(p, expected[:, wanted][..., keys])
 
 
-def test_a_compiled_model_is_looked_at(flux, unchecked):
+def test_a_compiled_model_can_be_probed(flux, unchecked):
     torch._dynamo.reset()
     compiled = torch.compile(flux, backend="aot_eager")
     capture = {"a": {"kind": "quadrants"}, "b": {"kind": "entropy", "blocks": [0]}}
@@ -364,10 +448,10 @@ def test_a_compiled_model_is_looked_at(flux, unchecked):
         np.testing.assert_allclose(found[name].values, one.values, atol=1e-5)
 
 
-def test_autocast_leaves_p_alone(flux):
+def test_autocast_does_not_change_p(flux):
     with torch.autocast("cpu", torch.bfloat16):
-        all_of_it = watch(flux, {"a": {"kind": "map", "from": "all", "to": "all"}})["a"].values
-    assert np.abs(all_of_it.sum(-1) - 1).max() <= 1e-4
+        weights = watch(flux, {"a": {"kind": "map", "from": "all", "to": "all"}})["a"].values
+    assert np.abs(weights.sum(-1) - 1).max() <= 1e-4
 
 
 def test_select_and_average(flux):
@@ -376,9 +460,9 @@ def test_select_and_average(flux):
     np.testing.assert_allclose(one.values, words.values[0, 1, :, :, 1, 1].mean((0, 1)), rtol=1e-6)
     assert one.axes == ("row", "col")
     assert set(one.coords) == {"row", "col"}
-    with pytest.raises(ValueError, match="word='dog': there is none, expected one of a#1, cat"):
+    with pytest.raises(ValueError, match="word='dog': not found, expected one of a#1, cat"):
         words.sel(word="dog")
-    with pytest.raises(ValueError, match="wrod: there is no such axis, expected one of sample, step"):
+    with pytest.raises(ValueError, match="wrod: axis not found, expected one of sample, step"):
         words.mean("wrod")
 
 
@@ -396,7 +480,7 @@ def test_similarity_is_a_cosine():
     assert similarity(one, other).labels("word") == ["a", "b"]
     assert similarity(one, maps([[[1, 0], [1, 0]], [[1, 1], [0, 0]]])).values == pytest.approx([0.5**0.5, 0.6 / 2**0.5])
     along = similarity(one, maps([[[1, 1], [0, 0]], [[3, 0], [0, 4]]]), over="col")
-    np.testing.assert_allclose(along.values, [[0.5**0.5, np.nan], [1, 1]])  # nothing there: no number
+    np.testing.assert_allclose(along.values, [[0.5**0.5, np.nan], [1, 1]])  # a map of zeros has no direction
     assert along.axes == ("word", "row")
 
 
@@ -404,31 +488,33 @@ def test_similarity_of_labelled_maps():
     one = label(maps([[[1, 0], [0, 0]], [[3, 0], [0, 4]]]))
     other = label(maps([[[6, 0], [0, 8]], [[1, 2], [3, 4]]], words=("b", "c")))
     alike = similarity(one, other)
-    assert alike.word.values.tolist() == ["b"]  # what both have
+    assert alike.word.values.tolist() == ["b"]  # the labels that both have
     assert alike.values.tolist() == [1]
-    against = similarity(one, one.sel(word="b"))  # an axis that only one has
+    against = similarity(one, one.sel(word="b"))  # an axis that only one has is broadcast
     np.testing.assert_allclose(against.values, [0.6, 1])
     lacking = one.where(one.word != "a")
     assert np.isnan(similarity(lacking, one).sel(word="a"))
 
 
-def test_similarity_refuses_what_cannot_be_compared():
+def test_similarity_of_maps_that_cannot_be_compared():
     one = maps(np.ones((2, 2, 2)))
     for other, over, message in (
         (one, ("rwo", "col"), r"over=\['rwo', 'col'\]: expected some of word, row, col"),
         (one, (), r"over=\[\]: expected"),
-        (label(one), ("row", "col"), "two of a kind are needed"),
+        (label(one), ("row", "col"), "expected two Captured or two DataArrays"),
         (one.sel(word="a"), ("row", "col"), "the axes differ, word, row, col and row, col"),
-        (maps(np.ones((2, 3, 2))), ("row", "col"), "row has 2 places and 3"),
-        (maps(np.ones((2, 2, 2)), words=("a", "c")), ("row", "col"), "word has 2 places and 2, or other ones"),
+        (maps(np.ones((2, 3, 2))), ("row", "col"), r"the labels of row differ \(2 and 3 entries\)"),
+        (maps(np.ones((2, 2, 2)), words=("a", "c")), ("row", "col"), r"the labels of word differ \(2 and 2 entries\)"),
     ):
         with pytest.raises(ValueError, match=message):
             similarity(one, other, over)
-    with pytest.raises(ValueError, match="row has 2 places and 3"):  # and not the corner that they share
+    with pytest.raises(
+        ValueError, match=r"the labels of row differ \(2 and 3 entries\)"
+    ):  # not reduced to the rows that both have
         similarity(label(one), label(maps(np.ones((2, 3, 2)))))
 
 
-def test_files_that_hold_no_arrays(tmp_path):
+def test_files_without_arrays(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"a": np.zeros(3)}, tmp_path / "other.safetensors")
@@ -436,10 +522,10 @@ def test_files_that_hold_no_arrays(tmp_path):
     write(tmp_path / "cut.safetensors", {"x": Captured(np.zeros(2), ("row",), {}, {})})
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-1])
     for name, message in (
-        ("none", "there is no such file"),
-        ("other", "holds no captured"),
-        ("broken", "is damaged"),
-        ("cut", "is damaged"),
+        ("none", "file not found"),
+        ("other", "not a file of captured arrays"),
+        ("broken", "or damaged"),
+        ("cut", "or damaged"),
     ):
         with pytest.raises(ValueError, match=message):
             load(tmp_path / f"{name}.safetensors")
