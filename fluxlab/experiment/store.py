@@ -28,8 +28,7 @@ from fluxlab.experiment.cells import REQUIRED, Cell, Settings
 from fluxlab.experiment.locks import LOCK, LOCKS, locked, make_folder
 from fluxlab.experiment.spec import SCHEMA, Experiment
 from fluxlab.files import sha256_of, sweep, write_atomic
-from fluxlab.probes import Captured
-from fluxlab.probes import whole as is_complete
+from fluxlab.probes import Captured, is_complete
 from fluxlab.probes import write as write_arrays
 
 if TYPE_CHECKING:

@@ -257,7 +257,7 @@ def test_a_budget_that_some_batch_passes_is_refused_before_anything_runs(model, 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["+capture.x={kind: words, words: [dog]}"], f"capture.x.words: 'dog' is not in .*\n.* prompt '{CAT}'"),
+        (["+capture.x={kind: words, words: [dog]}"], f"capture.x.words: 'dog' is not in .*\n.* prompt is '{CAT}'"),
         (["+capture.x={kind: words, words: [elephant]}"], r"capture\.x\.words: 'elephant' is not in the prompt"),
         (["capture=words", "capture.words.steps=[5]"], r"capture\.words\.steps"),
         (["capture=words", "capture.words.blocks=0-9"], r"capture\.words\.blocks"),
@@ -281,18 +281,18 @@ def test_what_is_mistyped_ends_in_three_lines(model, tmp_path, capsys, more, mes
 
 
 def test_out_of_memory_halves_the_batch(model, tmp_path, monkeypatch, capsys):
-    real, seen = Pipeline.generate, []
+    real, calls = Pipeline.sample, []
 
     def small(self, prompts, *args, **kwargs):
-        seen.append((len(prompts), kwargs["probe"] is not None))
+        calls.append((len(prompts), kwargs["probe"] is not None))
         if kwargs["probe"] is not None and len(prompts) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
         return real(self, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(Pipeline, "generate", small)
+    monkeypatch.setattr(Pipeline, "sample", small)
     assert run(model, tmp_path / "run", "~variants.word", *CAPTURE) == 0
     assert capsys.readouterr().err.count("out of memory: batch_tokens 144 → 72") == 1
-    assert seen == [(3, True), *[(1, True)] * 8, *[(1, False)] * 2]  # references are not captured
+    assert calls == [(3, True), *[(1, True)] * 8, *[(1, False)] * 2]  # references are not captured
     assert len(read_store(tmp_path / "run").attention) == 8
 
 
