@@ -170,6 +170,17 @@ def where() -> str:
     return where_table()
 
 
+def probes() -> str:
+    """Every registered kind of request: what it computes, its own keys, and what it can be averaged over."""
+    from fluxlab.probes import PROBES
+
+    rows = []
+    for name, kind in PROBES.items():
+        keys = [f"`{key}`" + ("" if key in kind.required else f" = {kind.defaults[key]}") for key in kind.parsers]
+        rows.append([f"`{name}`", kind.summary, ", ".join(keys), ", ".join(kind.averages)])
+    return markdown(["`kind:`", "what is computed", "its own keys", "`average:`"], rows)
+
+
 def metrics() -> str:
     """Every metric: unit, meaning, direction, and what it needs."""
     from fluxlab.measure import METRICS
@@ -192,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops-on-ids": ops_on_ids,
     "ops-on-attention": ops_on_attention,
     "where": where,
+    "probes": probes,
     "metrics": metrics,
 }
 

@@ -83,7 +83,8 @@ def run(script: str, folder: Path) -> None:
 
 
 def test_every_extension_has_a_recipe():
-    assert {title for title, _ in SECTIONS} >= {"Add an op", "Add an experiment", "Add a model family"}
+    names = {"Add an op", "Add a probe", "Add a metric", "Add an experiment", "Add a model family"}
+    assert {title for title, _ in SECTIONS} >= names
 
 
 @pytest.mark.parametrize(("title", "recipe"), SECTIONS, ids=[title for title, _ in SECTIONS])
