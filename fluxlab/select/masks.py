@@ -76,9 +76,6 @@ def _to_rows(selected: "np.ndarray") -> list[str]:
     return [row.tobytes().decode("ascii") for row in marks]
 
 
-# ── the packed form ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def compact(value: Any, digests: bool = False) -> Any:
     """Return a config, or a part of one, in which the masks of more than `LARGEST_ROWS` pixels are packed.
 
@@ -138,18 +135,14 @@ def _unpack(value: Mapping, path: str) -> "np.ndarray":
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=rows * cols).reshape(rows, cols).astype(bool)
 
 
-# ── image files ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 REMEDY = "expected a mask: white on black, or painted on a transparent background"
 
 
 def _read_image(file: str, path: str) -> "np.ndarray":
     """Return which pixels of an image file are selected.
 
-    Transparency decides where there is any: what is transparent is not selected. Of the rest the white part is
-    selected, or all of it if it is not black and white. Without transparency white is selected and black is not.
-    Raises UserError for an image that has neither.
+    If a part is transparent, it is not selected. Of the rest the white part is selected, or all of it if it is not
+    black and white. Without transparency, white is selected and black is not. Raises UserError for any other image.
     """
     from PIL import ImageOps
 

@@ -67,10 +67,9 @@ def parse_steps(value: Any, path: str) -> str | list[int] | dict:
 def resolve_steps(steps: str | list[int] | dict, sigmas: Sequence[float], path: str) -> tuple[bool, ...]:
     """Return for each step whether the edit acts.
 
-    Windows are half-open: of two windows with a common bound, only the later one in the run has the step that starts
-    there. `{fraction: [a, b]}` selects the steps that start at a share s of the schedule with a <= s < b.
-    `{sigma: [low, high]}` selects the steps that start at a σ with low < σ <= high. A bound copied from a message,
-    where σ is rounded, means the step it was printed for.
+    Windows are half-open, so that two windows with a common bound share no step. `{fraction: [a, b]}` selects the steps
+    that start at a share s of the schedule with a <= s < b. `{sigma: [low, high]}` selects the steps that start at a σ
+    with low < σ <= high. A bound copied from a message, where σ is rounded, means the step it was printed for.
 
     Raises UserError for a step that the schedule does not have, or if no step is selected.
     """

@@ -1,8 +1,8 @@
 """Which text tokens spell a word of the prompt. The caller supplies the tokenizer's spans: no tokenizer is used here.
 
-A word is a run of letters and digits with what belongs to it: `hello-world`, `don't`, `3.5`, `C++`, `C#2`. A character
-of a script that is written without spaces, such as Chinese or Japanese, is a word of its own, and so is a punctuation
-mark. A phrase starts and ends where a word does.
+A word is a run of letters and digits with what belongs to it: `hello-world`, `don't`, `3.5`, `C++`, `C#2`. In scripts
+that are written without spaces, such as Chinese and Japanese, each character is a word. So is each punctuation mark. A
+phrase starts and ends where a word does.
 """
 
 import re
@@ -106,8 +106,9 @@ def _around(text: str, start: int, end: int, reach: int = 12) -> str:
     return " ".join(f"…{before}{text[start:end]}{after}…".split())
 
 
-# A text with each character replaced by its class: w letter, s the letter s, d digit, c a character that is a word of
-# its own, m a mark that belongs to the character before it, x another symbol, -'.,:+# themselves. A match is one word.
+# Applied to a text with each character replaced by its class: w letter, s the letter s, d digit, c character of a
+# script without spaces, m mark that belongs to the character before it, x other symbol, -'.,:+# themselves. A match is
+# one word.
 _WORD = re.compile(r"(?:[wsd]|(?<=[wsd])-(?=[wsd])|(?<=[wsd])'(?=[wsd])|(?<=d)[.,:](?=d)|(?<=[wsd])(?:\+\+|#))+|\Sm*")
 _SPACELESS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3021-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
@@ -146,12 +147,12 @@ class _Normal:
         pattern = re.compile(f"(?=({spelled}))", re.IGNORECASE)  # a lookahead finds overlapping matches
         inside = {i for start, end in self.words for i in range(start + 1, end)}
         inside -= {end - 2 for _, end in self.words if self.text[end - 2 : end].lower() == "'s"}  # cat in cat's
-        found: list[tuple[int, int]] = []
+        spans: list[tuple[int, int]] = []
         for match in pattern.finditer(self.text):
             start, end = match.span(1)
-            if start not in inside and end not in inside and (not found or start >= found[-1][1]):
-                found.append((start, end))
-        return [self.original(*span) for span in found]
+            if start not in inside and end not in inside and (not spans or start >= spans[-1][1]):
+                spans.append((start, end))
+        return [self.original(*span) for span in spans]
 
 
 def _clusters(text: str) -> list[tuple[int, int]]:

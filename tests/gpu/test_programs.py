@@ -1,4 +1,4 @@
-"""Programs on a GPU make what they make on the CPU. Skipped where there is none."""
+"""Programs on a GPU give the same images as on the CPU. Skipped without a GPU."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ PROGRAMS = [
 ]
 
 
-def test_programs_equal_the_cpus(tmp_path):
+def test_programs_match_the_cpu(tmp_path):
     folder = tiny.save(tmp_path, guidance=True)
     call = {"prompts": "a cat", "height": 32, "width": 32, "steps": 3, "max_sequence_length": 24, "output": "latent"}
     cpu, cuda = (

@@ -1,4 +1,4 @@
-"""Programs against Diffusers' `FluxPipeline` with the same ids put in by hand."""
+"""Programs against Diffusers' `FluxPipeline` with the same changes of ids made by hand."""
 
 from pathlib import Path
 
@@ -20,9 +20,9 @@ def index_one(ids):
     return ids
 
 
-# name: (program, what it does to img_ids (N, 3), to txt_ids (L, 3))
+# name: (edit, the same change of img_ids (N, 3), of txt_ids (L, 3))
 EDITS = {
-    "untouched": (None, lambda ids: ids, lambda ids: ids),
+    "unchanged": (None, lambda ids: ids, lambda ids: ids),
     "zero": ({"op": "zero"}, lambda ids: ids * 0, lambda ids: ids),
     "half": ({"op": "scale", "factor": 0.5}, lambda ids: ids * 0.5, lambda ids: ids),
     "1.2": ({"op": "scale", "factor": 1.2}, lambda ids: ids * 1.2, lambda ids: ids),
@@ -34,7 +34,7 @@ EDITS = {
 
 
 def save_sharp(where: Path) -> Path:
-    """Random weights look everywhere alike and hardly notice positions: sharper attention, and more of it."""
+    """Make attention sharper and stronger, since random weights hardly depend on positions."""
     pipe = tiny.diffusers_pipeline(seed=3)
     for name, weight in pipe.transformer.named_parameters():
         if "norm_q" in name or "norm_k" in name or "norm_added" in name:
@@ -68,14 +68,14 @@ def theirs(folder):
 
 @pytest.fixture(scope="module")
 def settings(folder, ours):
-    """Pixels, steps and text length; the embedded model at its own."""
+    """Size, steps and text length. The embedded model uses its own."""
     if folder == EMBEDDED:
         return {"height": ours.size[0], "width": ours.size[1], "steps": 8, "length": ours.max_sequence_length}
     return {"height": 32, "width": 48, "steps": 4, "length": 24}
 
 
 def with_ids(pipe, edit_image, edit_text, **options):
-    """Diffusers' image for ids changed on their way into the transformer, as its users do it."""
+    """Return Diffusers' image with the ids changed on their way into the transformer."""
     forward = pipe.transformer.forward
 
     def patched(*args, img_ids, txt_ids, **kwargs):
@@ -104,7 +104,7 @@ def by_diffusers(theirs, settings):
 
 @pytest.fixture(scope="module")
 def one_batch(ours, settings):
-    """All of them as samples of one forward."""
+    """All edits in one batch."""
     programs = [edit and {"a": edit} for edit, _, _ in EDITS.values()]
     images = ours.generate(
         [PROMPT],
@@ -135,8 +135,8 @@ def test_same_pixels(name, ours, settings, by_diffusers, one_batch):
     assert np.abs(one_batch[name] - expected).max() <= 1
 
 
-def test_the_edits_show(by_diffusers):
-    """Each changes the picture by more than the tolerance, so that equal pictures mean something."""
+def test_each_edit_changes_the_image(by_diffusers):
+    """The change exceeds the tolerance of `test_same_pixels`, so that test can fail."""
     for name in EDITS:
-        if name != "untouched":
-            assert np.abs(by_diffusers[name] - by_diffusers["untouched"]).max() >= 5, name
+        if name != "unchanged":
+            assert np.abs(by_diffusers[name] - by_diffusers["unchanged"]).max() >= 5, name

@@ -1,4 +1,4 @@
-"""Every op on a small grid, its result written out by hand."""
+"""Every op on a small grid, against results computed by hand."""
 
 import math
 
@@ -23,15 +23,15 @@ def context(layout=LAYOUT, dtype=torch.float32, **more) -> Context:
 
 
 def edited(edit: dict, layout=LAYOUT, side="queries", **more) -> list[tuple]:
-    """The ids that a one-edit program leaves."""
+    """Return the ids after a program of one edit."""
     ids = compile_programs([Program.from_config({"a": edit})], context(layout, **more)).ids(side=side)
     return [tuple(round(x, 5) + 0.0 for x in row) for row in ids.tolist()]
 
 
 def image(edit: dict, **more) -> list[tuple]:
-    found = edited(edit, **more)
-    assert found[:2] == TEXT, "text was touched"
-    return found[2:]
+    ids = edited(edit, **more)
+    assert ids[:2] == TEXT, "text ids changed"
+    return ids[2:]
 
 
 BY_HAND = {
@@ -59,7 +59,7 @@ BY_HAND = {
     "mirror_row": ({"op": "mirror", "axis": "row"}, [(0, 1, 0), (0, 1, 1), (0, 1, 2), (0, 0, 0), (0, 0, 1), (0, 0, 2)]),
     "mirror_axes": ({"op": "mirror", "axes": ["row", "col"]}, GRID[::-1]),
     "transpose": ({}, [(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 0, 1), (0, 1, 1), (0, 2, 1)]),
-    # counter-clockwise: the left column comes to lie at the bottom
+    # counter-clockwise: the left column becomes the bottom row
     "rotate": (
         {"degrees": 90},
         [(0, 1.5, 0.5), (0, 0.5, 0.5), (0, -0.5, 0.5), (0, 1.5, 1.5), (0, 0.5, 1.5), (0, -0.5, 1.5)],
@@ -81,7 +81,7 @@ BY_HAND = {
     "relocate_index": ({"op": "relocate", "to": [2, 5, 6]}, [(2, 5, 6)] * 6),
     "relocate_box": (
         {"op": "relocate", "to": {"box": [0, 0, 1, 1], "unit": "fraction"}},
-        GRID,  # its own place: nothing moves
+        GRID,  # the box is the image itself, so nothing moves
     ),
     "relocate_half": (
         {"op": "relocate", "to": {"box": [0, 0, 1, 1.5]}},
@@ -111,26 +111,26 @@ def test_by_hand(name):
     assert image({"op": name, **edit}) == [tuple(map(float, row)) for row in result]
 
 
-def test_every_op_is_here():
+def test_every_op_has_a_test():
     shown = {edit.get("op", name) for name, (edit, _) in BY_HAND.items()}
     assert shown | {"text_line", "mask", "temperature", "drop"} >= set(OPS)
 
 
 def test_shuffle_exchanges_positions():
-    found = [image({"op": "shuffle", "seed": seed}) for seed in (0, 0, 1)]
-    assert sorted(found[0]) == sorted(tuple(map(float, row)) for row in GRID)
-    assert found[0] == found[1] != found[2]
+    shuffled = [image({"op": "shuffle", "seed": seed}) for seed in (0, 0, 1)]
+    assert sorted(shuffled[0]) == sorted(tuple(map(float, row)) for row in GRID)
+    assert shuffled[0] == shuffled[1] != shuffled[2]
     assert image({"op": "shuffle", "axes": "col"})[0][1] == 0  # rows stay
 
 
-def test_jitter_is_drawn_by_seed():
+def test_jitter_depends_on_the_seed():
     a, b, c = (image({"op": "jitter", "std": [0, 0.5, 2], "seed": seed}) for seed in (3, 3, 4))
     drawn = torch.randn(6, 3, generator=torch.Generator().manual_seed(3)) * torch.tensor([0, 0.5, 2])
     assert a == b != c
     assert torch.allclose(torch.tensor(a), torch.tensor(GRID) + drawn, atol=1e-5)
 
 
-def test_quantize_loses_what_bfloat16_loses():
+def test_quantize_rounds_to_bfloat16():
     ids = torch.arange(512.0)[:, None].expand(-1, 3)
     rounded = ops.quantize(ids, None, "bfloat16")
     assert len(rounded[:, 0].unique()) == 385
@@ -143,24 +143,24 @@ def test_text_line():
     assert edited({"op": "text_line", "axis": "col"})[2:] == [tuple(map(float, row)) for row in GRID]
 
 
-def test_text_to_a_place():
-    """The article's second idea, two ways."""
+def test_text_is_relocated():
+    """The second experiment of the article, written in two ways."""
     for edit in ({"op": "set", "value": [0, 4, 4]}, {"op": "relocate", "to": [4, 4]}):
         assert edited({**edit, "tokens": "text"})[:2] == [(0, 4, 4)] * 2
     two = {"op": "relocate", "tokens": "text", "to": {"box": [0, 1, 2, 2]}}
     assert edited(two)[:2] == [(0, 0, 1), (0, 1, 1)]
 
 
-def test_centre_lays_all_out_as_qwen():
+def test_centre_matches_qwen_image():
     layout = Layout(text=2, grid=(2, 3), references=((1, 2),))
-    found = edited({"op": "centre", "tokens": "all"}, layout)
-    assert found[:2] == [(1, 1, 1), (2, 2, 2)]
-    assert found[2:5] == [(0, -1, -2), (0, -1, -1), (0, -1, 0)]
-    assert found[8:] == [(1, -1, -1), (1, -1, 0)]
+    ids = edited({"op": "centre", "tokens": "all"}, layout)
+    assert ids[:2] == [(1, 1, 1), (2, 2, 2)]
+    assert ids[2:5] == [(0, -1, -2), (0, -1, -1), (0, -1, 0)]
+    assert ids[8:] == [(1, -1, -1), (1, -1, 0)]
 
 
-def test_drop_turns_nothing():
-    """No rotation on an axis: cos 1 and sin 0, whatever later edits do to the ids."""
+def test_drop_removes_the_rotation():
+    """cos is 1 and sin is 0 on the dropped axis, even if a later edit changes its ids."""
     program = {"a": {"op": "drop", "axes": "row", "side": "keys"}, "b": {"op": "offset", "by": 5, "tokens": "all"}}
     (queries, keys), *_ = compile_programs([Program.from_config(program)], context()).at(1.0).rotary
     assert (keys.cos[0, 0, 2:, 2:9] == 1).all()
@@ -235,7 +235,7 @@ SOME = [
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.sampled_from(SOME), max_size=4), st.integers(0, 4))
 def test_order_of_composition(edits, cut):
-    """A program acts as its first part, then its second."""
+    """A program equals its first part followed by its second part."""
     assert torch.equal(run(edits), run(edits[cut:], run(edits[:cut])[None]))
 
 
@@ -297,7 +297,7 @@ def test_differentiable_in_ids_and_arguments(function, argument):
     assert torch.autograd.gradcheck(function, (ids, argument.double().requires_grad_()))
 
 
-def test_from_python_with_plain_values():
+def test_ops_take_plain_values_in_python():
     ids = torch.tensor(GRID, dtype=torch.float32)
     assert torch.equal(ops.scale(ids, None, 2), 2 * ids)
     assert torch.equal(ops.offset(ids, None, [0, 1, 2]), ids + torch.tensor([0, 1, 2]))

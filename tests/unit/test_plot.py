@@ -1,4 +1,4 @@
-"""Pictures of a program: the right points and curves, and a command line that says what is wrong."""
+"""Plots of a program: points and curves against the formulas, and the messages of the command line."""
 
 import io
 import subprocess
@@ -27,14 +27,14 @@ def layout(program, **more) -> Figure:
 
 
 def points(figure: Figure, label: str):
-    """(col, row) of a scatter, as fp32."""
-    (found,) = [c for c in figure.axes[0].collections if c.get_label() == label]
-    return torch.tensor(found.get_offsets().tolist())
+    """Return (col, row) of a scatter, as fp32."""
+    (scatter,) = [c for c in figure.axes[0].collections if c.get_label() == label]
+    return torch.tensor(scatter.get_offsets().tolist())
 
 
 def line(figure: Figure, label: str, panel: int = 0):
-    (found,) = [line for line in figure.axes[panel].lines if line.get_label() == label]
-    return torch.tensor(list(map(float, found.get_xdata()))), torch.tensor(list(map(float, found.get_ydata())))
+    (drawn,) = [line for line in figure.axes[panel].lines if line.get_label() == label]
+    return torch.tensor(list(map(float, drawn.get_xdata()))), torch.tensor(list(map(float, drawn.get_ydata())))
 
 
 def expected(program, **more):
@@ -71,13 +71,13 @@ def test_points_are_the_ids(program):
     assert torch.equal(torch.cat((text, image)), compiled.ids()[:, [2, 1]])
 
 
-def test_by_hand():
+def test_points_by_hand():
     grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(6.0))
     assert torch.equal(points(layout(SCALE), "image"), 2 * grid.flip(1))
     assert torch.equal(points(layout(SCALE), "text"), torch.zeros(TEXT, 2))
 
 
-def test_a_mirrored_grid_is_seen_as_such():
+def test_the_top_row_and_left_column_show_a_mirrored_grid():
     figure = layout({"a": {"op": "mirror"}})
     across, down = line(figure, "top row of the image")
     assert across.tolist() == [5, 4, 3, 2, 1, 0]
@@ -94,7 +94,7 @@ def test_mesh_joins_neighbours():
     assert lengths == {2.0}
 
 
-def test_axis_0_is_a_colour_only_where_it_varies():
+def test_axis_0_is_the_colour_if_it_varies():
     assert len(layout(SCALE).axes) == 1
     assert len(layout({"a": {"op": "set", "value": 1, "axes": "index", "tokens": "all"}}).axes) == 1
     figure = layout({"a": {"op": "set", "value": 1, "axes": "index"}})
@@ -104,7 +104,7 @@ def test_axis_0_is_a_colour_only_where_it_varies():
     assert colours["text"].tolist() == [0] * TEXT
 
 
-def test_piles_are_named_while_they_are_few():
+def test_few_piles_are_annotated():
     assert notes(layout({"a": {"op": "zero"}})) == ["24 image + 5 text tokens at (0, 0)"]
     assert notes(layout({"a": {"op": "text_line", "axis": "index"}})) == [
         "1 image + 5 text tokens at (0, 0), index 0 to 4"
@@ -117,7 +117,7 @@ def test_piles_are_named_while_they_are_few():
 LIMITED = {"op": "scale", "factor": 2, "blocks": "20-21", "steps": {"sigma": [0, 0.5]}, "heads": 3, "side": "keys"}
 
 
-def test_a_limited_program_is_drawn_where_it_acts_first():
+def test_the_default_is_where_the_program_acts_first():
     figure = layout({"a": LIMITED})
     assert title(figure).splitlines()[-1] == "step 14 (σ 0.5), block 20 (single 1), head 3, keys"
     assert points(figure, "image").max() == 10
@@ -127,20 +127,20 @@ def test_a_limited_program_is_drawn_where_it_acts_first():
 
 
 @pytest.mark.parametrize("spot", [{"step": 13}, {"block": 22}, {"head": 4}, {"side": "queries"}])
-def test_where_it_does_not_act_nothing_moves(spot):
+def test_positions_are_unchanged_where_the_program_does_not_act(spot):
     figure = layout({"a": LIMITED}, **spot)
     assert torch.equal(points(figure, "image"), points(layout(None), "image"))
     assert title(figure).endswith("positions unchanged")
 
 
-def test_strength_is_that_of_the_step():
+def test_the_strength_of_the_step_is_used():
     fade = {"a": {"op": "scale", "factor": 3, "strength": {"from": 1, "to": 0}}}
     assert points(layout(fade), "image").max() == 15
     assert points(layout(fade, step=14), "image").max() == 10
     assert "step 14 (σ 0.5)" in title(layout(fade, step=14))
 
 
-def test_keys_as_some_queries_see_them():
+def test_keys_that_only_some_queries_see():
     program = {"a": {"op": "offset", "by": [0, 7, 7], "side": "keys", "seen_by": {"indices": [3], "of": "image"}}}
     figure = layout(program)
     assert points(figure, "image").amin(0).tolist() == [7, 7]
@@ -171,7 +171,7 @@ def test_references():
 
 
 def similarity(distance, axis: int):
-    """K of the docstring, in fp64."""
+    """S of the docstring, in fp64."""
     omega = frequencies(plot.FLUX.axes_dim[axis], plot.FLUX.theta)
     return (distance.double()[:, None] * omega).cos().mean(-1).float()
 
@@ -181,7 +181,7 @@ def curve(program, label="after, this axis", panel=0, **more):
 
 
 @pytest.mark.parametrize(("panel", "n"), [(0, 4), (1, 6)])
-def test_kernel_is_the_formula(panel, n):
+def test_similarity_is_the_formula(panel, n):
     distance, unchanged = curve(SCALE, "unchanged, this axis", panel)
     assert distance.tolist() == list(range(1 - n, n))
     torch.testing.assert_close(unchanged, similarity(distance, 1), rtol=0, atol=1e-6)
@@ -191,7 +191,7 @@ def test_kernel_is_the_formula(panel, n):
     torch.testing.assert_close(whole, (8 + 28 + 28 * similarity(2 * distance, 1)) / 64, rtol=0, atol=1e-6)
 
 
-def test_kernel_of_moved_keys_temperature_and_dropped_rotation():
+def test_similarity_with_moved_keys_temperature_and_dropped_rotation():
     distance, moved = curve({"a": {"op": "offset", "by": {"row": 3}, "side": "keys"}})
     torch.testing.assert_close(moved, similarity(distance + 3, 1), rtol=0, atol=1e-6)
     _, sharp = curve({"a": {"op": "temperature", "factor": 1.5}})
@@ -199,17 +199,17 @@ def test_kernel_of_moved_keys_temperature_and_dropped_rotation():
     assert curve({"a": {"op": "drop", "axes": "row"}})[1].tolist() == [1] * 7
 
 
-def test_kernel_of_a_head_and_of_query_groups():
-    one = {"a": {"op": "scale", "factor": 2, "heads": [5]}}
-    distance, unchanged = curve(one, "unchanged, this axis")
-    assert torch.equal(curve(one, head=0)[1], unchanged)
-    torch.testing.assert_close(curve(one)[1], similarity(2 * distance, 1), rtol=0, atol=1e-6)
+def test_similarity_of_a_head_and_of_query_groups():
+    program = {"a": {"op": "scale", "factor": 2, "heads": [5]}}
+    distance, unchanged = curve(program, "unchanged, this axis")
+    assert torch.equal(curve(program, head=0)[1], unchanged)
+    torch.testing.assert_close(curve(program)[1], similarity(2 * distance, 1), rtol=0, atol=1e-6)
     half = {"op": "offset", "by": {"row": 3}, "side": "keys", "seen_by": {"box": [0, 0, 4, 3]}}  # three of six columns
     between = (similarity(distance, 1) + similarity(distance + 3, 1)) / 2
     torch.testing.assert_close(curve({"a": half})[1], between, rtol=0, atol=1e-6)
 
 
-def test_kernel_band_holds_all_pairs():
+def test_the_band_spans_all_pairs():
     state = plot.program_at_step({"a": {"op": "jitter", "std": 1}}, plot.sequence(grid=GRID, text=TEXT))
     row = state.after[TEXT:, 1].reshape(GRID)
     pairs = similarity((row[2:] - row[:-2]).flatten(), 1)  # two rows apart
@@ -225,7 +225,7 @@ def test_kernel_band_holds_all_pairs():
     )
 
 
-def test_kernel_places_kinds_on_the_index_axis():
+def test_token_kinds_on_the_index_axis():
     moved = {"a": {"op": "set", "value": 3, "axes": "index"}}
     distance, alike = curve(moved, "image to text", 2)
     assert distance.tolist() == [-3]
@@ -282,7 +282,7 @@ def test_figures_leave_pyplot_alone():
         ({"side": "both"}, "side: 'both', expected queries or keys"),
     ],
 )
-def test_what_the_sequence_does_not_have(sizes, message):
+def test_sizes_and_steps_that_do_not_exist(sizes, message):
     with pytest.raises(ValueError, match=message):
         plot.position_plot(SCALE, **sizes)
 
@@ -297,16 +297,16 @@ def test_command_line_without_output_only_prints(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_command_line_writes_what_is_asked(tmp_path, monkeypatch, capsys):
+def test_command_line_writes_figures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("a:\n  op: zero\n  side: keys\n")
     options = ["--grid", "3x3", "--text", "2", "--block", "3"]
-    assert main(["@mine.yaml", "-o", "new/layout.png", "--kernel", "kernel.svg", *options]) == 0
-    assert Path("new/layout.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in Path("kernel.svg").read_text()
+    assert main(["@mine.yaml", "-o", "new/positions.png", "--similarity", "similarity.svg", *options]) == 0
+    assert Path("new/positions.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in Path("similarity.svg").read_text()
     out = capsys.readouterr().out
     assert "block 3 (double 3), keys" in out
-    assert "wrote new/layout.png" in out
+    assert "wrote new/positions.png" in out
 
 
 def test_a_file_may_hold_one_edit():
@@ -314,7 +314,7 @@ def test_a_file_may_hold_one_edit():
     assert (edit.name, edit.op) == ("scale", "scale")
 
 
-def test_as_a_user_types_it(tmp_path):
+def test_a_misspelt_op_on_the_command_line(tmp_path):
     command = [sys.executable, "-m", "fluxlab.positions", "{a: {op: scael}}", "-o", str(tmp_path / "x.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
@@ -348,7 +348,7 @@ def test_as_a_user_types_it(tmp_path):
         (["{}", "--plugins", "no_such_module"], "--plugins[0]: 'no_such_module'"),
     ],
 )
-def test_misuse_ends_in_three_lines(arguments, message, tmp_path, monkeypatch, capsys):
+def test_errors_have_at_most_three_lines(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
     err = capsys.readouterr().err

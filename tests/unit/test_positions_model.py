@@ -1,4 +1,4 @@
-"""Programs inside a model: exact in a batch, over blocks and steps, against dense attention; and their gradients."""
+"""Programs in a model: in batches, blocks and steps, against dense attention; and gradients through them."""
 
 import copy
 import dataclasses
@@ -22,7 +22,7 @@ WORDS = Prompt("a cat says hi", ((0, 1), (2, 5), (6, 10), (11, 13), (0, 0)))
 
 
 def sharp(flux: Flux) -> Flux:
-    """Random weights hardly notice positions: sharper attention, and more of it."""
+    """Make attention sharper and stronger, since random weights hardly depend on positions."""
     with torch.no_grad():
         for name, weight in flux.named_parameters():
             weight.normal_(0, 0.3 if weight.ndim > 1 else 0.1)
@@ -93,15 +93,15 @@ def test_identity_is_bit_equal(flux):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "recording"])
-def test_a_batch_equals_one_at_a_time(flux, grad):
-    with torch.set_grad_enabled(grad):  # other kernels
+def test_a_batch_equals_single_samples(flux, grad):
+    with torch.set_grad_enabled(grad):  # uses other kernels
         together = velocity(flux, PROGRAMS.values())
-        for one, program in zip(together, PROGRAMS.values(), strict=True):
+        for sample, program in zip(together, PROGRAMS.values(), strict=True):
             alone = velocity(flux, [program])[0]
-            assert (one - alone).abs().max() <= 1e-5 * alone.std()
+            assert (sample - alone).abs().max() <= 1e-5 * alone.std()
 
 
-def test_each_program_shows(flux):
+def test_each_program_changes_the_output(flux):
     outputs = [velocity(flux, [program]) for program in PROGRAMS.values()]
     for i, a in enumerate(outputs):
         for b in outputs[:i]:
@@ -133,7 +133,7 @@ EDITS = {
 
 @pytest.mark.parametrize("k", range(4))
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_a_block_acts_from_itself_on(flux, k, edit):
+def test_an_edit_of_a_block_changes_it_and_later_blocks(flux, k, edit):
     plain, changed = block_outputs(flux, {}), block_outputs(flux, {"a": {**edit, "blocks": [k]}})
     for block, (a, b) in enumerate(zip(plain, changed, strict=True)):
         assert all(map(torch.equal, a, b)) == (block < k), block
@@ -141,7 +141,7 @@ def test_a_block_acts_from_itself_on(flux, k, edit):
 
 @pytest.mark.parametrize("s", range(3))
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_a_step_acts_from_itself_on(flux, s, edit):
+def test_an_edit_of_a_step_changes_it_and_later_steps(flux, s, edit):
     def path(program):
         ctx = context()
         compiled, x, states = compile_programs([Program.from_config(program)], ctx), inputs(), []
@@ -160,7 +160,7 @@ def test_a_step_acts_from_itself_on(flux, s, edit):
 @settings(deadline=None, max_examples=15)
 @given(st.permutations(range(GRID[0] * GRID[1])), st.sampled_from(["double", "head", "drop", "fading"]))
 def test_equivariance(permutation, name):
-    """Tokens and ids permuted together: the output is permuted, nothing else."""
+    """If tokens and ids are permuted together, the output is permuted."""
     torch.manual_seed(0)
     flux = sharp(Flux(PARAMS)).double().requires_grad_(False)
     x, ctx = inputs(dtype=torch.float64), context(torch.float64)
@@ -171,8 +171,8 @@ def test_equivariance(permutation, name):
     assert torch.allclose(moved, plain[:, permutation], atol=1e-10)
 
 
-def turned(x, ids):
-    """RoPE written out: `(H, N, d)` turned by angles id · ω."""
+def rotated(x, ids):
+    """RoPE written out: `(H, N, d)` rotated by the angles id · ω."""
     out = torch.empty_like(x)
     start = 0
     for a, dim in enumerate(PARAMS.axes_dim):
@@ -186,7 +186,7 @@ def turned(x, ids):
 
 
 def test_groups_against_dense_attention():
-    """Every query with keys at positions of its own, all scores written out."""
+    """Every query has its own key positions, and all scores are computed one by one."""
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 2, 7, 16, generator=g, dtype=torch.float64) for _ in range(3))
     parts = (torch.tensor([5, 0, 3]), torch.tensor([1]), torch.tensor([2, 4, 6]))
@@ -196,7 +196,7 @@ def test_groups_against_dense_attention():
     expected = torch.empty_like(v)
     for queries, group_ids in zip(parts, ids, strict=True):
         for b in range(2):
-            keys = turned(k[b], group_ids[b])
+            keys = rotated(k[b], group_ids[b])
             for n in queries.tolist():
                 scores = (q[b, :, n, None] * keys).sum(-1) / 4 + mask[b, :, n]
                 expected[b, :, n] = (scores.softmax(-1)[..., None] * v[b]).sum(1)
@@ -209,16 +209,16 @@ def test_one_group_is_plain_attention(dtype):
     q, k = (torch.randn(2, 2, 9, 16, generator=g) for _ in range(2))
     v = torch.randn(2, 2, 9, 16, generator=g).to(dtype)
     table = rotary_table(torch.randn(1, 9, 3, generator=g), PARAMS.axes_dim, PARAMS.theta)
-    one = KeyGroups((torch.arange(9),), (table,))
+    single = KeyGroups((torch.arange(9),), (table,))
     three = KeyGroups(tuple(torch.arange(9).split(4)), (table,) * 3)
     with torch.no_grad():
-        a, b = (attend_in_groups(q, k, v, groups) for groups in (one, three))
+        a, b = (attend_in_groups(q, k, v, groups) for groups in (single, three))
     assert a.dtype == dtype
     assert torch.allclose(a.float(), b.float(), atol=1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def dense_model(flux, program, monkeypatch):
-    """The model with its attention replaced by one that asks `Compiled` for the ids of each query, key and head."""
+    """Run the model with an attention that takes the ids of each query, key and head from `Compiled`."""
     from fluxlab.model import layers
 
     compiled = compile_programs([Program.from_config(program)], context(torch.float64))
@@ -230,38 +230,38 @@ def dense_model(flux, program, monkeypatch):
             at = compiled.ids(0.6, n_block, "queries", h)
             scales = compiled.scales(0.6, n_block, h)
             for n in range(q.shape[2]):
-                seen = turned(k[0, h], compiled.ids(0.6, n_block, "keys", h, query=n))
-                scores = (turned(q[0, h, n], at[n]) * scales[n] * seen).sum(-1) / 4
+                seen = rotated(k[0, h], compiled.ids(0.6, n_block, "keys", h, query=n))
+                scores = (rotated(q[0, h, n], at[n]) * scales[n] * seen).sum(-1) / 4
                 if mask is not None:
                     scores = scores + mask.expand(1, 2, *mask.shape[2:])[0, h, n]
                 out[0, h, n] = scores.softmax(-1) @ v[0, h]
         return out
 
-    def untouched(qkvs, norms, heads, tables):
+    def unrotated(qkvs, norms, heads, tables):
         qkvs = [qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4) for qkv in qkvs]
         q = torch.cat([norm.query_norm(qkv[0]) for qkv, norm in zip(qkvs, norms, strict=True)], 2)
         k = torch.cat([norm.key_norm(qkv[1]) for qkv, norm in zip(qkvs, norms, strict=True)], 2)
         return q, k, torch.cat([qkv[2] for qkv in qkvs], 2)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "query_key_value", untouched)
+        patch.setattr(layers, "query_key_value", unrotated)
         patch.setattr(layers, "joint_attention", attention)
         return velocity(flux, [program], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_against_dense_attention(flux, name, monkeypatch):
-    """The whole model with every score written out, for every kind of program."""
+    """The whole model against an attention with every score computed one by one, for every kind of program."""
     double = Flux(PARAMS).double().eval()
     double.load_state_dict(flux.state_dict())
     with torch.no_grad():
         expected = dense_model(double, PROGRAMS[name], monkeypatch)
-        found = velocity(double, [PROGRAMS[name]], dtype=torch.float64)
-    assert torch.allclose(found, expected, atol=1e-9)
+        output = velocity(double, [PROGRAMS[name]], dtype=torch.float64)
+    assert torch.allclose(output, expected, atol=1e-9)
 
 
 def test_a_mask_hides(flux):
-    """What image tokens may not look at cannot reach them."""
+    """Image tokens do not depend on keys that are masked from them."""
     program = {"a": {"op": "mask", "from": "image", "to": "text"}}
     rotary, mask = compile_programs([Program.from_config(program)], context()).at(0.6)
     x = inputs()
@@ -274,7 +274,7 @@ def test_a_mask_hides(flux):
 
 
 def test_gradcheck():
-    """Through program, table and model, in fp64."""
+    """Gradients flow through program, table and model."""
     torch.manual_seed(0)
     small = FluxParams(4, 4, 3, 3, 12, 1.0, 1, 1, 1, (4, 4, 4), 100, True, False)
     flux = sharp(Flux(small)).double().requires_grad_(False)
@@ -298,7 +298,7 @@ def test_gradcheck():
 
 
 def test_a_position_found_by_gradient_descent(flux):
-    """One token was moved; its place is found again by lowering the change that it makes to the output."""
+    """The position of a moved token is recovered by minimising the difference in the output."""
     x = inputs()
 
     def run(where):
@@ -325,12 +325,12 @@ def test_a_position_found_by_gradient_descent(flux):
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "drop"])
 def test_noise_floor(flux, name):
-    """A shift of all ids changes nothing but the last digits."""
+    """A shift of all ids changes only the last digits."""
     assert noise_floor(lambda program: velocity(flux, [program]), Program.from_config(PROGRAMS[name])) < 1e-4
 
 
-def test_noise_floor_of_a_lost_rotation(flux):
-    """Keys without rotation do not shift along: this program depends on where the image begins."""
+def test_noise_floor_of_dropped_rotation(flux):
+    """Keys without rotation do not shift with the others, so this program depends on absolute positions."""
     assert noise_floor(lambda program: velocity(flux, [program]), Program.from_config(PROGRAMS["drop"])) > 1e-3
 
 
@@ -349,7 +349,7 @@ CALL = {
 }
 
 
-def test_generate_takes_a_program_a_sample(pipe):
+def test_generate_takes_a_program_per_sample(pipe):
     programs = [
         None,
         {"a": {"op": "scale", "factor": 2}},
@@ -357,9 +357,9 @@ def test_generate_takes_a_program_a_sample(pipe):
         {"a": {"op": "mask", "from": "image", "to": {"words": "dog"}, "steps": [1]}},
     ]
     together = pipe.generate(**CALL, programs=programs)
-    for one, program in zip(together, programs, strict=True):
+    for sample, program in zip(together, programs, strict=True):
         alone = pipe.generate(**CALL, programs=program)
-        assert (one - alone[0]).abs().max() <= 1e-5 * alone.std()
+        assert (sample - alone[0]).abs().max() <= 1e-5 * alone.std()
     assert torch.equal(pipe.generate(**CALL), pipe.generate(**CALL, programs=[{}]))
     assert pipe.generate(**{**CALL, "seeds": [1, 2, 3]}, programs=[programs[1]]).shape[0] == 3
 
@@ -380,7 +380,7 @@ def test_true_guidance_with_words(pipe):
 
 
 def test_inversion_with_a_program(pipe):
-    """Noise found at spacing 2 leads back at spacing 2, and nowhere near at spacing 1."""
+    """Inverting at spacing 2 and sampling at spacing 2 returns the image; sampling at spacing 1 does not."""
     double = {"a": {"op": "scale", "factor": 2}}
     call = {**{k: v for k, v in CALL.items() if k != "output"}, "steps": 12}
     pipe.max_sequence_length, kept = CALL["max_sequence_length"], pipe.max_sequence_length
@@ -415,11 +415,11 @@ def test_an_fp64_model_takes_fp64_tables(pipe):
         ([], "0 programs: expected equal numbers"),
     ],
 )
-def test_misuse_is_named(pipe, programs, message):
+def test_errors_name_the_program_and_key(pipe, programs, message):
     with pytest.raises(ValueError, match=message):
         pipe.generate(**CALL, programs=programs)
 
 
-def test_numbers_must_agree(pipe):
+def test_numbers_of_seeds_and_programs_must_agree(pipe):
     with pytest.raises(ValueError, match="3 seeds, 2 programs: expected equal numbers"):
         pipe.generate(**{**CALL, "seeds": [1, 2, 3]}, programs=[{}, {}])

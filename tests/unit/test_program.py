@@ -1,4 +1,4 @@
-"""Programs without a model: reading, writing, hashing, selecting; what is refused, and in which words."""
+"""Programs without a model: parsing, writing, hashing, selections, and the messages of errors."""
 
 import copy
 import re
@@ -116,9 +116,9 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize(("one", "other"), SAME)
-def test_spelling_leaves_the_digest(one, other):
-    a, b = Program.from_config({"a": one}), Program.from_config({"other": other}, "variants.x")
+@pytest.mark.parametrize(("spelling", "other"), SAME)
+def test_spelling_does_not_change_the_digest(spelling, other):
+    a, b = Program.from_config({"a": spelling}), Program.from_config({"other": other}, "variants.x")
     assert a.digest == b.digest
     assert a == b
     assert hash(a) == hash(b)
@@ -149,8 +149,8 @@ def test_meaning_changes_the_digest():
     assert len({p.describe() for p in programs}) == len(programs)
 
 
-def test_the_digest_is_what_it_was():
-    """Stored cells carry it: a change here needs a new SCHEMA."""
+def test_digests_are_stable():
+    """Cells are stored by digest, so a change here needs a new SCHEMA."""
     assert Program().digest[:16] == "d404011c4cd31390"
     assert Program.from_config({"a": {"op": "scale", "factor": 1.2}}).digest[:16] == "d2488e60742a1c9b"
 
@@ -169,7 +169,7 @@ def test_describe():
     )
 
 
-def test_a_program_does_not_change_with_its_config():
+def test_changing_a_config_afterwards_does_not_change_the_program():
     config = {"a": {"op": "offset", "by": [1, 2, 3]}}
     p = Program.from_config(config)
     digest = p.digest
@@ -178,7 +178,7 @@ def test_a_program_does_not_change_with_its_config():
     assert p.digest == digest
 
 
-def test_programs_add_up():
+def test_adding_programs():
     p = Program.from_config({"a": {"op": "zero"}}) + Program.from_config({"a": {"op": "offset", "by": 1}})
     assert p.to_config() == {"a": {"op": "zero"}, "a_2": {"op": "offset", "by": 1}}
     assert Program.from_config(p.to_config()) == p
@@ -219,18 +219,18 @@ def test_tokens(tokens, expected):
 def test_a_mask_from_an_image_file(tmp_path):
     from PIL import Image
 
-    picture = Image.new("L", (64, 64))
-    picture.paste(255, (32, 0, 64, 32))
-    picture.save(tmp_path / "mask.png")
+    image = Image.new("L", (64, 64))
+    image.paste(255, (32, 0, 64, 32))
+    image.save(tmp_path / "mask.png")
     assert selected({"mask": str(tmp_path / "mask.png")}) == [FIRST + i for i in (2, 3, 6, 7)]
     a, b = (
         program(tokens={"mask": m}) for m in (str(tmp_path / "mask.png"), [[0] * 32 + [1] * 32] * 32 + [[0] * 64] * 32)
     )
-    assert a == b  # the picture counts, not its path
+    assert a == b  # the pixels count, not the path
 
 
 def active(**edit) -> list[bool]:
-    """For each step, whether the program does anything."""
+    """Return for each step whether the program changes ids."""
     ctx = context()
     compiled, base = compile_programs([program(**edit)], ctx), ctx.ids[0]
     return [not torch.equal(compiled.ids(t), base) for t in ctx.sigmas[:-1]]
@@ -319,7 +319,7 @@ def test_strength(strength, sigma, expected):
 
 
 def test_tables_are_shared():
-    """Equal tables are one object: over blocks, sides, heads, samples and steps."""
+    """Equal tables are one object across blocks, sides, heads, samples and steps."""
     base = compile_programs([Program()], context()).at(1.0)
     assert type(base.rotary).__name__ == "Rotary"
     assert base.mask is None
@@ -358,7 +358,7 @@ def test_tables_are_reused_across_steps():
     assert window.at(0.7) is window.at(0.4)
 
 
-def test_old_tables_are_let_go():
+def test_old_tables_are_dropped():
     compiled = compile_programs(
         [program(strength={"from": 1, "to": 0})], context(sigmas=[1 - i / 100 for i in range(101)])
     )
@@ -367,7 +367,7 @@ def test_old_tables_are_let_go():
     assert sum(len(part) for part in (compiled._cache._current, compiled._cache._previous)) < 10
 
 
-def test_a_batch_holds_each_samples_table():
+def test_a_batch_has_the_table_of_each_sample():
     programs = [Program(), program(), program(heads=[1]), program(side="keys")]
     both = compile_programs(programs, context()).at(1.0).rotary
     for b, p in enumerate(programs):
@@ -381,7 +381,7 @@ def test_a_batch_holds_each_samples_table():
                     assert torch.equal(table[b : b + 1], alone[block][side][part].expand_as(table[b : b + 1]))
 
 
-def test_equal_programs_are_one():
+def test_equal_programs_share_tables():
     compiled = compile_programs([program(), Program.from_config({"b": {"op": "zero"}})], context())
     assert compiled.at(1.0).rotary.cos.shape[0] == 1
     words = program(tokens={"words": ["hello"]})
@@ -390,7 +390,7 @@ def test_equal_programs_are_one():
     assert apart.at(1.0).rotary.cos.shape[0] == 2
 
 
-def test_a_negative_prompt_has_none_of_the_words():
+def test_edits_of_words_do_nothing_to_a_negative_prompt():
     edits = {
         "a": {"op": "zero", "tokens": {"words": ["cat#1"]}},
         "b": {"op": "mask", "from": "image", "to": {"words": ["mat"]}, "rule": "only"},
@@ -521,7 +521,7 @@ def test_bad_config(config, path, value, accepted, nearest):
     check_message(error, path, value, accepted, nearest)
 
 
-BAD_HERE = [
+BAD_FOR_CONTEXT = [
     ({"op": "zero", "tokens": "reference"}, "a.tokens", "reference", "no reference images", None, Layout(2, (4, 4))),
     ({"op": "zero", "tokens": {"reference": 1}}, "a.tokens.reference", "1", "one of 1 references", None, None),
     ({"op": "zero", "tokens": {"words": ["hat"]}}, "a.tokens.words", "'hat'", "A, cat, on", "mat", None),
@@ -551,9 +551,9 @@ BAD_HERE = [
 ]
 
 
-@pytest.mark.parametrize(("edit", "path", "value", "accepted", "nearest", "layout"), BAD_HERE)
-def test_bad_for_this_context(edit, path, value, accepted, nearest, layout):
-    """What only the grid, prompt, schedule or model can tell: refused when compiled, before anything runs."""
+@pytest.mark.parametrize(("edit", "path", "value", "accepted", "nearest", "layout"), BAD_FOR_CONTEXT)
+def test_config_that_does_not_fit_the_context(edit, path, value, accepted, nearest, layout):
+    """Errors that depend on grid, prompt, schedule or model are raised when compiling, before anything runs."""
     p = Program.from_config({"a": edit}, "variants.half")
     with pytest.raises(ValueError) as error:
         compile_programs([p], context(layout))
@@ -572,9 +572,9 @@ def test_a_word_that_was_cut_off():
 
 
 def test_presets():
-    """Every op has one, and each is a program as it stands, but for what has to be given.
+    """Every op has a preset, and each is a complete program, except for `to` of relocate.
 
-    A mapping in a preset cannot be overridden by another form (Hydra merges), so none has one.
+    No preset has a mapping: Hydra merges mappings, so another form could not override it.
     """
     files = {file.stem: file for file in (config_folder() / "op").glob("*.yaml")}
     assert set(files) == {name for name, op in OPS.items() if op.function.__module__.startswith("fluxlab.")}
@@ -585,7 +585,7 @@ def test_presets():
         assert [key for key, value in edit.items() if value == "???"] == (["to"] if name == "relocate" else [])
         edit = {key: [1, 1] if value == "???" else value for key, value in edit.items()}
         compile_programs([Program.from_config({"a": edit})], context())
-        assert file.read_text().startswith("# "), f"{file} says nothing of itself"
+        assert file.read_text().startswith("# "), f"{file} has no description"
 
 
 def yaml_blocks(file: str) -> list[dict]:
@@ -631,7 +631,7 @@ from fluxlab.select.arguments import number
 
 @op("spiral", {"turns": number})
 def spiral(ids, scope, turns=1.0):
-    """Every token one step further along axis 0."""
+    """Move every token along axis 0."""
     return ids + turns
 '''
 
@@ -674,7 +674,7 @@ def test_bad_plugins(plugins, message):
         fluxlab.positions.load_plugins(plugins)
 
 
-def test_an_op_keeps_its_name():
+def test_an_op_name_cannot_be_registered_twice():
     with pytest.raises(ValueError, match="'zero' is taken by"):
         fluxlab.positions.op("zero")(lambda ids, scope: ids)
 
@@ -857,15 +857,17 @@ keys = st.sampled_from(
         "x",
     ]
 )
-junk = st.recursive(leaves, lambda x: st.lists(x, max_size=4) | st.dictionaries(keys, x, max_size=4), max_leaves=12)
-junk_edits = st.dictionaries(keys, junk, max_size=5).flatmap(
+random_values = st.recursive(
+    leaves, lambda x: st.lists(x, max_size=4) | st.dictionaries(keys, x, max_size=4), max_leaves=12
+)
+random_edits = st.dictionaries(keys, random_values, max_size=5).flatmap(
     lambda edit: st.sampled_from([*OPS, "nop"]).map(lambda name: {**edit, "op": name})
 )
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.dictionaries(st.sampled_from("ab"), junk_edits | junk, max_size=2) | junk)
-def test_junk_is_refused_or_read_never_an_accident(config):
+@given(st.dictionaries(st.sampled_from("ab"), random_edits | random_values, max_size=2) | random_values)
+def test_random_configs_are_accepted_or_refused_in_one_line(config):
     before = copy.deepcopy(config)
     try:
         p = Program.from_config(config, "v")
@@ -881,6 +883,6 @@ def test_junk_is_refused_or_read_never_an_accident(config):
     assert repr(config) == repr(before)
 
 
-def test_the_package_knows_no_network():
+def test_the_package_contains_no_networks():
     for file in Path(fluxlab.positions.__file__).parent.glob("*.py"):
         assert "nn.Module" not in file.read_text()
