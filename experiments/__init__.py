@@ -1,1 +1,1 @@
-"""Figures for a paper, one script each: `python -m experiments.<name> -o <folder>`."""
+"""Figures for a paper, one script each: `python -m experiments.<name> -o <folder>`. They read run folders only."""

@@ -1,7 +1,7 @@
-"""`python -m experiments.ids`: the position ids of a small picture, and five edits of them.
+"""`python -m experiments.ids`: the position ids of a small image, and five edits of them.
 
-Time: seconds; needs no run and no model. Figure: img_ids and txt_ids as FLUX.1 gives them, (index, row, col) in every
-token's cell, and img_ids after each edit; cells whose ids an edit changes are tinted.
+Takes seconds; needs no run and no model. img_ids and txt_ids of FLUX.1, (index, row, col) of every token, and img_ids
+after each edit. Tokens whose ids change are tinted.
 """
 
 import sys
@@ -27,21 +27,21 @@ EDITS = {
 }
 SIDE, TEXT_TOKENS = 3, 3
 FULL = 64
-"""Tokens a side of FLUX.1's picture of 1024 × 1024 pixels, for the caption."""
+"""Tokens per side of an image of 1024 × 1024 pixels in FLUX.1, for the caption."""
 
 TINT, PLAIN = "#CFE8F7", "white"
 
 
 def image_ids(edit: dict | None, side: int) -> tuple[Tensor, Tensor]:
-    """img_ids `(side², 3)` of a square picture, before and after an edit."""
+    """Return img_ids `(side², 3)` of a square image, before and after an edit."""
     context = sequence(grid=(side, side), text=TEXT_TOKENS)
-    seen = program_at_step(Program.from_config({"edit": edit} if edit else None), context)
+    shown = program_at_step(Program.from_config({"edit": edit} if edit else None), context)
     image = slice(*context.layout.range(IMAGE))
-    return seen.before[image], seen.after[image]
+    return shown.before[image], shown.after[image]
 
 
 def text_ids() -> Tensor:
-    """txt_ids `(TEXT_TOKENS, 3)`."""
+    """Return txt_ids `(TEXT_TOKENS, 3)`."""
     context = sequence(grid=(SIDE, SIDE), text=TEXT_TOKENS)
     return context.ids[0, slice(*context.layout.range(TEXT))]
 
@@ -49,20 +49,21 @@ def text_ids() -> Tensor:
 def make(folder: Path) -> list[Path]:
     """Draw img_ids, txt_ids and five edits of img_ids, in column and page width, and write the caption."""
     drawn = {"column": draw(COLUMN, columns=2), "page": draw(PAGE, columns=4)}
-    written = [file for name, one in drawn.items() for file in save(one, folder / f"ids-{name}")]
+    written = [file for name, plot in drawn.items() for file in save(plot, folder / f"ids-{name}")]
     return [*written, save_caption(caption(), folder / "ids")]
 
 
 def draw(width: float, columns: int) -> "Figure":
+    """Return the figure with so many panels per row."""
     rows = -(-(2 + len(EDITS)) // columns)
     with paper():
         whole = figure(width, rows * (width / columns + 0.08))
         panels = whole.subplots(rows, columns).flatten()
         untouched, _ = image_ids(None, SIDE)
-        cells(panels[0], "img_ids", untouched, untouched, SIDE)
-        cells(panels[1], "txt_ids", text_ids(), text_ids(), 1)
+        draw_tokens(panels[0], "img_ids", untouched, untouched, SIDE)
+        draw_tokens(panels[1], "txt_ids", text_ids(), text_ids(), 1)
         for panel, (name, edit) in zip(panels[2:], EDITS.items(), strict=False):
-            cells(panel, f"img_ids, {name}", *image_ids(edit, SIDE), SIDE)
+            draw_tokens(panel, f"img_ids, {name}", *image_ids(edit, SIDE), SIDE)
         for panel in panels:
             panel.set(xlim=(-0.02, SIDE + 0.02), ylim=(SIDE + 0.02, -0.02), aspect="equal")
             panel.axis("off")
@@ -70,8 +71,8 @@ def draw(width: float, columns: int) -> "Figure":
     return whole
 
 
-def cells(axes: "Axes", title: str, before: Tensor, after: Tensor, columns: int) -> None:
-    """A cell a token, in raster order: its ids, tinted where the edit changed them."""
+def draw_tokens(axes: "Axes", title: str, before: Tensor, after: Tensor, columns: int) -> None:
+    """Draw one square per token in raster order with its ids, tinted if the edit changed them."""
     from matplotlib.patches import Rectangle
 
     axes.set_title(title)
@@ -79,28 +80,28 @@ def cells(axes: "Axes", title: str, before: Tensor, after: Tensor, columns: int)
         row, col = divmod(n, columns)
         left = col + (SIDE - columns) / 2
         axes.add_patch(Rectangle((left, row), 1, 1, fc=TINT if old != new else PLAIN, ec="0.4", lw=0.6))
-        axes.text(left + 0.5, row + 0.5, written(new), ha="center", va="center", fontsize=6)
+        axes.text(left + 0.5, row + 0.5, ids_text(new), ha="center", va="center", fontsize=6)
 
 
-def written(ids: list[float]) -> str:
+def ids_text(ids: list[float]) -> str:
     return ", ".join(f"{value:.3g}" for value in ids)
 
 
 def key(axes: "Axes") -> None:
-    """What the cells say, in the place that is left."""
+    """Explain the squares in the last panel."""
     from matplotlib.patches import Rectangle
 
-    for row, (tint, said) in enumerate(((PLAIN, "index, row, col\nof a token"), (TINT, "changed by\nthe edit"))):
+    for row, (tint, text) in enumerate(((PLAIN, "index, row, col\nof a token"), (TINT, "changed by\nthe edit"))):
         axes.add_patch(Rectangle((0.2, row + 0.5), 0.5, 0.5, fc=tint, ec="0.4", lw=0.6))
-        axes.text(0.85, row + 0.75, said, va="center", fontsize=6.5)
+        axes.text(0.85, row + 0.75, text, va="center", fontsize=6.5)
 
 
 def caption() -> str:
-    """The figure's text, with numbers from the ids themselves."""
+    """Return the caption. Its numbers come from the ids themselves."""
     text = text_ids()
     lines = [
         f"Position ids of {SIDE} × {SIDE} image tokens and {len(text)} text tokens, (index, row, col) each. "
-        f"txt_ids take {len(set(map(tuple, text.tolist())))} value; the order of words is the text encoder's business."
+        f"txt_ids have {len(set(map(tuple, text.tolist())))} value; only the text encoder knows the order of words."
     ]
     for name, edit in EDITS.items():
         before, after = image_ids(edit, SIDE)
@@ -108,11 +109,11 @@ def caption() -> str:
         _, large = image_ids(edit, FULL)
         low, high = large.amin(0).tolist(), large.amax(0).tolist()
         spacing = (large[1] - large[0]).tolist()[2]
-        places = len(set(map(tuple, large.tolist())))
+        positions = len(set(map(tuple, large.tolist())))
         lines.append(
             f"{name}: {changed} of {len(after)} tokens change. At {16 * FULL} × {16 * FULL} pixels ({FULL} × {FULL} "
             f"tokens) columns run from {low[2]:.4g} to {high[2]:.4g}, {spacing:.3g} apart; index {high[0]:g}; "
-            f"{places} place{'s' if places > 1 else ''} for {len(large)} tokens."
+            f"{positions} position{'s' if positions > 1 else ''} for {len(large)} tokens."
         )
     return "\n".join(lines)
 

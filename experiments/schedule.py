@@ -1,7 +1,6 @@
-"""`python -m experiments.schedule`: how FLUX.1's μ moves a run's steps towards noise.
+"""`python -m experiments.schedule`: how FLUX.1's μ moves the steps of a run towards noise.
 
-Time: seconds; needs no run and no model. Figure: σ after the shift over t, for several μ; page width adds where the
-steps of a run fall.
+Takes seconds; needs no run and no model. σ after the shift over t for several μ. Page width adds the steps of a run.
 """
 
 import math
@@ -22,20 +21,20 @@ LOOKS = {
     1.0: ("orange", "-."),
     1.15: ("vermillion", "-"),
 }
-"""The μ that are drawn, None for no shift, with a colour and a line that greyscale keeps apart."""
+"""The μ that are drawn, None for no shift, with colours and lines that can be told apart in greyscale."""
 
 POINTS, STEPS = 200, 28
 
 
 def times(mu: float | None, steps: int) -> list[float]:
-    """`steps + 1` times from 1 to 0, shifted by a given μ, which in a run follows from the size; None: not shifted."""
+    """Return `steps + 1` times from 1 to 0, shifted by μ. In a run μ depends on the image size. None: not shifted."""
     if mu is None:
         return schedule(steps, FLUX_SCHEDULE.base_image_seq_len, shift=False)
     return schedule(steps, FLUX_SCHEDULE.base_image_seq_len, base_shift=mu, max_shift=mu)
 
 
 def tokens(mu: float) -> float:
-    """The number of image tokens at which a run has this μ."""
+    """Return the number of image tokens at which a run has this μ."""
     s = FLUX_SCHEDULE
     share = (mu - s.base_shift) / (s.max_shift - s.base_shift)
     return s.base_image_seq_len + share * (s.max_image_seq_len - s.base_image_seq_len)
@@ -44,19 +43,19 @@ def tokens(mu: float) -> float:
 def make(folder: Path) -> list[Path]:
     """Draw σ after the shift over t for several μ, in column and page width, and write the caption."""
     drawn = {"column": draw(COLUMN, steps=False), "page": draw(PAGE, steps=True)}
-    written = [file for name, one in drawn.items() for file in save(one, folder / f"schedule-{name}")]
+    written = [file for name, plot in drawn.items() for file in save(plot, folder / f"schedule-{name}")]
     return [*written, save_caption(caption(), folder / "schedule")]
 
 
 def draw(width: float, steps: bool) -> "Figure":
-    """The curves; with `steps` a second panel of the σ at which the steps of a run start."""
+    """Return the curves, with `steps` next to a panel of the σ at which the steps of a run start."""
     with paper():
         whole = figure(width, 2.5)
         panels = whole.subplots(1, 2 if steps else 1, width_ratios=(2, 3) if steps else None, squeeze=False)[0]
         curves = panels[0]
-        even = times(None, POINTS)
+        unshifted = times(None, POINTS)
         for mu, (colour, line) in LOOKS.items():
-            curves.plot(even, times(mu, POINTS), color=OKABE_ITO[colour], ls=line, label=named(mu), clip_on=False)
+            curves.plot(unshifted, times(mu, POINTS), color=OKABE_ITO[colour], ls=line, label=named(mu), clip_on=False)
         curves.set(xlabel="t, before the shift", ylabel="σ, after the shift", xlim=(0, 1), ylim=(0, 1), aspect="equal")
         curves.set_xticks(curves.get_yticks())
         curves.legend(loc="lower right")
@@ -74,12 +73,12 @@ def named(mu: float | None) -> str:
 
 
 def caption() -> str:
-    """The figure's text, with numbers from the same function as the curves."""
+    """Return the caption. Its numbers come from the same function as the curves."""
     lines = [
         "FLUX.1's time shift, σ = e^μ / (e^μ + 1/t - 1). μ is linear in the number of image tokens: "
         f"{FLUX_SCHEDULE.base_shift:g} at {FLUX_SCHEDULE.base_image_seq_len}, "
         f"{FLUX_SCHEDULE.max_shift:g} at {FLUX_SCHEDULE.max_image_seq_len}; schnell does not shift. "
-        f"A larger picture takes more of its steps at high noise."
+        f"A larger image has more of its steps at high noise."
     ]
     for mu in LOOKS:
         half = times(mu, 2)[1]

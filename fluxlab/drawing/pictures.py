@@ -84,16 +84,21 @@ def note(pictures: Sequence[Picture]) -> str:
     return f"Images are {size}, compressed as WebP. The originals are in the run folder's cells/."
 
 
+def fitted_size(size: tuple[int, int], room: tuple[float, float]) -> tuple[int, int]:
+    """Return the (width, height) of `fit_image` for an image of a size."""
+    scale = min(side / length for side, length in zip(room, size, strict=True))
+    if scale >= 1:
+        return size[0] * int(scale), size[1] * int(scale)
+    return tuple(max(1, int(min(side, round(n * scale)))) for side, n in zip(room, size, strict=True))
+
+
 def fit_image(image: Image.Image, room: tuple[float, float]) -> Image.Image:
     """Return an image of at most (width, height) pixels, in its own proportions.
 
     It is enlarged by a whole factor, so that its pixels stay visible, or reduced.
     """
-    scale = min(side / length for side, length in zip(room, image.size, strict=True))
-    if scale >= 1:
-        return image.resize([length * int(scale) for length in image.size], Image.Resampling.NEAREST)
-    size = [max(1, int(min(side, round(n * scale)))) for side, n in zip(room, image.size, strict=True)]
-    return image.resize(size, Image.Resampling.LANCZOS)
+    size = fitted_size(image.size, room)
+    return image.resize(size, Image.Resampling.NEAREST if size >= image.size else Image.Resampling.LANCZOS)
 
 
 def plot_png(png: bytes) -> tuple[bytes, tuple[int, int]]:

@@ -215,7 +215,7 @@ def test_the_points_are_the_rows_of_the_table(run, found):
     assert [axes.get_title(loc="left") for axes in drawn.axes] == list(words.TITLES.values())
     for axes, kind in zip(drawn.axes, words.TITLES, strict=True):
         lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
-        for variant, name in (("baseline", "untouched ids"), ("half", "img_ids × 0.5")):
+        for variant, name in (("baseline", "unchanged ids"), ("half", "img_ids × 0.5")):
             rows = [row for row in found if (row["words"], row["variant"], row["of"]) == (kind, variant, "block")]
             assert lines[name] == [row["ratio"] for row in rows]
         assert lines["chance"] == [1, 1]
