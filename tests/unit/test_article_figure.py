@@ -207,7 +207,7 @@ def test_wrong_arguments_are_refused(run, tmp_path, capsys, arguments, message):
 
 def test_a_folder_that_is_not_a_store_and_a_damaged_store(tmp_path, capsys):
     assert results.run_command(article.make, "article", [str(tmp_path)]) == 2
-    assert "it is no run folder" in capsys.readouterr().err
+    assert "not a run folder" in capsys.readouterr().err
     store = make_store(tmp_path / "s", {"half": ARTICLE["half"]}, PROMPTS[:1], (0,))
     cell = read_store(store).image("half", PROMPTS[0], 0)
     cell.write_bytes(cell.read_bytes()[:100])
