@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: run test test-processors lint soak docs clean
+.PHONY: run test test-versions test-processors lint soak docs clean
 
 run: $(VENV)/.core
 	$(PY) -m fluxlab.run +exp=article
 
 test: $(VENV)/.dev
 	$(PY) -m pytest tests/unit tests/numerics tests/integration tests/gpu -m "not soak"
+
+test-versions:
+	PYTHON=$(PYTHON) tests/versions.sh
 
 test-processors: $(VENV)/.dev
 	PYTHON=$(PY) tests/processors.sh
