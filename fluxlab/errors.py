@@ -1,4 +1,4 @@
-"""Errors that a user can fix, in one to three lines: the key or file, the value, what is accepted."""
+"""Errors that a user can fix, in one to three lines, and the error for values that are not finite."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence

@@ -36,7 +36,7 @@ class AutoEncoderParams:
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
         bad = [self.ch * mult for mult in self.ch_mult if self.ch * mult % 32]
         if bad or not self.ch_mult:
-            raise UserError(f"ch {self.ch} × ch_mult {self.ch_mult}: every level's channels must be divisible by 32")
+            raise UserError(f"ch {self.ch} × ch_mult {self.ch_mult}: expected channels divisible by 32 on every level")
 
     @property
     def factor(self) -> int:

@@ -1,4 +1,4 @@
-"""The same on a GPU. Skipped where there is none: CUDA kernels cannot be run without one."""
+"""Golden tensors and images on a GPU. Skipped without one."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_golden_transformer(name):
         assert (model(**io) - expected).abs().max() <= 1e-5 * expected.std()
 
 
-def test_images_equal_the_cpus(tmp_path):
+def test_images_equal_those_of_the_cpu(tmp_path):
     folder = tiny.save(tmp_path, guidance=True)
     common = {"prompts": "a cat", "height": 32, "width": 32, "steps": 4, "max_sequence_length": 24}
     cpu, cuda = (fluxlab.load_pipeline(folder, device=device).generate(**common)[0] for device in ("cpu", "cuda"))

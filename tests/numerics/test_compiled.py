@@ -20,7 +20,7 @@ from tests.unit.test_flux import PARAMS, difference, inputs, unchecked  # noqa: 
     ],
 )
 def test_compiled_equals_eager(backend, dtype, grad, unchecked):  # noqa: F811
-    """One graph, whatever the backend makes of it. The sequence is long enough for every kernel of `attend`."""
+    """Each backend compiles one graph. The sequence is long enough for every kernel of `attend`."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = Flux(replace(PARAMS, depth=1, depth_single_blocks=1)).to(dtype), inputs(2, dtype)

@@ -1,4 +1,4 @@
-"""Outputs of the original implementation, from its weights and inputs, per-sample fractional ids included."""
+"""Outputs of the original implementation for its weights and inputs, with fractional ids that differ per sample."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""What is stored, hashed or scaled up has the correctly rounded value, whatever the processor's vector library returns.
+"""Values that are stored, hashed or scaled up are correctly rounded on every processor.
 
-The expected values come from `decimal`, which has no last bit to disagree about. `make test-processors` runs the tests
+The expected values are computed with `decimal` or in fp64. `make test-processors` runs the tests
 of this tier and of the integration tier as several kinds of processors.
 """
 

@@ -1,4 +1,4 @@
-"""Schedules against the original implementation's and Diffusers'."""
+"""Schedules compared with those of the original implementation and of Diffusers."""
 
 import json
 from pathlib import Path
@@ -42,6 +42,6 @@ def test_diffusers_scheduler(tmp_path, options):
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.5, "4", True])
-def test_steps_are_counted(steps):
+def test_steps_must_be_a_whole_number(steps):
     with pytest.raises(ValueError, match=f"steps={steps!r}: expected a whole number"):
         schedule(steps, 256)

@@ -1,4 +1,4 @@
-"""The transformer: sizes, ids, rotary tables, masks, and that every way of running it computes the same."""
+"""The transformer: sizes, ids, rotary tables and masks. All ways to run it compute the same output."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ def flux() -> Flux:
 
 @pytest.fixture
 def unchecked():
-    """As a user runs it, without the shape checks of our own tests."""
+    """Disable the shape checks of the tests, so that the code runs as it does for a user."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
@@ -62,7 +62,7 @@ def with_tables(x, rotary, **more):
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest error in units of b's spread."""
+    """Return the largest error in units of b's standard deviation."""
     return ((a.double() - b.double()).abs().max() / b.double().std()).item()
 
 
@@ -129,7 +129,7 @@ def test_batch_equals_one_at_a_time(flux):
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad"])
-def test_tables_in_place_of_ids(flux, grad):
+def test_tables_replace_ids(flux, grad):
     x = inputs()
     table = rotary_table(joint_ids(x), PARAMS.axes_dim, PARAMS.theta)
     other = rotary_table(joint_ids(x) * 1.7, PARAMS.axes_dim, PARAMS.theta)
@@ -185,7 +185,7 @@ def test_attention_against_dense_softmax(shape):
     assert (attend(q.float(), k.float(), v.float(), mask) - dense(mask)).abs().max() <= 1e-6
 
 
-def test_rotation_in_place_is_the_formula():
+def test_rotation_in_place_equals_the_formula():
     g = torch.Generator().manual_seed(4)
     x, ids = torch.randn(2, 3, 7, 16, generator=g), torch.randn(2, 7, 3, generator=g) * 30
     table = rotary_table(ids, (4, 6, 6), 10000)
@@ -193,7 +193,7 @@ def test_rotation_in_place_is_the_formula():
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
-def test_gradients_on_or_off(flux, dtype, bound):
+def test_output_with_and_without_gradients(flux, dtype, bound):
     model, x = Flux(PARAMS).to(dtype), inputs(dtype=dtype)
     model.load_state_dict(flux.state_dict())
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_fp16_stays_finite(flux):
     model.load_state_dict(flux.state_dict())
     with torch.no_grad():
         assert difference(model(**x), flux(**inputs())) <= 0.05
-        block = model.single_blocks[0]  # one whose residual sum, 60000 + 1 · 60000, overflows
+        block = model.single_blocks[0]  # its residual sum, 60000 + 1 · 60000, overflows
         block.modulation.lin.bias.fill_(1)
         block.modulation.lin.weight.zero_()
         block.linear2.bias.fill_(60000)
@@ -239,7 +239,7 @@ def test_fp16_stays_finite(flux):
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "grad"])
 def test_autocast_keeps_positions(flux, grad):
-    """bf16 would round 501.25 to 502: what autocast computes must still tell these from each other."""
+    """bf16 rounds 501.25 to 502. Under autocast the two must still give different outputs."""
     x = inputs()
     far = {**x, "img_ids": x["img_ids"] + 500, "txt_ids": x["txt_ids"] + 500}
     with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
@@ -275,13 +275,13 @@ def test_integer_masks_raise(flux, unchecked):
         flux(**inputs(), mask=torch.ones(TEXT + IMAGE, TEXT + IMAGE, dtype=torch.long))
 
 
-def test_sizes_of_nothing_raise():
+def test_sizes_of_zero_raise():
     with pytest.raises(ValueError, match="num_heads 0: expected at least 1"):
         replace(PARAMS, num_heads=0)
 
 
 def test_rotary_tables_need_no_fp64_on_the_device():
-    """MPS has no fp64. The meta device plays it here."""
+    """MPS has no fp64. The meta device takes its place here."""
     from tests.unit.test_pipeline import NoDoubleOnMeta
 
     model, x = Flux(PARAMS).to("meta"), {name: value.to("meta") for name, value in inputs().items()}

@@ -23,7 +23,7 @@ def pipe(folder):
 
 
 def poison(pipe, sample: int, step: int, value: float = float("nan")) -> None:
-    """Let the transformer return `value` for one sample from the given step on."""
+    """Make the transformer return `value` for one sample from the given step on."""
     forward, calls = pipe.transformer.forward, []
 
     def poisoned(*arguments, **options):
@@ -61,7 +61,7 @@ def test_sampling_stops_when_no_sample_is_left(pipe):
     assert seen == [0]
 
 
-def test_an_error_is_no_user_error():
+def test_non_finite_is_not_a_user_error():
     """A non-finite image ends a run with exit code 1, after the other cells; a user error with 2, before them."""
     assert not issubclass(NonFiniteError, UserError)
 

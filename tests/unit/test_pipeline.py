@@ -129,7 +129,7 @@ def test_length_one_broadcasts(pipe):
     assert pipe.generate(**{**GOOD, "output": "pt"}).shape == (1, 3, 16, 16)
 
 
-def test_given_noise_takes_the_seeds_place(pipe):
+def test_latents_replace_seeds(pipe):
     noise = fluxlab.sampling.pack(fluxlab.sampling.noise([9], 4, 8, 8))
     by_seed, by_noise = (
         pipe.generate(**{**GOOD, "output": "latent", **way}) for way in ({"seeds": 9}, {"latents": noise})
@@ -137,19 +137,19 @@ def test_given_noise_takes_the_seeds_place(pipe):
     assert torch.equal(by_seed, by_noise)
 
 
-def test_defaults_are_the_models(pipe):
+def test_defaults_of_the_model(pipe):
     assert pipe.steps == 4
     assert pipe.guidance is None
     assert pipe.max_sequence_length == 512
     assert pipe.size == (256, 256)
 
 
-def test_unknown_name_lists_the_known():
+def test_an_unknown_model_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="schnell"):
         fluxlab.load_pipeline("schnel")
 
 
-def test_arguments_stand_in_the_documented_order(pipe):
+def test_positional_arguments_have_the_documented_order(pipe):
     by_order = pipe.generate("a cat", 3, None, 16, 24, 2, None, None, None, max_sequence_length=16, output="latent")
     by_name = pipe.generate(
         prompts=["a cat"], seeds=[3], height=16, width=24, steps=2, max_sequence_length=16, output="latent"
@@ -175,7 +175,7 @@ def test_the_default_dtype_changes_nothing(folder):
 
 
 class NoDoubleOnMeta(TorchDispatchMode):
-    """Raises for fp64 tensors on the meta device, which plays a device without fp64 such as MPS."""
+    """Raises for fp64 tensors on the meta device, which takes the place of a device without fp64 such as MPS."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -211,7 +211,7 @@ def test_devices_that_compute_in_fp64_make_their_own_tables():
     assert pipeline._table_device(torch.device("mps")) == torch.device("cpu")
 
 
-def test_to_moves_every_part(folder, monkeypatch):
+def test_to_moves_all_parts(folder, monkeypatch):
     pipe = fluxlab.load_pipeline(folder)
     pipe.encode_prompt("a cat")
     with pytest.raises(UserError, match="device 'cuda:99': there is none"):

@@ -38,12 +38,12 @@ def test_schedule_falls_from_one_to_zero(steps, tokens, shift):
     assert all(a > b for a, b in itertools.pairwise(times))
 
 
-def test_schedule_without_steps_is_refused():
+def test_schedule_without_steps_raises():
     with pytest.raises(ValueError, match="steps=0"):
         schedule(0, 256)
 
 
-def test_noise_of_an_image_depends_on_its_seed_only():
+def test_noise_depends_on_the_seed_only():
     together = noise([3, 5, 3], 4, 6, 8)
     assert torch.equal(together[1:2], noise([5], 4, 6, 8))
     assert torch.equal(together[0], together[2])
@@ -64,7 +64,7 @@ def test_euler_follows_a_straight_path_exactly():
     assert seen == [(0, 0.6), (1, 0.1), (2, 0.0)]
 
 
-def test_inversion_returns_to_its_start():
+def test_inversion_returns_to_the_image():
     matrix = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 3
 
     def velocity(x, t):
@@ -86,7 +86,7 @@ def test_true_guidance_extrapolates_from_the_negative():
 
 
 def test_rounded_timesteps():
-    """Measured on the public implementations: at 4,096 tokens they differ in 7 of 28 and 17 of 50 steps, by up to 4."""
+    """At 4,096 tokens the two reference implementations differ in 7 of 28 and 17 of 50 steps, by up to 4."""
     for steps, differing in ((28, 7), (50, 17)):
         t = torch.tensor(schedule(steps, 4096)[:-1])
         gap = 1000 * (sampling.round_timesteps(t, "bfl") - sampling.round_timesteps(t, "diffusers")).abs()
@@ -106,20 +106,20 @@ def test_rounded_timesteps():
         ({"time_shift_type": "cubic"}, "cubic"),
     ],
 )
-def test_foreign_scheduler_is_refused(tmp_path, config, message):
+def test_unsupported_schedulers_raise(tmp_path, config, message):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
         read_schedule(tmp_path)
 
 
-def test_schedule_survives_its_own_file(tmp_path):
+def test_schedule_is_read_back_from_its_file(tmp_path):
     for settings in (Schedule(base_shift=0.3, max_shift=1.3), Schedule(use_dynamic_shifting=False, shift=3.0)):
         (tmp_path / "scheduler_config.json").write_text(json.dumps(settings.config()))
         assert read_schedule(tmp_path) == settings
 
 
 def test_settings_remember_what_was_changed():
-    """Digests and keys hold only these: a new setting does not rename the folders and cells of old runs."""
+    """Digests contain changed settings only: a new setting must not rename the folders and cells of old runs."""
     assert Sampling().changed() == {}
     assert Sampling(steps=4, truncate=True, unknown_words="error").changed() == {"steps": 4, "truncate": True}
 

@@ -1,4 +1,4 @@
-"""The hook of conftest.py: shape annotations are checked under pytest, those of a single name too."""
+"""The import hook of conftest.py checks shape annotations under pytest, also those with a single axis."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def inputs() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("name", "shape"), [("timesteps", (3,)), ("timesteps", (2, 1)), ("y", (3, 8)), ("txt", (2, 8))]
 )
-def test_a_wrong_shape_is_refused(name, shape):
+def test_wrong_shapes_raise(name, shape):
     flux = Flux(PARAMS)
     assert flux(**inputs()).shape == (2, 6, 8)
     with pytest.raises(TypeCheckError, match=name):
