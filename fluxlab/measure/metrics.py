@@ -108,9 +108,9 @@ def _of_thing(image: Sample, name: str) -> float:
     return float(getattr(image.thing, name, np.nan))
 
 
-@metric("things as asked for", better="higher", share=True, needs="scenes", absent=NO_OBJECT)
+@metric("things as asked for", better="higher", share=True, needs="scenes", absent=NOT_ASKED)
 def object(image: Sample) -> float:
-    """As many things are there as the caption asks for."""
+    """The image has as many things as the caption asks for."""
     return _verdict(image, "object")
 
 

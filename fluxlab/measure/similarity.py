@@ -1,8 +1,7 @@
-"""Similarity of images as CLIP or DINO see them, with a checkpoint that the user names. Optional: nothing is fetched
-unless one is named.
+"""Similarity of images by CLIP or DINO, with a checkpoint that the user names. Nothing is downloaded without one.
 
-Pictures are prepared here, with PIL, by the checkpoint's own preprocessor_config.json: the image processors that
-transformers picks by itself want torchvision.
+Images are prepared here with PIL, as the checkpoint's preprocessor_config.json says, because the image processors that
+transformers chooses by default need torchvision.
 """
 
 import re
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer, PreTrainedModel
 
 TYPES = {"clip": ("clip",), "dino": ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")}
-"""model_type of the checkpoints of each kind; the first DINO is a plain ViT."""
+"""model_type of the checkpoints of each kind. The first DINO is a plain ViT."""
 _EXAMPLES = {"clip": "openai/clip-vit-large-patch14", "dino": "facebook/dinov2-base"}
 _MEAN_STD = {
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
@@ -36,12 +35,15 @@ _FILES += (
     "vocab.json",
     "merges.txt",
 )
-_UNUSED = re.compile(r"(classifier|pooler)\..*|.*\.position_ids")  # heads on top of an embedding, and a counted row
+_UNUSED = re.compile(r"(classifier|pooler)\..*|.*\.position_ids")  # heads above the embedding, and position indices
 
 
 class Preparation(NamedTuple):
-    """How a model wants its pictures. resize: (height, width) in px, or the shorter side; crop: (height, width) of the
-    middle, or None; resample: PIL's number of a filter; scale: of 0 ... 255; mean, std: of scaled values, a channel."""
+    """How images are prepared for a model.
+
+    resize: (height, width) in px, or the shorter side. crop: (height, width) of the middle, or None. resample: PIL's
+    number of the filter. scale: factor for values in 0 ... 255. mean, std: of the scaled values, per channel.
+    """
 
     resize: int | tuple[int, int]
     crop: tuple[int, int] | None
@@ -54,9 +56,8 @@ class Preparation(NamedTuple):
 class Similarity:
     """A CLIP or DINO model from a folder or a hub id (owner/name, owner/name@revision).
 
-    kind: "clip" or "dino" (also DINOv2 and DINOv3). batch: how many go through the model at once. Raises UserError,
-    saying what to do, for another kind, a checkpoint of another model, missing, damaged or incomplete files, and where
-    the hub cannot be reached.
+    kind: "clip" or "dino" (also DINOv2 and DINOv3). batch: images per forward. Raises UserError for another kind, a
+    checkpoint of another model, missing, damaged or incomplete files, and if the hub cannot be reached.
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class Similarity:
         self.tokenizer = _tokenizer(folder) if kind == "clip" else None
 
     def image(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Unit vectors of uint8 (H, W, 3) images, of any and of different sizes: float32 (n, d)."""
+        """Return the unit vectors of uint8 (H, W, 3) images, float32 (n, d). Sizes may differ."""
         import torch
 
-        found = []
+        batches = []
         for start in range(0, len(images), self.batch):
             pixels = torch.from_numpy(prepare(images[start : start + self.batch], self.preparation))
             with torch.inference_mode():
@@ -85,16 +86,16 @@ class Similarity:
                     vectors = self.model.get_image_features(pixel_values=pixels.to(self.model.device)).pooler_output
                 else:
                     vectors = self.model(pixel_values=pixels.to(self.model.device)).last_hidden_state[:, 0]
-            found.append(_unit(vectors))
-        return np.concatenate(found) if found else np.empty((0, 0), np.float32)
+            batches.append(_unit(vectors))
+        return np.concatenate(batches) if batches else np.empty((0, 0), np.float32)
 
     def text(self, prompts: Sequence[str]) -> np.ndarray:
-        """Unit vectors of prompts, float32 (n, d), of which CLIP reads the first 77 tokens. ValueError for DINO."""
+        """Return the unit vectors of prompts, float32 (n, d). CLIP reads 77 tokens. Raises UserError for DINO."""
         import torch
 
         if self.tokenizer is None:
             raise UserError(f"kind={self.kind!r}: has no text encoder; prompts need kind='clip'")
-        found = []
+        batches = []
         for start in range(0, len(prompts), self.batch):
             tokens = self.tokenizer(
                 list(prompts[start : start + self.batch]),
@@ -105,12 +106,12 @@ class Similarity:
             ).to(self.model.device)
             with torch.inference_mode():
                 vectors = self.model.get_text_features(**tokens).pooler_output
-            found.append(_unit(vectors))
-        return np.concatenate(found) if found else np.empty((0, 0), np.float32)
+            batches.append(_unit(vectors))
+        return np.concatenate(batches) if batches else np.empty((0, 0), np.float32)
 
 
 def prepare(images: Sequence[np.ndarray], preparation: Preparation) -> np.ndarray:
-    """Pictures, uint8 (H, W, 3) of any sizes, as a model wants them: float32 (n, 3, h, w)."""
+    """Return uint8 (H, W, 3) images of any sizes, prepared for a model: float32 (n, 3, h, w)."""
     from PIL import Image
 
     made = []
@@ -123,7 +124,7 @@ def prepare(images: Sequence[np.ndarray], preparation: Preparation) -> np.ndarra
             height, width = resize
         values = np.asarray(image.resize((width, height), resample=preparation.resample), np.float32)
         if preparation.crop:
-            top, left = ((there - kept) // 2 for there, kept in zip((height, width), preparation.crop, strict=True))
+            top, left = ((side - kept) // 2 for side, kept in zip((height, width), preparation.crop, strict=True))
             values = values[top : top + preparation.crop[0], left : left + preparation.crop[1]]
         made.append(
             (values * np.float32(preparation.scale) - np.float32(preparation.mean)) / np.float32(preparation.std)
@@ -132,18 +133,17 @@ def prepare(images: Sequence[np.ndarray], preparation: Preparation) -> np.ndarra
 
 
 def read_preparation(folder: Path, kind: str, config: dict[str, Any]) -> Preparation:
-    """How the checkpoint in a folder wants its pictures: by its preprocessor_config.json (or processor_config.json),
-    or without one at the image size in its config.json, bicubic, with the kind's usual mean and deviation.
+    """Return how images are prepared for the checkpoint in a folder.
 
-    Raises UserError, naming the file, for settings that are not supported or make no picture that the model takes.
+    As its preprocessor_config.json or processor_config.json says. Without one: the image size in its config.json,
+    bicubic, with the kind's usual mean and deviation. Raises UserError for settings that are not supported, or that do
+    not give the image size of the model.
     """
     trained = config.get("vision_config", config).get("image_size", 224)
     file, settings = _settings(folder)
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not settings.get(step, True):
-            raise UserError(
-                f"{file}: {step} is false; only models of resized, scaled, normalised pictures are supported"
-            )
+            raise UserError(f"{file}: {step} is false; expected true: images are resized, scaled and normalised")
     cropped = settings.get("do_center_crop", kind == "clip")
     resize = _side(settings.get("size", trained), square=not cropped)
     crop = _side(settings.get("crop_size", trained), square=True) if cropped else None
@@ -156,7 +156,7 @@ def read_preparation(folder: Path, kind: str, config: dict[str, Any]) -> Prepara
         )
     if config["model_type"] in ("clip", "vit") and size != (trained, trained):
         raise UserError(
-            f"{file}: makes pictures of {size[0]} x {size[1]} px, where the model takes {trained} x {trained}"
+            f"{file}: gives images of {size[0]} x {size[1]} px, but the model expects {trained} x {trained}"
         )
     mean, std = _MEAN_STD[kind]
     return Preparation(
@@ -170,7 +170,7 @@ def read_preparation(folder: Path, kind: str, config: dict[str, Any]) -> Prepara
 
 
 def _side(value: Any, square: bool) -> int | tuple[int, int] | None:
-    """A size as processors write it: a number (a square's or the shorter side) or a mapping. None for anything else."""
+    """Return a size as processors write it: a number (square, or the shorter side) or a mapping. None for others."""
     if isinstance(value, int):
         return (value, value) if square else value
     if isinstance(value, dict) and set(value) == {"height", "width"}:
@@ -179,7 +179,7 @@ def _side(value: Any, square: bool) -> int | tuple[int, int] | None:
 
 
 def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file that says how pictures are prepared, and what it says; nothing is fine."""
+    """Return the file with the settings of the image processor, and the settings; they may be empty."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             settings = read_json(folder / name)
@@ -188,7 +188,7 @@ def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _folder(checkpoint: str | Path, kind: str) -> Path:
-    """The checkpoint on this machine; of a hub id, what is needed is fetched, or found in the hub's cache."""
+    """Return the folder of a checkpoint. The files of a hub id are downloaded unless they are in the hub's cache."""
     local = Path(checkpoint).expanduser()
     if local.is_dir():
         return local
@@ -207,12 +207,12 @@ def _config(folder: Path, kind: str) -> dict[str, Any]:
     if config.get("model_type") not in TYPES[kind]:
         other = next((k for k, types in TYPES.items() if config.get("model_type") in types), None)
         raise UserError(
-            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, where {kind!r} needs one of "
+            f"{folder / 'config.json'}: model_type is {config.get('model_type')!r}, expected for {kind!r}: "
             f"{', '.join(TYPES[kind])}\n"
             + (
-                f"For this one, set kind to {other!r}."
+                f"This checkpoint is of the kind {other!r}."
                 if other
-                else f"A checkpoint such as {_EXAMPLES[kind]} is needed."
+                else f"Use a checkpoint such as {_EXAMPLES[kind]}."
             )
         )
     return config
@@ -222,19 +222,19 @@ def _model(folder: Path, model_type: str) -> "PreTrainedModel":
     import transformers
     from transformers.utils import logging
 
-    weight_files(folder, "model")  # says what is missing, and that pickles are refused
+    weight_files(folder, "model")  # raises for missing files and for pickles
     cls = {"clip": transformers.CLIPModel, "vit": transformers.ViTModel}.get(model_type, transformers.AutoModel)
     options = {"add_pooling_layer": False} if model_type == "vit" else {}
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # a table of the keys that are judged below
+    logging.set_verbosity_error()  # no table of unused keys; they are checked below
     try:
         model, info = cls.from_pretrained(
             folder, dtype="float32", use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
-    except Exception as error:  # safetensors and transformers raise many kinds
+    except Exception as error:  # safetensors and transformers raise many types
         raise CheckpointError(
-            f"{folder}: no {model_type} model that can be loaded ({first_line(error)})\nDownload or copy it again."
+            f"{folder}: the {model_type} model cannot be loaded ({first_line(error)})\nDownload or copy it again."
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -243,9 +243,9 @@ def _model(folder: Path, model_type: str) -> "PreTrainedModel":
     wrong = {kind: sorted(map(str, info[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
     wrong["unexpected"] = [name for name in wrong["unexpected"] if not _UNUSED.fullmatch(name)]
     if any(wrong.values()):
-        told = "; ".join(f"{len(names)} {kind} ({few(names, 3)})" for kind, names in wrong.items() if names)
+        problems = "; ".join(f"{len(names)} {kind} ({few(names, 3)})" for kind, names in wrong.items() if names)
         raise CheckpointError(
-            f"{folder}: tensors {told}\nThe file is incomplete, or of another model; download it again."
+            f"{folder}: tensors {problems}\nThe file is incomplete, or of another model; download it again."
         )
     return model.eval().requires_grad_(False)
 
@@ -258,9 +258,7 @@ def _tokenizer(folder: Path) -> "CLIPTokenizer":
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise UserError(
-            f"{folder}: no tokenizer that can be loaded ({first_line(error)}); download it again"
-        ) from error
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)}); download it again") from error
 
 
 def _unit(vectors: "torch.Tensor") -> np.ndarray:

@@ -606,7 +606,7 @@ def test_without_a_processor_the_models_own_size_counts(checkpoints, tmp_path):
         ({"size": {"longest_edge": 28}}, "expected a shorter side and a crop within it"),
         ({"do_center_crop": False}, "expected a shorter side and a crop within it"),
         ({"crop_size": 40}, "expected a shorter side and a crop within it"),
-        ({"crop_size": 14}, r"makes pictures of 14 x 14 px, where the model takes 28 x 28"),
+        ({"crop_size": 14}, r"gives images of 14 x 14 px, but the model expects 28 x 28"),
     ],
 )
 def test_unusable_processors_are_named(checkpoints, tmp_path, settings, message):
@@ -639,8 +639,8 @@ def test_checkpoints_of_another_kind_or_incomplete_are_refused(checkpoints, tmp_
         assert 1 <= len(str(error.value).splitlines()) <= 3
 
     refused(checkpoints / "clip", "siglip", "kind='siglip': expected one of clip, dino")
-    refused(checkpoints / "clip", "dino", "model_type is 'clip'.*\nFor this one, set kind to 'clip'")
-    refused(checkpoints / "dinov2", "clip", "model_type is 'dinov2'.*\nFor this one, set kind to 'dino'")
+    refused(checkpoints / "clip", "dino", "model_type is 'clip'.*\nThis checkpoint is of the kind 'clip'")
+    refused(checkpoints / "dinov2", "clip", "model_type is 'dinov2'.*\nThis checkpoint is of the kind 'dino'")
     refused(tmp_path / "none", "clip", "none: no such folder")
     refused("owner/none", "dino", "owner/none: no such folder here, and it could not be fetched")
     refused("owner/none/model.safetensors", "dino", "model.safetensors: no such folder")
@@ -650,7 +650,7 @@ def test_checkpoints_of_another_kind_or_incomplete_are_refused(checkpoints, tmp_
     folder = changed(checkpoints / "clip", tmp_path / "weights")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    refused(folder, "clip", "no clip model that can be loaded")
+    refused(folder, "clip", "the clip model cannot be loaded")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     refused(folder, "clip", "no weights|refused")
     folder = changed(checkpoints / "clip", tmp_path / "words")
