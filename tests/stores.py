@@ -1,4 +1,4 @@
-"""Finished stores without a model: scenes stand for a model's pictures, and edits blur them or move them about."""
+"""Finished stores without a model: rendered scenes replace generated images, and edits blur or move them."""
 
 import hashlib
 import re
@@ -30,7 +30,7 @@ ARTICLE = {
     "stretch": {"a": {"op": "scale", "factor": 1.2}},
     "axis0": {"a": {"op": "set", "value": 1, "axes": "index"}},
 }
-"""The edits of configs/exp/article.yaml; with four seeds, a store of its size."""
+"""The edits of configs/exp/article.yaml. With four seeds the store has its size."""
 
 VERSIONS = {
     "fluxlab": "0.1.0",
@@ -51,7 +51,7 @@ def make_store(
     skip: Callable[[Cell], bool] = lambda cell: False,
     **changes: Any,
 ) -> Path:
-    """A store as a run leaves it, but for grid.png and report.html. Deterministic; a second on an idle machine.
+    """Write a store as a run does, without grid.png and report.html. Deterministic; takes about a second.
 
     variants: programs by name; a baseline with none is added where no variant of that name is there. size: (height,
     width) of the pictures in pixels; the scenes are drawn at 64 × 64 and enlarged. changes: other fields of
@@ -97,8 +97,10 @@ STREAMS = ("double", "double", "single", "single", "single", "single")
 
 
 def put_attention(asked: Experiment, how: Settings, store: Store) -> None:
-    """Arrays and index as a run with a capture leaves them: a word is looked at from a spot of its own, best in the
-    middle blocks and late steps; programs widen the spot."""
+    """Write arrays and their index as a run with a capture does.
+
+    Every word has a spot that attends to it, most in the middle blocks and late steps. Programs widen the spot.
+    """
     for cell in cells(asked, how):
         arrays = {name: one for request in asked.capture.requests for name, one in attended(request, cell, how).items()}
         store.put_arrays(cell, asked.captures, arrays)
@@ -106,7 +108,7 @@ def put_attention(asked: Experiment, how: Settings, store: Store) -> None:
 
 
 def attended(request: Request, cell: Cell, how: Settings) -> dict[str, Captured]:
-    """Made-up arrays of a request for words, quadrants, entropy or distance."""
+    """Return made-up arrays for a request of the kind words, quadrants, entropy or distance."""
     rng = np.random.default_rng([cell.seed, *hashlib.sha256(cell.prompt.encode()).digest()])
     edited = 1 + 2 * hashlib.sha256(cell.program.digest.encode()).digest()[0] / 255 if cell.program else 0
     sides = how.height // how.pixels_per_token, how.width // how.pixels_per_token
@@ -159,7 +161,7 @@ def attended(request: Request, cell: Cell, how: Settings) -> dict[str, Captured]
 
 
 def settings(size: tuple[int, int] = (64, 64), **changes: Any) -> Settings:
-    """What the embedded model's runs have, on a CPU."""
+    """Return the settings of a run of the embedded model on a CPU."""
     values = {
         "model_digest": "0" * 16,
         "height": size[0],
@@ -182,7 +184,7 @@ def settings(size: tuple[int, int] = (64, 64), **changes: Any) -> Settings:
 
 
 def picture(cell: Cell, size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """What stands for a model's picture: the prompt's scene, changed by the program in a way of its own."""
+    """Return the image of a cell: the scene of the prompt, changed in a way that depends on the program."""
     scene = _scene(cell.prompt, cell.seed)
     if cell.variant == REFERENCE_NAMES[0]:
         scene = scene.copy()
@@ -200,7 +202,7 @@ def picture(cell: Cell, size: tuple[int, int] = (64, 64)) -> Image.Image:
 
 @lru_cache(maxsize=4096)
 def _scene(prompt: str, seed: int) -> np.ndarray:
-    """What a caption asks for, at a place the seed decides; any scene for a prompt that is none."""
+    """Return a scene as a caption says, at a position that depends on the seed; any scene for other prompts."""
     rng = np.random.default_rng([seed, *hashlib.sha256(prompt.encode()).digest()])
     try:
         wanted = parse(prompt)
@@ -212,9 +214,9 @@ def _scene(prompt: str, seed: int) -> np.ndarray:
         alike = sign == (wanted.sign and (len(wanted.sign), max(map(len, wanted.sign))))
         if alike and scene.relation == wanted.relation and wanted.place in (None, scene.things[0].place):
             break
-    told = ((wanted.thing, wanted.colour), (wanted.second, wanted.second_colour))
+    names = ((wanted.thing, wanted.colour), (wanted.second, wanted.second_colour))
     things = [
         replace(thing, name=name or thing.name, colour=colour or thing.colour)
-        for thing, (name, colour) in zip(scene.things, told, strict=False)
+        for thing, (name, colour) in zip(scene.things, names, strict=False)
     ]
     return render(replace(scene, things=tuple(things), sign=scene.sign and replace(scene.sign, words=wanted.sign)))

@@ -1,4 +1,4 @@
-"""The runner as a user meets it: finished, killed, resumed, changed, mistyped."""
+"""Runs from the command line: finished, killed, resumed, changed, mistyped."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def model(tmp_path_factory):
 
 
 def arguments(model, out, *more):
-    """3 variants × 2 prompts × 2 seeds, three to a batch."""
+    """Return the arguments of a run of 3 variants × 2 prompts × 2 seeds, three cells per batch."""
     return [
         "+exp=hello",
         "model=local",
@@ -67,7 +67,7 @@ def start(*words, cwd=None, **env):
 
 
 def contents(folder):
-    """What must not depend on how often a run was stopped: pictures, their notes, tables, the grid."""
+    """Return the files that must not depend on interruptions: images, their JSON, tables, the grid."""
     names = ["grid.png", "metrics.csv", "references.csv", "summary.csv"]
     parts = [folder / name for name in names]
     return {
@@ -98,18 +98,18 @@ def test_a_store_has_everything(finished):
     ceiling = [r["rmse"] for r in run.references if r["variant"] == "another seed"]
     assert max(floor) < 1 < min(ceiling)
     assert {row["variant"] for row in run.summary} >= {"half", "moved", "noise floor", "another seed"}
-    told = [json.loads(line)["file"] for line in (finished / "manifest.jsonl").read_text().splitlines()]
-    there = [p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()]
-    assert set(there) - set(told) <= {"manifest.jsonl", ".lock"}
+    listed = [json.loads(line)["file"] for line in (finished / "manifest.jsonl").read_text().splitlines()]
+    files = [p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()]
+    assert set(files) - set(listed) <= {"manifest.jsonl", ".lock"}
 
 
-def test_again_rewrites_nothing(model, finished):
+def test_the_same_command_again_writes_nothing(model, finished):
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if p.is_file() and p.name != ".lock"}
     assert command_line.main(arguments(model, finished)) == 0
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_a_missing_cell_brings_its_batch_back_bit_for_bit(model, finished, tmp_path):
+def test_a_missing_cell_is_computed_again_bit_for_bit(model, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     expected = contents(finished)
@@ -122,23 +122,23 @@ def test_a_missing_cell_brings_its_batch_back_bit_for_bit(model, finished, tmp_p
     assert contents(out) == expected
 
 
-def test_a_changed_experiment_keeps_the_old_cells_and_shows_the_new(model, finished, tmp_path, capsys):
+def test_a_changed_experiment_keeps_the_old_images(model, finished, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     old = {p.name: p.read_bytes() for p in (out / "cells").iterdir()}
-    asked = [a for a in arguments(model, out) if "batch_tokens" not in a and "moved" not in a]
-    assert command_line.main([*asked, "variants.half.a.factor=0.7"]) == 0
+    requested = [a for a in arguments(model, out) if "batch_tokens" not in a and "moved" not in a]
+    assert command_line.main([*requested, "variants.half.a.factor=0.7"]) == 0
     run = read_store(out)
     assert run.variants == ["baseline", "half"]
     assert len(run.metrics) == 8
     assert "0.7" in run.describe("half")
     kept = {p.name: p.read_bytes() for p in (out / "cells").iterdir()}
     assert old.items() <= kept.items()
-    assert len(kept) == len(old) + 8  # half's four pictures and their notes
-    assert run.record["settings"]["batch_tokens"] == 120  # the folder's
-    said = capsys.readouterr().out
-    assert "the experiment has changed: 8 images in" in said
-    assert "left out of the tables: half (4), moved (4)" in said
+    assert len(kept) == len(old) + 8  # four images of half and their JSON
+    assert run.record["settings"]["batch_tokens"] == 120  # as in the folder
+    printed = capsys.readouterr().out
+    assert "the experiment has changed: 8 images in" in printed
+    assert "left out of the tables: half (4), moved (4)" in printed
 
 
 def test_another_experiment_in_the_same_folder_is_refused(model, finished, tmp_path, capsys):
@@ -257,15 +257,15 @@ def test_a_cell_with_nan_has_no_image_and_the_others_are_finished(model, finishe
     assert contents(out) == contents(finished)
 
 
-def test_other_settings_of_a_store_are_refused(model, finished, capsys):
-    asked = [a for a in arguments(model, finished) if "batch_tokens" not in a]
-    assert command_line.main([*asked, "batch_tokens=240"]) == 2
+def test_a_store_is_continued_with_its_own_settings_only(model, finished, capsys):
+    requested = [a for a in arguments(model, finished) if "batch_tokens" not in a]
+    assert command_line.main([*requested, "batch_tokens=240"]) == 2
     assert "batch_tokens=240: the images in" in capsys.readouterr().err
-    assert command_line.main([*asked, "threads=64"]) == 2
+    assert command_line.main([*requested, "threads=64"]) == 2
 
 
 def killed_and_resumed(model, out, times, seed):
-    """Kill a run `times` times at random instants, then let it finish."""
+    """Kill a run `times` times at random, then let it finish. Returns how often it was killed before its end."""
     rng = random.Random(seed)
     began = time.monotonic()
     undisturbed = start(*arguments(model, out.parent / "undisturbed"))
@@ -286,7 +286,7 @@ def killed_and_resumed(model, out, times, seed):
     return kills
 
 
-def test_killed_at_random_instants_and_resumed(model, tmp_path):
+def test_killed_at_random_times_and_resumed(model, tmp_path):
     assert killed_and_resumed(model, tmp_path / "run", 3, seed=0) >= 1
 
 
@@ -296,8 +296,8 @@ def test_killed_often(model, tmp_path):
         assert killed_and_resumed(model, tmp_path / str(i) / "run", 4, seed=i) >= 1
 
 
-def test_every_write_may_be_the_last(model, finished, tmp_path, monkeypatch):
-    """As if killed before and after each single rename of a run, one after the other."""
+def test_killed_at_every_write_and_resumed(model, finished, tmp_path, monkeypatch):
+    """Stop a run before and after each of its renames."""
     from fluxlab import files
 
     class Killed(BaseException):
@@ -321,7 +321,7 @@ def test_every_write_may_be_the_last(model, finished, tmp_path, monkeypatch):
             assert command_line.main(arguments(model, out)) == 0
             break
         except Killed:
-            if instant % 7:  # mostly go on from there, sometimes begin anew
+            if instant % 7:  # continue most runs, start some again
                 continue
             monkeypatch.setattr(files.os, "replace", real)
             assert command_line.main(arguments(model, out)) == 0
@@ -354,7 +354,7 @@ def test_interrupted_from_the_keyboard(model, tmp_path):
     assert "Traceback" not in errors
 
 
-def test_out_of_memory_halves_the_batch_and_says_so_once(model, finished, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_halves_the_batch_and_prints_it_once(model, finished, tmp_path, monkeypatch, capsys):
     import torch
 
     from fluxlab.pipeline import Pipeline
@@ -368,8 +368,8 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(model, finished, tmp_pa
 
     monkeypatch.setattr(Pipeline, "sample", small)
     assert command_line.main(arguments(model, tmp_path / "run")) == 0
-    said = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
-    assert said == ["out of memory: batch_tokens 120 → 60, kept for this folder"]
+    printed = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert printed == ["out of memory: batch_tokens 120 → 60, kept for this folder"]
     assert read_store(tmp_path / "run").record["settings"]["batch_tokens"] == 60
 
     def never(self, prompts, *args, **kwargs):
@@ -383,10 +383,10 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(model, finished, tmp_pa
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["prompts_file=/nowhere.txt"], "/nowhere.txt: there is no such file"),
+        (["prompts_file=/nowhere.txt"], "/nowhere.txt: "),
         (["prompts=[]"], "prompts=[]: at least one"),
         (["seeds=-1"], "seeds=-1"),
-        (["seeds=[-1]"], "-1 is no seed"),
+        (["seeds=[-1]"], "seeds=[-1]: -1, expected whole numbers"),
         (["height=18"], "height=18: must be a multiple of"),
         (["device=gpu9"], "gpu9"),
         (["variants.half.a.op=scael"], "variants.half.a.op: 'scael'"),
@@ -398,14 +398,15 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(model, finished, tmp_pa
         (["stepz=2"], "stepz: there is no such key"),
         (["model=tinny"], "model=tinny: there is none"),
         (["+op@variants.mine.a=skale"], "skale"),
-        (["dtype=float8"], "dtype=float8"),
+        (["dtype=float8"], "dtype='float8': expected float32"),
         (["plugins=[no_such_module]"], "no_such_module"),
         (["name=../../up"], "name=../../up"),
         (["clip=/nowhere"], "/nowhere"),
     ],
 )
-def test_what_is_mistyped_ends_in_three_lines(model, tmp_path, capsys, more, message):
-    kept = [a for a in arguments(model, tmp_path / "run") if a.split("=")[0] not in {m.split("=")[0] for m in more}]
+def test_errors_have_at_most_three_lines(model, tmp_path, capsys, more, message):
+    replaced = {word.split("=")[0].removesuffix("_file") for word in more}
+    kept = [a for a in arguments(model, tmp_path / "run") if a.split("=")[0] not in replaced]
     if more[0].startswith("model="):
         kept = [a for a in kept if not a.startswith("model.")]
     assert command_line.main([*kept, *more]) == 2
@@ -413,7 +414,7 @@ def test_what_is_mistyped_ends_in_three_lines(model, tmp_path, capsys, more, mes
     assert message in errors
     assert 1 <= len(errors.strip().splitlines()) <= 3
     assert "Traceback" not in errors
-    assert not list(tmp_path.iterdir())  # what could not begin leaves nothing
+    assert not list(tmp_path.iterdir())  # a run that does not start leaves nothing
 
 
 def test_a_damaged_checkpoint(model, tmp_path, capsys):
@@ -456,11 +457,11 @@ def fuzz(model, folder, count, seed, capsys):
             code = command_line.main(words)
         except SystemExit as error:
             code = error.code
-        said = capsys.readouterr()
-        assert code in (0, 2), (words, said.err)
-        assert "Traceback" not in said.err, (words, said.err)
+        printed = capsys.readouterr()
+        assert code in (0, 2), (words, printed.err)
+        assert "Traceback" not in printed.err, (words, printed.err)
         if code == 2:
-            assert 1 <= len(said.err.strip().splitlines()) <= 3, (words, said.err)
+            assert 1 <= len(printed.err.strip().splitlines()) <= 3, (words, printed.err)
         shutil.rmtree(folder / "store", ignore_errors=True)
         assert not list(inside.iterdir()), words  # nothing outside the store
 

@@ -36,7 +36,7 @@ CAPTION = "a red fox on the left holding a sign that says hello world"
 
 
 def texture(seed, height, width, sigma=2.0):
-    """A random picture of soft blobs that uses the whole range."""
+    """Return a random image of soft blobs that uses the whole range of values."""
     values = gaussian_filter(
         np.random.default_rng(seed).normal(size=(height, width, 3)), (sigma, sigma, 0), mode="wrap"
     )
@@ -44,12 +44,12 @@ def texture(seed, height, width, sigma=2.0):
 
 
 def grey(values):
-    """uint8 (H, W, 3) of luma (H, W) in 0 ... 1."""
+    """Return luma (H, W) in 0 ... 1 as uint8 (H, W, 3)."""
     return np.repeat(np.uint8(np.rint(np.clip(values, 0, 1) * 255))[..., None], 3, 2)
 
 
 def drawn(inside, side=128, fine=8):
-    """Luma (side, side), antialiased, of a region given as a function of y and x in pixels."""
+    """Return the antialiased luma (side, side) of a region given as a function of y and x in pixels."""
     points = (np.arange(side * fine) + 0.5) / fine
     hits = inside(*np.meshgrid(points, points, indexing="ij")).astype(float)
     return hits.reshape(side, fine, side, fine).mean((1, 3))
@@ -84,13 +84,13 @@ def test_an_image_equals_itself(seed, height, width, flat):
 def test_a_shift_is_found(seed, down, right, height, width):
     wide = texture(seed, height + 20, width + 20)
     baseline = wide[10 : 10 + height, 10 : 10 + width]
-    image = wide[10 - down : 10 - down + height, 10 - right : 10 - right + width]  # new things come in at the edges
+    image = wide[10 - down : 10 - down + height, 10 - right : 10 - right + width]  # new content enters at the edges
     found = compare(image, baseline)
     assert (found["displacement_row"], found["displacement_col"]) == pytest.approx((down, right), abs=0.11)
     assert found["displacement"] == pytest.approx(np.hypot(down, right), abs=0.16)
 
 
-def test_a_shift_by_parts_of_a_pixel_is_found():
+def test_a_shift_by_a_fraction_of_a_pixel_is_found():
     luma = texture(0, 96, 64)[..., 0] / 255
     moved = np.fft.ifft2(fourier_shift(np.fft.fft2(luma), (1.4, -2.7))).real
     found = compare(grey(moved), grey(luma))
@@ -105,7 +105,7 @@ def test_shifts_of_scenes_are_found():
         assert (found["displacement_row"], found["displacement_col"]) == pytest.approx((3, -3), abs=0.11)
 
 
-def test_pictures_with_nothing_in_common_have_no_displacement():
+def test_images_with_nothing_in_common_have_no_displacement():
     others = [texture(s, 64, 64) for s in range(1, 6)] + [np.full((64, 64, 3), 9, np.uint8)]
     for other in others:
         found = compare(texture(0, 64, 64), other)
@@ -113,15 +113,15 @@ def test_pictures_with_nothing_in_common_have_no_displacement():
         assert np.isfinite([found["psnr"], found["ssim"], found["rmse"], found["colour_shift"]]).all()
 
 
-def test_a_ruined_picture_in_its_place_is_not_displaced():
-    # phase correlation alone sees it 10 px away: of a picture this soft, noise is what it has left
+def test_a_degraded_image_is_not_displaced():
+    # phase correlation alone finds a shift of 10 px: a soft image leaves it little but noise
     image = photograph("astronaut")[60:188, 160:288]
     noise = np.random.default_rng(0).normal(0, 12, image.shape)
     soft = np.uint8(np.clip(gaussian_filter(image.astype(float), (6, 6, 0)) + noise, 0, 255))
     assert compare(soft, image)["displacement"] == 0
 
 
-def test_errors_are_those_of_pixel_values():
+def test_psnr_and_rmse_of_known_differences():
     image = np.full((32, 40, 3), 100, np.uint8)
     found = compare(image + np.uint8(10), image)
     assert found["rmse"] == 10
@@ -142,7 +142,7 @@ def test_colour_shift_is_that_of_the_mean_colour():
     assert compare(redder, image)["colour_shift"] > 5
 
 
-def test_only_images_of_one_size_compare():
+def test_images_of_different_sizes_are_rejected():
     with pytest.raises(ValueError, match=r"image: 16 x 24 px, but the baseline has 24 x 16 px; expected equal sizes"):
         compare(np.zeros((16, 24, 3), np.uint8), np.zeros((24, 16, 3), np.uint8))
 
@@ -156,7 +156,7 @@ def test_only_images_of_one_size_compare():
         np.zeros((7, 16, 3), np.uint8),
     ],
 )
-def test_other_images_are_refused(image):
+def test_other_images_are_rejected(image):
     good = np.zeros((16, 16, 3), np.uint8)
     for call in (lambda: compare(image, good), lambda: describe(image, 4), lambda: oracle_columns(image, "a cat")):
         with pytest.raises(
@@ -170,7 +170,7 @@ def test_other_images_are_refused(image):
 # ---- alone
 
 
-def test_constant_images_have_defined_values_and_warn_of_nothing():
+def test_constant_images_have_defined_values_without_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for side in (8, 16, 65):
@@ -191,7 +191,7 @@ def test_sharpness_is_the_gradient_of_a_ramp():
     assert found["edge_energy"] == pytest.approx((3**2 + 2**2) / 255**2)
 
 
-def test_blur_takes_the_energy_of_an_edge_not_its_gradient():
+def test_blur_lowers_the_energy_of_an_edge_but_not_its_gradient():
     edge = np.where(np.arange(64) < 32, 0.2, 0.8)[None].repeat(64, 0)
     sharp, soft = describe(grey(edge), 8), describe(grey(gaussian_filter(edge, 3)), 8)
     assert soft["sharpness"] == pytest.approx(sharp["sharpness"], rel=0.01)
@@ -199,7 +199,7 @@ def test_blur_takes_the_energy_of_an_edge_not_its_gradient():
 
 
 def noise(seed, size, slope, whole=(256, 256)):
-    """Luma `size` out of a larger noise whose power falls with a slope: it does not go on at the frame."""
+    """Return a crop, luma of `size`, of a larger noise whose power falls with a slope: it does not wrap around."""
     frequency = np.hypot(*np.meshgrid(*map(np.fft.fftfreq, whole), indexing="ij"))
     frequency[0, 0] = np.inf
     white = np.fft.fft2(np.random.default_rng(seed).normal(size=whole))
@@ -222,7 +222,7 @@ def test_spectra_of_patterns_are_finite():
             assert np.isfinite(describe(grey(pattern), 8)["spectrum_slope"])
 
 
-def test_photographs_have_a_slope_about_minus_two():
+def test_photographs_have_a_slope_of_about_minus_two():
     for name in ("astronaut", "coffee", "chelsea"):
         assert -3.2 < describe(photograph(name)[:256, :256], 16)["spectrum_slope"] < -1.8
 
@@ -247,12 +247,12 @@ def test_discs_and_squares_on_the_grid_have_no_teeth(period):
 
 
 def zigzag(by, period):
-    """A vertical edge, moved by ± `by` px in alternate rows of tokens."""
+    """Return a vertical edge that is moved by ± `by` px in alternate rows of tokens."""
     return drawn(lambda y, x: x > 64 + by * np.where(y // period % 2, 1, -1))
 
 
 @pytest.mark.parametrize("period", [8, 16])
-def test_a_zigzag_counts_by_how_far_it_goes(period):
+def test_sawtooth_grows_with_the_amplitude_of_a_zigzag(period):
     amplitudes = np.array([0.25, 0.5, 1, period / 8])
     found = [describe(grey(zigzag(a, period)), period)["sawtooth"] for a in amplitudes]
     assert found == pytest.approx(2 * amplitudes / period, rel=0.25)
@@ -261,7 +261,7 @@ def test_a_zigzag_counts_by_how_far_it_goes(period):
     assert sideways == pytest.approx([sawtooth(zigzag(a, period), period) for a in amplitudes])
 
 
-def test_a_zigzag_on_a_round_edge_and_a_blurred_one_count():
+def test_round_and_blurred_zigzags_count():
     disc = drawn(lambda y, x: (y - 64) ** 2 + (x - 64 - 2 * np.where(y // 16 % 2, 1, -1)) ** 2 < 1600)
     assert describe(grey(disc), 16)["sawtooth"] > 0.05
     soft = [describe(grey(gaussian_filter(zigzag(2, 16), s)), 16)["sawtooth"] for s in (0, 1, 2, 4)]
@@ -284,11 +284,11 @@ def test_photographs_drawn_at_half_their_ids_have_teeth(period, name):
 
 
 @pytest.mark.parametrize("period", [4, 8, 16])
-def test_small_pictures_scatter_little(period):
+def test_small_images_scatter_little(period):
     rng = np.random.default_rng(0)
-    pictures = [scenes.render(scenes.sample_scene(rng)) for _ in range(60)]
-    pictures += list(rng.integers(0, 256, (10, 40, 40, 3), dtype=np.uint8))
-    found = [describe(picture, period)["sawtooth"] for picture in pictures]
+    images = [scenes.render(scenes.sample_scene(rng)) for _ in range(60)]
+    images += list(rng.integers(0, 256, (10, 40, 40, 3), dtype=np.uint8))
+    found = [describe(image, period)["sawtooth"] for image in images]
     assert np.std(found) < 0.2
     assert abs(np.mean(found)) < 0.05
 
@@ -299,12 +299,12 @@ def test_teeth_need_two_tokens():
 
 
 @pytest.mark.parametrize("period", [0, 1, 2.5, -4])
-def test_periods_are_whole_pixels(period):
+def test_other_periods_are_rejected(period):
     with pytest.raises(ValueError, match=f"period={period}: expected the pixels per token"):
         describe(np.zeros((64, 64, 3), np.uint8), period)
 
 
-# ---- what is there
+# ---- the oracle
 
 
 def scene_with_sign(seed=0):
@@ -314,7 +314,7 @@ def scene_with_sign(seed=0):
     return scene
 
 
-def test_oracle_columns_are_the_oracles_verdicts():
+def test_oracle_columns_are_those_of_the_report():
     scene = scene_with_sign()
     image, wanted = scenes.render(scene), scenes.wanted_of(scene)
     found = oracle_columns(image, scenes.write(wanted))
@@ -327,7 +327,7 @@ def test_oracle_columns_are_the_oracles_verdicts():
     other = next(colour for colour in scenes.COLOURS if colour != wanted.colour)
     image[scene.sign.row : scene.sign.row + 7, scene.sign.col : scene.sign.col + 3] = (
         scenes.scene.BOARD
-    )  # a letter less
+    )  # erase a letter
     found = oracle_columns(image, scenes.write(replace(wanted, place=None, colour=other)))
     assert (found["colour"], found["word"], found["shape"]) == (0, 0, 1)
     assert found["letters"] == pytest.approx(1 - 1 / sum(map(len, wanted.sign)))
@@ -337,19 +337,19 @@ def test_oracle_columns_are_the_oracles_verdicts():
 @pytest.mark.parametrize(
     "caption", ["A photo of a horse", "A cat holding a sign that says hello world!", "an red cat", "ф" * 900]
 )
-def test_captions_of_no_scene_have_no_verdict(caption):
+def test_captions_outside_the_grammar_have_no_values(caption):
     image = scenes.render(scene_with_sign())
     assert np.isnan(list(oracle_columns(image, caption).values())).all()
     assert np.isnan(list(oracle_compare(image, image, caption).values())).all()
 
 
-def test_an_empty_caption_asks_for_nothing_but_the_thing_is_there():
+def test_an_empty_caption_says_nothing_but_the_thing_is_found():
     found = oracle_columns(scenes.render(scene_with_sign()), "")
     assert np.isnan([value for name, value in found.items() if not name.startswith("thing")]).all()
     assert np.isfinite([found["thing_row"], found["thing_col"], found["thing_size"]]).all()
 
 
-def test_large_pictures_are_no_scenes():
+def test_large_images_are_not_scenes():
     image = np.zeros((SCENE_SIDE, 64, 3), np.uint8)
     assert oracle_columns(image, "a cat")["object"] == 0
     assert np.isnan(list(oracle_columns(np.zeros((SCENE_SIDE + 8, 64, 3), np.uint8), "a cat").values())).all()
@@ -361,7 +361,7 @@ def test_a_moved_thing_is_measured():
     moved = replace(scene, things=(replace(thing, row=32, col=34),))
     before = replace(scene, things=(replace(thing, row=28, col=31),))
     images = [scenes.render(s) for s in (moved, before, replace(scene, things=()))]
-    found = oracle_compare(*images[:2], "a cat")  # whatever it is
+    found = oracle_compare(*images[:2], "a cat")  # the name does not matter
     assert list(found.values()) == pytest.approx([4, 3, 5])
     assert np.isnan(list(oracle_compare(images[0], images[2], "a cat").values())).all()
 
@@ -461,7 +461,7 @@ def test_shared_parts_are_computed_once(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """Random models of each kind, written by transformers."""
+    """Write random models of each kind with transformers."""
     import torch
     from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
@@ -491,33 +491,33 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [texture(0, 40, 64), texture(1, 90, 61), texture(2, 28, 28), texture(3, 64, 40)]
 
 
 def similar(similarity, image, baseline, prompt=""):
-    """The metrics of one similarity model."""
+    """Return the metrics of one similarity model."""
     image, baseline = (Sample(x, prompt, models={similarity.kind: similarity}) for x in (image, baseline))
     names = [name for name, entry in METRICS.items() if entry.needs == similarity.kind]
     return {name: evaluate(name, image, baseline) for name in names}
 
 
 @pytest.mark.parametrize("kind", ["clip", "dino"])
-def test_pictures_are_prepared_as_transformers_does(checkpoints, pictures, kind):
+def test_images_are_prepared_as_by_transformers(checkpoints, images, kind):
     from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from fluxlab.measure.similarity import Similarity, prepare
 
     folder, cls = {"clip": ("clip", CLIPImageProcessorPil), "dino": ("dinov2", BitImageProcessorPil)}[kind]
-    expected = cls.from_pretrained(checkpoints / folder)(pictures, return_tensors="np")["pixel_values"]
-    made = prepare(pictures, Similarity(checkpoints / folder, kind).preparation)
+    expected = cls.from_pretrained(checkpoints / folder)(images, return_tensors="np")["pixel_values"]
+    made = prepare(images, Similarity(checkpoints / folder, kind).preparation)
     assert made.dtype == np.float32
     assert made.shape == (4, 3, 28, 28)
     np.testing.assert_allclose(made, expected, atol=2e-6)
 
 
-def test_clip_is_transformers_clip(checkpoints, pictures):
+def test_clip_agrees_with_transformers(checkpoints, images):
     import torch
     from transformers import CLIPModel, CLIPTokenizer
 
@@ -530,19 +530,19 @@ def test_clip_is_transformers_clip(checkpoints, pictures):
         prompts, padding=True, truncation=True, max_length=77, return_tensors="pt"
     )
     with torch.inference_mode():
-        expected = model(**tokens, pixel_values=torch.from_numpy(prepare(pictures, similarity.preparation)))
-    images, texts = similarity.image(pictures), similarity.text(prompts)
-    np.testing.assert_allclose(images, expected.image_embeds, atol=1e-5)
+        expected = model(**tokens, pixel_values=torch.from_numpy(prepare(images, similarity.preparation)))
+    vectors, texts = similarity.image(images), similarity.text(prompts)
+    np.testing.assert_allclose(vectors, expected.image_embeds, atol=1e-5)
     np.testing.assert_allclose(texts, expected.text_embeds, atol=1e-5)
-    pairs = zip(pictures, pictures[::-1], prompts, strict=True)
+    pairs = zip(images, images[::-1], prompts, strict=True)
     found = [similar(similarity, *pair) for pair in pairs]
-    assert [c["clip_image"] for c in found] == pytest.approx((images * images[::-1]).sum(1))
-    assert [c["clip_text"] for c in found] == pytest.approx((images * texts).sum(1), abs=1e-6)  # padding rounds
+    assert [c["clip_image"] for c in found] == pytest.approx((vectors * vectors[::-1]).sum(1))
+    assert [c["clip_text"] for c in found] == pytest.approx((vectors * texts).sum(1), abs=1e-6)  # padding rounds
     assert len({round(c["clip_image"], 4) for c in found}) == 2  # each pair twice
 
 
 @pytest.mark.parametrize("folder", ["dinov2", "dino"])
-def test_dino_is_the_class_token(checkpoints, pictures, folder):
+def test_dino_is_the_class_token(checkpoints, images, folder):
     import torch
     from transformers import AutoModel
 
@@ -551,10 +551,10 @@ def test_dino_is_the_class_token(checkpoints, pictures, folder):
     similarity = Similarity(checkpoints / folder, "dino", batch=2)
     model = AutoModel.from_pretrained(checkpoints / folder).eval()
     with torch.inference_mode():
-        pixels = torch.from_numpy(prepare(pictures, similarity.preparation))
+        pixels = torch.from_numpy(prepare(images, similarity.preparation))
         expected = torch.nn.functional.normalize(model(pixels).last_hidden_state[:, 0], dim=-1)
-    np.testing.assert_allclose(similarity.image(pictures), expected, atol=1e-5)
-    found = [similar(similarity, picture, picture) for picture in pictures]
+    np.testing.assert_allclose(similarity.image(images), expected, atol=1e-5)
+    found = [similar(similarity, image, image) for image in images]
     assert [list(c) for c in found] == [["dino_image"]] * 4
     assert [c["dino_image"] for c in found] == pytest.approx([1] * 4)
     with pytest.raises(ValueError, match="kind='dino': has no text encoder"):
@@ -562,7 +562,7 @@ def test_dino_is_the_class_token(checkpoints, pictures, folder):
     assert similarity.image([]).shape == (0, 0)
 
 
-def test_a_baseline_and_a_prompt_are_embedded_once(checkpoints, pictures, monkeypatch):
+def test_a_baseline_and_a_prompt_are_embedded_once(checkpoints, images, monkeypatch):
     from fluxlab.measure.similarity import Similarity
 
     similarity, embedded = Similarity(checkpoints / "clip", "clip"), []
@@ -571,7 +571,7 @@ def test_a_baseline_and_a_prompt_are_embedded_once(checkpoints, pictures, monkey
         monkeypatch.setattr(
             similarity, kind, lambda given, embed=embed, kind=kind: embedded.append(kind) or embed(given)
         )
-    samples = [Sample(picture, "a red fox", models={"clip": similarity}) for picture in pictures[:3]]
+    samples = [Sample(image, "a red fox", models={"clip": similarity}) for image in images[:3]]
     baseline = samples[0]
     assert evaluate("clip_image", baseline, baseline) == pytest.approx(1)
     texts = {evaluate("clip_text", sample) for sample in samples}
@@ -580,14 +580,14 @@ def test_a_baseline_and_a_prompt_are_embedded_once(checkpoints, pictures, monkey
 
 
 def changed(source, target, name=None, **content):
-    """A copy of a checkpoint with changed keys in one of its JSON files."""
+    """Copy a checkpoint and change keys in one of its JSON files."""
     shutil.copytree(source, target)
     if name:
         (target / name).write_text(json.dumps(json.loads((target / name).read_text()) | content))
     return target
 
 
-def test_without_a_processor_the_models_own_size_counts(checkpoints, tmp_path):
+def test_without_a_processor_the_models_size_is_used(checkpoints, tmp_path):
     from fluxlab.measure.similarity import Similarity
 
     for name, kind, side in (("clip", "clip", 28), ("dinov2", "dino", 35)):
@@ -609,7 +609,7 @@ def test_without_a_processor_the_models_own_size_counts(checkpoints, tmp_path):
         ({"crop_size": 14}, r"gives images of 14 x 14 px, but the model expects 28 x 28"),
     ],
 )
-def test_unusable_processors_are_named(checkpoints, tmp_path, settings, message):
+def test_unsupported_processors_are_rejected(checkpoints, tmp_path, settings, message):
     from fluxlab.measure.similarity import Similarity
 
     folder = changed(checkpoints / "clip", tmp_path / "clip", "preprocessor_config.json", **settings)
@@ -617,7 +617,7 @@ def test_unusable_processors_are_named(checkpoints, tmp_path, settings, message)
         Similarity(folder, "clip")
 
 
-def test_processors_in_older_and_newer_spellings(checkpoints, tmp_path):
+def test_older_and_newer_processor_files(checkpoints, tmp_path):
     from fluxlab.measure.similarity import Similarity
 
     expected = Similarity(checkpoints / "clip", "clip").preparation
@@ -630,7 +630,7 @@ def test_processors_in_older_and_newer_spellings(checkpoints, tmp_path):
     assert Similarity(new, "clip").preparation == expected._replace(resample=2)
 
 
-def test_checkpoints_of_another_kind_or_incomplete_are_refused(checkpoints, tmp_path):
+def test_checkpoints_of_another_kind_or_incomplete_are_rejected(checkpoints, tmp_path):
     from fluxlab.measure.similarity import Similarity
 
     def refused(checkpoint, kind, message):
@@ -646,7 +646,7 @@ def test_checkpoints_of_another_kind_or_incomplete_are_refused(checkpoints, tmp_
     refused("owner/none/model.safetensors", "dino", "model.safetensors: no such folder")
     refused(tmp_path, "clip", "no config.json")
     folder = changed(checkpoints / "clip", tmp_path / "other", "config.json", model_type="t5")
-    refused(folder, "clip", "config.json: model_type is 't5'.*\nA checkpoint such as")
+    refused(folder, "clip", "config.json: model_type is 't5'.*\nUse a checkpoint such as")
     folder = changed(checkpoints / "clip", tmp_path / "weights")
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -675,7 +675,7 @@ def test_missing_and_foreign_weights_are_fatal(checkpoints, tmp_path):
     unused = {
         "classifier.weight": value,
         "embeddings.position_ids": np.arange(3),
-    }  # a head, and a row of older releases
+    }  # a head, and position indices of older releases
     save_file({**weights, **unused}, folder / "model.safetensors", {"format": "pt"})
     Similarity(folder, "dino")
 
@@ -684,7 +684,7 @@ def test_missing_and_foreign_weights_are_fatal(checkpoints, tmp_path):
 
 
 def cells(seed=0, variants=("baseline", "half", "noise floor", "another seed"), seeds=12, **shift):
-    """Rows with a large difference between cells, and for each variant a constant one to the baseline."""
+    """Return rows that differ much between cells, and by a constant between a variant and the baseline."""
     rng = np.random.default_rng(seed)
     level = {(p, s): rng.normal(0, 5) for p in "ab" for s in range(seeds)}
     return [
@@ -705,7 +705,7 @@ def entry(summary, variant, metric):
     return next(row for row in summary if (row["variant"], row["metric"]) == (variant, metric))
 
 
-def test_means_have_the_intervals_of_their_standard_error():
+def test_intervals_agree_with_the_standard_error():
     rows = cells(seeds=60)
     found = entry(summarise(rows, "baseline", ["ssim"]), "half", "ssim")
     values = [row["ssim"] for row in rows if row["variant"] == "half"]
@@ -724,9 +724,9 @@ def test_differences_are_paired():
         assert np.isnan([entry(summary, variant, name)[f"paired_{k}"] for k in ("mean", "low", "high")]).all()
 
 
-def test_pairs_are_by_prompt_and_seed_whatever_the_order_and_what_is_missing():
+def test_pairs_have_equal_prompt_and_seed_in_any_order():
     rows = cells(half=0.5)
-    rows = rows[::-1][3:]  # the other way round, and three cells of the baseline short... or rather of its last variant
+    rows = rows[::-1][3:]  # in reverse order, without three cells of the last variant
     for row in rows[:40:7]:
         row["sharpness"] = np.nan
     found = entry(summarise(rows, "baseline", ["sharpness"]), "half", "sharpness")
@@ -735,7 +735,7 @@ def test_pairs_are_by_prompt_and_seed_whatever_the_order_and_what_is_missing():
     assert found["paired_low"] == pytest.approx(0.5)
 
 
-def test_psnr_is_pooled_through_the_error():
+def test_psnr_is_pooled_as_squared_error():
     def pooled(*values):
         rows = [{"variant": "v", "prompt": "p", "seed": i, "psnr": x} for i, x in enumerate(values)]
         return summarise(rows, "v", ["psnr"])[0]
@@ -748,7 +748,7 @@ def test_psnr_is_pooled_through_the_error():
     assert 20 < some["low"] < some["mean"] < some["high"]
 
 
-def test_few_and_constant_values_have_no_width_and_warn_of_nothing():
+def test_few_and_constant_values_have_no_width():
     rows = [{"variant": "v", "prompt": "p", "seed": i, "a": 0.1, "b": np.nan, "c": np.nan} for i in range(7)]
     rows[0]["c"] = 3.0
     with warnings.catch_warnings():
@@ -761,7 +761,7 @@ def test_few_and_constant_values_have_no_width_and_warn_of_nothing():
     assert np.isnan([one["low"], one["high"]]).all()
 
 
-def test_numbers_depend_on_their_own_values_alone():
+def test_a_summary_depends_on_its_own_values_only():
     rows = cells(seed=1, seeds=20)
     for i, row in enumerate(rows):
         row |= {f"m{k}": np.sin(i * (k + 1)) for k in range(30)}
@@ -785,14 +785,14 @@ def test_numbers_depend_on_their_own_values_alone():
         (lambda rows: [row.update(variant="x") for row in rows[:24]], "baseline='baseline': not in the rows"),
     ],
 )
-def test_rows_that_make_no_sense_are_refused(change, message):
+def test_invalid_rows_are_rejected(change, message):
     rows = cells()
     change(rows)
     with pytest.raises(ValueError, match=message):
         summarise(rows, "baseline", ["ssim"])
 
 
-def test_csv_is_long_and_stable():
+def test_csv_has_a_line_per_variant_and_metric():
     rows = [
         {"variant": v, "prompt": "p", "seed": s, "ssim": 1 / 3, "psnr": np.inf, "word": s + k}
         for k, v in enumerate(("baseline", 'a, "b"'))
@@ -828,7 +828,7 @@ def printed(made, width=100):
     return text.getvalue().splitlines()
 
 
-def test_table_has_the_references_below_a_rule_and_fits():
+def test_table_has_the_controls_below_a_rule_and_fits():
     rows = cells(variants=("another seed", "baseline", "half", "noise floor", "quite a long name of a variant"))
     for row in rows:
         row |= {"word": 0.5, "sawtooth": row["ssim"] / 10, "colour_shift": 3 + row["ssim"], "thing_moved": np.nan}
@@ -960,6 +960,6 @@ def test_table_of_chosen_columns():
     lines = printed(table(summary, metrics=["sharpness"]))
     assert any("sharpness (1/px)" in line for line in lines)
     assert not any("psnr" in line for line in lines)
-    assert sum("─" in line for line in lines) == 3  # no rule without references
+    assert sum("─" in line for line in lines) == 3  # no rule without controls
     with pytest.raises(ValueError, match="metrics: no 'ssim' in the summary"):
         table(summary, metrics=["ssim"])

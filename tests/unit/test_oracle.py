@@ -31,14 +31,14 @@ def pair(scene):
 
 
 def box_blur(image):
-    """Each pixel mixed with its four neighbours, a sixteenth of the sum from each."""
+    """Mix each pixel with its four neighbours, which have a weight of 1/16 each."""
     padded = np.pad(image / 255, ((1, 1), (1, 1), (0, 0)), mode="edge")
     neighbours = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
     return 0.75 * padded[1:-1, 1:-1] + neighbours / 16
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
-def test_right_on_renders(split):
+def test_renders_are_read_correctly(split):
     made = [s for i, size in enumerate(scenes.SIZES) for s in sample(i, 15, size, split)]
     reports = [inspect(scenes.render(s), full(s)) for s in made]
     for name, (right, of) in tally(reports).items():
@@ -49,7 +49,7 @@ def test_right_on_renders(split):
 
 
 @pytest.mark.parametrize("spoil", ["noise", "blur"])
-def test_right_on_mildly_spoilt_renders(spoil):
+def test_slightly_degraded_renders_are_read_correctly(spoil):
     rng = np.random.default_rng(0)
     made = sample(1, 80)
     images = [scenes.render(s) for s in made]
@@ -80,7 +80,7 @@ def other_words(scene, rng):
     words = list(scene.sign.words)
     line = rng.integers(len(words))
     longest = max(map(len, words))
-    # no longer, so that the board stays in the frame, and no shorter, so that it stays where it is
+    # of the same length, so that the board keeps its size and position
     fits = [w for w in scenes.WORDS if len(w) == len(words[line]) <= longest and w != words[line]]
     words[line] = str(rng.choice(fits))
     return replace(scene, sign=replace(scene.sign, words=tuple(words)))
@@ -98,7 +98,7 @@ def no_sign(scene, rng):
 
 def other_place(scene, rng):
     thing = scene.things[0]
-    row, col = scene.size[0] - thing.row, scene.size[1] - thing.col  # through the middle
+    row, col = scene.size[0] - thing.row, scene.size[1] - thing.col  # mirrored at the middle
     return replace(scene, things=(replace(thing, row=row, col=col),))
 
 
@@ -113,7 +113,7 @@ def other_place(scene, rng):
         (other_place, lambda s: not signed(s) and not pair(s) and s.things[0].place != "centre", {"place"}),
     ],
 )
-def test_one_change_is_named_and_nothing_else(change, keep, expected):
+def test_one_change_is_reported_and_nothing_else(change, keep, expected):
     rng, right = np.random.default_rng(0), 0
     made = sample(2, 40, keep=keep)
     for scene in made:
@@ -122,14 +122,14 @@ def test_one_change_is_named_and_nothing_else(change, keep, expected):
     assert right / len(made) >= 0.995
 
 
-def test_a_missing_thing_is_missed():
+def test_a_missing_thing_is_reported():
     for scene in sample(3, 40, keep=signed):
         report = inspect(scenes.render(replace(scene, things=())), full(scene))
         assert {"object", "colour", "shape", "place"} == set(report.wrong)
         assert report.things == ()
 
 
-def test_a_sign_nobody_asked_for_is_wrong():
+def test_a_sign_that_the_caption_does_not_have_is_wrong():
     scene = sample(4, 1, keep=signed)[0]
     report = inspect(scenes.render(scene), scenes.write(replace(scenes.wanted_of(scene), sign=None)))
     assert report.wrong == ("sign",)
@@ -154,7 +154,7 @@ def test_positions_are_in_pixels():
             assert report.board.words == scene.sign.words
 
 
-def test_a_shift_of_the_picture_is_measured_exactly():
+def test_a_shift_of_the_image_is_measured_exactly():
     scene = sample(6, 1, keep=lambda s: signed(s) and s.things[0].place == "left")[0]
     image = scenes.render(scene)
     moved = np.concatenate([image[:, -1:].repeat(5, 1), image[:, :-5]], axis=1)
@@ -164,41 +164,41 @@ def test_a_shift_of_the_picture_is_measured_exactly():
     assert after.board.centre[1] - before.board.centre[1] == 5
 
 
-def test_letters_are_counted_one_by_one():
+def test_letters_are_read_one_by_one():
     scene = sample(7, 1, keep=lambda s: signed(s) and s.sign.words == ("hello", "world"))[0]
     image = scenes.render(scene)
     row, col = scene.sign.row, scene.sign.col
-    image[row : row + 7, col + 4 : col + 7] = image[row - 1, col]  # rub out the e
+    image[row : row + 7, col + 4 : col + 7] = image[row - 1, col]  # erase the e
     report = inspect(image, full(scene))
     assert report.letter_accuracy == pytest.approx(0.9)
     assert report.board.letters == ("h llo", "world")
 
 
-def test_nothing_is_found_in_blank_and_noisy_pictures():
+def test_blank_and_noisy_images_contain_nothing():
     rng = np.random.default_rng(0)
     caption = "a red cat on the left holding a sign that says hello world"
-    pictures = [np.full((64, 64, 3), v, np.uint8) for v in (0, 128, 255)]
-    pictures += [np.broadcast_to(np.array(c, np.uint8), (48, 80, 3)) for c in scenes.COLOURS.values()]
-    pictures += [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(5)]
-    pictures += [rng.normal(0.5, 0.15, (64, 80, 3)).astype(np.float32) for _ in range(5)]
-    pictures += [np.full((64, 64, 3), np.nan, np.float32), np.zeros((1, 1, 3), np.uint8), np.zeros((5, 9, 3), np.uint8)]
-    for picture in pictures:
-        report = inspect(picture, caption)
+    images = [np.full((64, 64, 3), v, np.uint8) for v in (0, 128, 255)]
+    images += [np.broadcast_to(np.array(c, np.uint8), (48, 80, 3)) for c in scenes.COLOURS.values()]
+    images += [rng.integers(0, 256, (64, 64, 3), dtype=np.uint8) for _ in range(5)]
+    images += [rng.normal(0.5, 0.15, (64, 80, 3)).astype(np.float32) for _ in range(5)]
+    images += [np.full((64, 64, 3), np.nan, np.float32), np.zeros((1, 1, 3), np.uint8), np.zeros((5, 9, 3), np.uint8)]
+    for image in images:
+        report = inspect(image, caption)
         assert not report.word
         assert not report.shape
         assert report.letter_accuracy < 0.5
-        inspect(picture, "a red ring above a blue square")
-        inspect(picture, "")
+        inspect(image, "a red ring above a blue square")
+        inspect(image, "")
 
 
-def test_empty_caption_asks_for_nothing():
+def test_an_empty_caption_says_nothing():
     report = inspect(scenes.render(sample(8, 1)[0]), "")
     assert report.things
     assert all(getattr(report, name) is None for name in ATTRIBUTES)
     assert report.wrong == ()
 
 
-def test_kinds_of_images_agree():
+def test_uint8_float_and_pil_images_agree():
     scene = sample(9, 1, keep=signed)[0]
     image = scenes.render(scene)
     expected = inspect(image, full(scene))
@@ -210,7 +210,7 @@ def test_kinds_of_images_agree():
     "image",
     [np.zeros((64, 64), np.uint8), np.zeros((3, 64, 64), np.uint8), np.zeros((64, 64, 3), int), -np.ones((64, 64, 3))],
 )
-def test_other_images_are_refused(image):
+def test_other_images_are_rejected(image):
     with pytest.raises(ValueError, match="image: "):
         inspect(image, "a cat")
 
@@ -221,7 +221,9 @@ def test_components_are_eight_connected():
         mask = rng.random((12, 17)) < rng.uniform(0.1, 0.7)
         found, count = components(mask)
         assert ((found > 0) == mask).all()
-        expected = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)  # spread the largest until still
+        expected = np.where(
+            mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0
+        )  # spread the largest number until nothing changes
         while True:
             padded = np.pad(expected, 1)
             spread = np.max([padded[y : y + 12, x : x + 17] for y in range(3) for x in range(3)], axis=0) * mask

@@ -1,4 +1,4 @@
-"""plan=true: what it says is what a run does, and it touches nothing."""
+"""plan=true prints what the run does, and changes nothing."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ def plain(tmp_path_factory):
 
 
 def experiment(path, **changes):
-    """4 variants, of which two are one, × 2 prompts × 2 seeds, at 16 × 24 px."""
+    """Return an experiment of 4 variants, two of them equal, × 2 prompts × 2 seeds at 16 × 24 px."""
     row = ModelRow("local", str(path), max_sequence_length=16)
     values = {
         "name": "test",
@@ -65,8 +65,8 @@ def experiment(path, **changes):
     return checked(Experiment(**{**values, **changes}))
 
 
-def told(text, line):
-    return next(one for one in text.splitlines() if one.startswith(line))
+def line_of(text, start):
+    return next(line for line in text.splitlines() if line.startswith(start))
 
 
 @pytest.mark.parametrize(
@@ -78,25 +78,25 @@ def told(text, line):
     ],
 )
 def test_settings_are_those_of_the_loaded_model(folder, plain, guidance, changes, dtype):
-    asked = experiment(folder if guidance else plain, **changes)
-    planned = pipeline_without_weights(asked.model, stored(asked.model), dtype, CPU)
-    loaded = loading.load_row(asked.model, dtype)
+    requested = experiment(folder if guidance else plain, **changes)
+    planned = pipeline_without_weights(requested.model, stored(requested.model), dtype, CPU)
+    loaded = loading.load_row(requested.model, dtype)
     for batch_tokens in (None, 120):
-        assert settings.resolve(asked, planned, None, batch_tokens, 2) == settings.resolve(
-            asked, loaded, None, batch_tokens, 2
+        assert settings.resolve(requested, planned, None, batch_tokens, 2) == settings.resolve(
+            requested, loaded, None, batch_tokens, 2
         )
     assert planned.text.t5_tokenizer("a red cat").input_ids == loaded.text.t5_tokenizer("a red cat").input_ids
 
 
-def test_parts_of_other_dtypes_and_single_files_too(folder, tmp_path):
+def test_settings_of_parts_with_other_dtypes_and_of_single_files(folder, tmp_path):
     pipe = loading.load_row(ModelRow("local", str(folder)))
     save_transformer(pipe.transformer.bfloat16(), tmp_path / "flux.safetensors")
     save_autoencoder(pipe.autoencoder, tmp_path / "ae.safetensors")
     row = ModelRow("local", str(tmp_path / "flux.safetensors"), None, str(tmp_path / "ae.safetensors"), str(folder))
-    asked = experiment(folder, model=row)
+    requested = experiment(folder, model=row)
     loaded = loading.load_row(row)
-    resolved = settings.resolve(asked, pipeline_without_weights(row, stored(row), None, CPU), None, None, None)
-    assert resolved == settings.resolve(asked, loaded, None, None, None)
+    resolved = settings.resolve(requested, pipeline_without_weights(row, stored(row), None, CPU), None, None, None)
+    assert resolved == settings.resolve(requested, loaded, None, None, None)
     assert resolved.dtype == "bfloat16+float32"
     parameters = sum(weight.numel() for weight in loaded.transformer.parameters())
     assert stored(row)["transformer"].parameters == Counter({torch.bfloat16: parameters})
@@ -107,11 +107,11 @@ def test_parts_of_other_dtypes_and_single_files_too(folder, tmp_path):
         stored(replace(row, text=str(folder / "transformer")))
 
 
-def test_batches_pictures_and_forwards_are_those_of_a_run(folder, tmp_path, monkeypatch):
-    asked, out = experiment(folder), tmp_path / "run"
-    said = plan(asked, out, batch_tokens=120)
-    assert told(said, "folder").endswith(f"{out} (new)")
-    assert told(said, "cells").endswith(
+def test_batches_images_and_forwards_are_those_of_the_run(folder, tmp_path, monkeypatch):
+    requested, out = experiment(folder), tmp_path / "run"
+    printed = plan(requested, out, batch_tokens=120)
+    assert line_of(printed, "folder").endswith(f"{out} (new)")
+    assert line_of(printed, "cells").endswith(
         "4 variants × 2 prompts × 2 seeds = 16, 12 distinct; and 2 controls: noise floor"
     )
     assert not out.exists()
@@ -126,22 +126,24 @@ def test_batches_pictures_and_forwards_are_those_of_a_run(folder, tmp_path, monk
         return pipe
 
     with open_store(out) as store:
-        runner.fill(asked, store, load, batch_tokens=120)
+        runner.fill(requested, store, load, batch_tokens=120)
     most = max(map(len, ran))
-    assert told(said, "batches").endswith(
+    assert line_of(printed, "batches").endswith(
         f"{len(ran)} of up to {most} images ({most * 40} tokens); {len(forwards)} forwards"
     )
 
-    done = plan(asked, out)
-    assert told(done, "folder").endswith("(holds 14 of 14 images)")
-    assert told(done, "time").endswith("nothing to do")
+    done = plan(requested, out)
+    assert line_of(done, "folder").endswith("(holds 14 of 14 images)")
+    assert line_of(done, "time").endswith("nothing to do")
     next((out / "cells").glob("*.png")).unlink()
-    assert f"{len(ran)} of up to {most} images ({most * 40} tokens), 1 of them to do; 2 forwards" in plan(asked, out)
+    assert f"{len(ran)} of up to {most} images ({most * 40} tokens), 1 of them to do; 2 forwards" in plan(
+        requested, out
+    )
     with pytest.raises(ValueError, match=r"batch_tokens=80: the images in .* were computed with 120"):
-        plan(asked, out, batch_tokens=80)
+        plan(requested, out, batch_tokens=80)
 
 
-def test_it_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatch):
+def test_a_plan_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatch):
     import transformers
 
     def touched(*_, **__):
@@ -150,21 +152,21 @@ def test_it_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(files.Entry, "read", touched)
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", touched)
     monkeypatch.chdir(tmp_path)
-    said = plan(experiment(folder, seeds=(4,)), tmp_path / "runs" / "x")
+    printed = plan(experiment(folder, seeds=(4,)), tmp_path / "runs" / "x")
     assert not list(tmp_path.iterdir())
-    assert told(said, "files").count("float32 in 1 file") == 2
-    assert "4 controls: noise floor, another seed" in told(said, "cells")
-    assert told(said, "image").endswith("2 steps, guidance 3.5; 40 tokens: 4 × 6 image + 16 text")
-    assert "  half      scale factor 0.5 on image" in said.splitlines()
-    assert re.search(r"about [\d.]+ (s|min|h), ", told(said, "time"))
+    assert line_of(printed, "files").count("float32 in 1 file") == 2
+    assert "4 controls: noise floor, another seed" in line_of(printed, "cells")
+    assert line_of(printed, "image").endswith("2 steps, guidance 3.5; 40 tokens: 4 × 6 image + 16 text")
+    assert "  half      scale factor 0.5 on image" in printed.splitlines()
+    assert re.search(r"about [\d.]+ (s|min|h), ", line_of(printed, "time"))
     on_disk = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    weights = float(re.search(r"weights ([\d.]+) MB", told(said, "memory"))[1])
+    weights = float(re.search(r"weights ([\d.]+) MB", line_of(printed, "memory"))[1])
     assert weights == pytest.approx(on_disk / 1e6, rel=0.03)
 
 
-def test_a_second_forward_for_true_guidance(folder):
-    alone = told(plan(experiment(folder)), "batches")
-    both = told(plan(experiment(folder, true_cfg=4.0)), "batches")
+def test_true_cfg_needs_a_second_forward(folder):
+    alone = line_of(plan(experiment(folder)), "batches")
+    both = line_of(plan(experiment(folder, true_cfg=4.0)), "batches")
     count = [int(re.search(r"(\d+) forwards", line)[1]) for line in (alone, both)]
     assert count[1] == 2 * count[0] > 0
 
@@ -179,12 +181,12 @@ def test_a_second_forward_for_true_guidance(folder):
         ({}, {"threads": 0}, "threads=0: expected a whole number"),
     ],
 )
-def test_what_the_run_would_refuse_is_refused(folder, changes, more, message):
+def test_a_plan_raises_the_errors_of_the_run(folder, changes, more, message):
     with pytest.raises(ValueError, match=message):
         plan(experiment(folder, **changes), **more)
 
 
-def test_folders_that_are_no_stores(folder, tmp_path):
+def test_folders_that_are_not_stores(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"not a run folder, it contains 'notes.txt' and no experiment.yaml"):
         plan(experiment(folder), tmp_path)
@@ -192,14 +194,14 @@ def test_folders_that_are_no_stores(folder, tmp_path):
         plan(experiment(folder), tmp_path / "notes.txt")
 
 
-def test_a_folder_that_only_a_tracker_has_written_into_is_new(folder, tmp_path):
+def test_a_folder_with_files_of_a_tracker_only_is_new(folder, tmp_path):
     (tmp_path / "wandb" / "run").mkdir(parents=True)
     (tmp_path / ".lock").touch()
-    assert told(plan(experiment(folder), tmp_path), "folder").endswith("(new)")
+    assert line_of(plan(experiment(folder), tmp_path), "folder").endswith("(new)")
 
 
-def test_the_schedule_is_the_one_beside_the_model_that_is_loaded(folder):
-    """A network of its own, though a scheduler of another pipeline lies beside it, has the original release's."""
+def test_the_schedule_is_the_one_of_the_loaded_model(folder):
+    """A transformer folder uses the original schedule, even if a scheduler folder is next to it."""
     row = ModelRow("local", str(folder / "transformer"), autoencoder=str(folder), text=str(folder))
     loaded = loading.load_row(row).schedule
     assert (
@@ -208,12 +210,12 @@ def test_the_schedule_is_the_one_beside_the_model_that_is_loaded(folder):
 
 
 def test_a_plan_says_which_schedule_was_chosen_and_why(folder, plain, tmp_path):
-    assert told(plan(experiment(folder)), "schedule").endswith(f": as {folder}/scheduler says")
+    assert line_of(plan(experiment(folder)), "schedule").endswith(f": as {folder}/scheduler says")
     pipe = loading.load_row(ModelRow("local", str(plain)))
     save_transformer(pipe.transformer, tmp_path / "flux.safetensors")
     row = ModelRow("local", str(tmp_path / "flux.safetensors"), None, str(plain), str(folder), like="dev")
-    said = told(plan(experiment(folder, model=row)), "schedule")
-    assert said == "schedule   times shifted by image size (mu 0.5 to 1.15): as model.like=dev says"
+    printed = line_of(plan(experiment(folder, model=row)), "schedule")
+    assert printed == "schedule   times shifted by image size (mu 0.5 to 1.15): as model.like=dev says"
     with pytest.raises(ValueError, match=r"model\.like=dev"):
         plan(experiment(folder, model=replace(row, like=None)))
 
@@ -225,33 +227,33 @@ CAPTURE = {
 }
 
 
-def test_a_capture_takes_what_a_run_of_it_does(folder, tmp_path, monkeypatch):
+def test_a_capture_takes_the_memory_and_disk_of_the_run(folder, tmp_path, monkeypatch):
     needed = []
     monkeypatch.setattr(recorder, "check_budget", lambda parts, max_mb: needed.append(parts))
-    asked, out = experiment(folder, capture=Capture.from_config(CAPTURE)), tmp_path / "run"
-    said = plan(asked, out, batch_tokens=120)
+    requested, out = experiment(folder, capture=Capture.from_config(CAPTURE)), tmp_path / "run"
+    printed = plan(requested, out, batch_tokens=120)
     with open_store(out) as store:
-        runner.fill(asked, store, loading.load_row, batch_tokens=120)
+        runner.fill(requested, store, loading.load_row, batch_tokens=120)
     files_made = list((out / "attention").rglob("*.safetensors"))
     values = [array.values.nbytes for file in files_made for array in load(file).values()]
-    line = told(said, "attention")
+    line = line_of(printed, "attention")
     assert line.endswith(f"; {len(files_made)} files, {sum(values) / 1e3:.1f} kB on disk")
     one = max(load(file)["where"].values.nbytes for file in files_made)
     assert line.startswith(f"attention  where {one / 1e3:.1f} kB, cat ")
     largest = max(needed, key=lambda parts: sum(parts.values()))
     working = largest.pop(WORKING)
     batch = f"a batch {gb(sum(largest.values()))}, and {gb(working)} of working memory, of capture.max_mb=512 MB"
-    assert said.splitlines()[-1].strip() == batch
-    done = plan(asked, out)
-    assert told(done, "attention").endswith(f", {len(files_made)} stored already")
-    assert "0 of them to do" in told(done, "batches")
+    assert printed.splitlines()[-1].strip() == batch
+    done = plan(requested, out)
+    assert line_of(done, "attention").endswith(f", {len(files_made)} stored already")
+    assert "0 of them to do" in line_of(done, "batches")
     files_made[0].unlink()
-    assert "1 of them to do" in told(plan(asked, out), "batches")
-    other = replace(asked, capture=Capture.from_config({"masses": {"kind": "quadrants"}}))
+    assert "1 of them to do" in line_of(plan(requested, out), "batches")
+    other = replace(requested, capture=Capture.from_config({"masses": {"kind": "quadrants"}}))
     again = plan(other, out)
-    assert told(again, "folder").endswith("(holds 14 of 14 images)")
-    assert "5 of up to 3 images" in told(again, "batches")
-    assert "4 of them to do" in told(again, "batches")
+    assert line_of(again, "folder").endswith("(holds 14 of 14 images)")
+    assert "5 of up to 3 images" in line_of(again, "batches")
+    assert "4 of them to do" in line_of(again, "batches")
 
 
 @pytest.mark.parametrize(
@@ -262,12 +264,12 @@ def test_a_capture_takes_what_a_run_of_it_does(folder, tmp_path, monkeypatch):
         ({"a": {"kind": "quadrants", "blocks": {"double": [7]}}}, "capture.a.blocks"),
     ],
 )
-def test_a_capture_that_the_run_would_refuse_is_refused(folder, tmp_path, capture, message):
-    asked = experiment(folder, capture=Capture.from_config(capture))
+def test_a_capture_raises_the_errors_of_the_run(folder, tmp_path, capture, message):
+    requested = experiment(folder, capture=Capture.from_config(capture))
     with pytest.raises(ValueError, match=message) as planned:
-        plan(asked)
+        plan(requested)
     with open_store(tmp_path / "run") as store, pytest.raises(ValueError, match=message) as ran:
-        runner.fill(asked, store, loading.load_row)
+        runner.fill(requested, store, loading.load_row)
     assert str(planned.value) == str(ran.value)
 
 
@@ -289,28 +291,30 @@ def test_flops_against_a_count_of_every_operation():
     assert forward_flops(p, text, image) == pytest.approx(counted.get_total_flops(), rel=1e-3)
 
 
-def test_a_published_model_before_it_is_fetched(tmp_path, monkeypatch):
+def test_a_published_model_before_it_is_downloaded(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     row = find_row("dev")
     parts = published(row)
     assert (parts["transformer"].parameters.total(), parts["transformer"].tensors) == (11_901_408_320, 780)
     assert published(find_row("schnell"))["transformer"].parameters.total() == 11_891_178_560
     assert not here(row)
-    said = plan(experiment(tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",)))
-    assert "black-forest-labs/FLUX.1-dev, not downloaded yet" in said
-    assert "transformer 23.8 GB bfloat16, autoencoder 0.2 GB bfloat16, text encoders 9.8 GB bfloat16" in said
-    assert "1024 × 1024 px, 28 steps, guidance 3.5; 4,608 tokens: 64 × 64 image + 512 text" in said
-    assert "74.4 TFLOP per forward and image" in said
+    printed = plan(experiment(tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",)))
+    assert "black-forest-labs/FLUX.1-dev, not downloaded yet" in printed
+    assert "transformer 23.8 GB bfloat16, autoencoder 0.2 GB bfloat16, text encoders 9.8 GB bfloat16" in printed
+    assert "1024 × 1024 px, 28 steps, guidance 3.5; 4,608 tokens: 64 × 64 image + 512 text" in printed
+    assert "74.4 TFLOP per forward and image" in printed
     capture = Capture.from_config({"where": {"kind": "words"}, "masses": {"kind": "quadrants", "average": ["heads"]}})
-    asked = experiment(tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",), capture=capture)
-    lines = plan(asked).splitlines()
+    requested = experiment(
+        tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",), capture=capture
+    )
+    lines = plan(requested).splitlines()
     assert lines[-3] == "attention  where: unknown until the tokenizer is downloaded"
     assert lines[-2] == f"           masses {28 * 57 * 4 * 4 / 1e3:.1f} kB per image; 6 files, 0.2 MB on disk"
     with pytest.raises(ValueError, match="some/model: not on this machine, and its sizes are unknown"):
         plan(experiment(tmp_path, model=ModelRow("local", "some/model")))
 
 
-def test_a_fetched_model_is_found_in_the_cache(folder, tmp_path, monkeypatch):
+def test_a_downloaded_model_is_found_in_the_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     root = tmp_path / "models--some--model"
     shutil.copytree(folder, root / "snapshots" / "abc")
@@ -324,7 +328,7 @@ def test_a_fetched_model_is_found_in_the_cache(folder, tmp_path, monkeypatch):
     assert not here(row)
 
 
-def test_batches_on_a_gpu_leave_room_for_the_weights(folder, monkeypatch):
+def test_batches_on_a_gpu_leave_memory_for_the_weights(folder, monkeypatch):
     row = ModelRow("local", str(folder))
     parts = stored(row)
     pipe = pipeline_without_weights(row, parts, None, CPU)
