@@ -1,7 +1,6 @@
 """`python -m fluxlab.positions PROGRAM`: print and draw what a program does to positions. Needs no model."""
 
 import argparse
-import io
 import os
 import re
 import sys
@@ -9,8 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf._utils import get_yaml_loader
 
 from fluxlab.compose import guarded
 from fluxlab.drawing import position_plot as plot
@@ -79,8 +77,8 @@ def read_program(source: str) -> Program:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: cannot be read ({reason}), expected a YAML file with a program") from None
     try:
-        config = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        config = yaml.load(text, Loader=get_yaml_loader())  # as OmegaConf reads it, with ${…} left as text
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         reason = getattr(error, "problem", None) or str(error).partition("\n")[0]
         at = f"line {line + 1}: " if is_file and line is not None else ""

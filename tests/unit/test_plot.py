@@ -1,6 +1,7 @@
 """Plots of a program: points and curves against the formulas, and the messages of the command line."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +315,24 @@ def test_a_file_may_hold_one_edit():
     assert (edit.name, edit.op) == ("scale", "scale")
 
 
+def test_an_interpolation_in_a_program_is_text(capsys):
+    program = "{a: {op: relocate, tokens: {words: ['${price}']}, to: [1, 1]}}"
+    assert main([program, "--prompt", "a sign that says ${price}", "--grid", "3x3"]) == 0
+    assert "words '${price}'" in capsys.readouterr().out
+
+
+def test_a_bug_in_an_op_shows_its_traceback(tmp_path):
+    (tmp_path / "my_ops.py").write_text(
+        "from fluxlab.positions import op\n\n@op('mine')\ndef mine(ids, scope):\n    raise ValueError('mine')\n"
+    )
+    command = [sys.executable, "-m", "fluxlab.positions", "{a: {op: mine}}", "--plugins", "my_ops", "--grid", "3x3"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert f'{tmp_path / "my_ops.py"}", line 5, in mine' in done.stderr
+    assert done.stderr.endswith("ValueError: mine\nin op mine on 9 tokens, edit a\n")
+
+
 def test_a_misspelt_op_on_the_command_line(tmp_path):
     command = [sys.executable, "-m", "fluxlab.positions", "{a: {op: scael}}", "-o", str(tmp_path / "x.png")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -331,6 +350,11 @@ def test_a_misspelt_op_on_the_command_line(tmp_path):
         ([""], "program: '', expected a mapping of edits"),
         (["3"], "program: '3'"),
         (["{a: {op: zero}"], "program: '{a: {op: zero}', not YAML"),
+        (["{a: {op: zero, op: zero}}"], "not YAML that can be read: found duplicate key op"),
+        (["{a: {op: set, value: " + "9" * 5000 + "}}"], "program: '{a: {op: set, value: 999"),
+        (["[" * 5000], "not YAML that can be read"),
+        (["{a: {op: zero}}\0"], "not YAML that can be read"),
+        (["{0.5: {op: zero}}"], "0.5: 0.5 is not text, expected the name of an edit in quotes, such as '0.5'"),
         (["{op: zero}"], "is an edit without a name"),
         (["{a: {op: zero, tokns: text}}"], "a.tokns: 'text', unknown key of zero"),
         (["nothere.yaml"], "nothere.yaml: cannot be read (No such file or directory)"),
