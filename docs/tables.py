@@ -193,6 +193,20 @@ def metrics() -> str:
     return markdown(["column", "unit", "meaning", "better", "compares with the baseline", "needs"], rows)
 
 
+def probes() -> str:
+    """Every registered kind of request: what it computes, its arguments, and what it can be averaged over."""
+    from fluxlab.probes import PROBES
+
+    rows = []
+    for name, kind in PROBES.items():
+        arguments = [
+            f"`{key}`" + ("" if key in kind.required or kind.defaults[key] is None else f" = {kind.defaults[key]}")
+            for key in kind.parsers
+        ]
+        rows.append([f"`{name}`", kind.summary, ", ".join(arguments) or "none", ", ".join(kind.averages) or "none"])
+    return markdown(["`kind`", "what it computes", "arguments", "`average`"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "answer": answer,
     "findings": findings,
@@ -205,6 +219,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "where": where,
     "probes": probes,
     "metrics": metrics,
+    "probes": probes,
 }
 
 

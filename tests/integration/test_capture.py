@@ -244,7 +244,7 @@ def test_a_budget_that_some_batch_passes_is_refused_before_anything_runs(model, 
     assert len(told) == 2  # a single picture needs more
     assert run(model, tmp_path / "run", large, "capture.max_mb=8.5") == 2
     told = capsys.readouterr().err.strip().splitlines()
-    assert told[2] == "Or batch_tokens=96: fewer pictures at a time."
+    assert told[2] == "Or batch_tokens=96, for fewer images at a time."
     assert not list(tmp_path.iterdir())
     before = times(plain)
     assert run(model, plain, large, "capture.max_mb=8.5") == 2
