@@ -171,14 +171,17 @@ def where() -> str:
 
 
 def probes() -> str:
-    """Every registered kind of request: what it computes, its own keys, and what it can be averaged over."""
+    """Every registered kind of request: what it computes, its arguments, and what it can be averaged over."""
     from fluxlab.probes import PROBES
 
     rows = []
     for name, kind in PROBES.items():
-        keys = [f"`{key}`" + ("" if key in kind.required else f" = {kind.defaults[key]}") for key in kind.parsers]
-        rows.append([f"`{name}`", kind.summary, ", ".join(keys), ", ".join(kind.averages)])
-    return markdown(["`kind:`", "what is computed", "its own keys", "`average:`"], rows)
+        arguments = [
+            f"`{key}`" + ("" if key in kind.required or kind.defaults[key] is None else f" = {kind.defaults[key]}")
+            for key in kind.parsers
+        ]
+        rows.append([f"`{name}`", kind.summary, ", ".join(arguments) or "none", ", ".join(kind.averages) or "none"])
+    return markdown(["`kind`", "what it computes", "arguments", "`average`"], rows)
 
 
 def metrics() -> str:
@@ -193,20 +196,6 @@ def metrics() -> str:
     return markdown(["column", "unit", "meaning", "better", "compares with the baseline", "needs"], rows)
 
 
-def probes() -> str:
-    """Every registered kind of request: what it computes, its arguments, and what it can be averaged over."""
-    from fluxlab.probes import PROBES
-
-    rows = []
-    for name, kind in PROBES.items():
-        arguments = [
-            f"`{key}`" + ("" if key in kind.required or kind.defaults[key] is None else f" = {kind.defaults[key]}")
-            for key in kind.parsers
-        ]
-        rows.append([f"`{name}`", kind.summary, ", ".join(arguments) or "none", ", ".join(kind.averages) or "none"])
-    return markdown(["`kind`", "what it computes", "arguments", "`average`"], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "answer": answer,
     "findings": findings,
@@ -219,7 +208,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "where": where,
     "probes": probes,
     "metrics": metrics,
-    "probes": probes,
 }
 
 
