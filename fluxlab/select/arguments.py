@@ -21,8 +21,8 @@ UNITS = ("tokens", "pixels", "fraction")
 LARGEST = float.fromhex("0x1.fffffep127")
 """The largest fp32 number: ids are fp32."""
 
-LARGEST_SEED = 2**63 - 1
-"""The largest seed that a torch generator takes."""
+LARGEST_INTEGER = 2**63 - 1
+"""The largest whole number that torch takes, as an index or a seed."""
 
 
 def number(value: Any, path: str, accepted: str = "a number") -> float:
@@ -32,7 +32,7 @@ def number(value: Any, path: str, accepted: str = "a number") -> float:
     if value != value or value in (math.inf, -math.inf):
         raise wrong(path, float(value), f"{accepted}, finite")
     if not -LARGEST <= value <= LARGEST:
-        raise wrong(path, value, f"{accepted}, of at most 3.4e38 (ids are float32)")
+        raise wrong(path, value, f"{accepted}, of at most 3.4e38, the largest float32")
     return float(value) + 0.0  # -0.0 becomes 0.0
 
 
@@ -56,6 +56,8 @@ def integer(value: Any, path: str, accepted: str = "a whole number") -> int:
         raise wrong(path, value, accepted)
     if not isinstance(value, Integral) and not (math.isfinite(value) and value == int(value)):
         raise wrong(path, value, accepted)
+    if abs(value) > LARGEST_INTEGER:
+        raise wrong(path, value, f"{accepted}, below 2^63")
     return int(value)
 
 
@@ -63,8 +65,6 @@ def seed(value: Any, path: str) -> int:
     """a whole number, 0 or more"""
     if integer(value, path, "a whole number, 0 or more") < 0:
         raise wrong(path, value, "a whole number, 0 or more")
-    if value > LARGEST_SEED:
-        raise wrong(path, value, "a whole number from 0 to 2^63 - 1")
     return int(value)
 
 
