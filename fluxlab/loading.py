@@ -11,10 +11,9 @@ from fluxlab import checkpoints, schedules
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest
 from fluxlab.checkpoints.memory import default_device
-from fluxlab.checkpoints.stored import Stored, local, on_meta
+from fluxlab.checkpoints.stored import Stored, local, on_meta, part_paths
 from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
 from fluxlab.config import ModelRow, find_row
-from fluxlab.errors import UserError
 from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
@@ -69,26 +68,6 @@ def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torc
     for module in (transformer, autoencoder, text.clip, text.t5):
         module.eval().requires_grad_(False)
     return assemble(row, decision, transformer, autoencoder, text)
-
-
-def part_paths(row: ModelRow, found: checkpoints.Found) -> dict[str, Any]:
-    """Return where "autoencoder" and "text" are. Raises UserError if `found` lacks one and the row does not name it."""
-    if "transformer" not in found.parts:
-        parts = "text encoders" if found.kind == "text" else "an autoencoder"
-        key = "text" if found.kind == "text" else "autoencoder"
-        raise UserError(f"{row.path}: {parts}, not a transformer; pass the transformer's file, and this one as {key}=")
-    helps = {
-        "autoencoder": "ae.safetensors or a Diffusers folder",
-        "text": "a folder with clip_l.safetensors and t5xxl_fp16.safetensors, a Diffusers folder or a hub id of FLUX.1",
-    }
-    needs = {"autoencoder": {"autoencoder"}, "text": {"clip", "t5"}}
-    for part, networks in needs.items():
-        if getattr(row, part) is None and not networks <= found.parts:
-            name = "autoencoder" if part == "autoencoder" else "text encoders"
-            raise UserError(
-                f"{row.path}: holds no {name}; pass {part}=, {helps[part]}\n(on the command line model.{part}=…)"
-            )
-    return {part: getattr(row, part) or found.path for part in needs}
 
 
 def assemble(

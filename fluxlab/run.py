@@ -182,9 +182,9 @@ def read(config: RunConfig) -> "Experiment":
     )
     experiment = checked(asked)
     if config.plan:
-        from fluxlab.checkpoints.stored import here
+        from fluxlab.checkpoints.stored import is_local
 
-        if not here(row):  # a plan fetches nothing
+        if not is_local(row):  # a plan fetches nothing
             return experiment
     return replace(experiment, model_digest=fingerprint(row))
 

@@ -19,7 +19,7 @@ from fluxlab.config import ModelRow
 from fluxlab.errors import UserError
 from fluxlab.experiment.costs import gb, number
 from fluxlab.files import sha256_of
-from fluxlab.loading import load_row, part_paths
+from fluxlab.loading import load_row
 from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoder, Flux
 from fluxlab.pipeline import Pipeline
 
@@ -32,14 +32,10 @@ def files(row: ModelRow) -> Result:
     Raises `CheckpointError` for what is missing or damaged.
     """
     found = checkpoints.find(row.path, row.variant)
-    part_paths(row, found)
     others = {part: getattr(row, part) for part in ("autoencoder", "text")}
     local = {part: str(resolve(path, (part,), row.variant)) for part, path in others.items() if path}
     parts = stored(replace(row, path=str(found.path), **local))
-    sizes = [
-        f"{name} {gb(sum(file.stat().st_size for file in part.files))} in {number(len(part.files), 'file')}"
-        for name, part in parts.items()
-    ]
+    sizes = [f"{name} {gb(part.size())} in {number(len(part.files), 'file')}" for name, part in parts.items()]
     return Result(f"{found.path}: {_KINDS.get(found.kind, found.kind)}; {', '.join(sizes)}", (found, parts))
 
 

@@ -1,4 +1,4 @@
-"""A whole pipeline in the Diffusers folder layout, so that Diffusers' `FluxPipeline.from_pretrained` loads it too."""
+"""Write a pipeline as a Diffusers folder, which Diffusers' `FluxPipeline.from_pretrained` also loads."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def save_pipeline(
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar of one step a file
+    logging.disable_progress_bar()  # one step per file is not worth a bar
     text.clip.save_pretrained(folder / "text_encoder")
     text.t5.save_pretrained(folder / "text_encoder_2")
     if shown:
@@ -50,7 +50,7 @@ def save_pipeline(
     text.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
     (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule.config(), indent=2) + "\n")
-    # Diffusers looks the class up in transformers, where a fast tokenizer has one of several names
+    # Diffusers looks up the class in transformers, where a fast tokenizer has one of several names
     classes = {
         "tokenizer": ["transformers", type(text.clip_tokenizer).__name__],
         "tokenizer_2": ["transformers", type(text.t5_tokenizer).__name__],

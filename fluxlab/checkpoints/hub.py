@@ -8,7 +8,8 @@ from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import index_names
 
 _HUB_ID = re.compile(
-    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>[\w./-]+\.(?:safetensors|sft)))?"
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>[\w./-]+\.(?:safetensors|sft)))?"
 )
 _WEIGHTS = {"transformer": "transformer", "autoencoder": "vae"}
 _ORIGINALS = {
@@ -25,8 +26,8 @@ _TOKENIZERS = [f"{folder}/*.{kind}" for folder in ("tokenizer", "tokenizer_2") f
 
 def is_hub_id(text: str) -> bool:
     """Return whether `text` has the form owner/name, owner/name@revision or owner/name/file.safetensors."""
-    found = _HUB_ID.fullmatch(text)
-    return bool(found) and not text.endswith((".", "/")) and not found["repo"].endswith(".safetensors")
+    match = _HUB_ID.fullmatch(text)
+    return bool(match) and not text.endswith((".", "/")) and not match["repo"].endswith((".safetensors", ".sft"))
 
 
 def fetch(hub_id: str, parts: tuple[str, ...], variant: str | None = None) -> Path:
@@ -37,9 +38,9 @@ def fetch(hub_id: str, parts: tuple[str, ...], variant: str | None = None) -> Pa
     library shows progress, resumes, and works offline from its cache. Raises `CheckpointError` with what to do where
     that fails.
     """
-    found = _HUB_ID.fullmatch(hub_id)
-    if found["file"]:
-        return snapshot(hub_id, [found["file"]]) / found["file"]
+    match = _HUB_ID.fullmatch(hub_id)
+    if match["file"]:
+        return snapshot(hub_id, [match["file"]]) / match["file"]
     root = snapshot(hub_id, [p for part in parts for p in _patterns(part, variant)])
     if variant:
         plain = [p for part in parts for p in _plain_patterns(root, part)]
@@ -88,8 +89,8 @@ def snapshot(hub_id: str, patterns: Sequence[str]) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    found = _HUB_ID.fullmatch(hub_id)
-    repo, revision = found["repo"], found["revision"]
+    match = _HUB_ID.fullmatch(hub_id)
+    repo, revision = match["repo"], match["revision"]
     local = "or download it elsewhere and pass the local folder."
     try:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
@@ -106,19 +107,19 @@ def snapshot(hub_id: str, patterns: Sequence[str]) -> Path:
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"{repo}: the hub has no revision {revision!r} of it; see its list of branches") from None
     except errors.HFValidationError as error:
-        raise CheckpointError(f"{repo}: no such folder here, and no hub id ({str(error).splitlines()[0]})") from None
+        raise CheckpointError(f"{repo}: no such folder here, and not a hub id ({str(error).splitlines()[0]})") from None
     except Exception as error:  # the library's connection errors come from whichever http client it uses
         from huggingface_hub import constants
 
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else _reason(error)
         raise CheckpointError(
             f"{repo}: no such folder here, and it could not be fetched from the Hugging Face hub ({why})\n"
-            "Connect and run again (what has arrived is kept; a gated model needs `hf auth login` first), "
+            "Connect and run again (downloaded files are kept; a gated model needs `hf auth login` first), "
             "or pass a local folder."
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """A connection failure in a few words: the cause where the library wraps it."""
+    """Describe a connection failure in a few words: by its cause, if the library wraps it."""
     error = error.__cause__ or error
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}".rstrip(": ")

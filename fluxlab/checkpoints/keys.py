@@ -1,4 +1,4 @@
-"""Which rows of a tensor of ours are which rows of Diffusers' tensor: one list a network, read in both directions."""
+"""How our tensors and Diffusers' correspond, row by row: one list per network, which is used in both directions."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -7,11 +7,11 @@ from typing import NamedTuple
 from fluxlab.model import AutoEncoderParams, FluxParams
 
 Rows = tuple[int, int] | None
-"""First row and the one after the last, along dim 0; None: all."""
+"""First row and the one after the last, along dimension 0. None means all rows."""
 
 
 class Piece(NamedTuple):
-    """`our_rows` of our tensor equal `their_rows` of theirs. flat: a 1×1 convolution here is a linear layer there."""
+    """`our_rows` of our tensor equal `their_rows` of theirs. flat: our 1×1 convolution is their linear layer."""
 
     ours: str
     theirs: str
@@ -21,31 +21,31 @@ class Piece(NamedTuple):
 
 
 Recipe = dict[str, list[tuple[str, Rows]]]
-"""For each tensor wanted: the rows of the tensors had that make it, top to bottom."""
+"""For each target tensor, the rows of the source tensors that form it, from top to bottom."""
 
 
 def to_ours(pieces: Iterable[Piece]) -> Recipe:
-    """Recipe of our tensors from Diffusers'."""
+    """Return how our tensors are formed from Diffusers'."""
     return _recipe((p.ours, p.our_rows, p.theirs, p.their_rows) for p in pieces)
 
 
 def to_theirs(pieces: Iterable[Piece]) -> Recipe:
-    """Recipe of Diffusers' tensors from ours."""
+    """Return how Diffusers' tensors are formed from ours."""
     return _recipe((p.theirs, p.their_rows, p.ours, p.our_rows) for p in pieces)
 
 
 def _recipe(rows: Iterable[tuple[str, Rows, str, Rows]]) -> Recipe:
     parts = defaultdict(list)
-    for wanted, at, had, part in rows:
-        parts[wanted].append(((at or (0, 0))[0], had, part))
+    for target, target_rows, source, source_rows in rows:
+        parts[target].append(((target_rows or (0, 0))[0], source, source_rows))
     return {
-        wanted: [(had, part) for _, had, part in sorted(found, key=lambda one: one[0])]
-        for wanted, found in parts.items()
+        target: [(source, rows) for _, source, rows in sorted(sources, key=lambda source: source[0])]
+        for target, sources in parts.items()
     }
 
 
 def their_shapes(pieces: Iterable[Piece], ours: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of Diffusers' tensors, from those of ours."""
+    """Return the shapes of Diffusers' tensors, given those of ours."""
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
         rows, *rest = ours[piece.ours]
@@ -57,7 +57,7 @@ def their_shapes(pieces: Iterable[Piece], ours: dict[str, tuple[int, ...]]) -> d
 
 
 def transformer_pieces(p: FluxParams) -> list[Piece]:
-    """Names of BFL's FLUX.1 beside those of Diffusers' `FluxTransformer2DModel`."""
+    """Return how the tensors of BFL's FLUX.1 and of Diffusers' `FluxTransformer2DModel` correspond."""
     d, mlp = p.hidden_size, int(p.hidden_size * p.mlp_ratio)
     pieces = _layers({"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"})
     embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder"}
@@ -70,7 +70,7 @@ def transformer_pieces(p: FluxParams) -> list[Piece]:
                 f"{ours}.out_layer": f"time_text_embed.{theirs}.linear_2",
             }
         )
-    for kind in ("weight", "bias"):  # rows are (shift, scale) here, (scale, shift) there
+    for kind in ("weight", "bias"):  # our rows are (shift, scale), theirs (scale, shift)
         ours, theirs = f"final_layer.adaLN_modulation.1.{kind}", f"norm_out.linear.{kind}"
         pieces += [Piece(ours, theirs, (0, d), (d, 2 * d)), Piece(ours, theirs, (d, 2 * d), (0, d))]
 
@@ -105,7 +105,7 @@ def transformer_pieces(p: FluxParams) -> list[Piece]:
 
 
 def autoencoder_pieces(p: AutoEncoderParams) -> list[Piece]:
-    """Names of BFL's autoencoder beside those of Diffusers' `AutoencoderKL`."""
+    """Return how the tensors of BFL's autoencoder and of Diffusers' `AutoencoderKL` correspond."""
     levels, pieces = len(p.ch_mult), []
     for side in ("encoder", "decoder"):
         ours, theirs = f"{side}.mid", f"{side}.mid_block"
@@ -117,9 +117,9 @@ def autoencoder_pieces(p: AutoEncoderParams) -> list[Piece]:
                 f"{ours}.attn_1.norm": f"{theirs}.attentions.0.group_norm",
             }
         )
-        for here, there in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
+        for layer, their_layer in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
             for kind in ("weight", "bias"):
-                names = f"{ours}.attn_1.{here}.{kind}", f"{theirs}.attentions.0.{there}.{kind}"
+                names = f"{ours}.attn_1.{layer}.{kind}", f"{theirs}.attentions.0.{their_layer}.{kind}"
                 pieces.append(Piece(*names, flat=kind == "weight"))
         pieces += _resnet(f"{ours}.block_1", f"{theirs}.resnets.0", shortcut=False)
         pieces += _resnet(f"{ours}.block_2", f"{theirs}.resnets.1", shortcut=False)
@@ -127,7 +127,7 @@ def autoencoder_pieces(p: AutoEncoderParams) -> list[Piece]:
     down = [1, *p.ch_mult]
     up = [*p.ch_mult, p.ch_mult[-1]]
     for i in range(levels):
-        j = levels - 1 - i  # Diffusers counts the decoder's levels in the order they run
+        j = levels - 1 - i  # Diffusers numbers the decoder's levels in the order in which they run
         for n in range(p.num_res_blocks):
             changes = n == 0 and down[i] != down[i + 1]
             pieces += _resnet(f"encoder.down.{i}.block.{n}", f"encoder.down_blocks.{i}.resnets.{n}", changes)
@@ -145,7 +145,7 @@ OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "
 
 
 def new_autoencoder_name(theirs: str) -> str:
-    """A name in `AutoencoderKL` folders written before Diffusers 0.15, as it is called now."""
+    """Return the current name of a tensor in an `AutoencoderKL` folder written before Diffusers 0.15."""
     head, dot, tail = theirs.rpartition("mid_block.attentions.0.")
     layer, _, kind = tail.partition(".")
     return f"{head}{dot}{OLD_ATTENTION[layer]}.{kind}" if dot and layer in OLD_ATTENTION else theirs

@@ -1,4 +1,4 @@
-"""sha256 of every file of a folder: a flipped bit in a weight file loads silently otherwise."""
+"""The sha256 of every file of a folder: without it, a flipped bit in a weight file is not noticed."""
 
 import json
 from pathlib import Path
@@ -7,13 +7,13 @@ from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.files import sha256_of, write_atomic
 
 NAME = "manifest.json"
-_TOLD = (NAME, "README.md", "embedded.json")  # documentation, written after the weights
+_UNHASHED = (NAME, "README.md", "embedded.json")  # documentation, written after the weights
 
 
 def write_manifest(folder: str | Path) -> Path:
-    """Write `manifest.json`: the sha256 of every file of the folder, the model card excepted. Returns its path."""
+    """Write `manifest.json` with the sha256 of every file of the folder except the model card. Returns its path."""
     folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _TOLD)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in _UNHASHED)
     file = folder / NAME
     hashes = {str(p.relative_to(folder).as_posix()): sha256_of(p) for p in files}
     write_atomic(file, json.dumps({"sha256": hashes}, indent=2) + "\n")
@@ -21,8 +21,9 @@ def write_manifest(folder: str | Path) -> Path:
 
 
 def verify_manifest(folder: str | Path) -> None:
-    """Raise `CheckpointError` naming every file that is not what the folder's manifest says; a folder without one
-    passes.
+    """Raise `CheckpointError` naming every file that differs from the folder's manifest.
+
+    A folder without a manifest passes.
     """
     folder = Path(folder)
     if not (folder / NAME).is_file():
@@ -38,6 +39,6 @@ def verify_manifest(folder: str | Path) -> None:
         ) from error
     if wrong:
         raise CheckpointError(
-            f"{', '.join(str(folder / name) for name in wrong)}: not what {NAME} says; damaged or changed\n"
+            f"{', '.join(str(folder / name) for name in wrong)}: not what {NAME} says, so damaged or changed\n"
             "Install or download the folder again."
         )

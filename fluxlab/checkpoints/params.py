@@ -1,4 +1,4 @@
-"""A network's sizes: from a Diffusers config.json or a file's metadata, and back."""
+"""The sizes of a network, from a Diffusers config.json or a file's metadata, and back."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from fluxlab.model import AutoEncoderParams, FluxParams
 TRANSFORMER_CLASS, AUTOENCODER_CLASS = "FluxTransformer2DModel", "AutoencoderKL"
 METADATA_KEY = "fluxlab_params"
 
-# Diffusers' own defaults: a config.json may leave out what equals them
+# Diffusers' defaults: a config.json may omit values that equal them
 _TRANSFORMER = {
     "patch_size": 1,
     "in_channels": 64,
@@ -50,9 +50,9 @@ _AUTOENCODER = {
 
 
 def transformer_params(config: Mapping[str, Any], where: Path) -> FluxParams:
-    """`FluxParams` of a Diffusers config. Raises `CheckpointError` naming the key for what FLUX.1 does not have."""
+    """Return the sizes in a Diffusers config. Raises `CheckpointError` naming a key that FLUX.1 does not have."""
     c = _complete(config, _TRANSFORMER, where)
-    _need(c, where, "FLUX.1's transformer", patch_size=1)
+    _require(c, where, "FLUX.1's transformer", patch_size=1)
     with Naming(where):
         return FluxParams(
             in_channels=c["in_channels"],
@@ -72,11 +72,11 @@ def transformer_params(config: Mapping[str, Any], where: Path) -> FluxParams:
 
 
 def transformer_config(p: FluxParams) -> dict[str, Any]:
-    """The Diffusers config.json of `p`. Raises `CheckpointError` for sizes that Diffusers' class fixes otherwise."""
+    """Return the Diffusers config.json of `p`. Raises `CheckpointError` for sizes that Diffusers does not have."""
     for name, fixed in {"mlp_ratio": 4, "theta": 10000, "qkv_bias": True}.items():
         if getattr(p, name) != fixed:
             raise CheckpointError(
-                f"{name} {getattr(p, name)}: Diffusers' {TRANSFORMER_CLASS} knows {fixed} only\nSave with layout='bfl'."
+                f"{name} {getattr(p, name)}: Diffusers' {TRANSFORMER_CLASS} only has {fixed}\nSave with layout='bfl'."
             )
     return {
         "_class_name": TRANSFORMER_CLASS,
@@ -95,12 +95,12 @@ def transformer_config(p: FluxParams) -> dict[str, Any]:
 
 
 def autoencoder_params(config: Mapping[str, Any], where: Path) -> AutoEncoderParams:
-    """`AutoEncoderParams` of a Diffusers config. Raises `CheckpointError` naming the key for what FLUX.1 lacks."""
+    """Return the sizes in a Diffusers config. Raises `CheckpointError` naming a key that FLUX.1 does not have."""
     c = _complete(config, _AUTOENCODER, where)
     widths, levels = c["block_out_channels"], len(c["block_out_channels"])
     if not widths or any(width < 1 or width % widths[0] for width in widths):
         raise CheckpointError(f"{where}: block_out_channels {widths}: each must be a multiple of the first")
-    _need(
+    _require(
         c,
         where,
         "FLUX.1's autoencoder",
@@ -130,10 +130,10 @@ def autoencoder_params(config: Mapping[str, Any], where: Path) -> AutoEncoderPar
 
 
 def autoencoder_config(p: AutoEncoderParams) -> dict[str, Any]:
-    """The Diffusers config.json of `p`. Raises `CheckpointError` for sizes that Diffusers' class does not have."""
+    """Return the Diffusers config.json of `p`. Raises `CheckpointError` for sizes that Diffusers does not have."""
     if p.ch_mult[0] != 1:
         raise CheckpointError(
-            f"ch_mult {p.ch_mult}: Diffusers' {AUTOENCODER_CLASS} can only begin with 1\nSave with layout='bfl'."
+            f"ch_mult {p.ch_mult}: Diffusers' {AUTOENCODER_CLASS} must begin with 1\nSave with layout='bfl'."
         )
     return {
         "_class_name": AUTOENCODER_CLASS,
@@ -157,12 +157,12 @@ def autoencoder_config(p: AutoEncoderParams) -> dict[str, Any]:
 
 
 def check_class(config: Mapping[str, Any], expected: str, where: Path) -> None:
-    """Raise `CheckpointError` where a config.json belongs to another network, or to quantised weights."""
-    found = config.get("_class_name")
-    if found != expected:
-        other = {TRANSFORMER_CLASS: "load_transformer", AUTOENCODER_CLASS: "load_autoencoder"}.get(found)
+    """Raise `CheckpointError` if a config.json belongs to another network, or to quantised weights."""
+    name = config.get("_class_name")
+    if name != expected:
+        other = {TRANSFORMER_CLASS: "load_transformer", AUTOENCODER_CLASS: "load_autoencoder"}.get(name)
         raise CheckpointError(
-            f"{where}: _class_name is {found!r}, where {expected!r} is needed\n"
+            f"{where}: _class_name is {name!r}, expected {expected!r}\n"
             + (f"{other} reads this one." if other else "Pass a FLUX.1 checkpoint.")
         )
     if config.get("quantization_config"):
@@ -171,11 +171,12 @@ def check_class(config: Mapping[str, Any], expected: str, where: Path) -> None:
 
 
 def to_metadata(p: FluxParams | AutoEncoderParams) -> str:
+    """Return sizes as text for a file's metadata."""
     return json.dumps(asdict(p), sort_keys=True)
 
 
 def from_metadata(cls: type, text: str, where: Path) -> Any:
-    """`cls` from what `to_metadata` wrote into a file."""
+    """Return the `cls` that `to_metadata` wrote into a file."""
     names = [f.name for f in fields(cls)]
     try:
         values = json.loads(text)
@@ -183,11 +184,11 @@ def from_metadata(cls: type, text: str, where: Path) -> Any:
             raise UserError(f"expected {', '.join(names)}")
         return cls(**values)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: metadata {METADATA_KEY} is no {cls.__name__}: {error}") from None
+        raise CheckpointError(f"{where}: metadata {METADATA_KEY} is not a {cls.__name__}: {error}") from None
 
 
 class Naming:
-    """Puts the file's name before a complaint about sizes that do not fit together."""
+    """Adds the file's name to an error about sizes that do not fit together."""
 
     def __init__(self, where: Path):
         self.where = where
@@ -204,26 +205,27 @@ def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any], where: Pat
     unknown = sorted(key for key in config if key not in defaults and not key.startswith("_"))
     if unknown:
         raise CheckpointError(
-            f"{where}: {unknown[0]!r} {config[unknown[0]]!r} is no setting of FLUX.1\nExpected: {', '.join(defaults)}"
+            f"{where}: {unknown[0]!r} {config[unknown[0]]!r} is not a setting of FLUX.1\n"
+            f"Expected: {', '.join(defaults)}"
         )
     values = dict(defaults) | {key: value for key, value in config.items() if key in defaults}
     for key, value in values.items():
-        if not _like(value, defaults[key]) and key != "sample_size":
+        if not _matches_default(value, defaults[key]) and key != "sample_size":
             raise CheckpointError(f"{where}: {key} is {value!r}; expected something like {defaults[key]!r}")
     return values
 
 
-def _like(value: Any, usual: Any) -> bool:
-    """Whether a setting has the type of its default, lists for tuples; sizes are not negative."""
+def _matches_default(value: Any, usual: Any) -> bool:
+    """Whether a setting has the type of its default (lists stand for tuples) and is not negative."""
     if isinstance(usual, tuple):
-        return isinstance(value, list | tuple) and all(_like(one, usual[0]) for one in value)
+        return isinstance(value, list | tuple) and all(_matches_default(item, usual[0]) for item in value)
     if isinstance(usual, float):
         return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
     return usual is None or (type(value) is type(usual) and (not isinstance(value, int) or value >= 0))
 
 
-def _need(config: Mapping[str, Any], where: Path, what: str, **needed: Any) -> None:
-    for key, value in needed.items():
-        found = list(config[key]) if isinstance(config[key], tuple) else config[key]
-        if found != value:
-            raise CheckpointError(f"{where}: {key} is {found!r}; {what} has {value!r} and nothing else can be read")
+def _require(config: Mapping[str, Any], where: Path, what: str, **required: Any) -> None:
+    for key, value in required.items():
+        actual = list(config[key]) if isinstance(config[key], tuple) else config[key]
+        if actual != value:
+            raise CheckpointError(f"{where}: {key} is {actual!r}; {what} has {value!r} and nothing else can be read")

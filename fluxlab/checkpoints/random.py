@@ -1,4 +1,4 @@
-"""A tiny FLUX of random weights, written on the spot: everything runs, nothing is recognised.
+"""Write a tiny FLUX with random weights: everything runs, but images show nothing.
 
 python -m fluxlab.checkpoints.random <folder>
 """
@@ -21,7 +21,7 @@ LETTERS = [chr(i) for i in range(ord("a"), ord("z") + 1)]
 
 
 def tokenizers(words: tuple[str, ...] = ()) -> "tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]":
-    """(CLIP's, T5's) of the kinds that FLUX.1 has, over single letters, and for T5 the given whole words."""
+    """Return (CLIP's, T5's) tokenizers of the kinds that FLUX.1 uses, over single letters; T5's also knows `words`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ def tokenizers(words: tuple[str, ...] = ()) -> "tuple[PreTrainedTokenizerBase, P
 
 
 def random_text_encoders(width: int, pooled: int) -> TextEncoders:
-    """T5 with states `width` wide and CLIP with `pooled`, two layers each."""
+    """Return T5 with states of `width` channels and CLIP with `pooled`, with two layers each."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     clip_tokenizer, t5_tokenizer = tokenizers()
@@ -60,7 +60,7 @@ def random_text_encoders(width: int, pooled: int) -> TextEncoders:
 
 
 def write_random(folder: str | Path, seed: int = 0) -> Path:
-    """Write a Diffusers folder of 5 MB in fp32 that fluxlab and Diffusers load; returns it."""
+    """Write a Diffusers folder of 5 MB in fp32, which fluxlab and Diffusers both load. Returns it."""
     torch.manual_seed(seed)
     transformer = Flux(FluxParams(16, 16, 24, 32, 64, 4.0, 2, 2, 2, (4, 14, 14), 10000, True, False))
     autoencoder = AutoEncoder(AutoEncoderParams(64, 3, 32, 3, (1, 2), 1, 4, 0.3611, 0.1159))
@@ -71,4 +71,4 @@ def write_random(folder: str | Path, seed: int = 0) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m fluxlab.checkpoints.random <folder>")
-    print(f"{write_random(sys.argv[1])}: a tiny FLUX of random weights")
+    print(f"{write_random(sys.argv[1])}: a tiny FLUX with random weights")

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from fluxlab.checkpoints.casting import majority
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import Entry, weight_files
-from fluxlab.checkpoints.finding import STEM, resolve
+from fluxlab.checkpoints.finding import STEM, Found, find, resolve
 from fluxlab.checkpoints.hub import is_hub_id
 from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, open_network
 from fluxlab.checkpoints.text import open_encoders
@@ -42,12 +43,16 @@ class Stored:
     dtype: torch.dtype
     params: FluxParams | AutoEncoderParams | None = None
 
+    def size(self) -> int:
+        """Return the bytes of its tensors in the files. An all-in-one file holds other networks too."""
+        return sum(count * dtype.itemsize for dtype, count in self.parameters.items())
+
     def bytes_as(self, dtype: torch.dtype | None) -> int:
         """Return the size in memory once loaded as `dtype`; None means the files' own."""
         return self.parameters.total() * (dtype or self.dtype).itemsize
 
 
-def here(row: ModelRow) -> bool:
+def is_local(row: ModelRow) -> bool:
     """Return whether all files of a row's model are on this machine, so that nothing has to be fetched."""
     return stored(row) is not None
 
@@ -61,6 +66,7 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
     roots = {part: local(path, part, row.variant) for part, path in paths.items()}
     if None in roots.values():
         return None
+    part_paths(row, find(roots["transformer"], row.variant))
     parts = {}
     for part in (TRANSFORMER, AUTOENCODER):
         net = open_network(part, roots[part.name], row.variant)
@@ -68,6 +74,31 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
     for encoder in open_encoders(roots["text"], row.variant, row.tokenizers):
         parts[encoder.part] = _stored(encoder.files, encoder.entries.values())
     return parts
+
+
+def part_paths(row: ModelRow, found: Found) -> dict[str, Any]:
+    """Return where "autoencoder" and "text" are.
+
+    Raises `CheckpointError` if what was found at the row's path lacks one of them and the row does not name it.
+    """
+    if "transformer" not in found.parts:
+        parts = "text encoders" if found.kind == "text" else "an autoencoder"
+        key = "text" if found.kind == "text" else "autoencoder"
+        raise CheckpointError(
+            f"{row.path}: {parts}, not a transformer; pass the transformer's file, and this one as {key}="
+        )
+    helps = {
+        "autoencoder": "ae.safetensors or a Diffusers folder",
+        "text": "a folder with clip_l.safetensors and t5xxl_fp16.safetensors, a Diffusers folder or a hub id of FLUX.1",
+    }
+    needs = {"autoencoder": {"autoencoder"}, "text": {"clip", "t5"}}
+    for part, networks in needs.items():
+        if getattr(row, part) is None and not networks <= found.parts:
+            name = "autoencoder" if part == "autoencoder" else "text encoders"
+            raise CheckpointError(
+                f"{row.path}: holds no {name}; pass {part}=, {helps[part]}\n(on the command line model.{part}=…)"
+            )
+    return {part: getattr(row, part) or found.path for part in needs}
 
 
 def published(row: ModelRow) -> dict[str, Stored]:

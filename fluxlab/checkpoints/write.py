@@ -1,4 +1,4 @@
-"""Checkpoints written: one tensor at a time, and never a file that is half there."""
+"""Write checkpoints, one tensor at a time. An interrupted write never leaves a partial file."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from fluxlab.model import AutoEncoder, Flux
 MAX_SHARD_SIZE = 10 * 10**9
 _NAMES = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
 _Tensors = dict[str, tuple[torch.dtype, tuple[int, ...], list[Tensor]]]
-"""Of each tensor to write: dtype, shape, and the blocks of rows that it is made of."""
+"""For each tensor to write: its dtype, its shape, and the blocks of rows that form it."""
 
 
 def save_transformer(
@@ -33,10 +33,10 @@ def save_transformer(
 ) -> None:
     """Write a transformer as one file of the original layout ("bfl") or as a "diffusers" folder.
 
-    path: a `.safetensors` file, or the folder that gets config.json and weights (for a pipeline: its `transformer/`).
-    Dtypes are kept. A bfl file carries the sizes in its metadata. max_shard_size: bytes a file, of a folder. An
-    interrupted write leaves no file that looks complete. Raises `CheckpointError` for a path of the other layout,
-    sizes that Diffusers does not have, and a full disk.
+    path: a `.safetensors` file, or the folder for config.json and weights (for a pipeline: its `transformer/`). Dtypes
+    are kept. A bfl file has the sizes in its metadata. max_shard_size: bytes per file of a folder. An interrupted write
+    leaves what was there before. Raises `CheckpointError` for a path of the other layout, sizes that Diffusers does not
+    have, and a full disk.
     """
     _save(model, path, layout, max_shard_size, transformer_pieces, transformer_config)
 
@@ -44,7 +44,7 @@ def save_transformer(
 def save_autoencoder(
     model: AutoEncoder, path: "str | PathLike[str]", layout: str = "bfl", *, max_shard_size: int = MAX_SHARD_SIZE
 ) -> None:
-    """Write an autoencoder; as `save_transformer` (a pipeline's folder for it is `vae/`)."""
+    """Write an autoencoder, as `save_transformer` does. A pipeline has it in `vae/`."""
     _save(model, path, layout, max_shard_size, autoencoder_pieces, autoencoder_config)
 
 
@@ -60,12 +60,14 @@ def _save(
     if layout not in ("bfl", "diffusers"):
         raise CheckpointError(f"layout {layout!r}: expected 'bfl' (one file) or 'diffusers' (a folder)")
     if max_shard_size <= 0:
-        raise CheckpointError(f"max_shard_size {max_shard_size}: a positive number of bytes is needed")
+        raise CheckpointError(f"max_shard_size {max_shard_size}: expected a positive number of bytes")
     _check_target(path, layout)
     state = model.state_dict()
-    odd = [f"{name} is {t.dtype} on {t.device}" for name, t in state.items() if t.dtype not in _NAMES or t.is_meta]
-    if odd:
-        raise CheckpointError(f"{path}: cannot write this model: {odd[0]}")
+    unsupported = [
+        f"{name} is {t.dtype} on {t.device}" for name, t in state.items() if t.dtype not in _NAMES or t.is_meta
+    ]
+    if unsupported:
+        raise CheckpointError(f"{path}: cannot write this model: {unsupported[0]}")
     try:
         if layout == "bfl":
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +84,9 @@ def _save(
 
 def _check_target(path: Path, layout: str) -> None:
     if layout == "bfl" and (path.suffix != ".safetensors" or path.is_dir()):
-        raise CheckpointError(f"{path}: layout 'bfl' is one file; give a path that ends in .safetensors")
+        raise CheckpointError(f"{path}: layout 'bfl' is one file; pass a path that ends in .safetensors")
     if layout == "diffusers" and (path.suffix == ".safetensors" or path.is_file()):
-        raise CheckpointError(f"{path}: layout 'diffusers' is a folder; give a path that does not end in .safetensors")
+        raise CheckpointError(f"{path}: layout 'diffusers' is a folder; pass a path that does not end in .safetensors")
 
 
 def _their_tensors(state: Mapping[str, Tensor], pieces: list[Piece]) -> _Tensors:
@@ -100,31 +102,31 @@ def _their_tensors(state: Mapping[str, Tensor], pieces: list[Piece]) -> _Tensors
 
 
 def _write_folder(folder: Path, tensors: _Tensors, settings: dict[str, Any], max_shard_size: int) -> None:
-    """Weights under temporary names first; then, in one go, out with the old ones and in with the new, config last.
+    """Write the weights under temporary names, then remove the old files and rename the new ones, config.json last.
 
-    Whoever looks in between finds a folder without config.json, never a mixture of two models.
+    In between, the folder has no config.json, so that a mixture of two models is never loaded.
     """
     shards = _split(tensors, max_shard_size)
     names = [f"{STEM}.safetensors"]
     if len(shards) > 1:
         names = [f"{STEM}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    made: list[tuple[Path, Path]] = []
+    written: list[tuple[Path, Path]] = []
     try:
         for name, shard in zip(names, shards, strict=True):
             with _temporary(folder / name) as (file, temporary):
                 _write_tensors(file, shard, {})
-            made.append((temporary, folder / name))
+            written.append((temporary, folder / name))
         for name, value in _json_files(shards, names, settings).items():
             with _temporary(folder / name) as (file, temporary):
                 file.write(json.dumps(value, indent=2, sort_keys=True).encode() + b"\n")
-            made.append((temporary, folder / name))
+            written.append((temporary, folder / name))
         for old in [folder / "config.json", *folder.glob(f"{STEM}*")]:
             if re.fullmatch(rf"config\.json|{STEM}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name):
                 old.unlink(missing_ok=True)
-        for temporary, name in made:
+        for temporary, name in written:
             os.replace(temporary, name)
     finally:
-        for temporary, _ in made:
+        for temporary, _ in written:
             temporary.unlink(missing_ok=True)
     sync(folder)
 
@@ -152,7 +154,7 @@ def _split(tensors: _Tensors, max_shard_size: int) -> list[_Tensors]:
 
 
 def _write_tensors(file: BinaryIO, tensors: _Tensors, metadata: dict[str, str]) -> None:
-    """A safetensors file. Large alignments come first and the header is padded, so that mapped tensors are aligned."""
+    """Write a safetensors file. Large alignments come first and the header is padded, so that tensors are aligned."""
     order = sorted(tensors, key=lambda name: (_size(*tensors[name][:2]) % ALIGN != 0, -tensors[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     at = 0
@@ -193,7 +195,7 @@ def _atomic(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A file beside `path`, on the disk once the block is left, gone if it is left by an error."""
+    """Open a temporary file next to `path`. It is on the disk when the block ends, and removed if an error ends it."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
     try:

@@ -168,7 +168,7 @@ def test_a_damaged_config(folder, text):
         ({"axes_dims_rope": 4}, "axes_dims_rope is 4"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"joint_attention_dim": 10**18, "in_channels": 10**18}, "no transformer can have these sizes"),
-        ({"attention_type": "linear"}, "'attention_type' 'linear' is no setting of FLUX.1"),
+        ({"attention_type": "linear"}, "'attention_type' 'linear' is not a setting of FLUX.1"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised weights"),
     ],
 )
@@ -275,7 +275,7 @@ def test_tensors_of_a_folder(folder):
 
 def test_metadata_that_does_not_fit(file, flux):
     save_file(flux.state_dict(), file, {"fluxlab_params": "{}"})
-    assert "metadata fluxlab_params is no FluxParams" in complaint(load_transformer, file)
+    assert "metadata fluxlab_params is not a FluxParams" in complaint(load_transformer, file)
     save_file(flux.state_dict(), file, {"fluxlab_params": "nonsense"})
     assert "fluxlab_params" in complaint(load_transformer, file)
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fluxlab import loading
 from fluxlab.checkpoints import CheckpointError, files, save_autoencoder, save_transformer
-from fluxlab.checkpoints.stored import here, on_meta, published, stored
+from fluxlab.checkpoints.stored import is_local, on_meta, published, stored
 from fluxlab.config import ModelRow, find_row
 from fluxlab.experiment import runner, settings
 from fluxlab.experiment.costs import forward_flops, gb
@@ -101,7 +101,7 @@ def test_settings_of_parts_with_other_dtypes_and_of_single_files(folder, tmp_pat
     parameters = sum(weight.numel() for weight in loaded.transformer.parameters())
     assert stored(row)["transformer"].parameters == Counter({torch.bfloat16: parameters})
     assert stored(row)["transformer"].bytes_as(torch.float32) == 4 * parameters
-    with pytest.raises(CheckpointError, match="not its autoencoder"):
+    with pytest.raises(CheckpointError, match="holds no autoencoder; pass autoencoder="):
         stored(replace(row, autoencoder=None))
     with pytest.raises(CheckpointError, match="holds no text encoders"):
         stored(replace(row, text=str(folder / "transformer")))
@@ -297,7 +297,7 @@ def test_a_published_model_before_it_is_downloaded(tmp_path, monkeypatch):
     parts = published(row)
     assert (parts["transformer"].parameters.total(), parts["transformer"].tensors) == (11_901_408_320, 780)
     assert published(find_row("schnell"))["transformer"].parameters.total() == 11_891_178_560
-    assert not here(row)
+    assert not is_local(row)
     printed = plan(experiment(tmp_path, model=row, height=None, width=None, steps=None, prompts=("a dog",)))
     assert "black-forest-labs/FLUX.1-dev, not downloaded yet" in printed
     assert "transformer 23.8 GB bfloat16, autoencoder 0.2 GB bfloat16, text encoders 9.8 GB bfloat16" in printed
@@ -321,11 +321,11 @@ def test_a_downloaded_model_is_found_in_the_cache(folder, tmp_path, monkeypatch)
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text("abc")
     row = ModelRow("local", "some/model", max_sequence_length=16)
-    assert here(row)
+    assert is_local(row)
     assert "not downloaded yet" not in plan(experiment(tmp_path, model=row))
-    assert not here(replace(row, path="some/model@other"))
+    assert not is_local(replace(row, path="some/model@other"))
     (root / "snapshots" / "abc" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert not here(row)
+    assert not is_local(row)
 
 
 def test_batches_on_a_gpu_leave_memory_for_the_weights(folder, monkeypatch):

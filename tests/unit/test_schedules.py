@@ -151,7 +151,7 @@ def test_keys_that_older_stores_do_not_know_are_left_out_unless_set():
 def test_a_scheduler_with_another_number_of_training_steps_is_refused(folder, tmp_path):
     config = (folder / "scheduler" / "scheduler_config.json").read_text()
     (tmp_path / "scheduler_config.json").write_text(config.replace(": 1000", ": 500"))
-    with pytest.raises(UserError, match="num_train_timesteps=500 is not supported, only 1000"):
+    with pytest.raises(UserError, match="num_train_timesteps=500 is not supported, expected 1000"):
         sampling.read_schedule(tmp_path)
 
 
