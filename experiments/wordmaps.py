@@ -1,6 +1,5 @@
 """How much of a word's attention map is on what the word names, in one image of a scene."""
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from fluxlab.measure.oracle import inspect
 from fluxlab.measure.regions import Box
 from fluxlab.probes import Captured
 from fluxlab.scenes import Wanted, parse
+from fluxlab.select.words import Prompt, named_words, split_words
 
 KINDS = ("colour", "thing", "sign")
 
@@ -42,9 +42,9 @@ def cell_shares(image: Image.Image, prompt: str, captured: Mapping[str, Captured
         raise UserError(
             f"prompt {prompt!r}: expected a caption of fluxlab.scenes, because the oracle must find what it names"
         ) from None
-    words = [match[0].lower() for match in re.finditer(r"[\w'-]+", prompt)]
-    named, (maps, labels, blocks) = names(wanted, words), word_maps(captured)
-    column = {i: labels.index(text) for i, text in enumerate(probe_labels(words)) if text in labels}
+    words, (maps, labels, blocks) = word_labels(prompt), word_maps(captured)
+    named = names(wanted, [word.partition("#")[0] for word in words])
+    column = {i: labels.index(word) for i, word in enumerate(words) if word in labels}
     others = [n for i, n in column.items() if i not in {word.index for word in named}]
     boxes, size = regions(image, wanted), (image.height, image.width)
     result: dict[str, float] = {}
@@ -75,18 +75,18 @@ def names(wanted: Wanted, words: list[str]) -> list[Named]:
     expected = [("colour", wanted.colour, 0), ("thing", wanted.thing, 0)]
     expected += [("colour", wanted.second_colour, 1), ("thing", wanted.second, 1)]
     expected += [("", "says", 0), *(("sign", word, 0) for word in wanted.sign or ())] if wanted.sign else []
-    found, start = [], 0
+    named, start = [], 0
     for kind, word, thing in expected:
         if word is not None:
             index = words.index(word, start)
             start = index + 1
-            found += [Named(kind, index, thing)] if kind else []
-    return found
+            named += [Named(kind, index, thing)] if kind else []
+    return named
 
 
-def probe_labels(words: list[str]) -> list[str]:
-    """Return the labels that a probe gives to these words: repeated ones are cat#1, cat#2."""
-    return [word if words.count(word) == 1 else f"{word}#{words[: i + 1].count(word)}" for i, word in enumerate(words)]
+def word_labels(prompt: str) -> list[str]:
+    """Return the words of a prompt in lower case, labelled as by a probe: repeated ones are cat#1, cat#2."""
+    return [name.lower() for name, _ in named_words(Prompt(prompt, split_words(prompt)))]
 
 
 def word_maps(captured: Mapping[str, Captured]) -> tuple[np.ndarray, list[str], list[str]]:

@@ -100,8 +100,8 @@ def colours(colormap: str = COLORMAP) -> np.ndarray:
 
 def _coloured(shares: np.ndarray, colormap: str) -> np.ndarray:
     """Return uint8 `(rows, cols, 3)`, with the same rounding as matplotlib's colormaps."""
-    found = colours(colormap)[np.minimum(256 * np.nan_to_num(shares), 255).astype(int)]
-    return np.where(np.isfinite(shares)[..., None], found, np.uint8(NAN_COLOUR))
+    pixels = colours(colormap)[np.minimum(256 * np.nan_to_num(shares), 255).astype(int)]
+    return np.where(np.isfinite(shares)[..., None], pixels, np.uint8(NAN_COLOUR))
 
 
 def sheet(

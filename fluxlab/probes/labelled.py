@@ -150,8 +150,8 @@ def _read_store(folder: Path, selection: Mapping[str, Any]) -> "dict[str, DataAr
     for place in places:
         cell = dict(zip(cells, place, strict=True))
         for name, array in load(files[place]).items():
-            own = {axis: array.labels(axis) for axis in array.axes}
-            combined[name].loc[cell | own] = array.values
+            labels = {axis: array.labels(axis) for axis in array.axes}
+            combined[name].loc[cell | labels] = array.values
     return combined
 
 

@@ -55,10 +55,10 @@ def words(context: ProbeContext, words: str | list[str] = "all", direction: str 
     image_to_word: the attention of each image query to a word, the sum over its tokens. word_to_image: the attention of
     a word to each image key, the mean over its tokens.
     """
-    found = words_of_prompts(words, context)
-    axis = word_axis([[name for name, _ in sample] for sample in found])
+    prompt_words = words_of_prompts(words, context)
+    axis = word_axis([[name for name, _ in sample] for sample in prompt_words])
     count = axis.shape[0]
-    groups = [[torch.tensor(group) for _, group in sample] for sample in found]
+    groups = [[torch.tensor(group) for _, group in sample] for sample in prompt_words]
     empty = torch.tensor([], dtype=torch.long)
     members = [union([*sample, *[empty] * (count - len(sample))], context) for sample in groups]
     weights = [averaging_weights(member) for _, member in members]
@@ -77,7 +77,7 @@ def words(context: ProbeContext, words: str | list[str] = "all", direction: str 
                     add("", (output,), (take(weights[b], 1, which).to(p) @ p)[:, None])
 
     axes = named_axis("direction", directions) + axis + token_axes([image], context, "")
-    blank = tuple((b, (ALL, slice(len(sample), None))) for b, sample in enumerate(found) if len(sample) < count)
+    blank = tuple((b, (ALL, slice(len(sample), None))) for b, sample in enumerate(prompt_words) if len(sample) < count)
     return Measure({"": axes}, observe, "probability", blank)
 
 

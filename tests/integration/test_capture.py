@@ -1,4 +1,4 @@
-"""Attention captured in a run: beside the same pictures, the same arrays however often it was stopped, labelled."""
+"""Attention captured in a run: images do not change, arrays do not depend on interruptions, and labels are right."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from fluxlab.probes import Probe, of_sample, similarity
 
 ROOT = Path(__file__).parents[2]
 CAT, DOG = "a cat", "the red dog, a cat"
-# beside the maps of all words: of one word that stands elsewhere in each prompt, and a request with two outputs
+# the maps of all words; of one word whose position differs between prompts; and a request with two outputs
 CAPTURE = [
     "capture=words",
     "+capture.cat={kind: map, from: {words: [cat]}, to: image, average: [steps, blocks, heads]}",
@@ -42,7 +42,7 @@ def model(tmp_path_factory):
 
 
 def arguments(model, *more):
-    """3 variants × 2 prompts × 2 seeds, three to a batch: batches of different prompts and programs."""
+    """3 variants × 2 prompts × 2 seeds in batches of three, with different prompts and programs in a batch."""
     return [
         "+exp=hello",
         "model=local",
@@ -85,7 +85,7 @@ def finished(model, tmp_path_factory):
 
 
 def contents(folder, *kinds):
-    """Pictures, their notes and tables; with "attention" the arrays and their index too."""
+    """Return the bytes of images, their JSON files and tables; with "attention" also of the arrays and their index."""
     kept = [*folder.glob("*.csv"), folder / "grid.png"]
     kept += [p for kind in ("cells", "references", *kinds) for p in (folder / kind).rglob("*") if p.is_file()]
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in kept if p.exists()}
@@ -95,20 +95,20 @@ def times(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
-def test_the_pictures_are_those_without(model, plain, finished):
+def test_images_equal_those_without_a_capture(model, plain, finished):
     assert contents(plain) == contents(finished)
-    assert experiment_of(model).digest == experiment_of(model, *CAPTURE).digest  # so that one folder serves both
+    assert experiment_of(model).digest == experiment_of(model, *CAPTURE).digest  # so that both can use one folder
     assert not (plain / "attention").exists()
 
 
-def test_the_arrays_are_those_of_generate(model, finished):
-    asked, made = experiment_of(model, *CAPTURE), read_store(finished)
+def test_the_arrays_equal_those_of_generate(model, finished):
+    experiment, made = experiment_of(model, *CAPTURE), read_store(finished)
     with open_store(finished) as store:
         settings = store.settings()
-    pipe = loading.load_row(asked.model)
-    seen = set()
-    for batch in batches(cells(asked, settings), settings):
-        probe = Probe(asked.capture)
+    pipe = loading.load_row(experiment.model)
+    compositions = set()
+    for batch in batches(cells(experiment, settings), settings):
+        probe = Probe(experiment.capture)
         prompts, programs = [cell.prompt for cell in batch], [cell.program for cell in batch]
         pipe.generate(
             prompts,
@@ -119,26 +119,26 @@ def test_the_arrays_are_those_of_generate(model, finished):
             steps=settings.steps,
             probe=probe,
         )
-        seen.add((len(set(prompts)), len({program.digest for program in programs})))
+        compositions.add((len(set(prompts)), len({program.digest for program in programs})))
         for i, cell in enumerate(batch):
             found = made.captured(cell.variant, cell.prompt, cell.seed)
             assert list(found) == ["words", "cat", "far.offset", "far.histogram"]
             for name, one in of_sample(probe.arrays, i).items():
                 assert found[name].values.tobytes() == one.values.tobytes()
                 assert (found[name].axes, found[name].coords) == (one.axes, dict(one.coords))
-    assert (2, 2) in seen  # prompts of different lengths and different programs went through one forward
+    assert (2, 2) in compositions  # a batch with prompts of different lengths and different programs
     half, word = (made.captured(variant, CAT, 0)["words"].values for variant in ("half", "word"))
     assert np.abs(half - word).max() > 0
 
 
-def test_the_index_tells_whose_arrays_are_where(finished):
+def test_the_index_lists_the_files_of_cells(finished):
     made = read_store(finished)
-    told = json.loads((finished / "attention" / "index.json").read_text())
-    assert made.attention == told["cells"]
+    index = json.loads((finished / "attention" / "index.json").read_text())
+    assert made.attention == index["cells"]
     places = [(row["variant"], row["prompt"], row["seed"], row["cell"]) for row in made.attention]
     assert places == [(row["variant"], row["prompt"], row["seed"], row["cell"]) for row in made.metrics]
-    assert all(row["file"] == f"attention/{told['digest']}/{row['cell']}.safetensors" for row in made.attention)
-    assert fluxlab.probes.Capture.from_config(told["capture"]).to_config() == told["capture"]
+    assert all(row["file"] == f"attention/{index['digest']}/{row['cell']}.safetensors" for row in made.attention)
+    assert fluxlab.probes.Capture.from_config(index["capture"]).to_config() == index["capture"]
     sealed = {json.loads(line)["file"] for line in (finished / "manifest.jsonl").read_text().splitlines()}
     assert sealed >= {"attention/index.json", *(row["file"] for row in made.attention)}
     with pytest.raises(KeyError):
@@ -148,11 +148,11 @@ def test_the_index_tells_whose_arrays_are_where(finished):
 def test_capture_can_be_turned_on_later_and_off_again(model, plain, finished, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     shutil.copytree(plain, out)
-    pictures = times(out / "cells") | times(out / "references")
+    images = times(out / "cells") | times(out / "references")
     assert run(model, out, *CAPTURE) == 0
     assert f"{out}/attention" in capsys.readouterr().out.splitlines()[-1]
     assert contents(out, "attention") == contents(finished, "attention")
-    assert {p: p.stat().st_mtime_ns for p in pictures} == pictures  # never rewritten
+    assert {p: p.stat().st_mtime_ns for p in images} == images  # never rewritten
 
     def never(*_):
         raise AssertionError("nothing is missing")
@@ -170,7 +170,7 @@ def test_capture_can_be_turned_on_later_and_off_again(model, plain, finished, tm
     assert {p: p.stat().st_mtime_ns for p in arrays} == arrays
 
 
-def test_a_damaged_file_is_made_again(model, finished, tmp_path):
+def test_a_damaged_file_is_computed_again(model, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     first, second, *_ = sorted(out.glob("attention/*/*.safetensors"))
@@ -182,10 +182,10 @@ def test_a_damaged_file_is_made_again(model, finished, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in others} == others
 
 
-def test_every_write_may_be_the_last(model, tmp_path, monkeypatch):
-    """As if killed before and after each single rename, then resumed."""
+def test_interruption_at_every_write(model, tmp_path, monkeypatch):
+    """Stop before and after each rename, then resume."""
     more = [*CAPTURE, "~variants.word", "prompts=['a cat']"]
-    asked, pipe, real = experiment_of(model, *more), loading.load_row(experiment_of(model).model), os.replace
+    experiment, pipe, real = experiment_of(model, *more), loading.load_row(experiment_of(model).model), os.replace
 
     class Killed(BaseException):
         pass
@@ -204,12 +204,12 @@ def test_every_write_may_be_the_last(model, tmp_path, monkeypatch):
 
         monkeypatch.setattr(files.os, "replace", replace_until)
         with open_store(out) as store:
-            fill(asked, store, lambda *_: pipe, batch_tokens=144)
+            fill(experiment, store, lambda *_: pipe, batch_tokens=144)
         return count
 
-    writes = filled(tmp_path / "undisturbed")
-    expected = contents(tmp_path / "undisturbed", "attention")
-    assert len(expected) == 4 * 3 + 1 + 2  # each cell's picture, notes and arrays; the index; the noise floor
+    writes = filled(tmp_path / "uninterrupted")
+    expected = contents(tmp_path / "uninterrupted", "attention")
+    assert len(expected) == 4 * 3 + 1 + 2  # image, JSON and arrays of each cell; the index; the noise floor
     for stop in range(2 * writes):
         out = tmp_path / str(stop)
         with pytest.raises(Killed):
@@ -236,22 +236,22 @@ def test_killed_and_resumed(model, finished, tmp_path):
     assert not list(out.rglob("*.part"))
 
 
-def test_a_budget_that_some_batch_passes_is_refused_before_anything_runs(model, plain, tmp_path, capsys):
-    large = "+capture.all={kind: map, from: image, to: image}"  # 37 kB a picture, besides 8.41 MB to work with
+def test_a_capture_over_the_budget_is_refused_before_the_run(model, plain, tmp_path, capsys):
+    large = "+capture.all={kind: map, from: image, to: image}"  # 37 kB per image and 8.41 MB of working memory
     assert run(model, tmp_path / "run", large, "capture.max_mb=8.43") == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert told[0].startswith("capture.max_mb: 8.43, but 9 MB are needed (working memory 8.4")
-    assert len(told) == 2  # a single picture needs more
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[0].startswith("capture.max_mb: 8.43, but 9 MB are needed (working memory 8.4")
+    assert len(error) == 2  # a single image needs more
     assert run(model, tmp_path / "run", large, "capture.max_mb=8.5") == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert told[2] == "Or batch_tokens=96, for fewer images at a time."
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[2] == "Or batch_tokens=96, for fewer images at a time."
     assert not list(tmp_path.iterdir())
     before = times(plain)
     assert run(model, plain, large, "capture.max_mb=8.5") == 2
     assert "batch_tokens=96 with another out= folder" in capsys.readouterr().err
     assert times(plain) == before
     less = [a for a in arguments(model, f"out={tmp_path / 'run'}", large, "capture.max_mb=8.5") if "_tokens" not in a]
-    assert command_line.main([*less, "batch_tokens=96"]) == 0  # what was proposed does
+    assert command_line.main([*less, "batch_tokens=96"]) == 0  # the proposed value works
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_budget_that_some_batch_passes_is_refused_before_anything_runs(model, 
         (["+capture.x={kind: similarity}"], r"capture\.x\.kind: similarity.*\n.*fluxlab\.probes\.similarity"),
     ],
 )
-def test_what_is_mistyped_ends_in_three_lines(model, tmp_path, capsys, more, message):
+def test_mistakes_are_reported_in_three_lines(model, tmp_path, capsys, more, message):
     import re
 
     assert run(model, tmp_path / "run", *more) == 2
@@ -296,17 +296,17 @@ def test_out_of_memory_halves_the_batch(model, tmp_path, monkeypatch, capsys):
     assert len(read_store(tmp_path / "run").attention) == 8
 
 
-def test_presets_and_what_has_no_file(model, tmp_path):
+def test_presets(model, tmp_path):
     assert run(model, tmp_path / "run", "~variants.word", "seeds=1", "capture=full", "capture.words.average=[]") == 0
     words = fluxlab.probes.read(tmp_path / "run", variants="half", prompts=[CAT])["words"]
     assert words.shape == (1, 1, 1, 2, 4, 2, 2, 2, 4, 6)
     assert run(model, tmp_path / "run", "~variants.word", "seeds=1", "capture=distance") == 0
     found = fluxlab.probes.read(tmp_path / "run")
     assert list(found) == ["distance.offset", "distance.histogram"]
-    assert len(list((tmp_path / "run" / "attention").glob("*/"))) == 2  # the earlier one's stay
+    assert len(list((tmp_path / "run" / "attention").glob("*/"))) == 2  # the earlier arrays remain
 
 
-def test_variants_of_one_program_share_their_arrays(model, tmp_path):
+def test_variants_with_equal_programs_share_arrays(model, tmp_path):
     more = ["~variants.word", "~variants.half", "+variants.same={}", "seeds=1", *CAPTURE]
     assert run(model, tmp_path / "run", *more) == 0
     rows = read_store(tmp_path / "run").attention
@@ -316,29 +316,29 @@ def test_variants_of_one_program_share_their_arrays(model, tmp_path):
     np.testing.assert_array_equal(words.sel(variant="same"), words.sel(variant="baseline"))
 
 
-def test_all_cells_in_one_array(finished):
+def test_read_combines_all_cells(finished):
     found, made = fluxlab.probes.read(finished), read_store(finished)
     words = found["words"]
     assert words.dims[:3] == ("variant", "prompt", "seed")
     assert words.dims[3:] == made.captured("half", CAT, 0)["words"].axes
     assert words.variant.values.tolist() == ["baseline", "half", "word"]
     assert words.prompt.values.tolist() == [CAT, DOG]
-    assert words.word.values.tolist() == ["a", "cat", "the", "red", "dog"]  # as they come
+    assert words.word.values.tolist() == ["a", "cat", "the", "red", "dog"]  # in order of appearance
     assert words.sigma.dims == ("step",)
     assert words.stream.values.tolist() == ["double"] * 2 + ["single"] * 2
-    here = {"variant": "half", "seed": 1}
+    cell = {"variant": "half", "seed": 1}
     assert bool(words.sel(prompt=CAT, word="dog").isnull().all())
     for prompt in (CAT, DOG):
         own = made.captured("half", prompt, 1)["words"]
-        np.testing.assert_array_equal(words.sel(prompt=prompt, word=own.labels("word"), **here), own.values)
+        np.testing.assert_array_equal(words.sel(prompt=prompt, word=own.labels("word"), **cell), own.values)
     cat = found["cat"]
     own = made.captured("half", DOG, 1)["cat"]
-    np.testing.assert_array_equal(cat.sel(prompt=DOG, **{"from": own.labels("from")}, **here), own.values)
+    np.testing.assert_array_equal(cat.sel(prompt=DOG, **{"from": own.labels("from")}, **cell), own.values)
     assert found["far.offset"].notnull().all()
     assert words.attrs["unit"] == "probability"
 
 
-def test_some_cells_in_one_array(finished, plain, tmp_path):
+def test_read_selects_cells(finished, plain, tmp_path):
     some = fluxlab.probes.read(finished, variants=["word", "baseline"], prompts=CAT, seeds=1)["words"]
     assert some.shape[:3] == (2, 1, 1)
     assert some.word.values.tolist() == ["a", "cat"]

@@ -168,7 +168,7 @@ def test_one_image_per_column(captured):
     empty = Captured(np.full_like(captured.values, 0), captured.axes, captured.coords, {}).sel(step=0)
     page = draw.sheet(empty, image=images, cell=30)
     each = [draw.sheet(empty, image=image, cell=30) for image in images]
-    shown = [np.asarray(picture).astype(int) for picture in (page, *each)]
+    shown = [np.asarray(image).astype(int) for image in (page, *each)]
     different = np.ptp(np.stack(shown[1:]), 0).max(-1) > 0
     columns = np.flatnonzero(different.any(0))
     parts = np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1)

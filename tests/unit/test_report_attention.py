@@ -1,4 +1,4 @@
-"""Attention in pictures, on the page and in what a tracker hears: what is shown is what was captured."""
+"""Attention in images, on the page and in a tracker: what is shown is what was captured."""
 
 import base64
 import json
@@ -58,7 +58,7 @@ def maps(blocks=6, steps=4, side=(8, 12), streams=None) -> Captured:
     return Captured(values, ("step", "block", "word", "row", "col"), coords, {})
 
 
-def test_every_picture_is_there_and_drawn_once(store):
+def test_every_image_is_drawn_once(store):
     run = read_store(store)
     first = [entry["cell"] for entry in run.attention if entry["seed"] == 0]
     sheets = {f"{cell}{view}.png" for cell in first for view in ("", "-words-word_to_image")}
@@ -69,7 +69,7 @@ def test_every_picture_is_there_and_drawn_once(store):
     with Image.open(files["steps-1.gif"]) as film:
         assert film.n_frames == 16
     sizes = {name: Image.open(files[name]).size for name in sheets}
-    assert all(width > 6 * 96 for width, _ in sizes.values())  # a column a block
+    assert all(width > 6 * 96 for width, _ in sizes.values())  # one column per block
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files.values()}
     gone = files["entropy.png"]
     gone.unlink()
@@ -82,7 +82,7 @@ def test_every_picture_is_there_and_drawn_once(store):
     assert found.sheets[0][1] == "baseline · a red cat · seed 0 · words: attention from image tokens to words"
 
 
-def test_a_store_without_captures_has_none(plain):
+def test_a_store_without_captures_has_no_images(plain):
     run = read_store(plain)
     assert attention.write_pictures(run) == []
     assert not (plain / "attention").exists()
@@ -92,43 +92,43 @@ def test_a_store_without_captures_has_none(plain):
     assert not any("attention" in key for message in tracking.messages(run) for key in message.get("images", {}))
 
 
-def test_blocks_are_folded_stream_by_stream():
+def test_double_and_single_blocks_are_averaged_separately():
     one = maps(57, 1, (2, 2), ["double"] * 19 + ["single"] * 38)
-    folded = attention.average_blocks(one)
-    labels = folded.labels("block")
+    averaged = attention.average_blocks(one)
+    labels = averaged.labels("block")
     assert len(labels) == 20
     assert labels[:2] + labels[5:8] == ["0-2", "3-5", "15-17", "18", "19-21"]
     assert labels[-1] == "55-56"
-    np.testing.assert_allclose(folded.values[:, 7], one.values[:, 19:22].mean(1), rtol=1e-6)
+    np.testing.assert_allclose(averaged.values[:, 7], one.values[:, 19:22].mean(1), rtol=1e-6)
     assert attention.average_blocks(one.sel(word="cat"), 60).values.shape[1] == 57
 
 
-def test_steps_are_thinned_evenly_with_both_ends():
-    thinned = attention.select_steps(maps(1, 20), 7)
-    assert thinned.labels("step") == [0, 3, 6, 10, 13, 16, 19]
-    assert len(thinned.coords["sigma"][1]) == 7
-    np.testing.assert_array_equal(thinned.values[-1], maps(1, 20).values[-1])
+def test_steps_are_selected_evenly_with_both_ends():
+    selected = attention.select_steps(maps(1, 20), 7)
+    assert selected.labels("step") == [0, 3, 6, 10, 13, 16, 19]
+    assert len(selected.coords["sigma"][1]) == 7
+    np.testing.assert_array_equal(selected.values[-1], maps(1, 20).values[-1])
     assert attention.select_steps(maps(1, 4), 7).labels("step") == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("rule", [(7, 20, 32), (2, 3, 6), (0, 3, 12), (2, 0, 12), (0, 0, 4)])
-def test_what_a_page_keeps_is_led_by_means_over_all(rule):
-    rule, one = attention_page.Resolution(*rule), maps()
-    small = attention_page.reduce(one, rule)
+@pytest.mark.parametrize("resolution", [(7, 20, 32), (2, 3, 6), (0, 3, 12), (2, 0, 12), (0, 0, 4)])
+def test_a_page_has_means_over_all_steps_and_blocks_first(resolution):
+    resolution, one = attention_page.Resolution(*resolution), maps()
+    small = attention_page.reduce(one, resolution)
     assert small.labels("step") == [
         "mean",
-        *(attention.select_steps(one, rule.steps).labels("step") if rule.steps else []),
+        *(attention.select_steps(one, resolution.steps).labels("step") if resolution.steps else []),
     ]
     assert small.labels("block") == [
         "mean",
-        *(attention.average_blocks(one, rule.blocks).labels("block") if rule.blocks else []),
+        *(attention.average_blocks(one, resolution.blocks).labels("block") if resolution.blocks else []),
     ]
-    mean = attention_page.downsample(one.values.mean((0, 1)), rule.side)
+    mean = attention_page.downsample(one.values.mean((0, 1)), resolution.side)
     np.testing.assert_allclose(small.values[0, 0], mean, rtol=1e-5)
-    assert max(small.values.shape[3:]) == min(12, rule.side)
+    assert max(small.values.shape[3:]) == min(12, resolution.side)
     np.testing.assert_allclose(small.values[0, 0].mean((1, 2)), one.values.mean((0, 1, 3, 4)), rtol=1e-5)
     packed = base64.b64decode(attention_page.pack(small))
-    assert len(packed) == attention_page._size(one, rule)
+    assert len(packed) == attention_page._size(one, resolution)
     count = np.prod(small.values.shape[:3])
     tops = np.frombuffer(packed, "<f4", count)
     shares = np.frombuffer(packed, np.uint8, offset=4 * count).reshape(count, -1)
@@ -137,30 +137,30 @@ def test_what_a_page_keeps_is_led_by_means_over_all(rule):
     assert (shares.max(1) == 255).all()
 
 
-def test_an_axis_that_was_averaged_over_has_one_stop():
+def test_an_axis_that_was_averaged_over_has_one_entry():
     one = maps()
-    view = attention.WordMaps("words", "image_to_word", "")
+    words = attention.WordMaps("words", "image_to_word", "")
     captured = {"words": replace(one.mean("step"), about={})}
     values = captured["words"].values[:, None].transpose(1, 0, 2, 3, 4)
     axes = ("direction", "block", "word", "row", "col")
     coords = {**captured["words"].coords, "direction": (("direction",), ["image_to_word"])}
-    found = view.maps({"words": Captured(values, axes, coords, {})})
+    found = words.maps({"words": Captured(values, axes, coords, {})})
     assert found.labels("step") == [attention.ALL]
     assert attention_page.reduce(found, attention_page.RESOLUTIONS[0]).values.shape[:2] == (1, 7)
 
 
-def test_areas_of_tokens():
+def test_downsampling_averages_areas():
     np.testing.assert_allclose(attention_page.downsample(np.arange(6.0)[None], 3), [[0.5, 2.5, 4.5]])
     np.testing.assert_allclose(attention_page.downsample(np.array([[1.0], [2], [6]]), 2), [[4 / 3], [14 / 3]])
 
 
-def test_maps_on_the_page_are_the_store_s(html, store):
+def test_maps_on_the_page_are_those_of_the_store(html, store):
     run = read_store(store)
-    (told,) = data(html)["runs"]
-    assert told["variants"] == run.variants
-    assert [prompt["prompt"] for prompt in told["prompts"]] == list(PROMPTS)
-    assert [prompt["column"] for prompt in told["prompts"]] == [0, 2]
-    view = told["prompts"][0]["views"][0]
+    (loaded,) = data(html)["runs"]
+    assert loaded["variants"] == run.variants
+    assert [prompt["prompt"] for prompt in loaded["prompts"]] == list(PROMPTS)
+    assert [prompt["column"] for prompt in loaded["prompts"]] == [0, 2]
+    view = loaded["prompts"][0]["views"][0]
     assert view["words"] == ["a", "red", "cat"]
     assert view["blocks"] == ["mean", *map(str, range(6))]
     assert (view["steps"][0], view["steps"][1], view["steps"][-1]) == ("mean", "0, σ 1.00", "15, σ 0.06")
@@ -175,7 +175,7 @@ def test_maps_on_the_page_are_the_store_s(html, store):
     assert html == render([store])
 
 
-def test_a_budget_for_maps(store, monkeypatch):
+def test_a_size_limit_for_maps(store, monkeypatch):
     run = read_store(store)
     sizes = {}
     for budget in (2_000_000, 200_000, 60_000, 5_000, 1):
@@ -185,19 +185,19 @@ def test_a_budget_for_maps(store, monkeypatch):
         sizes[budget] = sum(len(base64.b64decode(text)) for text in packed)
         assert sizes[budget] <= budget or budget == 1
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
-    assert sizes[1] > 0  # a prompt is always there
+    assert sizes[1] > 0  # at least one prompt
     assert "1 of 2 prompts" in shown.notes[0]
     assert "the mean of 6 blocks" in shown.notes[0]
     assert shown.notes[1].startswith("This page shows 0 of 12 contact sheets")
 
 
-def test_with_and_without_captures_on_one_page(store, plain):
+def test_runs_with_and_without_captures_on_one_page(store, plain):
     for stores, table in (([store, plain], 0), ([plain, store], 1)):
         html = render(stores)
-        (told,) = data(html)["runs"]
-        assert told["table"] == table
+        (loaded,) = data(html)["runs"]
+        assert loaded["table"] == table
         assert html.count("<script>") == 2
-        assert f"{told['name']}: Shown: seed 0" in html
+        assert f"{loaded['name']}: Shown: seed 0" in html
 
 
 def test_numbers_for_a_tracker(store):
@@ -214,14 +214,14 @@ def test_numbers_for_a_tracker(store):
         assert found[f"attention.{variant}.words"] == pytest.approx(np.mean(shares), rel=1e-4)
         assert found[f"attention.{variant}.entropy"] > 0
         assert 0 < found[f"attention.{variant}.distance"] < 12
-    told = {key: value for message in tracking.messages(run) for key, value in message.items()}
-    assert told["summary"]["attention.half.words"] == found["attention.half.words"]
-    assert len(told["images"]["attention/sheets"]) == 12
-    assert len(told["images"]["attention/figures"]) == 3
-    assert [caption.split(" · ")[0] for _, caption in told["videos"]["attention/steps"]] == [*PROMPTS] * 2
+    sent = {key: value for message in tracking.messages(run) for key, value in message.items()}
+    assert sent["summary"]["attention.half.words"] == found["attention.half.words"]
+    assert len(sent["images"]["attention/sheets"]) == 12
+    assert len(sent["images"]["attention/figures"]) == 3
+    assert [caption.split(" · ")[0] for _, caption in sent["videos"]["attention/steps"]] == [*PROMPTS] * 2
 
 
-def test_the_page_s_product_draws_first(tmp_path):
+def test_making_the_page_draws_the_images(tmp_path):
     capture = {"words": {"kind": "words", "direction": "image_to_word", "average": ["heads"]}}
     path = make_store(tmp_path / "one", {}, prompts=("a cat",), seeds=(3,), size=(16, 16), attention=capture)
     products.page(read_store(path))

@@ -12,6 +12,7 @@ from PIL import Image
 from experiments import style, wordmaps, words, wordtable
 from fluxlab.drawing.legend import legend_below
 from fluxlab.experiment.reading import read_store
+from fluxlab.experiment.store import open_store
 from fluxlab.measure.oracle import inspect
 from fluxlab.probes import Captured, write
 from fluxlab.scenes import Thing, parse, render
@@ -52,10 +53,12 @@ def add_attention(path, strengths) -> None:
         image = Image.open(run.image(variant, prompt, seed)).convert("RGB")
         values = maps_of(prompt, image, np.random.default_rng(seed), np.asarray(strengths[variant]))
         file = f"attention/{digest}/{row['cell']}.safetensors"
-        write(path / file, {"words": captured_of(prompt, values, wordmaps.probe_labels(prompt.lower().split()))})
+        write(path / file, {"words": captured_of(prompt, values, wordmaps.word_labels(prompt))})
         entries.append({"variant": variant, "prompt": prompt, "seed": seed, "cell": row["cell"], "file": file})
     index = {"capture": {"max_mb": 512.0, "words": REQUEST}, "digest": digest, "cells": entries}
     (path / "attention" / "index.json").write_text(json.dumps(index))
+    with open_store(path) as store:
+        store.seal()
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +137,9 @@ def test_repeated_words():
     prompt = "A red cat on the left holding a sign that says hello hello"
     text = prompt.lower().split()
     named = wordmaps.names(parse("a red cat on the left holding a sign that says hello hello"), text)
-    said = [(word.kind, wordmaps.probe_labels(text)[word.index]) for word in named]
+    said = [(word.kind, wordmaps.word_labels(prompt)[word.index]) for word in named]
     assert said == [("colour", "red"), ("thing", "cat"), ("sign", "hello#1"), ("sign", "hello#2")]
-    assert wordmaps.probe_labels(text)[:2] == ["a#1", "red"]
+    assert wordmaps.word_labels(prompt)[:2] == ["a#1", "red"]
 
 
 def test_the_best_block_is_evaluated_at_other_seeds(run, found):

@@ -87,15 +87,15 @@ def requests(run: Run) -> dict[str, dict[str, Any]]:
 
 def word_maps(requests: Mapping[str, Mapping[str, Any]]) -> list[WordMaps]:
     """Return the word maps of the requests: one per `words` request and direction."""
-    found: list[WordMaps] = []
+    maps: list[WordMaps] = []
     for name, request in requests.items():
         if request["kind"] == "words":
             direction = request.get("direction", "both")
             directions = ("image_to_word", "word_to_image") if direction == "both" else (direction,)
             for direction in directions:
-                suffix = "" if not found else f"-{name}" if len(directions) == 1 else f"-{name}-{direction}"
-                found.append(WordMaps(name, direction, suffix))
-    return found
+                suffix = "" if not maps else f"-{name}" if len(directions) == 1 else f"-{name}-{direction}"
+                maps.append(WordMaps(name, direction, suffix))
+    return maps
 
 
 def first_seed(run: Run) -> list[tuple[str, list[dict[str, Any]]]]:
