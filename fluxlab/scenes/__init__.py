@@ -1,4 +1,4 @@
-"""Captioned images drawn by program, on which the embedded model is trained."""
+"""Synthetic images with captions, on which the embedded model is trained."""
 
 from fluxlab.scenes.captions import FORMS, VOCABULARY, Wanted, batch, caption, parse, wanted_of, write
 from fluxlab.scenes.font import WORDS, text_mask

@@ -1,4 +1,6 @@
-"""Captions: what is said of a scene, in several forms, and what a caption asks for.
+"""Captions of scenes: written in several forms, and parsed.
+
+The grammar of a caption:
 
 [a | an] [colour] thing [place] [holding a sign that says word [word]]
 [a | an] [colour] thing (above | below | left of | right of) [a | an] [colour] thing
@@ -23,7 +25,7 @@ PLACE_PHRASES = {
 }
 _HOLDING = "holding a sign that says"
 FORMS = ("full", "partial", "relation", "thing", "empty")
-EMPTY_SHARE = 0.1  # of captions, so that a guided sampler has an unconditional model to lean on
+EMPTY_SHARE = 0.1  # of captions, which train the unconditional model that guidance needs
 VOCABULARY = tuple(
     dict.fromkeys(
         [
@@ -38,15 +40,15 @@ VOCABULARY = tuple(
         ]
     )
 )
-"""Every word a caption can hold, in lower case; for building tokenizers."""
+"""Every word that a caption can contain, in lower case. Tokenizers are built from it."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caption asks for; None where it leaves something open. No sign asked for means that there should be none.
+    """What a caption asks for. A field is None if the caption does not mention it.
 
-    second and second_colour belong to the other thing of a relation, which says where the first is, seen from it.
-    The empty caption asks for nothing: thing is None.
+    Without a sign in the caption, the image should have none. In a relation, `second` and `second_colour` describe the
+    second thing, and `relation` is the position of the first relative to it. For the empty caption, thing is None.
     """
 
     thing: str | None = None
@@ -64,7 +66,7 @@ def _noun(name: str, colour: str | None) -> str:
 
 
 def write(wanted: Wanted) -> str:
-    """The caption, in lower case, that asks for this: the inverse of `parse`."""
+    """Return the caption for this, in lower case. The inverse of `parse`."""
     if wanted.thing is None:
         return ""
     text = _noun(wanted.thing, wanted.colour)
@@ -78,7 +80,7 @@ def write(wanted: Wanted) -> str:
 
 
 def wanted_of(scene: Scene) -> Wanted:
-    """Everything that a caption can say of a scene."""
+    """Return everything that a caption can say about a scene."""
     first, sign = scene.things[0], scene.sign.words if scene.sign else None
     if len(scene.things) == 2:
         second = scene.things[1]
@@ -87,11 +89,16 @@ def wanted_of(scene: Scene) -> Wanted:
 
 
 def caption(scene: Scene, rng: np.random.Generator, form: str | None = None) -> str:
-    """A caption of a scene, in a form; None draws one: 10 % empty, 50 % full, 40 % partial.
+    """Return a caption of a scene in one of these forms.
 
-    "full" says everything; "partial" leaves out colour, place or both (of a pair: both colours); "relation" is the full
-    form of a pair and "thing" of a lone thing without a sign; "empty" is "". Half of all captions begin with a capital.
-    Raises UserError for an unknown form, and for "relation" or "thing" where the scene is not such.
+    - full: everything that a caption can say
+    - partial: without the colour, the place, or both; of a pair, without both colours
+    - relation: the full form of a pair
+    - thing: the full form of a single thing without a sign
+    - empty: ""
+
+    With `form=None` the form is drawn: 10 % empty, 50 % full, 40 % partial. Half of all captions start with a capital
+    letter. Raises `UserError` for an unknown form, and for "relation" or "thing" if the scene does not fit it.
     """
     if form is None:
         draw = rng.random()
@@ -102,9 +109,9 @@ def caption(scene: Scene, rng: np.random.Generator, form: str | None = None) -> 
         return ""
     everything = wanted_of(scene)
     if form == "relation" and not everything.relation:
-        raise UserError(f"form={form!r}: the scene has one thing, a relation takes two")
+        raise UserError(f"form={form!r}: the scene has one thing, a relation needs two")
     if form == "thing" and (everything.relation or everything.sign):
-        raise UserError(f"form={form!r}: the scene holds more than one thing alone")
+        raise UserError(f"form={form!r}: the scene has a sign or a second thing")
     wanted = everything
     if form == "partial" and everything.relation:
         wanted = Wanted(everything.thing, relation=everything.relation, second=everything.second)
@@ -128,10 +135,10 @@ _PLACE_OF_PHRASE = {phrase: place for place, phrase in PLACE_PHRASES.items()}
 
 
 def parse(text: str) -> Wanted:
-    """What a caption asks for; case and spacing do not matter, nor a full stop at the end.
+    """Return what a caption asks for. Case, spacing and a full stop at the end are ignored.
 
-    Raises UserError for a caption outside the grammar at the head of this module, a word on the sign that is not in
-    WORDS, or the wrong one of a and an.
+    Raises `UserError` for a caption that does not follow the grammar at the top of this module, a sign with a word that
+    is not in `WORDS`, and a wrong article (a, an).
     """
     plain = " ".join(text.lower().removesuffix(".").split())
     if not plain:
@@ -139,13 +146,13 @@ def parse(text: str) -> Wanted:
     match = _CAPTION.fullmatch(plain)
     if not match:
         example = write(Wanted("fox", "red", "left", ("hello", "world")))
-        raise UserError(f"caption={text!r}: expected {example!r} or the like")
-    found = match.groupdict()
-    sign = tuple(found["sign"].split()) if found["sign"] else None
+        raise UserError(f"caption={text!r}: expected a caption such as {example!r}")
+    parts = match.groupdict()
+    sign = tuple(parts["sign"].split()) if parts["sign"] else None
     for word in sign or ():
         if word not in WORDS:
-            raise UserError(f"caption={text!r}: no sign says {word!r}; expected one of {', '.join(WORDS)}")
-    wanted = Wanted(**{**found, "sign": sign, "place": _PLACE_OF_PHRASE.get(found["place"])})
+            raise UserError(f"caption={text!r}: unknown word {word!r} on the sign, expected one of {', '.join(WORDS)}")
+    wanted = Wanted(**{**parts, "sign": sign, "place": _PLACE_OF_PHRASE.get(parts["place"])})
     if write(wanted) != plain:
         raise UserError(f"caption={text!r}: expected {write(wanted)!r}")
     return wanted
@@ -154,9 +161,9 @@ def parse(text: str) -> Wanted:
 def batch(
     rng: np.random.Generator, n: int, size: tuple[int, int] = (64, 64), split: str = "train"
 ) -> tuple[np.ndarray, list[str]]:
-    """n scenes and a caption of each: uint8 (n, height, width, 3) and n strings.
+    """Draw n scenes and return their images, uint8 (n, height, width, 3), and a caption of each.
 
-    Raises UserError as `sample_scene` does, and for n < 1.
+    Raises `UserError` like `sample_scene`, and for n < 1.
     """
     if n < 1:
         raise UserError(f"n={n!r}: expected at least 1")

@@ -1,8 +1,8 @@
-"""The lettering of the signs: a 3 x 7 pixel font in a 4 x 8 pixel cell, and the words it is used for.
+"""The font of the signs, 3 x 7 pixels in a cell of 4 x 8, and the words that signs can have.
 
-Every cell spans exactly one token column and two token rows at the embedded model's 4 px tokens, and signs put their
-text on that grid, so that a letter always looks the same to the model. A 3 x 5 font is as legible to the eye but leaves
-the model fewer pixels to tell letters by.
+A cell covers exactly one column and two rows of the embedded model's 4 px tokens, and signs align their text with that
+grid. A letter therefore always has the same pixels in its tokens. A 3 x 5 font would be as legible for people, but
+would give the model fewer pixels that distinguish letters.
 """
 
 from functools import lru_cache
@@ -14,7 +14,7 @@ from fluxlab.errors import UserError
 GLYPH_HEIGHT, GLYPH_WIDTH = 7, 3
 CELL_HEIGHT, CELL_WIDTH = 8, 4
 
-# Unicase: capital forms, except d, whose capital is two pixels from an o at this width.
+# Capital forms for all letters except d: at this width, D differs from O by two pixels only.
 _ROWS = {
     "a": ".#. #.# #.# ### #.# #.# #.#",
     "b": "##. #.# #.# ##. #.# #.# ##.",
@@ -52,24 +52,24 @@ WORDS = (
 
 
 def text_size(words: tuple[str, ...]) -> tuple[int, int]:
-    """Height and width in pixels of words set one to a line, without the board's margin."""
+    """Return (height, width) in pixels of words on one line each, without the margin of the board."""
     return CELL_HEIGHT * len(words) - 1, CELL_WIDTH * max(map(len, words)) - 1
 
 
 @lru_cache(maxsize=4096)
 def text_mask(words: tuple[str, ...]) -> np.ndarray:
-    """Ink of words set one to a line, flush left: bool (8 * lines - 1, 4 * longest - 1), read-only.
+    """Return the pixels of words on one line each, left-aligned: bool (8 * lines - 1, 4 * longest - 1), read-only.
 
-    Raises UserError for no words, an empty word or a letter outside a-z.
+    Raises `UserError` for no words, an empty word, or a letter other than a to z.
     """
     if not words or not all(words):
-        raise UserError(f"words={words!r}: expected at least one word, none of them empty")
+        raise UserError(f"words={words!r}: expected one or more words, none of them empty")
     mask = np.zeros(text_size(words), dtype=bool)
     for line, word in enumerate(words):
-        for place, letter in enumerate(word):
+        for n, letter in enumerate(word):
             if letter not in GLYPHS:
                 raise UserError(f"words={words!r}: no glyph for {letter!r}; the font has a to z")
-            y, x = CELL_HEIGHT * line, CELL_WIDTH * place
+            y, x = CELL_HEIGHT * line, CELL_WIDTH * n
             mask[y : y + GLYPH_HEIGHT, x : x + GLYPH_WIDTH] = GLYPHS[letter]
     mask.setflags(write=False)
     return mask

@@ -1,7 +1,7 @@
-"""Scenes: what is in a picture, drawn at random from a seeded generator, and its rendering.
+"""Scenes: the content of an image, sampled with a seeded generator, and its rendering.
 
-A scene holds one thing, with or without a sign, or two things in a relation. Positions lie on a 2 px lattice and
-lettering on a 4 px one: variation that the model has to learn but nobody asks about is kept small on purpose.
+A scene has one thing, with or without a sign, or two things in a relation. Positions are on a grid of 2 px and text on
+a grid of 4 px, to limit variation that the model would have to learn but that no caption describes.
 """
 
 import hashlib
@@ -34,13 +34,13 @@ PLACES = ("left", "right", "top", "bottom", "centre")
 RELATIONS = ("above", "below", "left of", "right of")
 SPLITS = ("train", "heldout", "all")
 SIZES = ((64, 64), (48, 80), (80, 48), (64, 48), (48, 64), (80, 64), (64, 80), (72, 56), (56, 72), (48, 48))
-THING_SIZES = (20, 22, 24)  # box sides in px
-BORDER = 2  # px from the lettering to the outside of the board: one of margin, one of ink
+THING_SIZES = (20, 22, 24)  # px, side of the bounding box
+BORDER = 2  # px from the text to the edge of the board: 1 px margin, 1 px outline
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A coloured thing: centre (row, col) and side of its box in pixels; place is None in a scene of two."""
+    """A coloured thing: the centre (row, col) and side of its box in pixels. `place` is None in a scene with two."""
 
     name: str
     colour: str
@@ -52,8 +52,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Sign:
-    """A sign: its words, one to a line, the lettering's top left corner (row, col) in pixels, and its stick as
-    (top, bottom, left) in pixels, 2 px wide."""
+    """A sign with one word per line. row, col: top left corner of the text. stick: (top, bottom, left), 2 px wide.
+
+    All are in pixels.
+    """
 
     words: tuple[str, ...]
     row: int
@@ -62,15 +64,14 @@ class Sign:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """The board as (top, left, bottom, right) in pixels, ends excluded."""
+        """The board as (top, left, bottom, right) in pixels. Bottom and right are exclusive."""
         height, width = text_size(self.words)
         return self.row - BORDER, self.col - BORDER, self.row + height + BORDER, self.col + width + BORDER
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture's content; size is (height, width) in pixels and relation says where the first of two things is, seen
-    from the second."""
+    """The content of an image. size: (height, width) in pixels. relation: position of thing 1 relative to thing 2."""
 
     size: tuple[int, int]
     background: str
@@ -80,7 +81,7 @@ class Scene:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Raise UserError unless size is (height, width), both multiples of 4 from 48 to 80."""
+    """Raise `UserError` unless size is (height, width), both multiples of 4 from 48 to 80."""
     if len(size) != 2 or any(side % 4 or not 48 <= side <= 80 for side in size):
         raise UserError(f"size={size!r}: expected (height, width), both multiples of 4 from 48 to 80 pixels")
 
@@ -91,10 +92,10 @@ def _hashed_out(*words: str) -> bool:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether a scene is kept from training: one in eight of (colour, thing, first word of the sign), and of the pairs.
+    """Return whether a scene is held out from training: 1/8 of (colour, thing, first word of the sign), and of pairs.
 
-    A pure function of those words (of both colours and things in a pair), so that it never changes with seeds or
-    versions. A lone thing without a sign is never held out.
+    The decision is a hash of these words (in a pair: of both colours and things), so that it does not depend on seeds
+    or versions. A single thing without a sign is never held out.
     """
     first = scene.things[0]
     if scene.sign:
@@ -106,7 +107,7 @@ def held_out(scene: Scene) -> bool:
 
 
 def place_of(row: float, col: float, size: tuple[int, int]) -> str:
-    """The named place of a point in pixels: centre within an eighth of the frame, else the side it leans to most."""
+    """Return the named place of a point in pixels: centre within 1/8 of the image, else the side nearest to it."""
     down, right = row / size[0] - 0.5, col / size[1] - 0.5
     if max(abs(down), abs(right)) <= 0.125:
         return "centre"
@@ -116,7 +117,7 @@ def place_of(row: float, col: float, size: tuple[int, int]) -> str:
 
 
 def relation_of(first: tuple[float, float], second: tuple[float, float]) -> str:
-    """Where the first of two (row, col) points is, seen from the second."""
+    """Return the position of the first (row, col) point relative to the second."""
     down, right = first[0] - second[0], first[1] - second[1]
     if abs(down) > abs(right):
         return "above" if down < 0 else "below"
@@ -124,13 +125,13 @@ def relation_of(first: tuple[float, float], second: tuple[float, float]) -> str:
 
 
 def _clear(row: float, col: float, size: tuple[int, int], place: str) -> bool:
-    """Whether a point is in its named place with room to spare, so that a pixel or two does not change the name."""
+    """Return whether a point, and every point within 1.5 px of it, has this named place."""
     return all(place_of(row + dr, col + dc, size) == place for dr in (-1.5, 0, 1.5) for dc in (-1.5, 0, 1.5))
 
 
 @lru_cache(maxsize=4096)
 def _boxes(size: tuple[int, int], place: str, side: int) -> tuple[tuple[int, int], ...]:
-    """Top left corners of boxes of a side at a place, on a 2 px lattice."""
+    """Return the top left corners of square boxes of `side` pixels at a named place, on a grid of 2 px."""
     height, width = size
     middle_row, middle_col = (height - side) // 4 * 2, (width - side) // 4 * 2
     around = (-4, -2, 0, 2, 4)
@@ -149,36 +150,36 @@ def _boxes(size: tuple[int, int], place: str, side: int) -> tuple[tuple[int, int
 def _layouts(
     size: tuple[int, int], place: str, side: int, lines: int, letters: int
 ) -> tuple[tuple[int, int, int, int, tuple], ...]:
-    """All (box row, box col, text row, text col, stick) of a thing and its sign at a place, text on a 4 px grid."""
+    """Return every (box row, box col, text row, text col, stick) of a thing and its sign at a place."""
     height, width = size
     text_h, text_w = 8 * lines - 1, 4 * letters - 1
-    found = []
+    layouts = []
     for r, c in _boxes(size, place, side):
-        if place in ("left", "right"):  # beside the thing, held a little up
+        if place in ("left", "right"):  # next to the thing, slightly raised
             x = -(-(c + side + BORDER) // 4) * 4 if place == "left" else (c - BORDER - text_w) // 4 * 4
             y = round((r + side - 6 - BORDER - text_h) / 4) * 4
             stick_col = x + 2 if place == "left" else x + text_w - 4
             stick = (y + text_h + BORDER, r + side, stick_col)
-        elif place == "bottom":  # held up over the thing
+        elif place == "bottom":  # above the thing
             x, y = round((c + side / 2 - text_w / 2) / 4) * 4, (r - 2 - BORDER - text_h) // 4 * 4
             stick = (y + text_h + BORDER, r + side // 2 - 2, c + side // 2 - 1)
-        else:  # under the thing
+        else:  # below the thing
             x, y = round((c + side / 2 - text_w / 2) / 4) * 4, -(-(r + side + 2 + BORDER) // 4) * 4
             stick = (r + side // 2 + 4, y - BORDER, c + side // 2 - 1)
         x = min(max(x, 4), (width - text_w - BORDER) // 4 * 4) if place not in ("left", "right") else x
         inside = x >= BORDER and y >= BORDER and x + text_w + BORDER <= width and y + text_h + BORDER <= height
         if inside and stick[0] < stick[1] <= height:
-            found.append((r, c, y, x, stick))
-    return tuple(found)
+            layouts.append((r, c, y, x, stick))
+    return tuple(layouts)
 
 
 @lru_cache(maxsize=4096)
 def _pair_boxes(
     size: tuple[int, int], axis: int, side: int
 ) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """Corners for the first and the second half of an axis (0 rows, 1 columns), with at least 2 px in between."""
+    """Return corners in the first and in the second half of an axis (0 rows, 1 columns), at least 2 px apart."""
     along, across = size[axis], size[1 - axis]
-    free = (along - 2 * side - 2) // 2  # px each half has to spare
+    free = (along - 2 * side - 2) // 2  # px that are free in each half
     steps = [d for d in (0, 2, 4, 6) if d <= free]
     start = max(0, (along // 2 - side - 1) // 2 // 2 * 2 - 4)
     firsts = [start + d for d in steps if start + d + side + 1 <= along // 2]
@@ -226,7 +227,7 @@ def _sample_words(rng: np.random.Generator, count: int) -> tuple[str, ...]:
 
 def _sample_one(rng: np.random.Generator, size: tuple[int, int], words: tuple[str, ...]) -> Scene:
     name, colour, background = _pick(rng, THINGS), _pick(rng, _COLOUR_NAMES), _pick(rng, _BACKGROUND_NAMES)
-    while True:  # a large thing, or one in the centre, leaves no room for some signs in some frames
+    while True:  # a large or centred thing leaves no room for some signs at some image sizes
         place, side = _pick(rng, PLACES), _pick(rng, THING_SIZES)
         if not words:
             r, c = _pick(rng, _boxes(size, place, side))
@@ -262,9 +263,9 @@ def sample_scene(rng: np.random.Generator, size: tuple[int, int] = (64, 64), spl
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture of a scene: uint8 (height, width, 3), RGB, flat colours, no antialiasing.
+    """Return the image of a scene: uint8 (height, width, 3), RGB, flat colours, without antialiasing.
 
-    Raises UserError where a thing or the sign reaches out of the frame, or a name is unknown.
+    Raises `UserError` if a thing or the sign is not completely inside the image, and for an unknown name.
     """
     height, width = scene.size
     if scene.background not in BACKGROUNDS:
@@ -274,7 +275,7 @@ def render(scene: Scene) -> np.ndarray:
     if scene.sign:
         top, left, bottom, right = scene.sign.box
         if top < 0 or left < 0 or bottom > height or right > width:
-            raise UserError(f"sign={scene.sign!r}: reaches out of the frame of {height} x {width} pixels")
+            raise UserError(f"sign={scene.sign!r}: not completely inside the image of {height} x {width} pixels")
         start, stop, col = scene.sign.stick
         image[start:stop, col : col + 2] = INK
     for thing in scene.things:
@@ -283,7 +284,7 @@ def render(scene: Scene) -> np.ndarray:
         mask = thing_mask(thing.name, thing.size)
         r, c = round(thing.row - thing.size / 2), round(thing.col - thing.size / 2)
         if r < 0 or c < 0 or r + thing.size > height or c + thing.size > width:
-            raise UserError(f"thing={thing!r}: reaches out of the frame of {height} x {width} pixels")
+            raise UserError(f"thing={thing!r}: not completely inside the image of {height} x {width} pixels")
         image[r : r + thing.size, c : c + thing.size][mask] = COLOURS[thing.colour]
     if scene.sign:
         image[top:bottom, left:right] = INK

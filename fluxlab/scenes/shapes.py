@@ -1,7 +1,7 @@
-"""The things in the scenes, as binary masks at any size in pixels.
+"""The things in scenes, as binary masks of any size in pixels.
 
-A thing is a function of unit coordinates (x to the right, y down, both in -1 ... 1); its mask is the function averaged
-over 4 x 4 points a pixel and cut at half.
+A thing is a function of unit coordinates (x to the right, y down, both in -1 ... 1). Its mask is the mean of the
+function over 4 x 4 points per pixel, thresholded at 0.5.
 """
 
 from functools import lru_cache
@@ -61,14 +61,14 @@ def _heart(x, y):
 
 
 def _cat(x, y):
-    """A face from the front: round, two ears, two eyes."""
+    """A face seen from the front: round, with two ears and two eyes."""
     ears = _polygon(abs(x), y, [(0.95, -1), (0.2, -0.5), (0.9, 0.2)])
     eyes = _disc(x, y, -0.4, 0.08, 0.16, 0.2) | _disc(x, y, 0.4, 0.08, 0.16, 0.2)
     return (ears | _disc(x, y, 0, 0.22, 1, 0.76)) & ~eyes
 
 
 def _fox(x, y):
-    """From the side, standing: bushy tail raised on the left, four legs drawn as two, pointed snout on the right."""
+    """Seen from the side, standing: a raised bushy tail on the left, two legs, a pointed snout on the right."""
     tail = _disc(x, y, -0.72, -0.42, 0.27, 0.5)
     tail |= _polygon(x, y, [(-0.98, -0.4), (-0.5, -0.4), (-0.25, 0.4), (-0.6, 0.3)])
     body = _box(x, y, -0.6, 0.02, 0.5, 0.5)
@@ -78,7 +78,7 @@ def _fox(x, y):
 
 
 def _bird(x, y):
-    """From the side: a head with a beak on the left, a plump body, a tail up on the right, two thin legs."""
+    """Seen from the side: a head with a beak on the left, a round body, a raised tail on the right, two thin legs."""
     head = _disc(x, y, -0.35, -0.56, 0.44) | _polygon(x, y, [(-0.6, -0.72), (-1, -0.46), (-0.6, -0.32)])
     body = _disc(x, y, 0.05, 0.14, 0.68, 0.52) | _polygon(x, y, [(0.2, 0.2), (1, -0.45), (1, -0.05), (0.5, 0.5)])
     legs = _box(x, y, -0.22, 0.5, -0.04, 1) | _box(x, y, 0.22, 0.5, 0.4, 1)
@@ -102,9 +102,9 @@ THINGS = tuple(_SHAPES)
 
 @lru_cache(maxsize=4096)
 def thing_mask(name: str, size: int) -> np.ndarray:
-    """The silhouette of a thing in a box of `size` pixels: bool (size, size), read-only.
+    """Return the silhouette of a thing in a box of `size` pixels: bool (size, size), read-only.
 
-    Raises UserError for an unknown name or a size under 4.
+    Raises `UserError` for an unknown name and for size < 4.
     """
     if name not in _SHAPES:
         raise UserError(f"name={name!r}: expected one of {', '.join(THINGS)}")

@@ -1,3 +1,5 @@
+"""Scenes: sampling, captions and their parser, held-out scenes, rendering, errors."""
+
 import itertools
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ from fluxlab import scenes
 from fluxlab.scenes.font import GLYPHS
 
 
-def some(split="train", n=300, size=(64, 64), seed=0):
+def sample(split="train", n=300, size=(64, 64), seed=0):
     rng = np.random.default_rng(seed)
     return [scenes.sample_scene(rng, size, split) for _ in range(n)]
 
@@ -24,14 +26,14 @@ def test_the_same_seed_gives_the_same_scenes():
     assert (images != other).any()
 
 
-def test_a_batch_is_what_a_trainer_takes():
+def test_a_batch():
     images, captions = scenes.batch(np.random.default_rng(0), 5, (48, 80), "all")
     assert images.shape == (5, 48, 80, 3)
     assert images.dtype == np.uint8
     assert len(captions) == 5
 
 
-def test_enough_of_everything():
+def test_numbers_of_things_colours_and_words():
     assert len(scenes.THINGS) >= 8
     assert len(scenes.COLOURS) >= 6
     assert len(scenes.WORDS) >= 24
@@ -39,14 +41,14 @@ def test_enough_of_everything():
     assert len(set(scenes.WORDS)) == len(scenes.WORDS)
 
 
-def test_letters_and_things_can_be_told_apart():
+def test_letters_and_things_differ():
     assert min(int((a != b).sum()) for a, b in itertools.combinations(GLYPHS.values(), 2)) >= 2
     for side in (20, 22, 24):
         masks = [scenes.thing_mask(name, side) for name in scenes.THINGS]
         assert max((a & b).sum() / (a | b).sum() for a, b in itertools.combinations(masks, 2)) < 0.85
 
 
-def test_palette_is_well_apart():
+def test_colours_differ():
     colours = np.array([*scenes.COLOURS.values(), *scenes.BACKGROUNDS.values()], dtype=float)
     among_things = [np.linalg.norm(a - b) for a, b in itertools.combinations(colours[: len(scenes.COLOURS)], 2)]
     to_backgrounds = np.linalg.norm(
@@ -57,8 +59,8 @@ def test_palette_is_well_apart():
 
 
 @pytest.mark.parametrize("size", scenes.SIZES)
-def test_everything_is_inside_the_frame_and_apart(size):
-    for scene in some("all", 80, size):
+def test_everything_is_inside_the_image_and_nothing_is_covered(size):
+    for scene in sample("all", 80, size):
         image = scenes.render(scene)
         assert image.shape == (*size, 3)
         for thing in scene.things:
@@ -79,8 +81,8 @@ def test_everything_is_inside_the_frame_and_apart(size):
             assert scenes.relation_of(first, second) == scene.relation
 
 
-def test_what_is_held_out_is_never_trained_on():
-    train, heldout = some("train", 800), some("heldout", 200)
+def test_held_out_scenes_are_not_in_the_training_split():
+    train, heldout = sample("train", 800), sample("heldout", 200)
     assert not any(map(scenes.held_out, train))
     assert all(map(scenes.held_out, heldout))
 
@@ -88,29 +90,29 @@ def test_what_is_held_out_is_never_trained_on():
         return tuple((t.colour, t.name) for t in scene.things), scene.sign.words[0] if scene.sign else None
 
     assert not {key(s) for s in train} & {key(s) for s in heldout}
-    everything = some("all", 800)
+    everything = sample("all", 800)
     assert 0.08 < sum(map(scenes.held_out, everything)) / len(everything) < 0.16
 
 
 def test_the_prompt_of_the_article_is_in_distribution():
     rng = np.random.default_rng(0)
-    cats = (s for s in some(n=4000) if s.sign and s.sign.words == ("hello", "world") and s.things[0].name == "cat")
-    found = {scenes.caption(s, rng, "partial").lower() for s in cats}
-    assert "a cat holding a sign that says hello world" in found
+    cats = (s for s in sample(n=4000) if s.sign and s.sign.words == ("hello", "world") and s.things[0].name == "cat")
+    captions = {scenes.caption(s, rng, "partial").lower() for s in cats}
+    assert "a cat holding a sign that says hello world" in captions
 
 
-def test_a_tenth_of_captions_is_empty_and_capitals_vary():
+def test_a_tenth_of_captions_is_empty_and_half_start_with_a_capital():
     _, captions = scenes.batch(np.random.default_rng(0), 2000)
     assert 0.08 < captions.count("") / len(captions) < 0.12
-    said = [c for c in captions if c]
-    assert 0.45 < sum(c.startswith("A") for c in said) / len(said) < 0.55
+    written = [c for c in captions if c]
+    assert 0.45 < sum(c.startswith("A") for c in written) / len(written) < 0.55
 
 
 @settings(max_examples=100, deadline=None)
 @given(
     st.integers(0, 2**32 - 1), st.sampled_from(["train", "heldout", "all"]), st.sampled_from([None, "full", "partial"])
 )
-def test_a_caption_says_nothing_wrong_and_parses(seed, split, form):
+def test_captions_describe_their_scene_and_parse(seed, split, form):
     rng = np.random.default_rng(seed)
     scene = scenes.sample_scene(rng, (64, 64), split)
     text = scenes.caption(scene, rng, form)
@@ -153,26 +155,26 @@ def test_parse(text, expected):
         "a cat on the top",
     ],
 )
-def test_parse_refuses_what_it_does_not_know(text):
+def test_captions_outside_the_grammar_are_errors(text):
     with pytest.raises(ValueError, match="caption="):
         scenes.parse(text)
 
 
 @pytest.mark.parametrize("form", scenes.FORMS)
 def test_forms(form):
-    rng, made = np.random.default_rng(0), 0
-    for scene in some(n=60):
-        lone = len(scene.things) == 1 and not scene.sign
-        if (form == "relation" and not scene.relation) or (form == "thing" and not lone):
+    rng, count = np.random.default_rng(0), 0
+    for scene in sample(n=60):
+        single = len(scene.things) == 1 and not scene.sign
+        if (form == "relation" and not scene.relation) or (form == "thing" and not single):
             with pytest.raises(ValueError, match="form="):
                 scenes.caption(scene, rng, form)
         else:
-            made += 1
+            count += 1
             assert (scenes.caption(scene, rng, form) == "") == (form == "empty")
-    assert made
+    assert count
 
 
-def test_errors_name_what_is_wrong():
+def test_errors_name_the_value():
     rng = np.random.default_rng(0)
     for size in [(64, 62), (44, 64), (64, 84), (64,)]:
         with pytest.raises(ValueError, match="size="):
@@ -185,10 +187,10 @@ def test_errors_name_what_is_wrong():
         scenes.thing_mask("dog", 20)
     with pytest.raises(ValueError, match="no glyph"):
         scenes.text_mask(("a-b",))
-    scene = some(n=1)[0]
+    scene = sample(n=1)[0]
     with pytest.raises(ValueError, match="form='poem'"):
         scenes.caption(scene, rng, "poem")
     with pytest.raises(ValueError, match="background='pink'"):
         scenes.render(replace(scene, background="pink"))
-    with pytest.raises(ValueError, match="out of the frame"):
+    with pytest.raises(ValueError, match="not completely inside the image"):
         scenes.render(replace(scene, things=(replace(scene.things[0], row=-3),)))

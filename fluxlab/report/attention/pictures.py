@@ -31,7 +31,7 @@ CELL = 96  # px, approximate side of a square map
 FIGURES = {
     "distance": "distance from an image query to the image keys that it attends to",
     "entropy": "entropy of attention: 0 for a single key, high for evenly spread attention",
-    "quadrants": "attention within and between text and image",
+    "quadrants": "attention within and between text and image, query → key",
 }
 """The kinds of request that have a figure, with its caption."""
 SECONDS = 0.4  # per frame
