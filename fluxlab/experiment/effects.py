@@ -15,6 +15,7 @@ from fluxlab.experiment.store import CELLS, REFERENCES, Store
 from fluxlab.images import read_pixels
 from fluxlab.measure import registry, summary
 from fluxlab.measure.registry import Sample
+from fluxlab.measure.tables import table
 from fluxlab.progress import Progress
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def show(store: Store, baseline: str) -> None:
     console = Console()
     width = console.width if console.is_terminal else 120
     rows = read_table(store.path / SUMMARY_FILE)
-    Console(width=width).print(summary.table(rows, width=width, baseline=baseline))
+    Console(width=width).print(table(rows, width=width, baseline=baseline))
 
 
 def _sample(

@@ -12,6 +12,7 @@ from typing import Any
 from fluxlab.checkpoints import check_device
 from fluxlab.config import ModelRow
 from fluxlab.errors import UserError, join, show
+from fluxlab.measure.summary import CONTROLS
 from fluxlab.positions import Program
 from fluxlab.probes import Capture
 from fluxlab.sampling import Sampling
@@ -20,7 +21,7 @@ from fluxlab.select.masks import compact
 SCHEMA = 1
 """Of the store and of every cell's key: raised when the meaning of either changes."""
 
-REFERENCE_NAMES = ("noise floor", "another seed")
+REFERENCE_NAMES = CONTROLS
 """What effects are quoted beside: the change that shifting all ids makes, and the change from another seed."""
 
 LONGEST_NAME = 100

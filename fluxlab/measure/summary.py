@@ -1,18 +1,15 @@
-"""Summaries of metrics over cells: means with intervals, paired differences to the baseline, as CSV and as a table."""
+"""Summaries of metrics over cells: means with intervals and paired differences to the baseline."""
 
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fluxlab.errors import UserError
-from fluxlab.measure.registry import METRICS, about, shown_metrics
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from fluxlab.measure.registry import METRICS, about
 
 CONTROLS = NOISE_FLOOR, ANOTHER_SEED = ("noise floor", "another seed")
 """The two controls next to every effect: all ids shifted by a constant, and the baseline at a different seed."""
@@ -125,54 +122,6 @@ def _effect(row: Mapping[str, Any], level: float, is_baseline: bool) -> Effect:
     return Effect(*names, row["paired_n"], *(level + part for part in difference), *difference, **own)
 
 
-def table(
-    summary: Rows,
-    metrics: Sequence[str] | None = None,
-    references: Sequence[str] = CONTROLS,
-    width: int = 100,
-    baseline: str | None = None,
-) -> "Table":
-    """Return a summary as a table for a terminal: one row per variant, the controls below a rule.
-
-    metrics: the columns; by default those of `shown_metrics()` that have values, as many as fit `width` characters.
-    baseline: by default the first variant that is no control. Print it on a console of that width: rich assumes 80 if
-    stdout is not a terminal. Raises UserError for a metric that is not in the summary.
-    """
-    from rich import box
-    from rich.table import Table
-
-    with_values = dict.fromkeys(row["metric"] for row in summary if not math.isnan(row["mean"]))
-    unknown = [name for name in metrics or () if not any(name == row["metric"] for row in summary)]
-    if unknown:
-        raise UserError(f"metrics: no {unknown[0]!r} in the summary, which has {', '.join(with_values)}")
-    variants = list(dict.fromkeys(row["variant"] for row in summary))
-    controls = [name for name in references if name in variants]
-    variants = [name for name in variants if name not in controls] + controls
-    entries = {entry[:2]: entry for entry in effects(summary, baseline or variants[0])}
-    counts = {name: max(e.n for e in entries.values() if e.variant == name) for name in variants}
-    chosen = list(metrics) if metrics else [name for name in shown_metrics() if name in with_values]
-    columns = {
-        name: _column([entries.get((v, name), Effect(v, name, 0, _NAN, _NAN, _NAN)) for v in variants], counts)
-        for name in chosen
-    }
-    name_width = min(24, max(map(len, ["variant", *variants])))
-    if metrics is None:
-        columns = _fitting(columns, width - name_width - 2 - 3 - max(len(str(n)) for n in counts.values()))
-    lines = ["mean [95 % interval] over n cells", "Δ: mean paired difference to the baseline [95 % interval]"]
-    lines += [f"{name}: of the mean {about(name).pooled} over cells (pooled)" for name in columns if about(name).pooled]
-    made = Table(box=box.HORIZONTALS, caption="\n".join(lines), caption_justify="left", pad_edge=False)
-    made.min_width = min(width, max(map(len, lines)))  # the caption wraps at the table's width
-    made.add_column("variant", no_wrap=True, overflow="ellipsis", max_width=name_width)
-    made.add_column("n", justify="right", no_wrap=True)
-    for name in columns:
-        made.add_column(heading(name), justify="right", no_wrap=True)
-    for i, variant in enumerate(variants):
-        if controls and variant == controls[0] and i:
-            made.add_section()
-        made.add_row(variant, str(counts[variant]), *(texts[i] for texts in columns.values()))
-    return made
-
-
 def to_csv(summary: Rows) -> str:
     """Return a summary as CSV, a line per variant and metric: numbers with 10 digits, empty for nan."""
     text = io.StringIO()
@@ -180,46 +129,6 @@ def to_csv(summary: Rows) -> str:
     writer.writerow(CSV_COLUMNS)
     writer.writerows([_csv_number(row[name]) for name in CSV_COLUMNS] for row in summary)
     return text.getvalue()
-
-
-def heading(metric: str) -> str:
-    """Return a metric's name with its unit, and "pooled" if its mean is not the mean of the cells."""
-    notes = [about(metric).unit, "pooled" if about(metric).pooled else ""]
-    return f"{metric} ({', '.join(filter(None, notes))})" if any(notes) else metric
-
-
-def digits_of(values: Iterable[float]) -> int:
-    """Return the number of decimals that shows the largest of some values with three digits; at most 4."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0)
-    return min(4, max(0, 2 - math.floor(math.log10(largest)))) if largest else 1
-
-
-def number_text(value: float, digits: int, signed: bool = False) -> str:
-    """Return a number with so many decimals: `0.125`, `+0.1`, `∞`, "" for nan.
-
-    A number that would round to 0 is written with an exponent: `-1.6e-05`.
-    """
-    if math.isnan(value):
-        return ""
-    sign = "+" if signed else ""
-    if math.isinf(value):
-        return "-∞" if value < 0 else f"{sign}∞"
-    if value and not round(value, digits):
-        return f"{value:{sign}.1e}"
-    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # + 0.0: no minus sign before 0
-
-
-def interval_text(low: float, high: float, digits: int, signed: bool = False) -> str:
-    """Return `[0.10, 0.15]`; "" for an interval that is nan or has no width."""
-    if math.isnan(low) or low == high:
-        return ""
-    return f"[{number_text(low, digits, signed)}, {number_text(high, digits, signed)}]"
-
-
-def mean_text(mean: float, low: float, high: float, digits: int, signed: bool = False) -> str:
-    """Return `0.12 [0.10, 0.15]`: a number and its interval if it has one."""
-    parts = number_text(mean, digits, signed), interval_text(low, high, digits, signed)
-    return " ".join(filter(None, parts))
 
 
 def error_of(psnr: float) -> float:
@@ -317,34 +226,3 @@ def _bounds(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rng=np.random.default_rng(0),
     ).confidence_interval
     return interval.low, interval.high
-
-
-def _column(entries: Sequence[Effect], counts: Mapping[str, int]) -> list[str]:
-    """Return the texts of a metric's column, one per variant. A cell with fewer than the variant's n says its own."""
-    digits = digits_of(entry.value for entry in entries)
-
-    def text(entry: Effect) -> str:
-        if not entry.n:
-            return entry.missing or "no value"
-        lines = [mean_text(entry.value, entry.low, entry.high, digits)]
-        if not math.isnan(entry.difference):
-            ends = entry.difference, entry.difference_low, entry.difference_high
-            lines = [number_text(entry.value, digits), f"Δ {mean_text(*ends, digits, signed=True)}"]
-        if about(entry.metric).pooled and entry.n > 1:
-            lines.append(f"median {number_text(entry.median, digits)}")
-        if entry.n < counts[entry.variant]:
-            lines[0] += f", n = {entry.n}"
-        return "\n".join(lines)
-
-    return [text(entry) for entry in entries]
-
-
-def _fitting(columns: Mapping[str, Sequence[str]], width: int) -> dict[str, Sequence[str]]:
-    """Return the first columns that fit a width in characters."""
-    fitting = {}
-    for name, texts in columns.items():
-        width -= max(len(line) for text in (heading(name), *texts) for line in text.split("\n")) + 3
-        if width < 0:
-            break
-        fitting[name] = texts
-    return fitting

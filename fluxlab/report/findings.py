@@ -6,7 +6,8 @@ from typing import Any
 
 from fluxlab.experiment.reading import Run
 from fluxlab.measure.registry import METRICS, about
-from fluxlab.measure.summary import CONTROLS, Effect, digits_of, interval_text, number_text
+from fluxlab.measure.summary import CONTROLS, Effect
+from fluxlab.measure.text import digits_of, interval_text, number_text
 
 SCALE = (4, 96)
 """Where the smallest and the largest value are drawn, in a drawing of 100 px."""

@@ -30,7 +30,8 @@ from fluxlab.measure import (
 from fluxlab.measure.images import sawtooth
 from fluxlab.measure.oracle import inspect
 from fluxlab.measure.registry import SCENE_SIDE, columns, evaluate, shown_metrics
-from fluxlab.measure.summary import complete, effects, interval_text, number_text
+from fluxlab.measure.summary import complete, effects
+from fluxlab.measure.text import interval_text, number_text
 
 CAPTION = "a red fox on the left holding a sign that says hello world"
 
