@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from fluxlab.errors import UserError
 from fluxlab.positions import Context, Layout, Program, compile_programs
-from fluxlab.select.masks import compact, parse_mask, to_array
+from fluxlab.select.masks import _pack, _selected, compact, parse_mask, to_array
 
 SIDE = 64
 LEFT = np.zeros((SIDE, SIDE), bool)
@@ -206,3 +209,26 @@ def test_a_large_mask_selects_the_tokens_it_covers():
     share = LARGE.reshape(6, 100, 5, 100).mean((1, 3))
     assert torch.equal(zeroed, torch.from_numpy(share >= 0.5))
     assert zeroed.sum() == 9
+
+
+SMALL = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=9))
+AS_CHANNELS = {
+    "L": lambda on: on,
+    "LA": lambda on: np.stack((on, np.full_like(on, 255)), -1),
+    "RGB": lambda on: np.stack((on, on, on), -1),
+    "RGBA": lambda on: np.stack((np.full_like(on, 255),) * 3 + (on,), -1),
+}
+
+
+@settings(deadline=None, max_examples=60)
+@given(SMALL.filter(lambda selected: selected.any() and not selected.all()), st.sampled_from(sorted(AS_CHANNELS)))
+def test_any_mask_is_read_back_from_any_mode(selected, mode):
+    image = Image.fromarray(AS_CHANNELS[mode](np.where(selected, 255, 0).astype(np.uint8)))
+    assert image.mode == mode
+    assert (_selected(image, "mask.png") == selected).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(SMALL)
+def test_any_mask_is_read_back_from_its_packed_form(selected):
+    assert (to_array(parse_mask(_pack(rows(selected), digest=False), "mask")) == selected).all()
