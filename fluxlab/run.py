@@ -232,7 +232,7 @@ def run(config: RunConfig, command: str) -> None:
                 batch_tokens=config.batch_tokens,
                 threads=config.threads,
                 command=command,
-                report=tracked.pictures,
+                report=tracked.progress,
             )
             if not finished or filled.written or not store.sealed(sealed):
                 similarities = similarities or effects.load_models(experiment)

@@ -26,7 +26,7 @@ class Tracker:
         """Log numbers and images of a step. The image files must not change afterwards."""
         if self.link:
             shown = {key: [(str(file.resolve()), None)] for key, file in (images or {}).items()}
-            self.link.say({"log": values, "images": shown, "step": step})
+            self.link.send({"log": values, "images": shown, "step": step})
 
     def close(self) -> None:
         """End the run, as failed if an exception is being raised."""

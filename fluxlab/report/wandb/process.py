@@ -1,9 +1,9 @@
-"""What runs W&B, in a process of its own: `wandb_link` starts it and sends JSON lines, a message each.
+"""The program that runs W&B in a separate process. `link.py` starts it and sends one JSON object per line.
 
-The first line says how to start; then come `log`, `images`, `videos`, `tables`, `config`, `summary` and `artifact`, in
-any combination; at last `finish` with an exit code. A parent that dies closes the pipe, and the run counts as failed.
-What it answers, also a JSON object a line: `mode`, `id`, `folder`, `url` and `why` once W&B has started, then `done`,
-or `lost` with the reason. Started by its path, so nothing of this package is imported here.
+The first line says how to start. The next ones have `log`, `images`, `videos`, `tables`, `config`, `summary` and
+`artifact` in any combination, the last one `finish` with an exit code. If the parent ends, the pipe closes and the run
+counts as failed. Replies are also one JSON object per line: `mode`, `id`, `folder`, `url` and `why` once W&B has
+started, then `done`, or `lost` with the reason. The program is started by its path, so it imports nothing from fluxlab.
 """
 
 import base64
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 RUNS = "runs.jsonl"
-MOST_IMAGES = 108  # under one key in one step: W&B drops the others
-THUMBNAIL = 256  # px: tables show pictures small, and W&B keeps a copy of each
+MOST_IMAGES = 108  # per key and step; W&B drops more
+THUMBNAIL = 256  # px: tables show small images, and W&B keeps a copy of each
 FAILED = 1
-LAST_WORDS = 10  # s, for a run that has failed to say so
+LAST_WORDS = 10  # s in which a failed run may report that
 
 
 def main() -> None:
@@ -38,10 +38,10 @@ def main() -> None:
             if "finish" in message:
                 reported = message["finish"]
                 break
-            _tell(run, message)
-        signal.alarm(max(1, int(start["seconds"])))  # whoever waited for us may be gone by now
+            _log(run, message)
+        signal.alarm(max(1, int(start["seconds"])))  # the parent may have stopped waiting
         run.finish(reported)
-        if mode == "online":  # all of it is on the server
+        if mode == "online":  # the server has everything
             for copies in ("data", "cache"):
                 shutil.rmtree(folder / copies, ignore_errors=True)
         _note(folder, run.id, start["mark"], "finished" if reported == 0 else "failed")
@@ -51,11 +51,11 @@ def main() -> None:
         signal.alarm(LAST_WORDS)
         with contextlib.suppress(Exception):
             run.finish(FAILED)
-        os._exit(FAILED)  # W&B's own exit waits for what may never come
+        os._exit(FAILED)  # W&B's own exit could wait forever
 
 
 def _private_pipes() -> tuple[IO[str], IO[str]]:
-    """Our ends of the pipes, out of the reach of W&B's own processes and prints."""
+    """Return the pipes to the parent on descriptors that W&B's processes and prints do not use."""
     commands, replies = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", 1, encoding="utf-8")
     with open(os.devnull) as null:
         os.dup2(null.fileno(), 0)
@@ -64,11 +64,11 @@ def _private_pipes() -> tuple[IO[str], IO[str]]:
 
 
 def _start(start: dict[str, Any], folder: Path, replies: IO[str]) -> tuple[Any, str]:
-    """W&B's run and its mode, the first that works. Says which, and why not another."""
+    """Return W&B's run and its mode, the first that works. Reply which one, and why not an earlier one."""
     import wandb
 
-    known = wandb.Settings.model_fields  # some settings are newer than the oldest W&B that we take
-    sys.argv[1:] = start["arguments"]  # which W&B shows
+    known = wandb.Settings.model_fields  # some settings are newer than the oldest W&B that is supported
+    sys.argv[1:] = start["arguments"]  # W&B shows them
     settings = wandb.Settings(**{key: value for key, value in start["settings"].items() if key in known})
     earlier = _earlier(folder)
     config = {**start["config"], "resumed_from": earlier} if earlier else start["config"]
@@ -86,12 +86,13 @@ def _start(start: dict[str, Any], folder: Path, replies: IO[str]) -> tuple[Any, 
         else:
             break
     _note(folder, run.id, start["mark"], "started")
-    told = {"mode": mode, "id": run.id, "folder": str(Path(run.dir).parent), "why": why}
-    print(json.dumps({**told, "url": run.url if mode == "online" else None}), file=replies)
+    started = {"mode": mode, "id": run.id, "folder": str(Path(run.dir).parent), "why": why}
+    print(json.dumps({**started, "url": run.url if mode == "online" else None}), file=replies)
     return run, mode
 
 
-def _tell(run: Any, message: dict[str, Any]) -> None:
+def _log(run: Any, message: dict[str, Any]) -> None:
+    """Send one message to W&B."""
     import wandb
 
     if "config" in message:
@@ -113,49 +114,55 @@ def _tell(run: Any, message: dict[str, Any]) -> None:
     if "artifact" in message:
         made = wandb.Artifact(message["artifact"]["name"], message["artifact"]["type"])
         for file, name in message["artifact"]["files"]:
-            made.add_file(
-                file, name, skip_cache=True, policy="immutable"
-            )  # no copies: a store's files stay as they are
+            # no copies: the files of a store do not change
+            made.add_file(file, name, skip_cache=True, policy="immutable")
         run.log_artifact(made)
 
 
 def _images(some: list[tuple[str, str]]) -> list[Any]:
-    """W&B's images of files and data URLs with captions."""
+    """Return W&B's images of (file or data URL, caption)."""
     import wandb
+
+    def content(source: str) -> Any:
+        inline = source.startswith("data:")
+        return _open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) if inline else source
+
+    return [wandb.Image(content(source), caption=caption) for source, caption in some]
+
+
+def _open(source: Any) -> Any:
+    """Return a loaded image. `fluxlab.images` cannot be imported here."""
     from PIL import Image
 
-    def opened(source: str) -> Any:
-        inline = source.startswith("data:")
-        return Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) if inline else source
-
-    return [wandb.Image(opened(source), caption=caption) for source, caption in some]
+    with Image.open(source) as image:
+        image.load()
+        return image
 
 
 def _cells(row: list[Any]) -> Iterator[Any]:
-    """A table's cells: `{"image": file}` stands for a picture."""
+    """Yield the cells of a table row, with an image for `{"image": file}`."""
     import wandb
-    from PIL import Image
 
     for cell in row:
-        if isinstance(cell, dict):
-            with Image.open(cell["image"]) as picture:
-                if max(picture.size) > THUMBNAIL:
-                    small = picture.convert("RGB")
-                    small.thumbnail((THUMBNAIL, THUMBNAIL))
-                    yield wandb.Image(small)
-                else:
-                    yield wandb.Image(cell["image"])
-        else:
+        if not isinstance(cell, dict):
             yield cell
+            continue
+        image = _open(cell["image"])
+        if max(image.size) > THUMBNAIL:
+            image = image.convert("RGB")
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            yield wandb.Image(image)
+        else:
+            yield wandb.Image(cell["image"])
 
 
 def _earlier(folder: Path) -> list[str]:
-    """The ids of the store's runs so far."""
+    """Return the ids of the earlier runs of a store."""
     try:
-        told = [json.loads(line) for line in (folder / RUNS).read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / RUNS).read_text().splitlines()]
     except FileNotFoundError:
         return []
-    return list(dict.fromkeys(line["id"] for line in told))
+    return list(dict.fromkeys(line["id"] for line in lines))
 
 
 def _note(folder: Path, run: str, mark: str, state: str) -> None:

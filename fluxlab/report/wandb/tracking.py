@@ -1,4 +1,4 @@
-"""What W&B is told of a run: progress while it goes, everything else from the finished store."""
+"""What a run logs to W&B: its progress, and at its end the contents of the finished store."""
 
 import hashlib
 import json
@@ -9,15 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxlab.errors import UserError
+from fluxlab.errors import UserError, unknown_key
 from fluxlab.experiment.reading import Run
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import MANIFEST
 from fluxlab.measure.registry import METRICS
+from fluxlab.measure.summary import decibels, error_of
 from fluxlab.report.attention import pictures as attention
 from fluxlab.report.position_plot import position_plot
 from fluxlab.report.products import GRID_FILE
-from fluxlab.report.wandb.link import Link, tracked
+from fluxlab.report.wandb.link import Link, is_tracked
 
 PROJECT, JOB_TYPE = "fluxlab", "run"
 MODES = ("online", "offline", "disabled")
@@ -31,24 +32,24 @@ SETTINGS = {
     "artifact": "true or false",
     "seconds": "a number above 0",
 }
-EVERY = 5  # s between two words about progress
-PARTING = 15  # s that a run which failed waits for W&B to hear of it
+EVERY = 5  # s between two messages about progress
+PARTING = 15  # s that a failed run waits for W&B
 
 
 class Tracker:
-    """A run's W&B run, or nothing. Used as a context: leaving it by an error reports the run as failed."""
+    """The W&B run of a run, or nothing. As a context manager it reports the run as failed if an error leaves it."""
 
     def __init__(self, link: Link | None, settings: Mapping[str, Any]):
-        self.link, self.settings, self.said = link, settings, -math.inf
+        self.link, self.settings, self.sent = link, settings, -math.inf
 
-    def pictures(self, done: int, total: int) -> None:
-        """So many of the pictures are there. Never waits."""
-        if self.link and (time.monotonic() - self.said >= EVERY or done == total):
-            self.said = time.monotonic()
-            self.link.say({"log": {"progress/pictures": done, "progress/share": done / max(1, total)}})
+    def progress(self, done: int, total: int) -> None:
+        """Log how many images are finished, every `EVERY` seconds and at the end. Never waits."""
+        if self.link and (time.monotonic() - self.sent >= EVERY or done == total):
+            self.sent = time.monotonic()
+            self.link.send({"log": {"progress/pictures": done, "progress/share": done / max(1, total)}})
 
     def finish(self, run: Run) -> None:
-        """Log a finished store, and wait until it is done, no longer than `seconds` of the settings."""
+        """Log a finished store and wait for W&B, at most `seconds` of the settings."""
         if self.link:
             self.link.close(messages(run, bool(self.settings.get("artifact"))))
             self.link = None
@@ -63,24 +64,24 @@ class Tracker:
         return self
 
     def __exit__(self, *_) -> None:
-        self.failed()  # unless it was finished
+        self.failed()  # has no effect after finish()
 
 
 def start(settings: Mapping[str, Any], store: Path, experiment: Experiment, command: str = "") -> Tracker:
-    """Open a W&B run for an experiment whose pictures go into the folder `store`. Returns at once.
+    """Open a W&B run for an experiment in the run folder `store`. Returns at once.
 
-    settings: a file of `configs/tracking`; see `checked`. None is opened for a store that W&B has already, but under a
-    sweep's agent, which waits for one. There id, project and entity are the sweep's.
+    settings: a file of `configs/tracking`; see `checked`. A store that W&B already has gets no second run, except under
+    the agent of a sweep, which waits for one. A sweep sets id, project and entity itself.
     """
     settings = checked(settings)
-    told = config(experiment)
-    mark = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-    if settings.get("name") != "wandb" or (tracked(store, mark) and "WANDB_SWEEP_ID" not in os.environ):
+    request = config(experiment)
+    mark = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:12]
+    if settings.get("name") != "wandb" or (is_tracked(store, mark) and "WANDB_SWEEP_ID" not in os.environ):
         return Tracker(None, settings)
     link = Link(
         store,
-        names(settings, experiment, os.environ),
-        {**told, "command": command},
+        init_arguments(settings, experiment, os.environ),
+        {**request, "command": command},
         command,
         settings.get("mode"),
         settings.get("seconds") or 120,
@@ -90,10 +91,10 @@ def start(settings: Mapping[str, Any], store: Path, experiment: Experiment, comm
 
 
 def checked(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings. Raises `UserError` naming the key, its value, and what to do."""
+    """Return the settings. Raises UserError for an unknown key or a value of the wrong type."""
     for key, value in settings.items():
         if key not in SETTINGS:
-            raise UserError(f"tracking.{key}: there is no such key; known: {', '.join(SETTINGS)}")
+            raise unknown_key("tracking", key, value, SETTINGS, "key of tracking")
         fits = {
             "name": value in ("none", "wandb"),
             "tags": isinstance(value, Sequence) and all(isinstance(tag, str) for tag in value),
@@ -106,52 +107,57 @@ def checked(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings
 
 
-def names(settings: Mapping[str, Any], experiment: Experiment, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Project, group and the like, for `wandb.init`: the settings', else those of W&B's own variables, else ours."""
-    ours = {
+def init_arguments(
+    settings: Mapping[str, Any], experiment: Experiment, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return project, group, name and so on for `wandb.init`.
+
+    The settings come first, then W&B's own environment variables, then fluxlab's defaults.
+    """
+    defaults = {
         "project": ("WANDB_PROJECT", PROJECT),
         "group": ("WANDB_RUN_GROUP", experiment.name),
         "job_type": ("WANDB_JOB_TYPE", JOB_TYPE),
         "name": ("WANDB_NAME", f"{experiment.name}-{experiment.digest[:6]}"),
         "tags": ("WANDB_TAGS", [experiment.model.name]),
     }
-    found = {key: value for key, (variable, value) in ours.items() if variable not in environment}
-    found |= {key: settings[key] for key in ("project", "entity", "job_type") if settings.get(key)}
+    chosen = {key: value for key, (variable, value) in defaults.items() if variable not in environment}
+    chosen |= {key: settings[key] for key in ("project", "entity", "job_type") if settings.get(key)}
     if settings.get("tags"):
-        found["tags"] = [experiment.model.name, *settings["tags"]]
+        chosen["tags"] = [experiment.model.name, *settings["tags"]]
     if "WANDB_SWEEP_ID" in environment:
-        found = {key: value for key, value in found.items() if key not in ("project", "entity")}
-    return found
+        chosen = {key: value for key, value in chosen.items() if key not in ("project", "entity")}
+    return chosen
 
 
 def config(experiment: Experiment) -> dict[str, Any]:
-    """What was asked for, as W&B's config."""
+    """Return the experiment as W&B's config."""
     return {"digest": experiment.digest, **experiment.request()}
 
 
 def messages(run: Run, artifact: bool = False) -> list[dict[str, Any]]:
-    """Everything there is to log of a finished store; what a sweep looks for comes first."""
-    told = [
+    """Return the messages that log a finished store. The metrics that a sweep reads come first."""
+    logged = [
         {"config": {key: run.record[key] for key in ("settings", "versions")}},
         {"summary": {**summary(run), **attention.summary(run)}},
         {"tables": {"variants": variant_table(run), "cells": cell_table(run)}},
         {"images": images(run)},
     ]
-    films = attention.pictures(run).gifs
-    if films:
-        told.append({"videos": {"attention/steps": [(_path(file), caption) for file, caption in films]}})
+    animations = attention.pictures(run).gifs
+    if animations:
+        logged.append({"videos": {"attention/steps": [(_path(file), caption) for file, caption in animations]}})
     if artifact:
-        told.append({"artifact": store_artifact(run)})
-    return told
+        logged.append({"artifact": store_artifact(run)})
+    return logged
 
 
 def summary(run: Run) -> dict[str, float]:
-    """`metric.<name>`: the mean over all variants but the baseline; `metric.<variant>.<name>`: a variant's.
+    """Return `metric.<variant>.<metric>` of every variant and control, and `metric.<metric>`, the mean over variants.
 
-    The references are variants, too. A store with nothing but the baseline has its means under both. Values that are no
-    finite numbers are left out.
+    Values are those of `Run.effects`: the baseline plus the paired difference, or the mean of a comparison. The mean
+    over variants leaves out the baseline, unless it is the only variant. Values that are not finite are left out.
     """
-    means = {(row["variant"], row["metric"]): row["mean"] for row in run.summary}
+    means = {(effect.variant, effect.metric): effect.value for effect in run.effects}
     found = {f"metric.{variant}.{metric}": mean for (variant, metric), mean in means.items()}
     compared = [variant for variant in run.variants if variant != run.baseline] or [run.baseline]
     for metric in dict.fromkeys(metric for _, metric in means):
@@ -164,15 +170,14 @@ def summary(run: Run) -> dict[str, float]:
 
 
 def pooled(metric: str, values: Sequence[float]) -> float:
-    """The mean of a metric's means; of psnr as of squared errors, as within a variant."""
+    """Return the mean of a metric over variants; for psnr that of squared errors, as within a variant."""
     if metric != "psnr":
         return math.fsum(values) / len(values)
-    error = math.fsum(10 ** (-value / 10) for value in values) / len(values)
-    return -10 * math.log10(error) if error else math.inf
+    return decibels(math.fsum(map(error_of, values)) / len(values))
 
 
 def variant_table(run: Run) -> dict[str, Any]:
-    """`summary.csv`, with what a metric is."""
+    """Return `summary.csv` with the meaning of each metric."""
     columns = list(run.summary[0])
     rows = [
         [
@@ -185,7 +190,7 @@ def variant_table(run: Run) -> dict[str, Any]:
 
 
 def cell_table(run: Run) -> dict[str, Any]:
-    """A row a cell: its picture, the baseline's, and its metrics."""
+    """Return one row per cell: its image, the baseline's image, its metrics."""
     columns = [column for column in run.metrics[0] if column != "cell"]
     rows = [
         [
@@ -199,24 +204,24 @@ def cell_table(run: Run) -> dict[str, Any]:
 
 
 def images(run: Run) -> dict[str, list[tuple[str, str]]]:
-    """Files, or data URLs, and captions by key: the grid, where tokens stand, a variant's pictures, attention."""
+    """Return (file or data URL, caption) by key: the grid, position plots, images of each variant, attention."""
     found = {"grid": [(_path(run.path / GRID_FILE), run.record["caption"] or run.record["name"])]}
-    layouts = {variant: position_plot(run, variant, run.places[0][0]).url for variant in run.variants}
-    if any(layouts.values()):
-        found["layouts"] = [(url, f"{variant}: {run.describe(variant)}") for variant, url in layouts.items() if url]
+    plots = {variant: position_plot(run, variant, run.places[0][0]).url for variant in run.variants}
+    if any(plots.values()):
+        found["layouts"] = [(url, f"{variant}: {run.describe(variant)}") for variant, url in plots.items() if url]
     for variant in run.variants:
         found[f"pictures/{variant}"] = [
             (_path(run.image(variant, prompt, seed)), f"{prompt} · seed {seed}") for prompt, seed in run.places
         ]
-    seen = attention.pictures(run)
-    for key, some in (("sheets", seen.sheets), ("figures", seen.figures)):
-        if some:
-            found[f"attention/{key}"] = [(_path(file), caption) for file, caption in some]
+    drawn = attention.pictures(run)
+    for key, files in (("sheets", drawn.sheets), ("figures", drawn.figures)):
+        if files:
+            found[f"attention/{key}"] = [(_path(file), caption) for file, caption in files]
     return found
 
 
 def store_artifact(run: Run) -> dict[str, Any]:
-    """The store as its manifest lists it."""
+    """Return the store as an artifact with the files of its manifest."""
     listed = [json.loads(line)["file"] for line in (run.path / MANIFEST).read_text(encoding="utf-8").splitlines()]
     name = f"{run.record['name']}-{run.record['digest']}"
     return {"name": name, "type": "store", "files": [(_path(run.path / file), file) for file in [*listed, MANIFEST]]}
@@ -227,5 +232,5 @@ def _path(file: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A table's cell; W&B shows no infinite numbers."""
+    """Return a value for a table of W&B, which cannot show infinite numbers."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
