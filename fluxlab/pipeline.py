@@ -220,6 +220,7 @@ class Pipeline(ModelParts):
         if self.transformer.params.guidance_embed:
             guidance = _filled(batch, settings.guidance, self.device)
             guidance = sampling.round_timesteps(guidance, rounding and "bfl")
+        host = _table_device(self.device)
         compiled = self._compile(programs, prompts, length, grid, sigmas)
         if probe is not None:
             probe.begin(self.context(prompts, length, grid, sigmas), batch)
@@ -232,7 +233,8 @@ class Pipeline(ModelParts):
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 times = sampling.round_timesteps(_filled(batch, t, self.device), rounding)
-                rotary, mask = _placed(compiled.at(t), self.device)
+                placement = compiled.at(t)
+                rotary, mask = placement if host == self.device else batching.moved(placement, self.device)
                 taps = None if probe is None else probe.taps(compiled.step(t))
                 x = x.to(self.dtype)
                 return self.transformer(x, None, txt, None, times, y, guidance, rotary=rotary, mask=mask, taps=taps)
@@ -293,10 +295,6 @@ class Pipeline(ModelParts):
 def _table_device(device: torch.device) -> torch.device:
     """Return where programs are compiled. Angles are computed in fp64, which MPS does not have."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def _placed(placement: positions.Placement, device: torch.device) -> positions.Placement:
-    return placement if _table_device(device) == device else batching.moved(placement, device)
 
 
 def _filled(batch: int, value: float, device: torch.device) -> Tensor:

@@ -73,15 +73,12 @@ class TextEncoders:
         does not know are rejected unless `unknown_words` is "allow". CLIP reads the first 77 tokens only, as in both
         reference implementations. That is not an error: CLIP's vector is a summary, and T5 reads all words.
         """
-
-        def unknown(prompt: str) -> list[str]:
-            tokenizers = (self.t5_tokenizer, self.clip_tokenizer) if unknown_words != "allow" else ()
-            return list(dict.fromkeys(part for tokenizer in tokenizers for part in unknown_parts(tokenizer, prompt)))
-
+        unknown = {prompt: self._unknown(prompt) for prompt in (prompts if unknown_words != "allow" else ())}
+        unknown = {prompt: parts for prompt, parts in unknown.items() if parts}
         for prompt in prompts if not truncate else ():
             cut = words_cut(self.t5_tokenizer, prompt, max_sequence_length)
-            if cut and (parts := unknown(prompt)):  # truncate=True alone would not help
-                message, *more = _unknown_message(prompt, parts, self.vocabulary).splitlines()[:-1]
+            if cut and prompt in unknown:  # truncate=True alone would not help
+                message, *more = _unknown_message({prompt: unknown[prompt]}, self.vocabulary).splitlines()[:-1]
                 too_long = f"prompt of more than {max_sequence_length} tokens: {_ends(cut)!r} would be cut"
                 raise UserError("\n".join([too_long, message, *more]))
             if cut:
@@ -89,9 +86,12 @@ class TextEncoders:
                     f"prompt of more than max_sequence_length={max_sequence_length} tokens: {_ends(cut)!r} would be "
                     "cut\nShorten it, raise max_sequence_length, or set truncate=True."
                 )
-        for prompt in prompts:
-            if parts := unknown(prompt):
-                raise UserError(_unknown_message(prompt, parts, self.vocabulary))
+        if unknown:
+            raise UserError(_unknown_message(unknown, self.vocabulary))
+
+    def _unknown(self, prompt: str) -> list[str]:
+        tokenizers = (self.t5_tokenizer, self.clip_tokenizer)
+        return list(dict.fromkeys(part for tokenizer in tokenizers for part in unknown_parts(tokenizer, prompt)))
 
     @torch.inference_mode()
     def encode(
@@ -114,19 +114,26 @@ class TextEncoders:
         ).input_ids
 
 
-def _unknown_message(prompt: str, unknown: list[str], vocabulary: tuple[str, ...] | None) -> str:
-    listed = ", ".join(repr(part) for part in unknown[:5]) + (
-        f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-    )
+def _unknown_message(unknown: dict[str, list[str]], vocabulary: tuple[str, ...] | None) -> str:
+    """Return the error message for prompts and their unknown parts."""
+    prompt, parts = next(iter(unknown.items()))
+    others = list(dict.fromkeys(part for more in unknown.values() for part in more if part not in parts))
+    also = f"; other prompts have {_listed(others)}" if others else ""
     go_on = "Set unknown_words='allow' to go on: the text encoders then read a placeholder for each of them."
     if vocabulary is None:
-        return f"prompt {show(prompt)}: the text encoders have no token for {listed}\n{go_on}"
-    close = {part: difflib.get_close_matches(part.lower(), vocabulary, 1, 0.5) for part in unknown[:5]}
+        return f"prompt {show(prompt)}: the text encoders have no token for {_listed(parts)}{also}\n{go_on}"
+    close = {part: difflib.get_close_matches(part.lower(), vocabulary, 1, 0.5) for part in [*parts, *others][:5]}
     hints = ", ".join(f"{matches[0]} for {part}" for part, matches in close.items() if matches)
+    hint = f"; did you mean {hints}?" if hints else ""
     return (
-        f"prompt {show(prompt)}: the model does not know {listed}{f'; did you mean {hints}?' if hints else ''}\n"
+        f"prompt {show(prompt)}: the model does not know {_listed(parts)}{also}{hint}\n"
         f"It knows {', '.join(vocabulary)}.\n{go_on}"
     )
+
+
+def _listed(parts: list[str], most: int = 5) -> str:
+    more = f" and {len(parts) - most} more" if len(parts) > most else ""
+    return ", ".join(map(repr, parts[:most])) + more
 
 
 def _ends(words: str, most: int = 200) -> str:

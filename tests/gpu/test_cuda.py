@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import fluxlab
 from fluxlab.checkpoints import load_transformer
+from fluxlab.errors import NonFiniteError
 from tests import tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -40,3 +41,20 @@ def test_images_equal_those_of_the_cpu(tmp_path):
     common = {"prompts": "a cat", "height": 32, "width": 32, "steps": 4, "max_sequence_length": 24}
     cpu, cuda = (fluxlab.load_pipeline(folder, device=device).generate(**common)[0] for device in ("cpu", "cuda"))
     assert np.abs(np.asarray(cpu).astype(int) - np.asarray(cuda).astype(int)).max() <= 1
+
+
+def test_to_moves_a_pipeline_to_the_gpu_and_back(tmp_path):
+    pipe = fluxlab.load_pipeline(tiny.save(tmp_path, guidance=True), device="cpu")
+    common = {"prompts": "a cat", "height": 32, "width": 32, "steps": 2, "max_sequence_length": 24}
+    first, on_gpu, again = (pipe.to(device).generate(**common)[0] for device in ("cpu", "cuda", "cpu"))
+    assert np.array_equal(np.asarray(first), np.asarray(again))
+    assert np.abs(np.asarray(first).astype(int) - np.asarray(on_gpu).astype(int)).max() <= 1
+
+
+def test_non_finite_latents_are_reported_on_a_gpu(tmp_path):
+    pipe = fluxlab.load_pipeline(tiny.save(tmp_path, guidance=False), device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        pipe.transformer.final_layer.linear.bias.fill_(float("inf"))
+    with pytest.raises(NonFiniteError, match="not finite after step 1 of 2") as raised:
+        pipe.generate(["a cat", "a dog"], [0, 1], height=32, width=32, steps=2, max_sequence_length=24)
+    assert raised.value.steps == {0: 0, 1: 0}

@@ -93,6 +93,8 @@ def test_unknown_words_are_an_error(pipe):
 def test_unknown_words_of_every_text_are_found(pipe):
     with pytest.raises(UserError, match="prompt 'a 2'"):
         pipe.generate(**{**GOOD, "prompts": ["a cat", "a 2"]})
+    with pytest.raises(UserError, match=r"prompt 'a 2': .* no token for '2'; other prompts have '8', '9'"):
+        pipe.generate(**{**GOOD, "prompts": ["a 2", "a cat", "an 8", "a 9 2"]})
     with pytest.raises(UserError, match="prompt 'a 3'"):
         pipe.generate(**GOOD, true_cfg=2.0, negative_prompts="a 3")
     with pytest.raises(UserError, match="prompt 'a 4'"):
