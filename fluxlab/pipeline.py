@@ -233,8 +233,7 @@ class Pipeline(ModelParts):
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 times = sampling.round_timesteps(_filled(batch, t, self.device), rounding)
-                placement = compiled.at(t)
-                rotary, mask = placement if host == self.device else batching.moved(placement, self.device)
+                rotary, mask = batching.moved(compiled.at(t), self.device) if host != self.device else compiled.at(t)
                 taps = None if probe is None else probe.taps(compiled.step(t))
                 x = x.to(self.dtype)
                 return self.transformer(x, None, txt, None, times, y, guidance, rotary=rotary, mask=mask, taps=taps)

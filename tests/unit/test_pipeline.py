@@ -216,7 +216,7 @@ def test_devices_that_compute_in_fp64_make_their_own_tables():
 def test_to_moves_all_parts(folder, monkeypatch):
     pipe = fluxlab.load_pipeline(folder)
     pipe.encode_prompt("a cat")
-    with pytest.raises(UserError, match="device 'cuda:99': there is none"):
+    with pytest.raises(UserError, match="device 'cuda:99': this machine has none"):
         pipe.to("cuda:99")
     assert pipe.to("cpu") is pipe
     monkeypatch.setattr("fluxlab.checkpoints.check_device", torch.device)
