@@ -1,5 +1,6 @@
 """Load a pipeline from a name under `configs/model`, a folder, files or a hub id."""
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -64,10 +65,15 @@ def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torc
     transformer = checkpoints.load_transformer(found.path, **common)
     decision = schedules.decide(row, found, transformer.params)
     autoencoder = checkpoints.load_autoencoder(paths["autoencoder"], **common)
-    text = TextEncoders(*checkpoints.load_text_encoders(paths["text"], **common, tokenizers=row.tokenizers))
+    with _transformers:
+        text = TextEncoders(*checkpoints.load_text_encoders(paths["text"], **common, tokenizers=row.tokenizers))
     for module in (transformer, autoencoder, text.clip, text.t5):
         module.eval().requires_grad_(False)
     return assemble(row, decision, transformer, autoencoder, text)
+
+
+_transformers = threading.Lock()
+"""transformers loads with global switches: two threads at a time leave weights out."""
 
 
 def assemble(

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,59 +154,52 @@ def _check_folders(folders: dict[int, tuple[Path, str]]) -> None:
 
 
 def read(config: RunConfig) -> "Experiment":
-    """The experiment that a config asks for. Raises `UserError` naming the key, its value, and what to do."""
-    from fluxlab.checkpoints.identity import fingerprint
+    """Return the experiment of a config. Raises UserError naming the key, its value and what is expected."""
+    from fluxlab.api import make_experiment
+    from fluxlab.checkpoints.stored import is_local
     from fluxlab.experiment.prompts import read_prompts
-    from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
+    from fluxlab.experiment.spec import check_baseline
     from fluxlab.positions import load_plugins
-    from fluxlab.probes import Capture
 
-    seeds = read_seeds(config.seeds)
     prompts = read_prompts(Path(config.prompts_file)) if config.prompts_file else config.prompts
     row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
     load_plugins(config.plugins)
-    variants = read_variants(config.variants)
-    asked = Experiment(
+    check_baseline(config.baseline, config.variants)  # the one that was removed is not added again
+    return make_experiment(
+        prompts,
+        config.variants,
+        config.seeds,
+        model=row,
+        sampling=Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)}),
+        capture=config.capture,
         name=config.name,
         caption=config.caption,
-        model=row,
-        model_digest="",
-        variants=variants,
         baseline=config.baseline,
-        prompts=tuple(prompts),
-        seeds=seeds,
-        capture=Capture.from_config(config.capture),
         clip=config.clip,
         dino=config.dino,
-        **{f.name: getattr(config, f.name) for f in fields(Sampling)},
+        identify=not config.plan or is_local(row),  # a plan downloads nothing
     )
-    experiment = checked(asked)
-    if config.plan:
-        from fluxlab.checkpoints.stored import is_local
-
-        if not is_local(row):  # a plan fetches nothing
-            return experiment
-    return replace(experiment, model_digest=fingerprint(row))
 
 
 def out_folder(config: RunConfig, experiment: "Experiment") -> Path:
-    """Return the run folder: `out`, or one that is named after everything that the images depend on."""
-    return Path(config.out).expanduser() if config.out else Path("runs", experiment.name, experiment.digest)
+    """Return the run folder of a config."""
+    from fluxlab.api import default_folder
+
+    return Path(config.out).expanduser() if config.out else default_folder(experiment)
 
 
 def run(config: RunConfig, command: str) -> None:
-    """Fill the experiment's store: pictures, then numbers, then the grid; what is there already stays."""
+    """Complete the run folder of a config, or print the plan, and print what was done. `command` is kept in the folder.
+
+    Raises NonFiniteError, after everything else is finished, if an image has NaN or infinite values.
+    """
+    from fluxlab.api import complete_store, products
+    from fluxlab.experiment import captures, effects
+    from fluxlab.experiment.costs import number
+    from fluxlab.experiment.store import find_store
+
     experiment = read(config)
     out = out_folder(config, experiment)
-    from fluxlab.experiment import captures, effects
-    from fluxlab.experiment.reading import read_store
-    from fluxlab.experiment.runner import fill
-    from fluxlab.experiment.store import open_store
-    from fluxlab.loading import load_row
-    from fluxlab.probes import INDEX
-    from fluxlab.report.products import GRID_FILE, PAGE_FILE, grid, page
-    from fluxlab.report.wandb import tracking as tracker
-
     if config.plan:
         from fluxlab.experiment.plan import plan
 
@@ -215,38 +208,22 @@ def run(config: RunConfig, command: str) -> None:
         return
     print(f"{experiment.name}: {experiment.caption}")
     counts = (("variant", experiment.variants), ("prompt", experiment.prompts), ("seed", experiment.seeds))
-    asked = " × ".join(f"{len(n)} {word}{'s' * (len(n) != 1)}" for word, n in counts)
-    print("  ".join(part for part in (f"{asked} → {out}", captures.names(experiment)) if part), flush=True)
-    products = (GRID_FILE, PAGE_FILE, *effects.FILES)
-    tracking = tracker.checked(config.tracking)
-    with open_store(out) as store:
-        sealed = (*products, INDEX) if experiment.capture else products
-        finished = store.record.get("request") == experiment.request() and store.sealed(sealed)
-        finished = finished and not config.measure and effects.measured(experiment, store)
-        similarities = {} if finished else effects.load_models(experiment)
-        with tracker.start(tracking, out, experiment, command) as tracked:
-            filled = fill(
-                experiment,
-                store,
-                load_row,
-                batch_tokens=config.batch_tokens,
-                threads=config.threads,
-                command=command,
-                report=tracked.progress,
-            )
-            if not finished or filled.written or not store.sealed(sealed):
-                similarities = similarities or effects.load_models(experiment)
-                effects.measure(experiment, filled.settings, store, similarities)
-                made = read_store(out, check=False)
-                grid(made)
-                page(made)
-                store.seal()
-            tracked.finish(read_store(out))
-        effects.show(store, experiment.baseline)
-        told = captures.summary(store)
-    print("  ".join(str(out / name) for name in products))
-    if told:
-        print(told)
+    cells = " × ".join(number(len(items), word) for word, items in counts)
+    print("  ".join(filter(None, (f"{cells} → {out}", captures.names(experiment)))), flush=True)
+    filled = complete_store(
+        experiment,
+        out,
+        command,
+        batch_tokens=config.batch_tokens,
+        threads=config.threads,
+        measure=config.measure,
+        tracking=config.tracking,
+    )
+    store = find_store(out)
+    effects.show(store, experiment.baseline)
+    print("  ".join(str(out / name) for name in products()))
+    if captured := captures.summary(store):
+        print(captured)
     filled.check()
 
 

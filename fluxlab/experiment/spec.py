@@ -11,7 +11,7 @@ from typing import Any
 
 from fluxlab.checkpoints import check_device
 from fluxlab.config import ModelRow
-from fluxlab.errors import UserError, join, show
+from fluxlab.errors import UserError, join, nearest, show
 from fluxlab.measure.summary import CONTROLS
 from fluxlab.positions import Program
 from fluxlab.probes import Capture
@@ -108,11 +108,7 @@ def checked(experiment: Experiment) -> Experiment:
         )
     if not experiment.variants:
         raise UserError("variants={}: at least one variant is needed, for instance variants.baseline={}")
-    if experiment.baseline not in experiment.variants:
-        raise UserError(
-            f"baseline={experiment.baseline}: no such variant, which the others are compared with; "
-            f"there are {', '.join(experiment.variants)}"
-        )
+    check_baseline(experiment.baseline, experiment.variants)
     if not experiment.prompts:
         raise UserError("prompts=[]: at least one prompt is needed")
     twice = [prompt for prompt, count in Counter(experiment.prompts).items() if count > 1]
@@ -134,6 +130,15 @@ def checked(experiment: Experiment) -> Experiment:
             )
     numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
     return replace(experiment, **numbers)
+
+
+def check_baseline(baseline: str, variants: Mapping[str, Any]) -> None:
+    """Raise UserError if the variant that the others are compared with is missing."""
+    if baseline not in variants:
+        raise UserError(
+            f"baseline={baseline}: no such variant, with which the others are compared; "
+            f"there are {', '.join(map(str, variants))}{nearest(baseline, map(str, variants))}"
+        )
 
 
 def _number(key: str, value: Any) -> float | None:

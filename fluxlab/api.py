@@ -1,0 +1,176 @@
+"""Experiments from Python: what the command line does, as functions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxlab.checkpoints.identity import fingerprint
+from fluxlab.config import ModelRow, find_row
+from fluxlab.errors import UserError, show, text_key
+from fluxlab.experiment.reading import Run, read_store
+from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
+from fluxlab.positions import Program
+from fluxlab.probes import INDEX, Capture
+from fluxlab.settings import Sampling
+
+if TYPE_CHECKING:
+    from fluxlab.experiment.runner import Filled
+
+
+def make_experiment(
+    prompts: str | Sequence[str],
+    variants: Mapping[str, Program | Mapping[str, Any]] | None = None,
+    seeds: int | Sequence[int] = 1,
+    *,
+    model: "str | PathLike[str] | ModelRow" = "tiny",
+    sampling: Sampling | None = None,
+    capture: Capture | Mapping[str, Any] | str | None = None,
+    name: str = "python",
+    caption: str = "",
+    baseline: str = "baseline",
+    clip: str | None = None,
+    dino: str | None = None,
+    identify: bool = True,
+) -> Experiment:
+    """Return a checked experiment: variants × prompts × seeds on one model. Nothing is computed.
+
+        half = {"a": {"op": "scale", "factor": 0.5}}
+        experiment = fluxlab.make_experiment("a red fox", {"half": half}, seeds=4, sampling=fluxlab.Sampling(steps=8))
+
+    variants: programs by name. The unchanged baseline is added under the name `baseline` if it is missing.
+    seeds: a count, from 0, or a list.
+    model: a name under configs/model, a folder, a file, or a hub id. A hub id is downloaded, unless identify=False.
+    sampling: the settings; None means the model's own.
+    capture: what to store of attention: a file under configs/capture such as "words", or a mapping of requests.
+    name: names the default run folder. clip, dino: checkpoints for similarity metrics.
+    identify: whether to hash the model's files. A run needs that; a plan does not.
+
+    Raises UserError naming the argument, its value and what is expected.
+    """
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, Sequence):
+        raise UserError(f"prompts={show(prompts)}: expected a string or a list of strings")
+    for key, value in {
+        **{f"prompts[{i}]": text for i, text in enumerate(texts)},
+        **{"name": name, "caption": caption, "baseline": baseline},
+    }.items():
+        if not isinstance(value, str):
+            raise UserError(f"{key}={show(value)}: expected text; write it in quotes: '{value}'")
+    programs = {text_key("variants", key, "a name"): value for key, value in (variants or {}).items()}
+    if baseline not in programs and baseline == "baseline":
+        programs = {baseline: {}, **programs}
+    row = model if isinstance(model, ModelRow) else find_row(model)
+    settings = sampling or Sampling()
+    experiment = checked(
+        Experiment(
+            name=name,
+            caption=caption,
+            model=row,
+            model_digest="",
+            variants=read_variants(programs),
+            baseline=baseline,
+            prompts=tuple(texts),
+            seeds=read_seeds(seeds),
+            capture=Capture.from_config(capture),
+            clip=clip,
+            dino=dino,
+            **{f.name: getattr(settings, f.name) for f in fields(Sampling)},
+        )
+    )
+    return replace(experiment, model_digest=fingerprint(row)) if identify else experiment
+
+
+def default_folder(experiment: Experiment) -> Path:
+    """Return the run folder if none is named. Its name contains everything that the images depend on."""
+    return Path("runs", experiment.name, experiment.digest)
+
+
+def run_experiment(
+    experiment: Experiment,
+    out: "str | PathLike[str] | None" = None,
+    *,
+    batch_tokens: int | None = None,
+    threads: int | None = None,
+    measure: bool = False,
+    tracking: Mapping[str, Any] | None = None,
+) -> Run:
+    """Compute the images and tables that the run folder lacks, and return the finished run.
+
+    out: the run folder; None means `runs/<name>/<digest>`. Run again to continue after an interruption.
+    batch_tokens: tokens in one forward; None chooses by the device's memory.
+    measure: compute the metrics again. tracking: settings as in configs/tracking; None tracks nothing.
+
+    Raises UserError, before anything is computed, for what does not fit the model or the folder. If an image has NaN
+    or infinite values, the other images are finished before NonFiniteError is raised; `read_run` reads the folder.
+    """
+    folder = default_folder(experiment) if out is None else Path(out).expanduser()
+    command = f"fluxlab.run_experiment(experiment, out={str(folder)!r})"
+    filled = complete_store(
+        experiment,
+        folder,
+        command,
+        batch_tokens=batch_tokens,
+        threads=threads,
+        measure=measure,
+        tracking=tracking or {"name": "none"},
+    )
+    filled.check()
+    return read_store(folder)
+
+
+def products() -> tuple[str, ...]:
+    """Return the names of the files that every finished run folder has, next to its images."""
+    from fluxlab.experiment import effects
+    from fluxlab.report.products import GRID_FILE, PAGE_FILE
+
+    return (GRID_FILE, PAGE_FILE, *effects.FILES)
+
+
+def complete_store(
+    experiment: Experiment,
+    out: Path,
+    command: str,
+    *,
+    batch_tokens: int | None,
+    threads: int | None,
+    measure: bool,
+    tracking: Mapping[str, Any],
+) -> "Filled":
+    """Complete the store at `out`: images, then tables, then the grid and the page. `command` is shown in the page.
+
+    Files that are complete are not written again. Returns what was computed; `Filled.check` raises for images with NaN.
+    """
+    from fluxlab.experiment import effects
+    from fluxlab.experiment.runner import fill
+    from fluxlab.experiment.store import open_store
+    from fluxlab.loading import load_row
+    from fluxlab.report.products import grid, page
+    from fluxlab.report.wandb import tracking as tracker
+
+    settings = tracker.checked(tracking)
+    with open_store(out) as store:
+        sealed = (*products(), INDEX) if experiment.capture else products()
+        finished = store.record.get("request") == experiment.request() and store.sealed(sealed)
+        finished = finished and not measure and effects.measured(experiment, store)
+        models = {} if finished else effects.load_models(experiment)
+        with tracker.start(settings, out, experiment, command) as tracked:
+            filled = fill(
+                experiment,
+                store,
+                load_row,
+                batch_tokens=batch_tokens,
+                threads=threads,
+                command=command,
+                report=tracked.progress,
+            )
+            if not finished or filled.written or not store.sealed(sealed):
+                models = models or effects.load_models(experiment)
+                effects.measure(experiment, filled.settings, store, models)
+                run = read_store(out, check=False)
+                grid(run)
+                page(run)
+                store.seal()
+            tracked.finish(read_store(out))
+    return filled
