@@ -20,10 +20,10 @@ from fluxlab.compose import (
     is_users,
     launch,
     launches_jobs,
+    short,
 )
 from fluxlab.config import config_folder, model_row
 from fluxlab.errors import NonFiniteError, UserError
-from fluxlab.explain import short
 from fluxlab.settings import Sampling
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def run(config: RunConfig, command: str) -> None:
 
 def usage(folder: Path | None = None) -> str:
     """Return the help: what a command looks like, and the experiments, a user's own in `folder` among them."""
-    from fluxlab.yaml_source import decode, experiment_files, read_yaml
+    from fluxlab.compose.yaml_source import decode, experiment_files, read_yaml
 
     lines = []
     for name, file in experiment_files([config_folder(), *([folder] if folder else [])]):

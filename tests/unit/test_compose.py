@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxlab import compose as composing
-from fluxlab.compose import combinations, compose, flags, guarded
+from fluxlab.compose import combinations, compose, debugging, flags, guarded
+from fluxlab.compose.yaml_source import decode, encode
 from fluxlab.errors import UserError
 from fluxlab.run import RunConfig, main, usage
-from fluxlab.yaml_source import decode, encode
 
 ODD_FOLDER = "Masterarbeit (März), v=2 [neu]"
 TEXTS = [
@@ -340,4 +339,4 @@ def test_exit_codes(capsys, monkeypatch):
     monkeypatch.setenv("FLUXLAB_DEBUG", "1")
     with pytest.raises(UserError):
         guarded(raising(UserError("shown with its traceback")), "")
-    assert composing.debugging()
+    assert debugging()

@@ -1,10 +1,7 @@
-"""From a command line to a checked config, and from an error to the lines that a user reads."""
+"""From the words of a command line to checked configs, with Hydra."""
 
-import argparse
 import itertools
-import os
 import re
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,42 +9,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from fluxlab.compose.explain import explain, short, unknown_key
 from fluxlab.config import config_folder
-from fluxlab.errors import NonFiniteError, UserError
-from fluxlab.explain import explain, short, unknown_key
-from fluxlab.terminal import tolerant_output
+from fluxlab.errors import UserError
 
 T = TypeVar("T")
-
-
-def flags(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the flags, and the other words as `overrides`. Raises UserError for an unknown flag or folder."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--config-dir", "-cd", type=Path, default=None)
-    parser.add_argument("--cfg", "-c", choices=["job"], default=None)
-    parser.add_argument("--multirun", "-m", action="store_true")
-    parser.add_argument("--shell-completion", "-sc", action="store_true")
-    parser.add_argument("overrides", nargs="*")
-    known, others = parser.parse_known_intermixed_args(list(arguments))
-    unknown = [other for other in others if other.startswith("-")]
-    if unknown:
-        key = unknown[0].lstrip("-").partition("=")[0]
-        raise UserError(
-            f"{unknown[0]}: there is no such flag; see --help for flags and keys\n"
-            f"Keys have no dashes: {key}=<value>. To leave a variant out, write '~variants.<name>'."
-        )
-    known.overrides += others
-    if known.config_dir:
-        known.config_dir = known.config_dir.expanduser()
-        if not known.config_dir.is_dir():
-            raise UserError(f"--config-dir {known.config_dir}: there is no such folder; it has exp/, model/ or op/")
-    return known
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
 
 
 @dataclass(frozen=True)
@@ -73,8 +39,8 @@ def compose(
     `show` the composed YAML is returned, with interpolations as written. Raises UserError, of one to three lines, for
     a key or type that the schema does not have, a value that is missing, and whatever else Hydra refuses.
     """
-    from fluxlab.hydra_session import hydra_session
-    from fluxlab.overrides import read_words
+    from fluxlab.compose.overrides import read_words
+    from fluxlab.compose.session import hydra_session
 
     with hydra_session(schema, schema_name, folder):
         prepared = [value for word in read_words(arguments) for value in word.prepared]
@@ -86,8 +52,8 @@ def combinations(
     name: str, schema: type[T], schema_name: str, arguments: Sequence[str], folder: Path | None = None
 ) -> list[Combination[T]]:
     """Return every combination of the values in `arguments`, as with -m, each composed as by `compose`."""
-    from fluxlab.hydra_session import hydra_session
-    from fluxlab.overrides import read_words
+    from fluxlab.compose.overrides import read_words
+    from fluxlab.compose.session import hydra_session
 
     with hydra_session(schema, schema_name, folder) as loader:
         words = read_words(arguments, loader, multirun=True)
@@ -122,8 +88,8 @@ def launch(
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    from fluxlab.hydra_session import hydra_session
-    from fluxlab.overrides import read_words
+    from fluxlab.compose.overrides import read_words
+    from fluxlab.compose.session import hydra_session
 
     with (
         hydra_session(schema, schema_name, folder) as loader,
@@ -161,7 +127,7 @@ def complete(name: str, schema: type, schema_name: str, arguments: Sequence[str]
     """Print what completes a command line, for `-sc query=<shell>` (and install=, uninstall=)."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from fluxlab.hydra_session import hydra_session
+    from fluxlab.compose.session import hydra_session
 
     words = [argument for argument in arguments if argument.startswith(("query=", "install=", "uninstall="))]
     with hydra_session(schema, schema_name, folder):
@@ -185,7 +151,7 @@ def _explained(schema: type, name: str = "", prepared: Sequence[str] = ()) -> It
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from fluxlab.yaml_source import decode
+    from fluxlab.compose.yaml_source import decode
 
     known = [f.name for f in fields(schema)]
     try:
@@ -218,7 +184,7 @@ def to_schema(config: Any, schema: type[T]) -> T:
     """Return an object of the dataclass `schema`. Raises UserError for unknown keys and missing values."""
     from omegaconf import OmegaConf
 
-    from fluxlab.yaml_source import decode
+    from fluxlab.compose.yaml_source import decode
 
     known = [f.name for f in fields(schema)]
     unknown = sorted(str(key) for key in set(config) - set(known) - {"hydra"})  # +key=value is not checked by Hydra
@@ -239,43 +205,10 @@ def _as_yaml(config: Any) -> str:
     import yaml
     from omegaconf import OmegaConf
 
-    from fluxlab.yaml_source import decode
+    from fluxlab.compose.yaml_source import decode
 
     values = decode(OmegaConf.to_container(config))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000)
-
-
-def guarded(work: Callable[[], None], interrupted: str) -> int:
-    """Run `work` and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C, 1 for NaN.
-
-    The message of such an error, at most three lines, goes to standard error. `FLUXLAB_DEBUG=1` shows its traceback
-    instead. Any other exception is a bug and is raised. Output goes on without its reader, see `tolerant_output`.
-    """
-    with tolerant_output():
-        try:
-            work()
-        except KeyboardInterrupt:
-            print(interrupted, file=sys.stderr)
-            return 130
-        except NonFiniteError as error:
-            print(error, file=sys.stderr)
-            return 1
-        except (UserError, OSError) as error:
-            if debugging() or not is_users(error):
-                raise
-            print(short(str(error)), file=sys.stderr)
-            return 2
-        return 0
-
-
-def debugging() -> bool:
-    """Whether `FLUXLAB_DEBUG=1` (or Hydra's `HYDRA_FULL_ERROR=1`) asks for tracebacks of user errors."""
-    return "1" in (os.environ.get("FLUXLAB_DEBUG"), os.environ.get("HYDRA_FULL_ERROR"))
-
-
-def is_users(error: BaseException) -> bool:
-    """Whether the user can fix an error: UserError, and OSError that names a file."""
-    return isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
 
 
 def _keys_below(parent: str, name: str, prepared: Sequence[str]) -> list[str]:

@@ -14,8 +14,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
+from fluxlab.compose.yaml_source import PATH_KEYS, TEXT_KEYS, encode
 from fluxlab.errors import UserError, show
-from fluxlab.yaml_source import PATH_KEYS, TEXT_KEYS, encode
 
 _GROUP = re.compile(r"\+?\+?(exp|model|capture|tracking|train|op)(@[\w.]*)?")
 _FUNCTION = re.compile(r"(choice|range|glob|sort|shuffle|interval|tag|int|float|str|bool)\s*\(")

@@ -14,7 +14,7 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobRuntime
 from hydra.version import VersionBase
 
-from fluxlab import yaml_source
+from fluxlab.compose import yaml_source
 from fluxlab.config import config_folder
 
 _GLOBALS = (GlobalHydra, HydraConfig, JobRuntime, VersionBase)
