@@ -1,1 +1,1 @@
-"""Experiments: variants × prompts × seeds, from their YAML to a folder of pictures and numbers."""
+"""Experiments: variants × prompts × seeds, from YAML to a store with images and metrics."""

@@ -22,7 +22,7 @@ SCHEMA = 1
 """Of the store and of every cell's key: raised when the meaning of either changes."""
 
 REFERENCE_NAMES = CONTROLS
-"""What effects are quoted beside: the change that shifting all ids makes, and the change from another seed."""
+"""The two controls that every effect is shown next to; on disk, and in this package, they are called references."""
 
 LONGEST_NAME = 100
 """Characters of the name of an experiment or a variant: names become parts of file names and labels in figures."""
