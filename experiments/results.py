@@ -70,7 +70,7 @@ def pick_places(
 ) -> list[tuple[str, int]]:
     """Return the (prompt, seed) whose images are shown, those of one prompt next to each other.
 
-    All that are asked for; by default at most `most`, from as many prompts as possible. A prompt is named by a part
+    All that are named; by default at most `most`, from as many prompts as possible. A prompt is named by a part
     that no other prompt has. Raises UserError for a prompt or seed that the store does not have.
     """
     all_prompts, all_seeds = (list(dict.fromkeys(place[i] for place in run.places)) for i in (0, 1))
@@ -95,7 +95,7 @@ def _find_prompt(prompts: Sequence[str], part: str) -> str:
 
 
 def pick_metrics(run: Run, names: Sequence[str] | None, most: int) -> list[str]:
-    """Return the metrics that are asked for, by default the first of `DEFAULT_METRICS` that have values.
+    """Return the metrics that are named, by default the first of `DEFAULT_METRICS` that have values.
 
     Raises UserError for a metric without values and for more than `most`.
     """
@@ -111,7 +111,7 @@ def pick_metrics(run: Run, names: Sequence[str] | None, most: int) -> list[str]:
 
 
 def pick_variants(run: Run, names: Sequence[str] | None) -> list[str]:
-    """Return the baseline and the variants that are asked for, by default all. Raises UserError for an unknown one."""
+    """Return the baseline and the variants that are named, by default all. Raises UserError for an unknown one."""
     unknown = [name for name in names or () if name not in run.variants]
     if unknown or names == []:
         raise UserError(f"--variants {','.join(names)}: the store has {', '.join(run.variants)}")
@@ -143,11 +143,11 @@ def effects(run: Run, metric: str) -> dict[str, tuple[float, float, float]]:
 
 def counts(run: Run, metrics: Sequence[str]) -> dict[str, int]:
     """Return the number of cells of every variant and control: the largest n of some metrics."""
-    found: dict[str, int] = {}
+    largest: dict[str, int] = {}
     for effect in run.effects:
         if effect.metric in metrics:
-            found[effect.variant] = max(effect.n, found.get(effect.variant, 0))
-    return found
+            largest[effect.variant] = max(effect.n, largest.get(effect.variant, 0))
+    return largest
 
 
 def cell_effects(run: Run, variant: str, metric: str) -> list[float]:
@@ -248,15 +248,15 @@ def conditions(run: Run) -> str:
 
 def numbers(run: Run, variants: Sequence[str], metrics: Sequence[str]) -> list[str]:
     """Return a caption's lines: what each metric is, then every control and variant with its effect."""
-    found, lines = {(effect.variant, effect.metric): effect for effect in run.effects}, []
+    table, lines = {(effect.variant, effect.metric): effect for effect in run.effects}, []
     for metric in metrics:
         meaning = f": {METRICS[metric].meaning}" if metric in METRICS else ""
         change = "; Δ: mean difference to the baseline at equal prompt and seed" if is_paired(run, metric) else ""
         lines.append(f"{title(metric)}{meaning}{change}.")
         for name in (*CONTROLS, *variants):
-            if (name, metric) in found:
+            if (name, metric) in table:
                 subject = name if name in CONTROLS else f"{name} ({label(run, name)})"
-                lines.append(f"  {subject}: {effect_text(found[name, metric])}")
+                lines.append(f"  {subject}: {effect_text(table[name, metric])}")
     return lines
 
 

@@ -159,18 +159,18 @@ def _head(frame: _Frame, columns: Sequence[tuple[str, int]], title: str) -> tupl
     top = margin + len(titled) * lettering.line_height(large) + frame.px(4) * bool(titled)
     rule = top + max(len(lines) for lines in texts) * lettering.line_height(size) + frame.px(2)
     bottom = rule + frame.px(2) + max(seed.height for seed in seeds)
-    picture = Image.new("RGB", (frame.width, bottom + frame.px(1.5)), "white")
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (frame.width, bottom + frame.px(1.5)), "white")
+    draw = ImageDraw.Draw(image)
     lettering.draw_lines(draw, (margin, margin), titled, large, BLACK, bold=True)
     for (_, left, right), lines in zip(frame.groups, texts, strict=True):
         y = rule - frame.px(2) - len(lines) * lettering.line_height(size)
         lettering.draw_lines(draw, (left, y), lines, size, BLACK)
         draw.rectangle((left, rule, right - 1, rule + frame.px(THIN) - 1), RULE)
     for left, seed in zip(frame.lefts, seeds, strict=True):
-        picture.paste(seed, (left + (frame.cell[0] - seed.width) // 2, bottom - seed.height))
+        image.paste(seed, (left + (frame.cell[0] - seed.width) // 2, bottom - seed.height))
     if word:
-        picture.paste(word, (frame.label - frame.px(4) - word.width, bottom - word.height))
-    return picture, top, prompts if numbered else []
+        image.paste(word, (frame.label - frame.px(4) - word.width, bottom - word.height))
+    return image, top, prompts if numbered else []
 
 
 def _set_prompts(frame: _Frame, prompts: Sequence[str]) -> tuple[int, list[list[str]], bool]:
@@ -205,9 +205,9 @@ def _seeds(frame: _Frame, seeds: Sequence[int]) -> tuple[list[Image.Image], Imag
 
 
 def _text(text: str, size: int, fill: str) -> Image.Image:
-    picture = Image.new("RGB", (max(1, round(lettering.length(text, size))), lettering.line_height(size)), "white")
-    lettering.draw_lines(ImageDraw.Draw(picture), (0, 0), [text], size, fill)
-    return picture
+    image = Image.new("RGB", (max(1, round(lettering.length(text, size))), lettering.line_height(size)), "white")
+    lettering.draw_lines(ImageDraw.Draw(image), (0, 0), [text], size, fill)
+    return image
 
 
 def _list_of_prompts(frame: _Frame, prompts: Sequence[str]) -> Image.Image:
@@ -217,13 +217,13 @@ def _list_of_prompts(frame: _Frame, prompts: Sequence[str]) -> Image.Image:
     width = frame.width - 2 * margin - indent
     texts = [lettering.truncate(lettering.wrap(text, size, width)[0], PROMPT_LINES, size, width) for text in prompts]
     line = lettering.line_height(size)
-    picture = Image.new("RGB", (frame.width, margin * (2 if texts else 1) + line * sum(map(len, texts))), "white")
-    draw, y = ImageDraw.Draw(picture), margin
+    image = Image.new("RGB", (frame.width, margin * (2 if texts else 1) + line * sum(map(len, texts))), "white")
+    draw, y = ImageDraw.Draw(image), margin
     for i, lines in enumerate(texts):
         lettering.draw_lines(draw, (margin, y), [str(i + 1)], size, BLACK)
         lettering.draw_lines(draw, (margin + indent, y), lines, size, GREY)
         y += line * len(lines)
-    return picture
+    return image
 
 
 def _label(frame: _Frame, name: str, note: str) -> Image.Image:
@@ -234,11 +234,11 @@ def _label(frame: _Frame, name: str, note: str) -> Image.Image:
     names = lettering.shorten(lettering.one_line(name), max(1, min(3, frame.row_height // high)), large, width)
     notes = lettering.wrap(lettering.one_line(note), small, width)[0] if note else []
     notes = lettering.truncate(notes, (frame.row_height - high * len(names)) // low, small, width)
-    picture = Image.new("RGB", (frame.label, frame.row_height), "white")
+    image = Image.new("RGB", (frame.label, frame.row_height), "white")
     y = (frame.row_height - high * len(names) - low * len(notes)) // 2
-    lettering.draw_lines(ImageDraw.Draw(picture), (margin, y), names, large, BLACK)
-    lettering.draw_lines(ImageDraw.Draw(picture), (margin, y + high * len(names)), notes, small, GREY)
-    return picture
+    lettering.draw_lines(ImageDraw.Draw(image), (margin, y), names, large, BLACK)
+    lettering.draw_lines(ImageDraw.Draw(image), (margin, y + high * len(names)), notes, small, GREY)
+    return image
 
 
 def _missing(frame: _Frame) -> Image.Image:

@@ -17,8 +17,8 @@ Row = dict[str, Any]
 
 def metrics_with_values(runs: Sequence[Run]) -> list[str]:
     """Return the metrics that have a value in any run, in the order of `METRICS`, unknown ones last."""
-    found = dict.fromkeys(effect.metric for run in runs for effect in run.effects if effect.n)
-    return [*(name for name in METRICS if name in found), *(name for name in found if name not in METRICS)]
+    measured = dict.fromkeys(effect.metric for run in runs for effect in run.effects if effect.n)
+    return [*(name for name in METRICS if name in measured), *(name for name in measured if name not in METRICS)]
 
 
 def findings(runs: Sequence[Run], names: Sequence[str], metrics: Sequence[str]) -> list[Row]:
@@ -28,10 +28,10 @@ def findings(runs: Sequence[Run], names: Sequence[str], metrics: Sequence[str]) 
     rows = []
     for i, (run, name, table) in enumerate(zip(runs, names, effects, strict=True)):
         for variant in (*run.variants, *CONTROLS):
-            own = [table[variant, metric] for metric in metrics if (variant, metric) in table]
-            if not own:
+            measured = [table[variant, metric] for metric in metrics if (variant, metric) in table]
+            if not measured:
                 continue
-            n = max(effect.n for effect in own)
+            n = max(effect.n for effect in measured)
             rows.append(
                 {
                     "run": name,
@@ -49,10 +49,10 @@ class Column:
     """How a metric is printed and drawn: with three digits of its largest value, on one scale for all runs."""
 
     def __init__(self, metric: str, effects: Iterable[Effect]):
-        own = [effect for effect in effects if effect.metric == metric]
-        ends = [end for effect in own for end in (effect.value, effect.low, effect.high) if math.isfinite(end)]
+        column = [effect for effect in effects if effect.metric == metric]
+        ends = [end for effect in column for end in (effect.value, effect.low, effect.high) if math.isfinite(end)]
         self.metric = metric
-        self.digits = digits_of(effect.value for effect in own)
+        self.digits = digits_of(effect.value for effect in column)
         self.ends = (min(ends), max(ends)) if ends else (0.0, 0.0)
 
     def cell(self, table: dict[tuple[str, str], Effect], variant: str, n: int) -> Row:

@@ -38,16 +38,16 @@ def browser():
 @pytest.fixture
 def visit(browser, report):
     """Open the page. At the end there must have been no error, and no request except for the page."""
-    said, asked, visited, contexts = [], [], [], []
+    messages, requests, visited, contexts = [], [], [], []
 
     def open_page(width=1280, height=900, file=report, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(WAIT)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(file.as_uri())
         visited.append(file.as_uri())
         return page
@@ -55,11 +55,11 @@ def visit(browser, report):
     yield open_page
     for context in contexts:
         context.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == visited
+    assert messages == []
+    assert [url for url in requests if not url.startswith("data:")] == visited
 
 
-def seen(page, selector):
+def visible(page, selector):
     return [element.inner_text() for element in page.query_selector_all(selector) if element.is_visible()]
 
 
@@ -67,7 +67,7 @@ def test_a_prompt_is_shown_as_text(visit):
     page = visit()
     assert page.title() == "test – fluxlab"
     assert HOSTILE in page.inner_text("table.grid thead tr:first-child th:last-child")
-    assert HOSTILE in seen(page, "table.cells td.prompt")
+    assert HOSTILE in visible(page, "table.cells td.prompt")
     images = page.query_selector_all("table.grid img")
     assert [image.evaluate("image => image.complete && image.naturalWidth") for image in images] == [64] * 12
 
@@ -109,17 +109,17 @@ def test_comparing_with_the_slider_from_the_keyboard(visit):
     page.keyboard.press("ArrowLeft")  # on a button arrows go to another cell
     assert shown() == [(3, 3), (1, 3)]
     texts = "rows => rows.map(row => [...row.cells].map(cell => cell.textContent))"
-    told = page.eval_on_selector_all("#compare tbody tr", texts)
+    rows = page.eval_on_selector_all("#compare tbody tr", texts)
     table = page.eval_on_selector_all("table.cells tr", texts)
     ssim = table[0].index("ssim")
-    assert next(row for row in told if row[0] == "ssim") == ["ssim", table[11][ssim], table[3][ssim]]
-    assert next(row for row in told if row[0] == "psnr (dB)")[2] == "∞"
+    assert next(row for row in rows if row[0] == "ssim") == ["ssim", table[11][ssim], table[3][ssim]]
+    assert next(row for row in rows if row[0] == "psnr (dB)")[2] == "∞"
     page.keyboard.press("Escape")
     assert not page.is_visible("#compare")
     assert page.evaluate("document.activeElement.firstChild.alt").startswith("half, seed 0: <script>")
 
 
-def test_dragging_on_the_picture(visit):
+def test_dragging_on_the_image(visit):
     page = visit()
     page.click("table.cells tbody tr:nth-child(9) .open")
     box = page.locator(".stage").bounding_box()
@@ -140,25 +140,25 @@ def test_filter(visit):
     variants = "table.grid tbody th a"
     assert page.inner_text("form.filter output") == "12 of 12 cells"
     page.fill("[name=words]", "SCALE factor")  # words of the program
-    assert seen(page, variants) == ["half"]
+    assert visible(page, variants) == ["half"]
     assert page.inner_text("form.filter output") == "4 of 12 cells"
-    assert len(seen(page, "table.cells tbody tr")) == 4
+    assert len(visible(page, "table.cells tbody tr")) == 4
     page.fill("[name=words]", "seed 1")
-    assert seen(page, variants) == []
+    assert visible(page, variants) == []
     page.fill("[name=words]", "seed 12 cat")
-    assert seen(page, variants) == ["baseline", "zero", "half"]
-    assert seen(page, "table.grid thead th") == ["a red cat", "variant", "seed 12"]
+    assert visible(page, variants) == ["baseline", "zero", "half"]
+    assert visible(page, "table.grid thead th") == ["a red cat", "variant", "seed 12"]
     page.fill("[name=words]", "")
     page.select_option("[name=metric]", "psnr")
     page.fill("[name=least]", "1000")
-    assert seen(page, variants) == ["baseline"]  # ∞ dB
+    assert visible(page, variants) == ["baseline"]  # ∞ dB
     page.fill("[name=least]", "")
     page.fill("[name=most]", "1000")
-    assert seen(page, variants) == ["zero", "half"]
-    page.keyboard.press("Enter")  # sends nothing anywhere
+    assert visible(page, variants) == ["zero", "half"]
+    page.keyboard.press("Enter")  # submits nothing
     page.click("form.filter [type=reset]")
     page.get_by_text("12 of 12 cells", exact=True).wait_for()
-    assert seen(page, variants) == ["baseline", "zero", "half"]
+    assert visible(page, variants) == ["baseline", "zero", "half"]
 
 
 @pytest.mark.parametrize("table", ["findings", "cells"])
@@ -185,12 +185,12 @@ def test_sort(visit, table):
     assert page.get_attribute(column, "aria-sort") == "none"
     assert values() == before
     page.click(f"table.{table} thead th:first-child button")
-    names = seen(page, f"table.{table} tbody:first-of-type th")
+    names = visible(page, f"table.{table} tbody:first-of-type th")
     assert names == sorted(names)
     if table == "findings":
-        assert seen(page, "table.findings tbody.controls th") == ["another seed", "noise floor"]
+        assert visible(page, "table.findings tbody.controls th") == ["another seed", "noise floor"]
     page.click(f"table.{table} thead th[data-metric=psnr] button")
-    assert seen(page, f"table.{table} tbody:first-of-type th")[-1] == "baseline"  # ∞ dB
+    assert visible(page, f"table.{table} tbody:first-of-type th")[-1] == "baseline"  # ∞ dB
 
 
 def test_a_table_that_is_cut_says_that_it_scrolls(visit):
@@ -216,11 +216,11 @@ def test_a_table_that_is_cut_says_that_it_scrolls(visit):
     assert state(findings) == (True, True, True)
 
 
-def test_the_metrics_that_are_shown(visit):
+def test_the_choice_of_metrics(visit):
     page = visit()
-    assert "rmse" not in " ".join(seen(page, "table.findings thead th"))
+    assert "rmse" not in " ".join(visible(page, "table.findings thead th"))
     page.check("#all-metrics")
-    assert "rmse" in " ".join(seen(page, "table.findings thead th"))
+    assert "rmse" in " ".join(visible(page, "table.findings thead th"))
 
 
 def test_copying_the_command(visit):
@@ -230,7 +230,7 @@ def test_copying_the_command(visit):
     assert page.evaluate("navigator.clipboard.readText()") == "python -m fluxlab.run +exp=test"
 
 
-def test_a_phone_s_width(visit):
+def test_a_phone(visit):
     page = visit(380, 800, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 380
     page.tap("table.grid tbody tr:nth-child(2) td:nth-of-type(1) button")
@@ -241,12 +241,12 @@ def test_a_phone_s_width(visit):
 
 
 def test_dark_and_in_print(visit):
-    grounds = [visit(color_scheme=scheme) for scheme in ("light", "dark")]
+    pages = [visit(color_scheme=scheme) for scheme in ("light", "dark")]
     read = "getComputedStyle(document.body).backgroundColor"
-    assert [page.evaluate(read) for page in grounds] == ["rgb(255, 255, 255)", "rgb(21, 23, 27)"]
-    grounds[1].emulate_media(media="print")
-    assert grounds[1].evaluate(read) == "rgb(255, 255, 255)"
-    assert not grounds[1].is_visible("form.filter")
+    assert [page.evaluate(read) for page in pages] == ["rgb(255, 255, 255)", "rgb(21, 23, 27)"]
+    pages[1].emulate_media(media="print")
+    assert pages[1].evaluate(read) == "rgb(255, 255, 255)"
+    assert not pages[1].is_visible("form.filter")
 
 
 def test_without_scripts(visit):
@@ -265,12 +265,12 @@ CAPTURE = {
 
 
 @pytest.fixture(scope="module")
-def attended(tmp_path_factory):
-    """Two runs on a page; of the second, attention was captured."""
+def attention_report(tmp_path_factory):
+    """Return a page of two runs, the second with captured attention."""
     folder = tmp_path_factory.mktemp("attended")
     stores = [
         make_store(folder / "plain", {}, prompts=("a red cat",), seeds=(0,), caption="plain"),
-        make_store(folder / "seen", prompts=("a red cat", HOSTILE), seeds=(0, 12), attention=CAPTURE),
+        make_store(folder / "attention", prompts=("a red cat", HOSTILE), seeds=(0, 12), attention=CAPTURE),
     ]
     for store in stores:
         write_pictures(read_store(store))
@@ -278,9 +278,9 @@ def attended(tmp_path_factory):
 
 
 @pytest.fixture
-def looking(visit, attended):
-    """As `visit`, of the page with attention."""
-    return lambda *size, **options: visit(*size, file=attended, **options)
+def visit_attention(visit, attention_report):
+    """Open the page with attention."""
+    return lambda *size, **options: visit(*size, file=attention_report, **options)
 
 
 PIXELS = "canvas => canvas.hidden ? null : [canvas.width, canvas.height, canvas.toDataURL()]"
@@ -290,8 +290,8 @@ def painted(page, root=".pair"):
     return page.eval_on_selector_all(f"{root} canvas", f"all => all.map({PIXELS})")
 
 
-def test_sliders_and_choices_change_the_maps(looking):
-    page = looking()
+def test_controls_change_the_maps(visit_attention):
+    page = visit_attention()
     assert page.eval_on_selector_all("#attention-controls [name=word] option", "all => all.map(one => one.text)") == [
         "a",
         "red",
@@ -302,10 +302,10 @@ def test_sliders_and_choices_change_the_maps(looking):
     sources = page.eval_on_selector_all(".pair img", "all => all.map(one => one.src)")
     grid = "table.grid >> nth=1 >> tbody tr:nth-child({}) td:nth-of-type(1) img"
     assert sources == [page.get_attribute(grid.format(row), "src") for row in (1, 2)]
-    seen = [painted(page)]
-    assert seen[0][0][:2] == [16, 16]
-    assert seen[0][0] != seen[0][1]
-    for name, key, told in (
+    states = [painted(page)]
+    assert states[0][0][:2] == [16, 16]
+    assert states[0][0] != states[0][1]
+    for name, key, text in (
         ("block", "ArrowRight", "0"),
         ("block", "End", "5"),
         ("step", "ArrowRight", "0, σ 1.00"),
@@ -314,21 +314,21 @@ def test_sliders_and_choices_change_the_maps(looking):
     ):
         page.focus(f"#attention-controls [name={name}]")
         page.keyboard.press(key)
-        assert page.inner_text(f"#attention-controls .{name} output") == told
-        assert told in page.get_attribute(f"#attention-controls [name={name}]", "aria-valuetext")
-        assert painted(page) not in seen
-        seen.append(painted(page))
+        assert page.inner_text(f"#attention-controls .{name} output") == text
+        assert text in page.get_attribute(f"#attention-controls [name={name}]", "aria-valuetext")
+        assert painted(page) not in states
+        states.append(painted(page))
     for name, label in (("word", "cat"), ("variant", "half"), ("prompt", HOSTILE)):
         page.select_option(f"#attention-controls [name={name}]", label=label)
-        assert painted(page) not in seen
-        seen.append(painted(page))
+        assert painted(page) not in states
+        states.append(painted(page))
     assert page.inner_text(".pair .variant b") == "half, seed 0"
     largest = [float(text.split()[1]) for text in page.locator(".pair .largest").all_inner_texts()]
     assert float(page.inner_text("#attention-controls .top")) == max(largest) > 0
 
 
-def test_attention_in_the_comparison(looking):
-    page = looking()
+def test_attention_in_the_comparison(visit_attention):
+    page = visit_attention()
     page.click("table.grid >> nth=0 >> tbody button")
     assert page.is_hidden("#dialog-attention")  # nothing was captured there
     page.keyboard.press("Escape")
@@ -348,18 +348,18 @@ def test_attention_in_the_comparison(looking):
     page.keyboard.press("ArrowDown")
     assert page.inner_text("#compare h2") == "half, seed 0"
     assert page.is_visible(".stage canvas >> nth=0")
-    page.keyboard.press("PageDown")  # of another seed nothing is on the page
+    page.keyboard.press("PageDown")  # the page has no maps of another seed
     assert page.is_hidden("#dialog-attention")
     assert page.is_hidden(".stage canvas >> nth=0")
 
 
-def test_attention_on_a_phone_and_without_scripts(looking):
-    page = looking(380, 800, has_touch=True)
+def test_attention_on_a_phone_and_without_scripts(visit_attention):
+    page = visit_attention(380, 800, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 380
     boxes = [page.locator(f".pair .{side}").bounding_box() for side in ("baseline", "variant")]
     assert boxes[0]["y"] == boxes[1]["y"]
     assert all(box["width"] > 150 for box in boxes)
-    plain = looking(java_script_enabled=False)
+    plain = visit_attention(java_script_enabled=False)
     assert plain.is_hidden("#attention-controls")
     assert plain.is_visible("#attention noscript p")
     assert plain.locator("#attention .drawings img").first.is_visible()

@@ -158,15 +158,15 @@ def summary(run: Run) -> dict[str, float]:
     over variants leaves out the baseline, unless it is the only variant. Values that are not finite are left out.
     """
     means = {(effect.variant, effect.metric): effect.value for effect in run.effects}
-    found = {f"metric.{variant}.{metric}": mean for (variant, metric), mean in means.items()}
+    values_by_key = {f"metric.{variant}.{metric}": mean for (variant, metric), mean in means.items()}
     compared = [variant for variant in run.variants if variant != run.baseline] or [run.baseline]
     for metric in dict.fromkeys(metric for _, metric in means):
         values = [
             means[variant, metric] for variant in compared if not math.isnan(means.get((variant, metric), math.nan))
         ]
         if values:
-            found[f"metric.{metric}"] = pooled(metric, values)
-    return {key: value for key, value in found.items() if math.isfinite(value)}
+            values_by_key[f"metric.{metric}"] = pooled(metric, values)
+    return {key: value for key, value in values_by_key.items() if math.isfinite(value)}
 
 
 def pooled(metric: str, values: Sequence[float]) -> float:
@@ -205,19 +205,19 @@ def cell_table(run: Run) -> dict[str, Any]:
 
 def images(run: Run) -> dict[str, list[tuple[str, str]]]:
     """Return (file or data URL, caption) by key: the grid, position plots, images of each variant, attention."""
-    found = {"grid": [(_path(run.path / GRID_FILE), run.record["caption"] or run.record["name"])]}
+    logged = {"grid": [(_path(run.path / GRID_FILE), run.record["caption"] or run.record["name"])]}
     plots = {variant: position_plot(run, variant, run.places[0][0]).url for variant in run.variants}
     if any(plots.values()):
-        found["layouts"] = [(url, f"{variant}: {run.describe(variant)}") for variant, url in plots.items() if url]
+        logged["layouts"] = [(url, f"{variant}: {run.describe(variant)}") for variant, url in plots.items() if url]
     for variant in run.variants:
-        found[f"pictures/{variant}"] = [
+        logged[f"pictures/{variant}"] = [
             (_path(run.image(variant, prompt, seed)), f"{prompt} · seed {seed}") for prompt, seed in run.places
         ]
     drawn = attention.pictures(run)
     for key, files in (("sheets", drawn.sheets), ("figures", drawn.figures)):
         if files:
-            found[f"attention/{key}"] = [(_path(file), caption) for file, caption in files]
-    return found
+            logged[f"attention/{key}"] = [(_path(file), caption) for file, caption in files]
+    return logged
 
 
 def store_artifact(run: Run) -> dict[str, Any]:
