@@ -39,5 +39,8 @@ def test_from_python(folder):
     assert names["labelled"].sizes["row"] == names["labelled"].sizes["col"] == 16
     first, again = (np.asarray(image, float) for image in (names["images"][0], names["restored"]))
     assert abs(first - again).mean() < 10 < abs(first - names["images"][1]).mean()
+    assert names["image"].size == (64, 64)
+    assert [row["seed"] for row in names["table"]] == [0, 1]
+    assert names["effects"]
     assert (folder / "my-flux" / "model_index.json").is_file()
     assert (folder / "my-flux.safetensors").is_file()

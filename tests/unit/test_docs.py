@@ -131,11 +131,11 @@ def test_every_setting_is_documented():
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Return the `python -m` commands of a page's shell blocks, one list of words each."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [line[line.index("-m") + 1 :] for line in words if line[:2] == ["python", "-m"]]
+    """Return the `python -m` commands of a page's code blocks, fenced or indented, one list of words each."""
+    text = re.sub(r"^```(?!sh|bash)\w+\n.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    found = [line.strip() for line in lines if re.match(r"( {4})?python -m ", line)]
+    return [shlex.split(line, comments=True)[2:] for line in found]
 
 
 def test_commands_name_modules_experiments_and_keys_that_exist(page):
