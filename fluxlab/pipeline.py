@@ -44,7 +44,7 @@ class Pipeline(ModelParts):
         output: str = "pil",
         max_sequence_length: int | None = None,
         truncate: bool = False,
-        unknown_words: str = "error",
+        unknown_words: str = "warn",
         timestep_rounding: str | None = None,
         on_step: sampling.OnStep | None = None,
         probe: Probe | None = None,
@@ -62,7 +62,8 @@ class Pipeline(ModelParts):
         output: "pil" for PIL images, "pt" for a tensor `(B, 3, H, W)` in 0 … 1, "latent" for packed latents
             `(B, N, C)` in fp32.
         truncate: cut prompts of more than `max_sequence_length` T5 tokens. By default they are an error.
-        unknown_words: "error" or "allow" for words that a text encoder does not know.
+        unknown_words: "warn", "error" or "allow" for words that a text encoder does not know. It reads a placeholder
+            for each, so that prompts that differ in these words alone give equal images. A run refuses them.
         timestep_rounding: "bfl" or "diffusers" feeds the model the timesteps of a bf16 run of that implementation.
         on_step: called as `on_step(i, t, x)` with the latents after each step.
         probe: observes attention (`fluxlab.probes`). The results are in `probe.arrays` afterwards.
@@ -171,7 +172,7 @@ class Pipeline(ModelParts):
         iterations: int = 3,
         max_sequence_length: int | None = None,
         truncate: bool = False,
-        unknown_words: str = "error",
+        unknown_words: str = "warn",
         value_range: tuple[float, float] = (0, 1),
         on_step: sampling.OnStep | None = None,
     ) -> Tensor:

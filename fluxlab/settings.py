@@ -9,7 +9,7 @@ from fluxlab.errors import UserError, nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
 TIMESTEP_ROUNDINGS = ("bfl", "diffusers")
-UNKNOWN_WORDS = ("error", "allow")
+UNKNOWN_WORDS = ("error", "allow", "warn")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sampling:
     true_cfg: scale of classifier-free guidance away from `negative_prompt`, which needs a second forward per step.
     max_sequence_length: number of T5 tokens. A longer prompt is an error, or is cut if `truncate`.
     timestep_rounding: "bfl" or "diffusers" rounds timesteps as a bf16 run of that implementation does.
-    unknown_words: "error", or "allow" to sample from a prompt with words that a text encoder does not know.
+    unknown_words: "error", or "warn" or "allow" to sample from a prompt with words that a text encoder does not know.
     dtype: "float32", "bfloat16" or "float16". None keeps the weights as they are stored.
     device: such as "cpu", "cuda:1" or "mps". None means a GPU if there is one.
     """

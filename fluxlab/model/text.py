@@ -2,6 +2,7 @@
 
 import difflib
 import unicodedata
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,10 @@ from fluxlab.errors import UserError, show
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+
+class UnknownWordsWarning(UserWarning):
+    """A prompt has words that a text encoder does not know."""
 
 
 def words_cut(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> str:
@@ -70,8 +75,9 @@ class TextEncoders:
         """Raise `UserError` if a part of a prompt would not reach the model.
 
         Prompts of more than `max_sequence_length` T5 tokens are rejected unless `truncate`. Words that a tokenizer
-        does not know are rejected unless `unknown_words` is "allow". CLIP reads the first 77 tokens only, as in both
-        reference implementations. That is not an error: CLIP's vector is a summary, and T5 reads all words.
+        does not know are rejected if `unknown_words` is "error", and reported as `UnknownWordsWarning` if it is "warn".
+        CLIP reads the first 77 tokens only, as in both reference implementations. That is not an error: CLIP's vector
+        is a summary, and T5 reads all words.
         """
         unknown = {prompt: self._unknown(prompt) for prompt in (prompts if unknown_words != "allow" else ())}
         unknown = {prompt: parts for prompt, parts in unknown.items() if parts}
@@ -86,8 +92,11 @@ class TextEncoders:
                     f"prompt of more than max_sequence_length={max_sequence_length} tokens: {_ends(cut)!r} would be "
                     "cut\nShorten it, raise max_sequence_length, or set truncate=True."
                 )
-        if unknown:
+        if unknown and unknown_words == "error":
             raise UserError(_unknown_message(unknown, self.vocabulary))
+        if unknown:
+            message = _unknown_message(unknown, self.vocabulary, refused=False)
+            warnings.warn(message, UnknownWordsWarning, stacklevel=2)
 
     def _unknown(self, prompt: str) -> list[str]:
         tokenizers = (self.t5_tokenizer, self.clip_tokenizer)
@@ -114,12 +123,16 @@ class TextEncoders:
         ).input_ids
 
 
-def _unknown_message(unknown: dict[str, list[str]], vocabulary: tuple[str, ...] | None) -> str:
-    """Return the error message for prompts and their unknown parts."""
+def _unknown_message(unknown: dict[str, list[str]], vocabulary: tuple[str, ...] | None, refused: bool = True) -> str:
+    """Return the message of an error, or of a warning, for prompts and their unknown parts."""
     prompt, parts = next(iter(unknown.items()))
     others = list(dict.fromkeys(part for more in unknown.values() for part in more if part not in parts))
     also = f"; other prompts have {_listed(others)}" if others else ""
     go_on = "Set unknown_words='allow' to go on: the text encoders then read a placeholder for each of them."
+    if not refused:
+        go_on = (
+            "The text encoders read a placeholder for each of them. Set unknown_words='error' to refuse such prompts."
+        )
     if vocabulary is None:
         return f"prompt {show(prompt)}: the text encoders have no token for {_listed(parts)}{also}\n{go_on}"
     close = {part: difflib.get_close_matches(part.lower(), vocabulary, 1, 0.5) for part in [*parts, *others][:5]}

@@ -207,7 +207,7 @@ def test_seeds():
         ({"steps": 10**20}, "steps=1000+: expected a whole number from 1 to 10000"),
         ({"guidance": 1e39}, r"guidance=1e\+39: expected a number of at most 3.4e\+38"),
         ({"dtype": "int8"}, "dtype='int8': expected float32, bfloat16 or float16"),
-        ({"unknown_words": "skip"}, "unknown_words='skip': expected error or allow"),
+        ({"unknown_words": "skip"}, "unknown_words='skip': expected error, allow or warn"),
         ({"name": "n" * 300}, "name=nnn.*at most 100 letters"),
         ({"steps": -3}, "steps=-3"),
         ({"guidance": float("nan")}, "guidance=nan"),

@@ -1,5 +1,7 @@
 """The pipeline: which arguments it rejects and with which message, prompts, defaults, devices and progress."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fluxlab
 from fluxlab import pipeline
 from fluxlab.errors import UserError
+from fluxlab.model.text import UnknownWordsWarning
 from fluxlab.positions import Program
 from fluxlab.sampling import Sampling
 from tests import tiny
@@ -48,7 +51,7 @@ GOOD = {"prompts": "a cat", "height": 16, "width": 16, "steps": 1, "max_sequence
         ({"negative_prompts": "dog"}, "negative_prompts have no effect without true_cfg"),
         ({"latents": torch.zeros(1, 15, 16)}, r"latents have shape \(1, 15, 16\)"),
         ({"latents": torch.full((1, 16, 16), float("inf"))}, "latents hold NaN or infinity"),
-        ({"unknown_words": "ignore"}, "unknown_words='ignore': expected error or allow"),
+        ({"unknown_words": "ignore"}, "unknown_words='ignore': expected error, allow or warn"),
         ({"truncate": "no"}, "truncate='no': expected true or false"),
         ({"probe": "words"}, "probe='words': expected a fluxlab.probes.Probe"),
         ({"output": "jpeg"}, "output='jpeg': expected pil, latent, pt"),
@@ -82,23 +85,34 @@ def test_cut_prompts_are_reported_before_unknown_words(pipe):
 def test_unknown_words_are_an_error(pipe):
     for prompt, listed in (("a cat 7", "'7'"), ("a 猫 and 😀", "'猫', '😀'"), ("a cat</s>", "'</s>'.*")):
         with pytest.raises(UserError, match=f"the text encoders have no token for {listed}\n.*unknown_words='allow'"):
-            pipe.generate(**{**GOOD, "prompts": prompt})
+            pipe.generate(**{**GOOD, "prompts": prompt}, unknown_words="error")
     assert pipe.generate(**{**GOOD, "prompts": "a cat, on the left!"})  # punctuation alone is no word
     allowed = pipe.generate(**{**GOOD, "prompts": "a cat 7"}, unknown_words="allow", output="pt")
     assert not torch.equal(allowed, pipe.generate(**GOOD, output="pt"))
     with pytest.raises(UserError, match="no token for '7'"):  # also after the prompt was encoded with "allow"
-        pipe.generate(**{**GOOD, "prompts": "a cat 7"})
+        pipe.generate(**{**GOOD, "prompts": "a cat 7"}, unknown_words="error")
+
+
+def test_unknown_words_are_a_warning_from_python_by_default(pipe):
+    words = {**GOOD, "prompts": "a cat 7", "output": "pt"}
+    with pytest.warns(UnknownWordsWarning, match="no token for '7'\n.*placeholder.*unknown_words='error'"):
+        image = pipe.generate(**words)
+    assert torch.equal(image, pipe.generate(**words, unknown_words="allow"))
+    with warnings.catch_warnings(record=True) as recorded:
+        warnings.simplefilter("always")
+        pipe.generate(**GOOD)
+    assert not [w for w in recorded if w.category is UnknownWordsWarning]
 
 
 def test_unknown_words_of_every_text_are_found(pipe):
     with pytest.raises(UserError, match="prompt 'a 2'"):
-        pipe.generate(**{**GOOD, "prompts": ["a cat", "a 2"]})
+        pipe.generate(**{**GOOD, "prompts": ["a cat", "a 2"]}, unknown_words="error")
     with pytest.raises(UserError, match=r"prompt 'a 2': .* no token for '2'; other prompts have '8', '9'"):
-        pipe.generate(**{**GOOD, "prompts": ["a 2", "a cat", "an 8", "a 9 2"]})
+        pipe.generate(**{**GOOD, "prompts": ["a 2", "a cat", "an 8", "a 9 2"]}, unknown_words="error")
     with pytest.raises(UserError, match="prompt 'a 3'"):
-        pipe.generate(**GOOD, true_cfg=2.0, negative_prompts="a 3")
+        pipe.generate(**GOOD, true_cfg=2.0, negative_prompts="a 3", unknown_words="error")
     with pytest.raises(UserError, match="prompt 'a 4'"):
-        pipe.invert(torch.zeros(1, 3, 16, 16), "a 4", max_sequence_length=16)
+        pipe.invert(torch.zeros(1, 3, 16, 16), "a 4", max_sequence_length=16, unknown_words="error")
     with pytest.raises(UserError, match="prompt 'a 5'"):
         pipe.encode_prompt("a 5", 16)
     with pytest.raises(UserError, match="prompt 'a 6'"):
@@ -110,7 +124,7 @@ def test_the_embedded_model_names_unknown_words_and_the_nearest_known_ones():
     assert {"cat", "fox", "holding"} <= set(tiny_flux.text.vocabulary)
     assert not any(word.startswith("<") for word in tiny_flux.text.vocabulary)
     with pytest.raises(UserError) as raised:
-        tiny_flux.generate("a zebra and a catt, on the left!", 0, steps=1)
+        tiny_flux.generate("a zebra and a catt, on the left!", 0, steps=1, unknown_words="error")
     first, second, third = str(raised.value).splitlines()
     assert "does not know 'zebra', 'and', 'catt'; did you mean" in first
     assert "cat for catt" in first

@@ -140,7 +140,7 @@ def test_model_values_fill_settings_that_are_not_given():
         ({"dtype": "bf16"}, "dtype='bf16': expected float32, bfloat16 or float16"),
         ({"dtype": "float61"}, "did you mean float16"),
         ({"timestep_rounding": "BFL2"}, "timestep_rounding='BFL2': expected bfl or diffusers"),
-        ({"unknown_words": None}, "unknown_words=None: expected error or allow"),
+        ({"unknown_words": None}, "unknown_words=None: expected error, allow or warn"),
         ({"truncate": 1}, "truncate=1: expected true or false"),
         ({"negative_prompt": "a dog"}, "negative_prompt has no effect without true_cfg"),
         ({"negative_prompt": 3, "true_cfg": 2.0}, "negative_prompt=3: expected a string"),
