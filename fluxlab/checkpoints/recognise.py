@@ -34,7 +34,8 @@ _LAYOUTS = (
     _layout(
         "transformer",
         "bfl",
-        r"double_blocks\.\d+\.(?:img|txt)_(?:attn|mlp|mod)\.|single_blocks\.\d+\.(?:linear[12]|modulation|norm)\.",
+        r"double_blocks\.\d+\.(?:img|txt)_(?:attn|mlp|mod)\.|single_blocks\.\d+\.(?:linear[12]|modulation|norm)\."
+        r"|vector_in\.in_layer\.",
         r"(?:double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\.",
     ),
     _layout(
@@ -76,6 +77,8 @@ _UNUSED = {
         r"|decoder\.(?:block\.\d+\.layer\.\d+|final_layer_norm|embed_tokens)\..*)$"
     ),
 }
+# A name of that list needs no encoder in the file if its prefix says that it comes from one.
+_OF_TEXT_ENCODERS = re.compile(r"^(?:text_encoders?|cond_stage_model|conditioner)\.")
 _VISION = re.compile(r"(?:^|\.)vision_model\.")
 _TIED = "encoder.embed_tokens.weight"  # T5's `shared.weight` under its second name
 
@@ -113,8 +116,7 @@ def recognise(entries: Mapping[str, Entry], where: Path) -> Contents:
         left = {name: entry for name, entry in left.items() if name not in mine}
         tensors = {name.removeprefix(prefix): entry for name, entry in mine.items()}
         networks[layout.network] = Network(layout.name, prefix, _canonical(layout.network, tensors))
-    unused = [pattern for network, pattern in _UNUSED.items() if network in networks]
-    unknown = {name: entry for name, entry in left.items() if not any(pattern.search(name) for pattern in unused)}
+    unknown = {name: entry for name, entry in left.items() if not _is_unused(name, networks)}
     used = {name: e for network in networks.values() for name, e in network.tensors.items()}
     check_quantised({**used, **unknown}, where)
     return Contents(networks, tuple(unknown))
@@ -153,6 +155,11 @@ def _find_layouts(names: Iterable[str], where: Path) -> list[tuple[_Layout, str]
             raise CheckpointError(f"{where}: holds {len(candidates)} of FLUX.1's {network}: {shown}; keep one of them")
     every = [pair for candidates in found.values() for pair in candidates]
     return sorted(every, key=lambda pair: (-len(pair[1]), NETWORKS.index(pair[0].network)))
+
+
+def _is_unused(name: str, networks: Iterable[str]) -> bool:
+    owners = [network for network, pattern in _UNUSED.items() if pattern.search(name)]
+    return any(network in networks for network in owners) or bool(owners and _OF_TEXT_ENCODERS.match(name))
 
 
 def _belongs(name: str, layout: _Layout, prefix: str) -> bool:

@@ -116,7 +116,7 @@ def test_a_shell_completes(tmp_path):
         (["+exp=hello", "model=dev", "prompts=[]"], "prompts=[]: at least one"),
         (["+exp=hello", "model=dev", "device=gpu9"], "device 'gpu9'"),
         (["+exp=hello", "--verbose"], "--verbose: there is no such flag"),
-        (["+exp=hello", "model=dev", "dtype=int8"], "dtype=int8: expected float32"),
+        (["+exp=hello", "model=dev", "dtype=int8"], "dtype='int8': expected float32"),
         (["+exp=hello", "model=local"], "model.path"),
         (["+exp=hello", "model=local", "model.path=/nowhere/at/all"], "/nowhere/at/all"),
         (["+exp=hello", "model=dev", "prompts=[a"], "prompts"),
