@@ -21,7 +21,7 @@ LOOKS = {
     1.0: ("orange", "-."),
     1.15: ("vermillion", "-"),
 }
-"""The μ that are drawn, None for no shift, with colours and lines that can be told apart in greyscale."""
+"""The μ that are drawn, None for no shift, with colours and lines that differ in greyscale."""
 
 POINTS, STEPS = 200, 28
 

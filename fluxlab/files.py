@@ -13,7 +13,7 @@ def write_atomic(path: Path, content: "bytes | str | Callable[[BinaryIO], None]"
     """Write `path` so that whoever looks, and whatever stops, finds the old file or the whole new one.
 
     content: bytes, text (UTF-8), or a function that writes into the open file. A process that is killed leaves a hidden
-    file beside it, which `sweep` removes.
+    file in the same folder, which `sweep` removes.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:

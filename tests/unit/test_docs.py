@@ -180,3 +180,23 @@ def test_continuous_integration_runs_what_developers_run():
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert "- run: .ci/run\n" in text
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+
+
+ODD_WORDS = r"\b(told|tells|hears|beside|hollow)\b"
+"""Words of an earlier, odd style: use says, returns or reports, and next to."""
+
+ALLOWED = {"fluxlab/assets/tiny/README.md": "repeats the notes of the training run"}
+
+
+def test_texts_are_free_of_odd_words():
+    texts = [path for folder in ("fluxlab", "docs", "experiments", "configs") for path in (ROOT / folder).rglob("*")]
+    texts += [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+    texts = [path for path in texts if path.suffix in (".py", ".md", ".yaml", ".j2", ".js", ".css")]
+    assert len(texts) > 150
+    odd = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in texts
+        for match in re.finditer(ODD_WORDS, path.read_text(encoding="utf-8"))
+        if str(path.relative_to(ROOT)) not in ALLOWED
+    ]
+    assert not odd
