@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what they hash to."""
+"""Atomic writes and hashes of files."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ PARTIAL = ".part"
 
 
 def write_atomic(path: Path, content: "bytes | str | Callable[[BinaryIO], None]") -> None:
-    """Write `path` so that whoever looks, and whatever stops, finds the old file or the whole new one.
+    """Write a file atomically: a reader, or a crash, sees either the old file or the complete new one.
 
     content: bytes, text (UTF-8), or a function that writes into the open file. A process that is killed leaves a hidden
     file in the same folder, which `sweep` removes.
@@ -32,7 +32,7 @@ def write_atomic(path: Path, content: "bytes | str | Callable[[BinaryIO], None]"
 
 
 def sync(folder: Path) -> None:
-    """Make a rename last through a power cut, where the system can."""
+    """Make a rename in a folder durable, if the system supports that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -46,11 +46,12 @@ def sync(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder and those below it."""
+    """Remove the hidden files that killed processes left in a folder and its subfolders."""
     for stray in folder.rglob(f".*{PARTIAL}"):
         stray.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hex digits."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -1,11 +1,14 @@
-"""How far something is: a bar on a terminal, lines elsewhere."""
+"""Progress of a loop: a bar on a terminal, lines elsewhere."""
 
 import sys
 import time
 
 
 class Progress:
-    """A rich bar with time left on a terminal, else a line every `every` seconds, and at the first and last step."""
+    """Show the progress of `total` steps: a bar on a terminal, else a line at least `every` seconds apart.
+
+    Lines are also printed for the first and the last step.
+    """
 
     def __init__(self, what: str, total: int, done: int = 0, every: float = 30, unit: str = "step"):
         self.what, self.total, self.first, self.every, self.unit = what, total, done, every, unit
@@ -29,13 +32,13 @@ class Progress:
         now = time.monotonic()
         pace = (now - self.start) / max(1, done - self.first)
         speed = f"{pace:.2f} s per {self.unit}" if pace >= 0.5 else f"{1 / max(pace, 1e-9):.1f} {self.unit}s/s"
-        said = "  ".join(part for part in (note, speed) if part)
+        text = "  ".join(part for part in (note, speed) if part)
         if self.bar:
-            self.bar.update(self.task, completed=done, description=f"{self.what}  {said}")
+            self.bar.update(self.task, completed=done, description=f"{self.what}  {text}")
         elif self.last is None or now - self.last >= self.every or done == self.total:
             self.last = now
             left = int(pace * (self.total - done))
-            print(f"{self.what} {done}/{self.total}  {said}, {left // 60}:{left % 60:02} left", flush=True)
+            print(f"{self.what} {done}/{self.total}  {text}, {left // 60}:{left % 60:02} left", flush=True)
 
     def close(self) -> None:
         if self.bar:

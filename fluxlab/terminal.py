@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _Output:
-    """A text stream that drops what nobody reads any more."""
+    """A text stream that drops output after its reader has closed the pipe."""
 
     def __init__(self, stream: Any):
         self._stream = stream

@@ -1,4 +1,4 @@
-"""A Hydra of our own for the time of a block, whatever else uses Hydra in the same process."""
+"""A separate Hydra session for a block, independent of other users of Hydra in the process."""
 
 import threading
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""Figures and pictures: style, lettering, grids, attention overlays, token layouts, RoPE similarity."""
+"""Figures and images: style, lettering, grids, attention overlays, token layouts, RoPE similarity."""

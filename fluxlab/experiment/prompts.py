@@ -9,14 +9,13 @@ from fluxlab.errors import UserError, show
 
 
 def read_prompts(path: "str | PathLike[str]") -> list[str]:
-    """The prompts of a UTF-8 file, in its order.
+    """Return the prompts of a UTF-8 file, in order.
 
-    One prompt a line, spaces around it left out, blank lines and lines that open with # skipped. In a file whose name
-    ends in .jsonl each line that is not blank is a JSON string, or an object with the key `prompt` (its other keys are
-    ignored); such a prompt is taken as it stands, and may open with # or be empty.
+    A text file has one prompt per line. Spaces around a prompt, blank lines and lines that start with # are ignored. In
+    a .jsonl file each line is a JSON string, or an object with the key `prompt` (other keys are ignored). Such a prompt
+    is used as it is: it may start with # or be empty.
 
-    Raises `UserError` naming the file and the line for what cannot be read, a file without a prompt, and a prompt that
-    is there twice: its pictures would be the same.
+    Raises UserError naming file and line if the file cannot be read, has no prompt, or has a prompt twice.
     """
     file = Path(path).expanduser()
     jsonl = file.suffix.lower() == ".jsonl"
@@ -28,11 +27,11 @@ def read_prompts(path: "str | PathLike[str]") -> list[str]:
         prompt = _from_json(line, f"{file}, line {number}") if jsonl else line
         if prompt in prompts:
             raise UserError(
-                f"{file}, lines {prompts[prompt]} and {number}: {show(prompt)} is there twice; leave one of them out"
+                f"{file}, lines {prompts[prompt]} and {number}: {show(prompt)} occurs twice; remove one of them"
             )
         prompts[prompt] = number
     if not prompts:
-        raise UserError(f"{file}: no prompt in it; write one a line")
+        raise UserError(f"{file}: no prompt found; write one per line")
     return list(prompts)
 
 
@@ -40,14 +39,14 @@ def _lines(file: Path) -> list[str]:
     try:
         content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     except FileNotFoundError:
-        raise UserError(f"{file}: there is no such file") from None
+        raise UserError(f"{file}: no such file") from None
     except IsADirectoryError:
-        raise UserError(f"{file}: a folder; name a file with one prompt a line") from None
+        raise UserError(f"{file}: a folder; expected a file with one prompt per line") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        return content.decode().split("\n")  # splitlines would also cut a prompt at U+2028 and the like
+        return content.decode().split("\n")  # splitlines would also split at U+2028
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{file}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
@@ -60,12 +59,12 @@ def _from_json(line: str, where: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: {show(line)}, {accepted} ({error})") from None
     if isinstance(value, dict) and "prompt" not in value:
-        raise UserError(f"{where}: no key prompt among {', '.join(value) or 'none'}; {accepted}")
+        raise UserError(f"{where}: no key prompt, only {', '.join(value) or 'none'}; {accepted}")
     prompt = value["prompt"] if isinstance(value, dict) else value
     if not isinstance(prompt, str):
-        raise UserError(f"{where}: {show(prompt)} is no prompt, {accepted}")
+        raise UserError(f"{where}: {show(prompt)}, {accepted}")
     try:
         prompt.encode()
-    except UnicodeEncodeError:  # "\ud83d" without its other half is valid JSON
-        raise UserError(f"{where}: {prompt!a} holds half a character (a lone surrogate)") from None
+    except UnicodeEncodeError:  # a lone "\ud83d" is valid JSON
+        raise UserError(f"{where}: {prompt!a} contains half a character (a lone surrogate)") from None
     return prompt

@@ -1,4 +1,4 @@
-"""What an experiment asks for, as plain checked values. No Hydra, no model, no torch device in here."""
+"""The specification of an experiment, as plain checked values. This module uses no Hydra, model or device."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from fluxlab.sampling import Sampling
 from fluxlab.select.masks import compact
 
 SCHEMA = 1
-"""Of the store and of every cell's key: raised when the meaning of either changes."""
+"""Version of the store and of cell keys. Raise it when the meaning of either changes."""
 
 REFERENCE_NAMES = CONTROLS
 """The two controls that every effect is shown next to; on disk, and in this package, they are called references."""
@@ -70,7 +70,7 @@ class Experiment(Sampling):
 
     @property
     def digest(self) -> str:
-        """12 hex digits of what the pictures depend on: names the default folder of the same experiment."""
+        """Return 12 hex digits of everything that the images depend on. They name the default run folder."""
         settings = {key: value for key, value in self.model.values().items() if key not in ("name", "path", *_SOURCES)}
         asked = {
             "schema": SCHEMA,
@@ -82,9 +82,9 @@ class Experiment(Sampling):
 
     @property
     def captures(self) -> str:
-        """12 hex digits of what is looked at, whatever the budget; "" for nothing."""
-        asked = [[request.name, request.to_config()] for request in self.capture.requests]  # order shows in a file
-        return hashlib.sha256(json.dumps([SCHEMA, asked]).encode()).hexdigest()[:12] if asked else ""
+        """Return 12 hex digits of the requests, without the budget. Empty without a capture."""
+        requests = [[request.name, request.to_config()] for request in self.capture.requests]  # order shows in a file
+        return hashlib.sha256(json.dumps([SCHEMA, requests]).encode()).hexdigest()[:12] if requests else ""
 
 
 _SOURCES = ("autoencoder", "text", "tokenizers", "variant", "scenes")
@@ -101,19 +101,19 @@ def unchanged(settings: Sampling) -> set[str]:
 
 
 def checked(experiment: Experiment) -> Experiment:
-    """The experiment with its numbers normalised. Raises `UserError` naming the key, its value, and what to do."""
+    """Return the experiment with normalised numbers. Raises UserError naming the key, its value and the remedy."""
     if not re.fullmatch(r"\w[\w.-]*", experiment.name) or len(experiment.name) > LONGEST_NAME:
         raise UserError(
             f"name={show(experiment.name)[1:-1]}: names a folder; use at most {LONGEST_NAME} letters, digits, -, . or _"
         )
     if not experiment.variants:
-        raise UserError("variants={}: at least one variant is needed, for instance variants.baseline={}")
+        raise UserError("variants={}: expected at least one variant, for instance variants.baseline={}")
     check_baseline(experiment.baseline, experiment.variants)
     if not experiment.prompts:
-        raise UserError("prompts=[]: at least one prompt is needed")
+        raise UserError("prompts=[]: expected at least one prompt")
     twice = [prompt for prompt, count in Counter(experiment.prompts).items() if count > 1]
     if twice:
-        raise UserError(f"prompts: {show(twice[0])} is there twice; its images would be the same")
+        raise UserError(f"prompts: {show(twice[0])} occurs twice; its images would be equal")
     experiment.sampling.check()
     for key, largest in _LARGEST.items():
         value = getattr(experiment, key)
@@ -150,18 +150,18 @@ def _number(key: str, value: Any) -> float | None:
 
 
 def read_variants(variants: Mapping[str, Any]) -> dict[str, Program]:
-    """Programs by name. Raises `UserError` with the path of what is wrong, such as `variants.half.a.factor`."""
+    """Return programs by name. Raises UserError with the path of the wrong value, such as `variants.half.a.factor`."""
     for name in map(str, variants):
         if not re.fullmatch(r"\w[\w.+ -]*", name) or name in REFERENCE_NAMES or len(name) > LONGEST_NAME:
             raise UserError(
-                f"variants: {show(name)} is no name for a variant; "
+                f"variants: {show(name)} is not a valid name; "
                 f"use at most {LONGEST_NAME} letters, digits, spaces, -, +, . and _"
             )
     return {str(name): Program.from_config(program, f"variants.{name}") for name, program in variants.items()}
 
 
 def read_seeds(seeds: Any) -> tuple[int, ...]:
-    """`4` means seeds 0 … 3, `[3, 5]` those two. Raises `UserError` for anything else."""
+    """Return the seeds: 0 … 3 for `4`, 3 and 5 for `[3, 5]`. Raises UserError for other values."""
     if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
         if seeds > 1_000_000:
             raise UserError(
@@ -174,5 +174,5 @@ def read_seeds(seeds: Any) -> tuple[int, ...]:
         if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed <= _LARGEST_SEED:
             raise UserError(f"seeds={show(seeds)}: {show(seed)}, expected whole numbers from 0 to 2^63 - 1")
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"seeds={show(seeds)}: one of them is there twice")
+        raise UserError(f"seeds={show(seeds)}: a seed occurs twice")
     return tuple(map(int, seeds))

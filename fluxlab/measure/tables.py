@@ -23,8 +23,8 @@ def table(
     """Return a summary as a table for a terminal: one row per variant, the controls below a rule.
 
     metrics: the columns; by default those of `shown_metrics()` that have values, as many as fit `width` characters.
-    baseline: by default the first variant that is no control. Print it on a console of that width: rich assumes 80 if
-    stdout is not a terminal. Raises UserError for a metric that is not in the summary.
+    baseline: by default the first variant that is not a control. Print it on a console of that width: rich assumes 80
+    if stdout is not a terminal. Raises UserError for a metric that is not in the summary.
     """
     from rich import box
     from rich.table import Table

@@ -1,1 +1,1 @@
-"""Reports on a finished run folder: the page, pictures of attention, W&B. Nothing here loads a model."""
+"""Reports on a finished run folder: the page, attention images, W&B. Nothing here loads a model."""

@@ -1,4 +1,4 @@
-"""The files that every finished run folder gets: `grid.png`, pictures of attention, `report.html`."""
+"""The files that every finished run folder gets: `grid.png`, attention images, `report.html`."""
 
 from pathlib import Path
 
@@ -24,6 +24,6 @@ def grid(run: Run) -> Path:
 
 
 def page(run: Run) -> Path:
-    """Write `report.html`, and the pictures of attention that it shows if the run captured attention."""
+    """Write `report.html`, and the attention images that it shows if the run captured attention."""
     write_pictures(run)
     return write_report([run], run.path / PAGE_FILE)

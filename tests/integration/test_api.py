@@ -57,7 +57,7 @@ def test_programs_captures_and_settings_are_taken_as_they_are(model):
     [
         ({"prompts": ["a cat", False]}, r"prompts\[1\]=False: expected text; write it in quotes"),
         ({"prompts": 3}, "prompts=3: expected a string or a list"),
-        ({"prompts": []}, r"prompts=\[\]: at least one"),
+        ({"prompts": []}, r"prompts=\[\]: expected at least one"),
         ({"variants": {0.5: HALF}}, "0.5 is not text, expected a name in quotes, such as '0.5'"),
         ({"name": 1}, "name=1: expected text"),
         ({"baseline": "nothing"}, "baseline=nothing: no such variant"),

@@ -113,7 +113,7 @@ def test_a_shell_completes(tmp_path):
         (["+exp=hello", "model=dev", "steps=many"], "steps: 'many', expected a whole number"),
         (["+exp=hello", "model=dev", "seeds=0"], "seeds=0: expected a count"),
         (["+exp=hello", "model=dev", "seeds=[a]"], "seeds="),
-        (["+exp=hello", "model=dev", "prompts=[]"], "prompts=[]: at least one"),
+        (["+exp=hello", "model=dev", "prompts=[]"], "prompts=[]: expected at least one"),
         (["+exp=hello", "model=dev", "device=gpu9"], "device 'gpu9'"),
         (["+exp=hello", "--verbose"], "--verbose: there is no such flag"),
         (["+exp=hello", "model=dev", "dtype=int8"], "dtype='int8': expected float32"),

@@ -384,7 +384,7 @@ def test_out_of_memory_halves_the_batch_and_prints_it_once(model, finished, tmp_
     ("more", "message"),
     [
         (["prompts_file=/nowhere.txt"], "/nowhere.txt: "),
-        (["prompts=[]"], "prompts=[]: at least one"),
+        (["prompts=[]"], "prompts=[]: expected at least one"),
         (["seeds=-1"], "seeds=-1"),
         (["seeds=[-1]"], "seeds=[-1]: -1, expected whole numbers"),
         (["height=18"], "height=18: must be a multiple of"),

@@ -199,9 +199,9 @@ def test_seeds():
     ("changes", "message"),
     [
         ({"baseline": "nothing"}, "baseline=nothing: no such variant"),
-        ({"variants": {}}, "variants={}: at least one"),
-        ({"prompts": ()}, r"prompts=\[\]: at least one"),
-        ({"prompts": ("a", "b", "a")}, "'a' is there twice"),
+        ({"variants": {}}, "variants={}: expected at least one"),
+        ({"prompts": ()}, r"prompts=\[\]: expected at least one"),
+        ({"prompts": ("a", "b", "a")}, "'a' occurs twice"),
         ({"height": 0}, "height=0"),
         ({"height": 10**6}, "height=1000000: expected a whole number from 1 to 65536"),
         ({"steps": 10**20}, "steps=1000+: expected a whole number from 1 to 10000"),
@@ -225,7 +225,7 @@ def test_variants_are_named_in_errors():
     with pytest.raises(ValueError, match=r"variants\.half\.a\.factor"):
         read_variants({"half": {"a": {"op": "scale", "factor": "wide"}}})
     for name in ("a/b", "", "noise floor", "../x", "x" * 300):
-        with pytest.raises(ValueError, match="no name for a variant"):
+        with pytest.raises(ValueError, match="is not a valid name"):
             read_variants({name: {}})
 
 

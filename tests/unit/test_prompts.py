@@ -54,11 +54,11 @@ def test_prompts_come_back_as_they_are(prompts, tmp_path_factory):
 
 
 WRONG = [
-    ("p.txt", "", r"p\.txt: no prompt in it; write one a line"),
-    ("p.txt", "\n# nothing\n  \n", r"p\.txt: no prompt in it"),
-    ("p.jsonl", "\n", r"p\.jsonl: no prompt in it"),
-    ("p.txt", f"{CAT}\n# {CAT}\n{FOX}\n{CAT} \n", r"p\.txt, lines 1 and 4: 'A cat .*world' is there twice"),
-    ("p.jsonl", '"a"\n{"prompt": "a"}', r"p\.jsonl, lines 1 and 2: 'a' is there twice"),
+    ("p.txt", "", r"p\.txt: no prompt found; write one per line"),
+    ("p.txt", "\n# nothing\n  \n", r"p\.txt: no prompt found"),
+    ("p.jsonl", "\n", r"p\.jsonl: no prompt found"),
+    ("p.txt", f"{CAT}\n# {CAT}\n{FOX}\n{CAT} \n", r"p\.txt, lines 1 and 4: 'A cat .*world' occurs twice"),
+    ("p.jsonl", '"a"\n{"prompt": "a"}', r"p\.jsonl, lines 1 and 2: 'a' occurs twice"),
     ("p.txt", b"a cat\nun caf\xe9\n", r"p\.txt, line 2: not UTF-8 .*save the file as UTF-8"),
     ("p.txt", codecs.BOM_UTF8 + b"caf\xe9", r"p\.txt, line 1: not UTF-8"),
     ("p.txt", CAT.encode("utf-16"), r"p\.txt, line 1: not UTF-8"),
@@ -66,11 +66,11 @@ WRONG = [
     ("p.jsonl", CAT, r"p\.jsonl, line 1: 'A cat .*, expected \{\"prompt\": \"…\"\} or a JSON string"),
     ("p.jsonl", "# no comments in JSON", r"p\.jsonl, line 1: '# no comments in JSON', expected"),
     ("p.jsonl", "[" * 100_000, r"p\.jsonl, line 1: .*expected"),
-    ("p.jsonl", '\n{"promt": "a", "seed": 1}', r"p\.jsonl, line 2: no key prompt among promt, seed; expected"),
-    ("p.jsonl", "{}", r"p\.jsonl, line 1: no key prompt among none"),
-    ("p.jsonl", '{"prompt": ["a"]}', r"p\.jsonl, line 1: \['a'\] is no prompt"),
-    ("p.jsonl", "3", r"p\.jsonl, line 1: 3 is no prompt"),
-    ("p.jsonl", r'"\ud83d"', r"p\.jsonl, line 1: '\\ud83d' holds half a character"),
+    ("p.jsonl", '\n{"promt": "a", "seed": 1}', r"p\.jsonl, line 2: no key prompt, only promt, seed; expected"),
+    ("p.jsonl", "{}", r"p\.jsonl, line 1: no key prompt, only none"),
+    ("p.jsonl", '{"prompt": ["a"]}', r"p\.jsonl, line 1: \['a'\], expected"),
+    ("p.jsonl", "3", r"p\.jsonl, line 1: 3, expected"),
+    ("p.jsonl", r'"\ud83d"', r"p\.jsonl, line 1: '\\ud83d' contains half a character"),
 ]
 
 
@@ -83,9 +83,9 @@ def test_errors_name_file_and_line(tmp_path, name, content, message):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.txt: there is no such file"):
+    with pytest.raises(ValueError, match=r"none\.txt: no such file"):
         read_prompts(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match="a folder; name a file"):
+    with pytest.raises(ValueError, match="a folder; expected a file"):
         read_prompts(tmp_path)
     with pytest.raises(ValueError, match=r"cannot be read"):
         read_prompts(written(tmp_path, CAT) / "more.txt")
