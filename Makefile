@@ -2,14 +2,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
+# Processes that run tests, one thread each.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: run test test-versions test-processors lint soak docs clean
+.PHONY: run test test-unit test-versions test-processors lint soak docs clean
 
 run: $(VENV)/.core
 	$(PY) -m fluxlab.run +exp=article
 
 test: $(VENV)/.dev
-	$(PY) -m pytest tests/unit tests/numerics tests/integration tests/gpu -m "not soak"
+	$(PYTEST) tests/unit tests/numerics tests/integration tests/gpu -m "not soak"
+
+test-unit: $(VENV)/.dev
+	$(PYTEST) tests/unit
 
 test-versions:
 	PYTHON=$(PYTHON) tests/versions.sh

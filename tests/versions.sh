@@ -25,7 +25,7 @@ for set in "${@:-lowest highest}"; do
             | grep -E '^(torch|transformers|diffusers|hydra-core|wandb|safetensors) '
         # loading and saving (transformers, diffusers), sampling (torch), one run (hydra) with a tracker (wandb)
         "$work/$versions/bin/python" -m pytest -q -p no:cacheprovider \
-            tests/unit/test_checkpoints_text.py tests/unit/test_recognise.py tests/unit/test_schedules.py \
+            tests/numerics/test_checkpoints_text.py tests/unit/test_recognise.py tests/unit/test_schedules.py \
             tests/unit/test_pipeline.py tests/unit/test_flux.py tests/numerics/test_diffusers.py
         "$work/$versions/bin/python" -m fluxlab.run +exp=hello steps=2 seeds=1 tracking=wandb "out=$work/$versions-run"
     done
