@@ -265,28 +265,29 @@ def test_a_store_is_continued_with_its_own_settings_only(model, finished, capsys
 
 
 def killed_and_resumed(model, out, times, seed):
-    """Kill a run `times` times at random, then let it finish. Returns how often it was killed before its end."""
-    rng = random.Random(seed)
-    began = time.monotonic()
-    undisturbed = start(*arguments(model, out.parent / "undisturbed"))
-    assert undisturbed.wait(600) == 0, undisturbed.stderr.read()
-    lasts = time.monotonic() - began
+    """Kill a run `times` times, each when a random file appears, then let it finish. Returns the number of kills."""
+    undisturbed = out.parent / "undisturbed"
+    first = start(*arguments(model, undisturbed))
+    assert first.wait(600) == 0, first.stderr.read()
+    files = sorted((f for f in undisturbed.rglob("*") if f.is_file()), key=lambda f: f.stat().st_mtime_ns)
     kills = 0
-    for _ in range(times):
+    for n in sorted(random.Random(seed).sample(range(len(files) - 1), times)):
         process = start(*arguments(model, out))
-        time.sleep(rng.uniform(0.3, 1.0) * lasts)
+        wanted = out / files[n].relative_to(undisturbed)
+        while not wanted.is_file() and process.poll() is None:
+            time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
         process.communicate()
     last = start(*arguments(model, out))
     _, errors = last.communicate(timeout=600)
     assert last.returncode == 0, errors
-    assert contents(out) == contents(out.parent / "undisturbed")
+    assert contents(out) == contents(undisturbed)
     assert not list(out.rglob("*.part"))
     return kills
 
 
-def test_killed_at_random_times_and_resumed(model, tmp_path):
+def test_killed_at_random_writes_and_resumed(model, tmp_path):
     assert killed_and_resumed(model, tmp_path / "run", 3, seed=0) >= 1
 
 
