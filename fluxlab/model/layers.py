@@ -79,11 +79,14 @@ class ParallelLinear(nn.Linear):
 # under inductor, and guidance 7 multiplies that bit by 7000.
 _EXPONENTS = -math.log(10000.0) * torch.arange(128, dtype=torch.float32, device="cpu") / 128
 TIMESTEP_FREQUENCIES = torch.exp(_EXPONENTS.double()).float()
+_ON_DEVICE: dict[torch.device, Tensor] = {}  # a copy per device: copying at each call would wait for the device
 
 
 def timestep_embedding(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the sinusoids of 1000·t, cos before sin: `(B,)` → `(B, 256)` in `dtype`. Computed in t's fp32 or fp64."""
-    args = (1000.0 * t)[:, None] * TIMESTEP_FREQUENCIES.to(t)
+    if t.device not in _ON_DEVICE:
+        _ON_DEVICE[t.device] = TIMESTEP_FREQUENCIES.to(t.device)
+    args = (1000.0 * t)[:, None] * _ON_DEVICE[t.device].to(t.dtype)
     return torch.cat((args.cos(), args.sin()), dim=-1).to(dtype)
 
 

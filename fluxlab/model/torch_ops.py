@@ -25,9 +25,27 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) ->
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
 
 
-def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: float) -> None:
-    """Move each of `tensors` in place towards the tensor in `ends`, by the share `weight` of their difference."""
-    torch._foreach_lerp_(tensors, ends, weight)
+def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:
+    """Move each of `tensors` in place towards the tensor in `ends`, by the share `weight` of their difference.
+
+    A tensor `weight` is 0-d and on the device of the others.
+    """
+    if not isinstance(weight, Tensor):
+        torch._foreach_lerp_(tensors, ends, weight)
+        return
+    differences = torch._foreach_sub(ends, tensors)
+    torch._foreach_mul_(differences, weight)
+    torch._foreach_add_(tensors, differences)
+
+
+def copy_(tensors: list[Tensor], sources: list[Tensor]) -> None:
+    """Copy each tensor of `sources` into the tensor of `tensors`."""
+    torch._foreach_copy_(tensors, sources)
+
+
+def zero_(tensors: list[Tensor]) -> None:
+    """Set all `tensors` to zero."""
+    torch._foreach_zero_(tensors)
 
 
 def fused_attention_with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

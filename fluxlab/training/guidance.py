@@ -20,7 +20,8 @@ from fluxlab.training.state import (
     write_tensors,
 )
 from fluxlab.training.text import token_ids
-from fluxlab.training.transformer import Batches, Nets, learning_rate, move_average, optimizers
+from fluxlab.training.transformer import Batches, Nets, average_decay, learning_rate, optimizers
+from fluxlab.training.update import update_for
 
 WARMUP, DECAY = 10, 0.8
 
@@ -70,26 +71,22 @@ def distill(
         "t5_ids": token_ids(t5, [""], recipe.max_sequence_length).to(device),
         "clip_ids": token_ids(clip, [""], clip.model_max_length).to(device),
     }
+
+    def loss_of(batch: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        t = batch["t"][:, None, None]
+        x = (1 - t) * batch["x0"] + t * batch["noise"]
+        target = guided(teacher, x, batch, empty, tables[size], recipe.guidance)
+        velocity = nets(x, batch["t"], batch["t5_ids"], batch["clip_ids"], tables[size])
+        error, weights = (velocity.float() - target).square().mean(dim=-1), batch["weights"]
+        return (weights * error).sum() / weights.sum(), error.detach().mean()
+
     parameters, averages = list(nets.parameters()), list(average.parameters())
+    update = update_for(device, loss_of, parameters, averages, chosen, recipe.clip)
     progress = Progress("guidance", recipe.guidance_steps, start)
     steps = range(recipe.steps + start, recipe.steps + recipe.guidance_steps)
     for step, (pool, batch) in enumerate(batches.stream(steps, device, workers), start):
-        t = batch["t"][:, None, None]
-        x = (1 - t) * batch["x0"] + t * batch["noise"]
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            target = guided(teacher, x, batch, empty, tables[pool.size], recipe.guidance)
-            velocity = nets(x, batch["t"], batch["t5_ids"], batch["clip_ids"], tables[pool.size])
-        error, weights = (velocity.float() - target).square().mean(dim=-1), batch["weights"]
-        loss = (weights * error).sum() / weights.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
         share = learning_rate(step, recipe.guidance_steps, WARMUP, DECAY)
-        for optimizer in chosen:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * share
-            optimizer.step()
-            optimizer.zero_grad()
-        move_average(averages, parameters, recipe.guidance_ema, step)
+        loss, _, _ = update(pool.size, batch, share, average_decay(recipe.guidance_ema, step))
         last = step + 1 == recipe.guidance_steps
         if (step + 1) % 10 == 0 or last:
             progress(step + 1, f"loss {loss.item():.4f}")

@@ -33,13 +33,14 @@ from fluxlab.training.transformer import (
     Batches,
     Nets,
     Phase,
+    average_decay,
     flow_loss,
     learning_rate,
-    move_average,
     optimizers,
     start_at_identity,
     table_for,
 )
+from fluxlab.training.update import update_for
 
 NATIVE_SIZE, EARLY_SIZE = (64, 64), (48, 48)
 READ_EVERY = 10  # steps between two readings of the loss
@@ -194,23 +195,22 @@ def train_transformer(
     )
     batches, tables = supply(recipe, pools, text, nets.transformer.params, device)
     parameters, averages = list(nets.parameters()), list(average.parameters())
+    update = update_for(
+        device,
+        lambda batch, size: flow_loss(nets, batch, tables[size]),
+        parameters,
+        averages,
+        chosen,
+        recipe.clip,
+    )
     progress = Progress("transformer", recipe.steps, start)
     steps = range(start, recipe.steps)
     pending: list[tuple] = []  # values of recent steps that are still on the device: reading one waits for it
     for step, (pool, batch) in zip(steps, batches.stream(steps, device, workers_for(recipe, device)), strict=True):
         share = learning_rate(step, recipe.steps, recipe.warmup, recipe.decay)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            loss, plain = flow_loss(nets, batch, tables[pool.size])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        for optimizer in chosen:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * share
-            optimizer.step()
-            optimizer.zero_grad()
-        move_average(averages, parameters, recipe.ema, step)
+        loss, plain, norm = update(pool.size, batch, share, average_decay(recipe.ema, step))
         last = step + 1 == recipe.steps
-        pending.append((step + 1, loss.detach(), plain, norm, share))
+        pending.append((step + 1, loss, plain, norm, share))
         if (step + 1) % READ_EVERY == 0 or (step + 1) % recipe.save_every == 0 or last:
             curve += read_values(pending, recipe)
             pending.clear()

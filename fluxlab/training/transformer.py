@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from fluxlab.model import Flux, FluxParams, Rotary, rotary_table
 from fluxlab.model.text import TextEncoders
-from fluxlab.model.torch_ops import lerp_
 from fluxlab.sampling import image_ids, text_ids
 from fluxlab.training.pool import Pool, captions
 from fluxlab.training.seeds import numpy_rng, torch_rng
@@ -67,6 +66,7 @@ def optimizers(nets: Nets, *, muon_lr: float, adam_lr: float, text_lr: float) ->
         betas=(0.9, 0.99),
         weight_decay=0.01,
         fused=True,
+        capturable=rest[0].device.type == "cuda",
     )
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
@@ -172,7 +172,6 @@ def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary) -> tuple
     return (weights * error).sum() / weights.sum(), error.detach().mean()
 
 
-@torch.no_grad()
-def move_average(average: list[Tensor], parameters: list[Tensor], decay: float, step: int) -> None:
-    """Update an exponential moving average in place, with a shorter memory during the first steps."""
-    lerp_(average, parameters, 1 - min(decay, (1 + step) / (10 + step)))
+def average_decay(decay: float, step: int) -> float:
+    """Return the decay of the moving average at a step. The memory is shorter during the first steps."""
+    return min(decay, (1 + step) / (10 + step))
