@@ -19,6 +19,7 @@ from fluxlab.model.layers import (
     timestep_embedding,
 )
 from fluxlab.model.rope import Rotary, check_ids, rotary_table
+from fluxlab.model.sites import Site
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Flux(nn.Module):
         rotary: Rotary | Sequence[BlockTables] | None = None,
         mask: Tensor | Sequence[Tensor | None] | None = None,
         taps: Sequence[Tap | None] | None = None,
+        sites: Sequence[Site | None] | None = None,
     ) -> Float[Tensor, "b n o"]:
         """Return the velocity dx/dt of the packed latents `img` at time `timesteps` (1 = noise, 0 = image).
 
@@ -106,13 +108,14 @@ class Flux(nn.Module):
         mask: one for the whole model or one per block. Boolean (True = attend) or additive, broadcasts to
             `(B, H, L + N, L + N)`.
         taps: one per block, or None. They observe attention (`fluxlab.probes`).
+        sites: one per block, or None. They read or change activations inside the block (`fluxlab.model.sites`).
 
         Returns `(B, N, out_channels)`. Raises `UserError` for ids of another shape or dtype, missing guidance, and a
-        wrong number of tables, masks or taps.
+        wrong number of tables, masks, taps or sites.
         """
         tables = self._tables(img, img_ids, txt, txt_ids, rotary)
-        masks, taps = self._masks(mask), self._taps(taps)
-        per_block = list(zip(tables, masks, taps, strict=True))
+        masks, taps, sites = self._masks(mask), self._per_block("taps", taps), self._per_block("sites", sites)
+        per_block = list(zip(tables, masks, taps, sites, strict=True))
 
         vec = self._vec(timesteps, y, guidance)
         img, txt = self.img_in(img), self.txt_in(txt)
@@ -134,11 +137,12 @@ class Flux(nn.Module):
             vec = vec + self.guidance_in(timestep_embedding(guidance, dtype))
         return vec + self.vector_in(y)
 
-    def _taps(self, taps: Sequence[Tap | None] | None) -> Sequence[Tap | None]:
+    def _per_block(self, name: str, values: Sequence | None) -> Sequence:
+        """Return one value per block: `values`, or None for every block."""
         blocks = self.params.depth + self.params.depth_single_blocks
-        if taps is not None and len(taps) != blocks:
-            raise UserError(f"taps has {len(taps)} entries, the model has {blocks} blocks")
-        return [None] * blocks if taps is None else taps
+        if values is not None and len(values) != blocks:
+            raise UserError(f"{name} has {len(values)} entries, the model has {blocks} blocks")
+        return [None] * blocks if values is None else values
 
     def _masks(self, mask: Tensor | Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
         """Return one additive mask per block, in the model's dtype. Equal tensors stay one tensor."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fluxlab.model.attention import Tap, empty_token_major
 from fluxlab.model.groups import KeyGroups, joint_attention
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
+from fluxlab.model.sites import Site, at
 from fluxlab.model.torch_ops import ONEDNN_DTYPES, onednn_linear
 
 BlockTables = tuple[Rotary, Rotary | KeyGroups]
@@ -202,6 +203,22 @@ _norm_and_rotate_op = torch.library.custom_op("fluxlab::norm_and_rotate", _norm_
 _norm_and_rotate_op.register_fake(lambda x, scales, lengths, cos, sin: empty_token_major(x, cos.dtype))
 
 
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Rotary | KeyGroups,
+    mask: Tensor | None,
+    tap: Tap | None,
+    site: Site | None,
+) -> Tensor:
+    """Return a block's attention `(B, H, N, d)`, between the sites that it has."""
+    if site is None:
+        return joint_attention(q, k, v, keys, mask, tap)
+    q, k, v = site("queries", q), site("keys", k), site("values", v)
+    return site("attention", site.attend(q, k, v, keys, mask, tap))
+
+
 class DoubleStreamBlock(nn.Module):
     """Image and text with separate weights and one joint attention (MM-DiT, arXiv 2403.03206)."""
 
@@ -216,23 +233,35 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden_size, mlp_hidden)
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, tables: BlockTables, mask: Tensor | None, tap: Tap | None = None
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        tables: BlockTables,
+        mask: Tensor | None,
+        tap: Tap | None = None,
+        site: Site | None = None,
     ) -> tuple[Tensor, Tensor]:
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
+        txt, img = at(site, "input", txt, img)
 
         img_qkv = self.img_attn.qkv(modulate(img, img_mod1.shift, img_mod1.scale))
         txt_qkv = self.txt_attn.qkv(modulate(txt, txt_mod1.shift, txt_mod1.scale))
         norms = (self.txt_attn.norm, self.img_attn.norm)
         q, k, v = query_key_value((txt_qkv, img_qkv), norms, self.img_attn.num_heads, tables)
-        joint = rearrange(joint_attention(q, k, v, tables[1], mask, tap), "B H L D -> B L (H D)")
+        joint = rearrange(block_attention(q, k, v, tables[1], mask, tap, site), "B H L D -> B L (H D)")
         txt_joint, img_joint = joint.split((txt.shape[1], img.shape[1]), dim=1)
 
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_joint))
-        img = torch.addcmul(img, img_mod2.gate, self.img_mlp(modulate(img, img_mod2.shift, img_mod2.scale)))
         txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_joint))
-        txt = torch.addcmul(txt, txt_mod2.gate, self.txt_mlp(modulate(txt, txt_mod2.shift, txt_mod2.scale)))
-        return img, clip_fp16(txt)
+        img_mlp = self.img_mlp(modulate(img, img_mod2.shift, img_mod2.scale))
+        txt_mlp = self.txt_mlp(modulate(txt, txt_mod2.shift, txt_mod2.scale))
+        txt_mlp, img_mlp = at(site, "mlp", txt_mlp, img_mlp)
+        img = torch.addcmul(img, img_mod2.gate, img_mlp)
+        txt = clip_fp16(torch.addcmul(txt, txt_mod2.gate, txt_mlp))
+        txt, img = at(site, "residual", txt, img)
+        return img, txt
 
 
 class SingleStreamBlock(nn.Module):
@@ -248,13 +277,22 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(hidden_size, double=False)
 
     def forward(
-        self, x: Tensor, vec: Tensor, tables: BlockTables, mask: Tensor | None, tap: Tap | None = None
+        self,
+        x: Tensor,
+        vec: Tensor,
+        tables: BlockTables,
+        mask: Tensor | None,
+        tap: Tap | None = None,
+        site: Site | None = None,
     ) -> Tensor:
         (mod,) = self.modulation(vec)
+        (x,) = at(site, "input", x)
         qkv, mlp = self.linear1(modulate(x, mod.shift, mod.scale))
         q, k, v = query_key_value((qkv,), (self.norm,), self.num_heads, tables)
-        attn = rearrange(joint_attention(q, k, v, tables[1], mask, tap), "B H L D -> B L (H D)")
-        return clip_fp16(torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, mlp), dim=-1))))
+        attn = rearrange(block_attention(q, k, v, tables[1], mask, tap, site), "B H L D -> B L (H D)")
+        (mlp,) = at(site, "mlp", mlp)
+        x = clip_fp16(torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, mlp), dim=-1))))
+        return at(site, "residual", x)[0]
 
 
 class LastLayer(nn.Module):
