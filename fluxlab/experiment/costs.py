@@ -6,8 +6,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fluxlab.checkpoints.stored import on_meta
+from fluxlab.memory.costs import gb
 from fluxlab.model import AutoEncoderParams, FluxParams
 from fluxlab.model.layers import linear
+
+__all__ = ["EFFICIENCY", "decode_flops", "duration", "flop", "forward_flops", "gb", "matmul_speed", "number"]
 
 EFFICIENCY = 0.5
 """Speed of a run as a share of the speed of one matrix product. On a CPU: 0.3 for 64 channels in bf16, 0.9 for 768."""
@@ -49,12 +52,6 @@ def matmul_speed(p: FluxParams, tokens: int, dtype: torch.dtype, device: torch.d
             times.append(time.perf_counter() - start)
     torch.set_num_threads(threads_before)
     return 2 * rows * width * out / min(times)
-
-
-def gb(size: float) -> str:
-    """Return bytes as text: `23.8 GB`, `0.2 GB`, `41.0 MB`."""
-    unit, name = next(((n, name) for n, name in ((1e9, "GB"), (1e6, "MB")) if size >= n / 10), (1e3, "kB"))
-    return f"{size / unit:.1f} {name}"
 
 
 def flop(count: float) -> str:

@@ -1,0 +1,125 @@
+"""Bytes of weights and activations, from sizes alone. Weights are exact. Activations are those of a device."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from fluxlab.model.layers import DoubleStreamBlock, SingleStreamBlock
+
+ALIGN = 256
+"""Bytes at which each tensor of a block starts in its buffer. Matrix products on a GPU want at least 16."""
+
+MODULATIONS = (".img_mod.", ".txt_mod.", ".modulation.", ".adaLN_modulation.")
+"""Parts of the names of weights whose products depend on time, guidance and pooled text only."""
+
+
+def is_modulation(name: str) -> bool:
+    """Return whether a parameter of `Flux` computes shifts, scales and gates."""
+    return any(part in f".{name}" for part in MODULATIONS)
+
+
+def aligned(size: int) -> int:
+    """Return `size` rounded up to `ALIGN`."""
+    return -(-size // ALIGN) * ALIGN
+
+
+def buffer_bytes(counts: Iterable[int], itemsize: int) -> int:
+    """Return the size of a buffer of tensors with so many elements each."""
+    return sum(aligned(count * itemsize) for count in counts)
+
+
+@lru_cache
+def block_counts(p: FluxParams, double: bool) -> tuple[int, ...]:
+    """Return the number of elements of each tensor of a block, without its modulations."""
+    with torch.device("meta"):
+        block = (
+            DoubleStreamBlock(p.hidden_size, p.num_heads, p.mlp_ratio, p.qkv_bias)
+            if double
+            else SingleStreamBlock(p.hidden_size, p.num_heads, p.mlp_ratio)
+        )
+    return tuple(weight.numel() for name, weight in block.named_parameters() if not is_modulation(name))
+
+
+@lru_cache
+def end_counts(p: FluxParams) -> tuple[int, ...]:
+    """Return the number of elements of each tensor outside of the blocks, without the final modulation."""
+    with torch.device("meta"):
+        ends = Flux(_without_blocks(p))
+    return tuple(weight.numel() for name, weight in ends.named_parameters() if not is_modulation(name))
+
+
+def _without_blocks(p: FluxParams) -> FluxParams:
+    return replace(p, depth=0, depth_single_blocks=0)
+
+
+def modulation_width(p: FluxParams) -> int:
+    """Return the number of shifts, scales and gates of one sample at one time: of all blocks and the final layer."""
+    return (12 * p.depth + 3 * p.depth_single_blocks + 2) * p.hidden_size
+
+
+def modulation_count(p: FluxParams) -> int:
+    """Return the number of parameters that compute the modulations."""
+    return modulation_width(p) * (p.hidden_size + 1)
+
+
+def transformer_bytes(p: FluxParams, itemsize: int) -> int:
+    """Return the bytes of all weights of a transformer."""
+    blocks = p.depth * sum(block_counts(p, True)) + p.depth_single_blocks * sum(block_counts(p, False))
+    return (blocks + sum(end_counts(p)) + modulation_count(p)) * itemsize
+
+
+def activation_bytes(p: FluxParams, batch: int, tokens: int, itemsize: int) -> int:
+    """Return the largest memory of one forward, its inputs left out, with a fused attention kernel.
+
+    It is reached at the end of a single block: residual before and after, joint projection, GELU of the MLP, their
+    concatenation, attention and its input in the model's dtype; q and k in fp32. MLPs count `mlp_ratio` each.
+    """
+    wide = 8 + 3 * p.mlp_ratio
+    exact = max(4, itemsize)
+    return int(batch * tokens * p.hidden_size * (itemsize * wide + 2 * exact))
+
+
+def waiting_bytes(p: FluxParams, batch: int, tokens: int, itemsize: int) -> int:
+    """Return the memory of a batch that waits between two blocks: its residual, and the one that it replaces."""
+    return 2 * batch * tokens * p.hidden_size * itemsize
+
+
+def autoencoder_counts(p: AutoEncoderParams) -> int:
+    """Return the number of parameters of an autoencoder."""
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in AutoEncoder(p).parameters())
+
+
+def decode_bytes(p: AutoEncoderParams, batch: int, height: int, width: int, itemsize: int) -> int:
+    """Return the largest memory of decoding, its weights left out. Above 4 GB the decoder works in tiles by itself."""
+    whole = _maps(p, batch * height * width, itemsize)
+    if 3 * _width(p) * batch * height * width * itemsize <= 4e9:
+        return whole
+    latents = height * width // p.factor**2
+    middle = p.ch * p.ch_mult[-1] * latents
+    images = (p.out_ch * (batch + 1) + 1) * height * width
+    return _maps(p, (64 * p.factor) ** 2, itemsize) + (middle + images) * itemsize
+
+
+def _width(p: AutoEncoderParams) -> int:
+    """Return the channels after the last upsampling, the widest map of full size."""
+    return p.ch * p.ch_mult[min(1, len(p.ch_mult) - 1)]
+
+
+def _maps(p: AutoEncoderParams, pixels: int, itemsize: int) -> int:
+    """Three maps of full size. In 16 bits the statistics of a group norm need more: measured, 3.75."""
+    return int((3.75 if itemsize < 4 else 3) * _width(p) * pixels * itemsize)
+
+
+def text_activation_bytes(tokens: int, itemsize: int) -> int:
+    """Return the memory of T5-XXL above its weights: scores of 64 heads in two copies, and three maps of the MLP."""
+    return 64 * tokens**2 * (4 + itemsize) + 3 * tokens * 10240 * itemsize
+
+
+def gb(size: float) -> str:
+    """Return bytes as text: `23.8 GB`, `0.2 GB`, `41.0 MB`."""
+    unit, name = next(((n, name) for n, name in ((1e9, "GB"), (1e6, "MB")) if size >= n / 10), (1e3, "kB"))
+    return f"{size / unit:.1f} {name}"

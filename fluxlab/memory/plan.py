@@ -1,0 +1,278 @@
+"""The planner: what is kept on the device, what is streamed, and how much memory that takes, from sizes alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fluxlab.errors import UserError
+from fluxlab.memory import costs
+from fluxlab.memory.costs import gb
+from fluxlab.memory.request import Memory
+from fluxlab.model import AutoEncoderParams, FluxParams
+
+SPARE = 10**9
+"""Bytes of a GPU that stay free if no limit is given: for its kernels' workspaces and other programs."""
+
+SLOTS = 2
+"""Blocks of a device's ring: one is computed while the next one is copied."""
+
+PINNED = 3
+"""Blocks of the host's ring: one is copied to the device while the next two are read from their file."""
+
+TOGETHER = 8
+"""Most batches that go through the streamed blocks in turn."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model's parts, as the headers of their files give them.
+
+    dtype: of the computation. stored: of the transformer's blocks in their files, which may be float8. stored_blocks:
+    bytes of each block as its file has it, without modulations; None means all tensors in `stored`.
+    text_bytes: both text encoders once loaded. t5_layer_bytes: the largest of T5's layers, its embeddings included.
+    """
+
+    transformer: FluxParams
+    autoencoder: AutoEncoderParams
+    dtype: torch.dtype
+    stored: torch.dtype
+    autoencoder_dtype: torch.dtype
+    text_bytes: int
+    t5_layer_bytes: int
+    stored_blocks: tuple[int, ...] | None = None
+
+    @property
+    def blocks(self) -> int:
+        return self.transformer.depth + self.transformer.depth_single_blocks
+
+    @property
+    def keeps_stored(self) -> bool:
+        """Whether blocks stay as the file has them, and are cast as they are used."""
+        return self.stored != self.dtype
+
+    def block_bytes(self, block: int, dtype: torch.dtype) -> int:
+        """Return the bytes of a block without its modulations."""
+        counts = costs.block_counts(self.transformer, block < self.transformer.depth)
+        return costs.buffer_bytes(counts, dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run asks of the model at once.
+
+    batch: samples in one forward. height, width: pixels. text: T5 tokens. references: tokens of reference images.
+    steps: for which modulations are kept. probe_bytes: arrays and working memory of probes, a batch.
+    batches: how many batches are to be computed.
+    """
+
+    batch: int
+    height: int
+    width: int
+    text: int
+    steps: int
+    references: int = 0
+    probe_bytes: int = 0
+    batches: int = 1
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory of a device. free: bytes that weights and activations may take; None if unknown, which is no limit.
+
+    used: bytes of the process that are part of a CPU's limit, before anything is loaded.
+    """
+
+    device: str
+    free: int | None
+    used: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where everything is kept, and the bytes that it takes on the device.
+
+    streams: whether blocks are placed one by one; False: all weights are on the device from the start.
+    resident: indices of blocks that stay on the device, double blocks first. The others are streamed.
+    together: batches that go through a streamed block before the next one is loaded.
+    text: "resident" (with the transformer), "first" (before the transformer is on the device, then gone), or "layers"
+        (as first, one layer of T5 at a time).
+    decoder: "device", or "host" if an image cannot be decoded in what the device has.
+    parts: bytes on the device by name. phases: bytes in use while text is encoded, while the transformer runs and
+        while images are decoded. pinned_bytes: of the host's ring. step_bytes: read from files in one pass over all
+        blocks. free: the bytes that the plan was made for.
+    """
+
+    device: str
+    streams: bool
+    blocks: int
+    resident: tuple[int, ...]
+    together: int
+    text: str
+    decoder: str
+    parts: Mapping[str, int] = field(default_factory=dict)
+    phases: Mapping[str, int] = field(default_factory=dict)
+    pinned_bytes: int = 0
+    step_bytes: int = 0
+    free: int | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The largest memory of any phase."""
+        return max(self.phases.values())
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Indices of the blocks that are loaded as they are used."""
+        kept = set(self.resident)
+        return tuple(block for block in range(self.blocks) if block not in kept) if self.streams else ()
+
+    def describe(self) -> str:
+        """Return the plan as one line of text."""
+        p = self.parts
+        room = "" if self.free is None else f" of {gb(self.free)}"
+        head = f"{gb(self.peak_bytes)}{room} on {self.device}"
+        batch = f"a batch {gb(p['activations'] + p['probes'])}, decoding {gb(p['decoding'])}"
+        if not self.streams:
+            return f"resident, {head}: weights {gb(p['transformer'] + p['text'] + p['autoencoder'])}, {batch}"
+        kept = f"{len(self.resident)} of {self.blocks} blocks resident ({gb(p['resident'])})"
+        streamed = f", the others streamed ({gb(self.step_bytes)} a step)" if self.streamed else ""
+        together = f" for {self.together} batches at a time" if self.together > 1 and self.streamed else ""
+        text = {"resident": "text encoders resident", "first": "text first", "layers": "text first, layer by layer"}
+        decoder = "" if self.decoder == "device" else ", decoded on the host"
+        return (
+            f"{'streamed' if self.streamed else 'auto'}, {head}: {kept}{streamed}{together}, modulations known in "
+            f"advance ({gb(p['tables'])}), {text[self.text]}, {batch}{decoder}"
+        )
+
+
+def make_plan(sizes: ModelSizes, work: Workload, memory: Memory, room: Room) -> Plan:
+    """Return where the weights go. The same sizes give the same plan: nothing is measured here.
+
+    Everything is resident if it fits. Else modulations are computed in advance, the text is encoded first, and as many
+    blocks are resident as fit, scattered evenly. Raises `UserError` if even one block at a time does not fit.
+    """
+    free = room.free if memory.limit_bytes is None else memory.limit_bytes
+    resident = _resident(sizes, work, room, free)
+    if memory.mode == "resident" or (memory.mode == "auto" and (free is None or resident.peak_bytes <= free)):
+        return resident
+    return _streamed(sizes, work, memory, room, free)
+
+
+def spread(count: int, blocks: int) -> tuple[int, ...]:
+    """Return `count` of `blocks` indices, scattered evenly: after each resident block as few streamed ones as can be.
+
+    The first block is streamed if any is, so that it can be read while text is encoded.
+    """
+    return tuple(block for block in range(blocks) if (block + 1) * count // blocks > block * count // blocks)
+
+
+def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
+    p, size = sizes.transformer, sizes.dtype.itemsize
+    latents = sizes.autoencoder.factor * 2
+    tokens = (work.height // latents) * (work.width // latents) + work.references + work.text
+    decoder = sizes.autoencoder_dtype.itemsize
+    return {
+        "text": sizes.text_bytes,
+        "autoencoder": costs.autoencoder_counts(sizes.autoencoder) * decoder,
+        "activations": costs.activation_bytes(p, work.batch, tokens, size),
+        "waiting": costs.waiting_bytes(p, work.batch, tokens, size),
+        "conditioning": work.batch * work.text * p.context_in_dim * size,
+        "probes": work.probe_bytes,
+        "encoding": costs.text_activation_bytes(work.text, size),
+        "decoding": costs.decode_bytes(sizes.autoencoder, work.batch, work.height, work.width, decoder),
+    }
+
+
+def _resident(sizes: ModelSizes, work: Workload, room: Room, free: int | None) -> Plan:
+    p, parts = sizes.transformer, _common(sizes, work)
+    parts["transformer"] = costs.transformer_bytes(p, sizes.dtype.itemsize)
+    weights = room.used + parts["transformer"] + parts["text"] + parts["autoencoder"]
+    phases = {
+        "text": weights + parts["encoding"],
+        "transformer": weights + parts["conditioning"] + parts["activations"] + parts["probes"],
+        "decoder": weights + parts["decoding"] + parts["probes"],
+    }
+    every = tuple(range(sizes.blocks))
+    return Plan(room.device, False, sizes.blocks, every, 1, "resident", "device", parts, phases, free=free)
+
+
+def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, free: int | None) -> Plan:
+    p, size, parts = sizes.transformer, sizes.dtype.itemsize, _common(sizes, work)
+    every = range(sizes.blocks)
+    cast = max(sizes.block_bytes(block, sizes.dtype) for block in every) if sizes.keeps_stored else 0
+    stored = list(sizes.stored_blocks or [sizes.block_bytes(block, sizes.stored) for block in every])
+    on_cpu = room.device == "cpu"
+    parts |= {
+        "ends": sum(costs.end_counts(p)) * size,
+        "tables": work.batch * work.steps * costs.modulation_width(p) * size,
+        # a layer's modulation, while the tables are made
+        "modulation": 6 * p.hidden_size * (p.hidden_size + 1) * (size + (sizes.stored.itemsize if cast else 0)),
+        "cast": cast,
+    }
+    fixed = room.used + parts["ends"] + parts["tables"] + parts["autoencoder"] + parts["conditioning"]
+    running = fixed + cast + parts["activations"] + parts["probes"]
+    decoding = fixed + cast + parts["decoding"] + parts["probes"]
+    ring = max(stored) * (1 if on_cpu else SLOTS)  # a CPU computes from the file's pages
+
+    def left(with_ring: int, decoder: int) -> int:
+        return (1 << 62) if free is None else free - max(running + with_ring, decoder)
+
+    decoder = "device" if left(ring, decoding) >= 0 or on_cpu else "host"
+    decode_peak = decoding if decoder == "device" else 0
+    everything = sum(stored) <= left(0, decode_peak) and memory.mode != "streamed"
+    if everything and not on_cpu:
+        resident, ring = tuple(every), 0
+    elif on_cpu or (memory.mode == "streamed" and memory.limit_bytes is None):
+        resident = ()
+    else:
+        resident = _most(stored, left(ring, decode_peak))
+    parts |= {"resident": sum(stored[block] for block in resident), "ring": ring}
+    phases = {
+        "transformer": running + ring + parts["resident"],
+        "decoder": (fixed if decoder == "host" else decoding) + parts["resident"],
+    }
+    if free is not None and phases["transformer"] > free:
+        short = phases["transformer"] - free
+        raise UserError(
+            f"memory: {gb(free)} {'allowed' if memory.limit_bytes else 'free'} on {room.device}, but one block at a "
+            f"time needs {gb(phases['transformer'])}, {gb(short)} more: activations {gb(parts['activations'])}"
+            f", probes {gb(parts['probes'])}\nRaise memory.limit_gb, or use smaller batch_tokens=, height= and width=."
+        )
+    alone = room.used + parts["encoding"]
+    with_blocks = max(phases.values()) + parts["text"]
+    if free is None or (with_blocks <= free and not on_cpu):
+        text, phases["text"] = "resident", with_blocks
+        phases = {name: size + (parts["text"] if name != "text" else 0) for name, size in phases.items()}
+    elif alone + parts["text"] <= free:
+        text, phases["text"] = "first", alone + parts["text"]
+    else:
+        text, phases["text"] = "layers", alone + sizes.t5_layer_bytes
+    room_for_more = 0 if free is None else free - phases["transformer"]
+    each = max(1, parts["waiting"] + parts["probes"] + parts["tables"] + parts["conditioning"])
+    streamed = sum(stored) - parts["resident"]
+    together = 1 + max(0, min(TOGETHER - 1, work.batches - 1, room_for_more // each)) if streamed else 1
+    phases["transformer"] += (together - 1) * each
+    return Plan(
+        room.device,
+        True,
+        sizes.blocks,
+        resident,
+        together,
+        text,
+        decoder,
+        parts,
+        phases,
+        pinned_bytes=0 if on_cpu or not streamed else PINNED * max(stored),
+        step_bytes=streamed,
+        free=free,
+    )
+
+
+def _most(stored: list[int], room: int) -> tuple[int, ...]:
+    """Return the largest scattered set of blocks that fits."""
+    for count in range(len(stored), 0, -1):
+        chosen = spread(count, len(stored))
+        if sum(stored[block] for block in chosen) <= room:
+            return chosen
+    return ()
