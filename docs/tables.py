@@ -163,6 +163,13 @@ def ops_on_attention() -> str:
     return ops_table(["attention", "scale", "rotation"])
 
 
+def ops_on_frequencies() -> str:
+    """Every op that changes frequencies: arguments and the first line of its docstring."""
+    from fluxlab.positions import ops_table
+
+    return ops_table(["frequencies"])
+
+
 def where() -> str:
     """Every key that says where an edit acts: default and what it accepts."""
     from fluxlab.positions import where_table
@@ -205,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "packages": packages,
     "ops-on-ids": ops_on_ids,
     "ops-on-attention": ops_on_attention,
+    "ops-on-frequencies": ops_on_frequencies,
     "where": where,
     "probes": probes,
     "metrics": metrics,

@@ -94,8 +94,13 @@ def context(
     prompts: Sequence[Prompt | None] | None,
     device: torch.device,
     dtype: torch.dtype,
+    trained: tuple[int, int],
+    trained_text: int,
 ) -> Context:
-    """Return the context in which programs and probes are resolved, with ids `(1, N, A)` in `dtype` on `device`."""
+    """Return the context in which programs and probes are resolved, with ids `(1, N, A)` in `dtype` on `device`.
+
+    trained, trained_text: the token grid and the number of text tokens that the model was trained on.
+    """
     axes = len(p.axes_dim)
     ids = torch.cat((sampling.text_ids(1, layout.text, axes), sampling.image_ids(1, *layout.grid, axes)), 1)
     return Context(
@@ -108,6 +113,8 @@ def context(
         heads=p.num_heads,
         sigmas=sigmas,
         prompts=prompts,
+        trained=trained,
+        trained_text=trained_text,
     )
 
 

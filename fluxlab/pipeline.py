@@ -284,7 +284,8 @@ class Pipeline(ModelParts):
         layout = positions.Layout(length, grid, pixels_per_token=self.pixels_per_token)
         spans = prompts and [None if prompt is None else self._prompt(prompt, length) for prompt in prompts]
         ids = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return batching.context(self.transformer.params, layout, sigmas, spans, device or self.device, ids)
+        trained = self.grid(None, None), self.max_sequence_length
+        return batching.context(self.transformer.params, layout, sigmas, spans, device or self.device, ids, *trained)
 
     def _prompt(self, prompt: str, length: int) -> positions.Prompt:
         """Return a prompt with the range of characters that each of its T5 tokens covers."""

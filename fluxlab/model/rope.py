@@ -36,19 +36,28 @@ def check_ids(name: str, ids: Tensor, *, batch: int, tokens: int, axes: int, dty
         raise UserError(f"{name} has shape {tuple(ids.shape)}: expected ({batch} or 1, {tokens}, {axes})")
 
 
-def rotary_table(ids: Float[Tensor, "b n a"], axes_dim: Sequence[int], theta: float) -> Rotary:
+def rotary_table(
+    ids: Float[Tensor, "b n a"],
+    axes_dim: Sequence[int],
+    theta: float,
+    waves: tuple[Float[Tensor, "m d"], Float[Tensor, "m d"]] | None = None,
+) -> Rotary:
     """Return the table for `ids` `(B, N, A)`. Axis a rotates the next `axes_dim[a]` channels of a head.
 
     Positions may be fractional or negative. The table has the dtype of the ids, fp32 or fp64, and is differentiable in
-    them. Raises `UserError` if the number of axes is not that of `axes_dim`.
+    them. waves: (frequencies, factors of cos and sin), each `(N or 1, d/2)` in fp64, in place of the model's own.
+    Raises `UserError` if the number of axes is not that of `axes_dim`.
     """
     if ids.shape[-1] != len(axes_dim):
         raise UserError(f"ids have {ids.shape[-1]} axes, the model has {len(axes_dim)} (axes_dim {tuple(axes_dim)})")
     exact = _on_fp64_device(ids).double()
-    angles = torch.cat(
-        [exact[..., a, None] * frequencies(dim, theta).to(exact.device) for a, dim in enumerate(axes_dim)], dim=-1
-    )[:, None]  # (B, 1, N, d/2)
-    return Rotary(*(part.to(ids.dtype).to(ids.device) for part in (angles.cos(), angles.sin())))
+    if waves is None:
+        turns = [frequencies(dim, theta).to(exact.device) for dim in axes_dim]
+    else:
+        turns = waves[0].to(exact.device).split([dim // 2 for dim in axes_dim], dim=-1)
+    angles = torch.cat([exact[..., a, None] * turn for a, turn in enumerate(turns)], dim=-1)[:, None]  # (B, 1, N, d/2)
+    gain = 1 if waves is None else waves[1].to(exact.device)
+    return Rotary(*((part * gain).to(ids.dtype).to(ids.device) for part in (angles.cos(), angles.sin())))
 
 
 def _on_fp64_device(ids: Tensor) -> Tensor:

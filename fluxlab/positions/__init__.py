@@ -1,11 +1,13 @@
 """What to do to position ids and where: ops, edits and programs (docs/programs.md). Contains no networks."""
 
-from fluxlab.positions import attention_ops, ops
+from fluxlab.positions import attention_ops, frequency_ops, ops
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
 from fluxlab.positions.markdown import ops_table, where_table
 from fluxlab.positions.program import Edit, Program
 from fluxlab.positions.registry import OPS, Op, load_plugins, op
 from fluxlab.positions.shift_invariance import noise_floor, shifted
+from fluxlab.positions.tables import tables
+from fluxlab.positions.waves import Spectrum, Waves
 from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout, Scope
 from fluxlab.select.words import Prompt, find_word
 
@@ -23,14 +25,18 @@ __all__ = [
     "Program",
     "Prompt",
     "Scope",
+    "Spectrum",
+    "Waves",
     "attention_ops",
     "compile_programs",
     "find_word",
+    "frequency_ops",
     "load_plugins",
     "noise_floor",
     "op",
     "ops",
     "ops_table",
     "shifted",
+    "tables",
     "where_table",
 ]

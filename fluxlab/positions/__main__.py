@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> None:
         prompt=options.prompt,
         axes_dim=options.axes_dim,
         theta=options.theta,
+        trained=options.trained,
         double=options.double,
         single=options.single,
         heads=options.heads,
@@ -132,6 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         (("--single",), _count, flux.depth_single_blocks, "N", f"single blocks ({flux.depth_single_blocks})"),
         (("--heads",), _count, flux.num_heads, "N", f"heads ({flux.num_heads})"),
         (("--axes-dim",), _axes, flux.axes_dim, "N,N,N", "width of index, row, col (16,56,56)"),
+        (("--trained",), _grid, (64, 64), "ROWSxCOLS", "image tokens that the model was trained on (64x64)"),
         (("--theta",), float, flux.theta, "X", f"base of the frequencies ({flux.theta})"),
     ):
         parser.add_argument(*flags, type=parse, default=default, metavar=metavar, help=text)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fluxlab.errors import UserError, join, show
 from fluxlab.positions.registry import Op, bugs_named, find_op
+from fluxlab.positions.waves import Waves, spectrum, unchanged
 from fluxlab.select.arguments import AXES
 from fluxlab.select.layout import Context, Scope, token_name
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
@@ -36,6 +37,7 @@ class Resolved:
     seen_by: Tensor | None
     strength: float | list
     path: str
+    context: Context
 
     @property
     def acts_on(self) -> str:
@@ -43,6 +45,11 @@ class Resolved:
 
     def strength_at(self, step: int, t: float) -> float:
         return strength_at(self.strength, t) if self.steps[step] and len(self.tokens) else 0.0
+
+    def state_at(self, step: int, t: float) -> tuple[float, float | None]:
+        """Return all that the edit depends on at a step: its strength, and t if its op depends on the noise level."""
+        strength = self.strength_at(step, t)
+        return strength, t if self.op.timed and strength > 0 else None
 
     def in_head(self, head: int | None) -> bool:
         return head is None or self.heads is None or head in self.heads
@@ -101,27 +108,59 @@ def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
         seen_by=None if where["seen_by"] == "all" else selected(where["seen_by"], "seen_by"),
         strength=where["strength"],
         path=edit.path or edit.name,
+        context=context,
     )
+
+
+Now = tuple[int, float, float | None]
+"""An edit at one step: its number, its strength, and the noise level t if its op depends on it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Placed:
-    """ids `(N, A)`, with dropped rotation as position 0, and the factor of each row of the table, `(N,)` or None."""
+    """ids `(N, A)`, with dropped rotation as position 0, and the factor of each row of the table, `(N,)` or None.
+
+    waves: frequencies and gains, None if they are the model's own.
+    """
 
     ids: Tensor
     scales: Tensor | None
+    waves: Waves | None = None
 
     def equals(self, other: "Placed") -> bool:
         """Return whether values are equal. False if a gradient flows through one of them."""
-        if self.ids.requires_grad or other.ids.requires_grad or (self.scales is None) != (other.scales is None):
+        mine, theirs = self._parts(), other._parts()
+        if len(mine) != len(theirs) or any(part.requires_grad for part in (*mine, *theirs)):
             return False
-        return torch.equal(self.ids, other.ids) and (self.scales is None or torch.equal(self.scales, other.scales))
+        same = (self.scales is None) == (other.scales is None) and (self.waves is None) == (other.waves is None)
+        return same and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+    def _parts(self) -> list[Tensor]:
+        return [self.ids, *([] if self.scales is None else [self.scales]), *(self.waves or ())]
+
+    @property
+    def has_score(self) -> bool:
+        return self.waves is not None and bool((self.waves.score != 1).any())
+
+    def without_score(self) -> "Placed":
+        """Return it as keys use it: a factor of scores is a factor of the queries."""
+        if not self.has_score:
+            return self
+        return replace(self, waves=self.waves._replace(score=torch.ones_like(self.waves.score)))
+
+    @property
+    def row_factors(self) -> Tensor | None:
+        """The factor of each row of the table, `(N,)` in the dtype of the ids, or None."""
+        if not self.has_score:
+            return self.scales
+        score = self.waves.score[:, 0].to(self.ids.dtype).expand(len(self.ids))
+        return score if self.scales is None else self.scales * score
 
 
-def apply_edits(ids: Tensor, edits: Sequence[Resolved], strengths: Sequence[tuple[int, float]]) -> Placed:
-    """Apply edits (number, strength) in order. An angle is id · ω, so a share of the angle is that share of the id."""
-    shares = scales = None
-    for n, strength in strengths:
+def apply_edits(ids: Tensor, edits: Sequence[Resolved], now: Sequence[Now]) -> Placed:
+    """Apply edits in order. An angle is id · ω, so a share of the angle is that share of the id."""
+    shares = scales = waves = None
+    for n, strength, t in now:
         edit = edits[n]
         if edit.acts_on == "ids":
             ids = _changed(ids, edit, strength)
@@ -129,7 +168,46 @@ def apply_edits(ids: Tensor, edits: Sequence[Resolved], strengths: Sequence[tupl
             shares = _changed(torch.ones_like(ids) if shares is None else shares, edit, strength, is_factor=True)
         elif edit.acts_on == "scale":
             scales = _changed(torch.ones_like(ids[:, 0]) if scales is None else scales, edit, strength, is_factor=True)
-    return Placed(ids if shares is None else ids * shares, scales)
+        elif edit.acts_on == "frequencies":
+            before = unchanged(edit.context) if waves is None else waves
+            waves = _changed_waves(before, ids, edit, strength, edit.context.sigmas[0] if t is None else t)
+    return Placed(ids if shares is None else ids * shares, scales, _own_or_none(waves, edits))
+
+
+def _changed_waves(before: Waves, ids: Tensor, edit: Resolved, strength: float, t: float) -> Waves:
+    """Return `before` with the op's result at the edit's tokens and axes."""
+    seen = spectrum(ids, edit.context, edit.axes, t)
+    after = _call(edit, before, seen)
+    if not isinstance(after, Waves):
+        raise TypeError(f"{edit.path}: op {edit.op.name} ({edit.op.source}) returned {type(after).__name__}, not Waves")
+    mixed = []
+    for name, start, end in zip(Waves._fields, before, after, strict=True):
+        fits = isinstance(end, Tensor) and end.dtype == start.dtype and end.ndim == 2
+        if not fits or end.shape[0] not in (1, len(ids)) or end.shape[1] != start.shape[1]:
+            got = f"{tuple(end.shape)} {end.dtype}" if isinstance(end, Tensor) else type(end).__name__
+            raise TypeError(
+                f"{edit.path}: op {edit.op.name} ({edit.op.source}) returned {name} {got}, "
+                f"expected (1 or {len(ids)}, {start.shape[1]}) {start.dtype}"
+            )
+        if not torch.isfinite(end.detach()).all():
+            raise UserError(f"{edit.path}: {edit.described} gave NaN or inf as {name}")
+        if strength < 1:
+            end = start + strength * (end - start)
+        if name != "score":
+            end = torch.where(seen.chosen, end, start)
+        if len(edit.tokens) < len(ids):
+            rows = start.expand(len(ids), -1)
+            end = rows.index_copy(0, edit.tokens, end.expand(len(ids), -1)[edit.tokens])
+        mixed.append(end)
+    return Waves(*mixed)
+
+
+def _own_or_none(waves: Waves | None, edits: Sequence[Resolved]) -> Waves | None:
+    """Return None for the model's own frequencies, so that their table is computed and shared as without an edit."""
+    if waves is None or any(part.requires_grad for part in waves):
+        return waves
+    own = unchanged(edits[0].context)
+    return None if all((a == b).all() for a, b in zip(waves, own, strict=True)) else waves
 
 
 def _changed(before: Tensor, edit: Resolved, strength: float, is_factor: bool = False) -> Tensor:
@@ -176,13 +254,13 @@ def _check_finite(edit: Resolved, result: Tensor) -> None:
         )
 
 
-def blocked(edits: Sequence[Resolved], strengths: Sequence[tuple[int, float]], ids: Tensor) -> Tensor:
+def blocked(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tensor:
     """Return the additive mask `(N, N)` of some mask edits. Strength s multiplies the odds of attending by 1 - s.
 
     Raises UserError if a query is left with no key to attend to.
     """
     bias = ids.new_zeros(len(ids), len(ids))
-    for n, strength in strengths:
+    for n, strength, _ in now:
         edit = edits[n]
         forbidden = _call(edit)
         _check_type(edit, forbidden, bias.shape, torch.bool)
@@ -197,7 +275,7 @@ def try_out(edits: Sequence[Resolved], ids: Tensor, context: Context) -> None:
     """Call every op once, so that its errors appear before a run and not in the middle of it."""
     for n, edit in enumerate(edits):
         if len(edit.tokens):
-            apply_edits(ids.detach(), edits, [(n, 1.0)])
+            apply_edits(ids.detach(), edits, [(n, 1.0, None)])
     masks = [n for n, edit in enumerate(edits) if edit.acts_on == "attention"]
     heads = range(context.heads) if any(edits[n].heads is not None for n in masks) else (None,)
     at_full_strength = {
@@ -207,4 +285,4 @@ def try_out(edits: Sequence[Resolved], ids: Tensor, context: Context) -> None:
         for head in heads
     }
     for together in at_full_strength if masks else ():
-        blocked(edits, [(n, 1.0) for n in together], ids)
+        blocked(edits, [(n, 1.0, None) for n in together], ids)

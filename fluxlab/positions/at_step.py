@@ -15,6 +15,7 @@ from fluxlab.model import TRANSFORMERS
 from fluxlab.positions.apply import Resolved, resolve
 from fluxlab.positions.compiled import Compiled, compile_programs
 from fluxlab.positions.program import Program
+from fluxlab.positions.waves import Waves, unchanged
 from fluxlab.select.arguments import AXES
 from fluxlab.select.layout import Context, Layout
 from fluxlab.select.words import Prompt, split_words
@@ -57,15 +58,17 @@ def sequence(
     single: int = FLUX.depth_single_blocks,
     heads: int = FLUX.num_heads,
     steps: int = 28,
+    trained: tuple[int, int] = (64, 64),
 ) -> Context:
     """Return the context of a FLUX.1 sequence, without a model.
 
     Text is at (0, 0, 0), image tokens are at (0, row, col), and those of reference image k at (k + 1, row, col). The
     schedule is even. A prompt given as a string has one token per word or punctuation mark, unlike T5. A `Prompt` has
-    the spans of its tokenizer. Raises UserError for sizes that are not whole numbers.
+    the spans of its tokenizer. trained: the grid that the model was trained on. Raises UserError for sizes that are not
+    whole numbers.
     """
     counts = {"text": (text, 0), "double": (double, 0), "single": (single, 0), "heads": (heads, 1), "steps": (steps, 1)}
-    counts |= {f"{key} {size[0]}x{size[1]}": (min(size), 1) for key, size in [("grid", grid)]}
+    counts |= {f"{key} {size[0]}x{size[1]}": (min(size), 1) for key, size in [("grid", grid), ("trained", trained)]}
     counts |= {f"references[{k}]": (min(size), 1) for k, size in enumerate(references)}
     for key, (n, least) in counts.items():
         if isinstance(n, bool) or not isinstance(n, Integral) or n < least:
@@ -94,6 +97,7 @@ def sequence(
         heads=heads,
         sigmas=tuple(1 - i / steps for i in range(steps + 1)),
         prompts=None if prompt is None else [prompt],
+        trained=tuple(trained),
     )
 
 
@@ -148,7 +152,24 @@ def program_at_step(
         labels["query"] = f"as {name} token {query - start} sees them"
     if program and torch.equal(after, before):
         labels["same"] = "positions unchanged"
+    waves, own = compiled.waves(context.sigmas[s], b, shown, h, query=query), unchanged(context)
+    if not all((x == y).all() for x, y in zip(waves, own, strict=True)):
+        labels["waves"] = _changed_waves(waves, own)
     return ProgramAtStep(program, context, compiled, s, b, shown, h, query, before, after, labels)
+
+
+def _changed_waves(waves: Waves, own: Waves) -> str:
+    """Return `frequencies × 0.5 to 1, gain 1.1`."""
+    parts = []
+    for name, values in (
+        ("frequencies ×", waves.frequency / own.frequency),
+        ("gain", waves.gain),
+        ("scores of queries ×", waves.score),
+    ):
+        low, high = float(values.detach().min()), float(values.detach().max())
+        if low != 1 or high != 1:
+            parts.append(f"{name} {low:.4g}" + (f" to {high:.4g}" if high > low else ""))
+    return ", ".join(parts)
 
 
 def _options(key: str, value: int | None, count: int) -> Sequence[int]:

@@ -9,7 +9,8 @@ from torch import Tensor
 from fluxlab.errors import UserError
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary, rotary_table
-from fluxlab.positions.apply import Placed, Resolved, apply_edits, blocked, resolve, try_out
+from fluxlab.positions.apply import Now, Placed, Resolved, apply_edits, blocked, resolve, try_out
+from fluxlab.positions.waves import Waves, unchanged
 from fluxlab.select.layout import Context
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Compiled:
     def at(self, t: float) -> Placement:
         """Return tables and masks at time t (1 is noise, 0 the image): the same object as before if nothing changed."""
         step = self.step(t)
-        state = tuple(tuple(edit.strength_at(step, t) for edit in edits) for edits in self._samples)
+        state = tuple(tuple(edit.state_at(step, t) for edit in edits) for edits in self._samples)
         if state != self._state:
             self._cache.next_step()
             self._state = state
@@ -96,7 +97,28 @@ class Compiled:
     def scales(self, t: float = 1.0, block: int = 0, head: int = 0, sample: int = 0) -> Tensor:
         """Return the factor of each query's scores, `(N,)`."""
         placed = self._whole(t, block, "queries", head, sample, None)
-        return torch.ones_like(placed.ids[:, 0]) if placed.scales is None else placed.scales
+        return torch.ones_like(placed.ids[:, 0]) if placed.row_factors is None else placed.row_factors
+
+    def waves(
+        self,
+        t: float = 1.0,
+        block: int = 0,
+        side: str = "queries",
+        head: int = 0,
+        sample: int = 0,
+        query: int | None = None,
+    ) -> Waves:
+        """Return the frequencies and gains that one block and head use, `(N or 1, d/2)`. Arguments as for `ids`."""
+        placed = self._whole(t, block, side, head, sample, query)
+        return unchanged(self._context) if placed.waves is None else placed.waves
+
+    def side_table(self, t: float, side: str, block: int = 0, head: int = 0, sample: int = 0) -> Rotary:
+        """Return the table `(N, d/2)` of one side of one block, head and sample."""
+        self.at(t)
+        which = self._of[sample]
+        edits = self._samples[which]
+        now = tuple(n for n in self._active(block)[which] if edits[n].touches(side, head))
+        return Rotary(*(part[0, 0] for part in self._head_table(which, now, side)))
 
     def _whole(self, t: float, block: int, side: str, head: int, sample: int, query: int | None) -> Placed:
         self.at(t)
@@ -108,8 +130,8 @@ class Compiled:
     def _active(self, block: int) -> tuple[tuple[int, ...], ...]:
         """Return the edits that act in a block now, for each distinct sample."""
         return tuple(
-            tuple(n for n, edit in enumerate(edits) if strengths[n] > 0 and block in edit.blocks)
-            for edits, strengths in zip(self._samples, self._state, strict=True)
+            tuple(n for n, edit in enumerate(edits) if state[n][0] > 0 and block in edit.blocks)
+            for edits, state in zip(self._samples, self._state, strict=True)
         )
 
     def _build(self) -> Placement:
@@ -154,7 +176,9 @@ class Compiled:
             now = [n for n in now if edits[n].touches(side) and edits[n].is_seen_by(query)]
             by_head = any(edits[n].heads is not None for n in now)
             heads = range(self._context.heads) if by_head else (0,)
-            rows.append([self._head_table(which, tuple(n for n in now if edits[n].touches(side, h))) for h in heads])
+            rows.append(
+                [self._head_table(which, tuple(n for n in now if edits[n].touches(side, h)), side) for h in heads]
+            )
         rows = [row[:1] if all(table is row[0] for table in row) else row for row in rows]
         rows = [rows[which] for which in self._of]
         if all(_same(row, rows[0]) for row in rows):
@@ -164,28 +188,29 @@ class Compiled:
         key = tuple(tuple(id(table) for table in row) for row in rows)
         return self._cache.get(("joined", key), lambda: _join(rows))
 
-    def _strengths(self, which: int, edits: tuple[int, ...]) -> tuple:
-        return tuple((n, self._state[which][n]) for n in edits)
+    def _now(self, which: int, edits: tuple[int, ...]) -> tuple[Now, ...]:
+        return tuple((n, *self._state[which][n]) for n in edits)
 
     def _placed(self, which: int, edits: tuple[int, ...]) -> Placed:
-        strengths = self._strengths(which, edits)
-        return self._cache.get(
-            ("ids", which, strengths),
-            lambda: apply_edits(self._ids[which], self._samples[which], strengths),
-        )
+        now = self._now(which, edits)
+        return self._cache.get(("ids", which, now), lambda: apply_edits(self._ids[which], self._samples[which], now))
 
-    def _head_table(self, which: int, edits: tuple[int, ...]) -> Rotary:
-        """Return the table `(1, 1, N, d/2)` of some edits of one sample. Equal ids share one."""
-        key = ("table", which, self._strengths(which, edits))
-        return self._cache.get(key, lambda: self._shared(self._placed(which, edits)))[1]
+    def _head_table(self, which: int, edits: tuple[int, ...], side: str) -> Rotary:
+        """Return the table `(1, 1, N, d/2)` of some edits of one sample. Equal ids and waves share one."""
+        placed = self._placed(which, edits)
+        if side == "keys":
+            placed = placed.without_score()
+        key = ("table", which, self._now(which, edits), placed.has_score)
+        return self._cache.get(key, lambda: self._shared(placed))[1]
 
     def _shared(self, placed: Placed) -> tuple[Placed, Rotary]:
         for known, table in self._cache.values("table"):
             if known.equals(placed):
                 return known, table
-        table = rotary_table(placed.ids[None], self._context.axes_dim, self._context.theta)
-        if placed.scales is not None:
-            table = Rotary(*(part * placed.scales[:, None] for part in table))
+        waves = placed.waves and placed.waves[:2]
+        table = rotary_table(placed.ids[None], self._context.axes_dim, self._context.theta, waves)
+        if placed.row_factors is not None:
+            table = Rotary(*(part * placed.row_factors[:, None] for part in table))
         return placed, table
 
     def _mask(self, active: tuple) -> Tensor | None:
@@ -206,11 +231,11 @@ class Compiled:
         return self._cache.get(key, lambda: _join_masks(rows, self._ids[0]))
 
     def _blocked(self, which: int, edits: tuple[int, ...]) -> Tensor | None:
-        strengths = self._strengths(which, edits)
+        now = self._now(which, edits)
         if not edits:
             return None
-        make = lambda: blocked(self._samples[which], strengths, self._ids[which])  # noqa: E731
-        return self._cache.get(("blocked", which, strengths), make)
+        make = lambda: blocked(self._samples[which], now, self._ids[which])  # noqa: E731
+        return self._cache.get(("blocked", which, now), make)
 
 
 def _same(a: list, b: list) -> bool:

@@ -10,7 +10,11 @@ def describe_edit(edit: "Edit") -> str:
     """Return `scale factor 1.2 on image (row, col), steps 0–3, double blocks 0–18, keys, strength 1 → 0`."""
     config = edit.to_config()
     where = edit.where
-    arguments = [f"{key} {_value(config[key])}" for key in edit.arguments if key in config]
+    arguments = [
+        f"{key} {_ranges(config[key]) if key == 'pairs' else _value(config[key])}"
+        for key in edit.arguments
+        if key in config
+    ]
     parts = [" ".join([edit.op, ", ".join(arguments)]).strip()]
     if edit.op != "mask":
         parts[0] += f" on {_tokens(where['tokens'])}"

@@ -33,6 +33,11 @@ DEFAULTS = {
 assert set(PARSE) == set(WHERE)
 
 
+def where_defaults(op: Op) -> dict[str, Any]:
+    """Return the default of every key of `WHERE` for an op."""
+    return {**DEFAULTS, "tokens": op.tokens, "axes": "all" if op.axes is None else list(op.axes)}
+
+
 @dataclass(frozen=True)
 class Edit:
     """An op with its arguments, and where it acts. Both are canonical and complete, so equal edits compare equal.
@@ -49,7 +54,7 @@ class Edit:
     def to_config(self, mask_digests: bool = False) -> dict[str, Any]:
         """Return plain values, without those that equal their default. `mask_digests`: as in `Program.to_config`."""
         known = find_op(self.op, join(self.path, "op"))
-        defaults = {**known.defaults, **DEFAULTS, "tokens": known.tokens}
+        defaults = {**known.defaults, **where_defaults(known)}
         given = {key: v for key, v in {**self.arguments, **self.where}.items() if v != defaults.get(key, _NOTHING)}
         given = compact(given, mask_digests)
         if "blocks" in given and len(given["blocks"]) == 1:
@@ -84,7 +89,7 @@ def parse_edit(name: Any, config: Any, path: str) -> Edit:
             raise unknown_key(path, key, config[key], (*known.types, *known.where), f"key of {known.name}")
     where = {
         key: PARSE[key](config[key], join(path, key)) if config.get(key) is not None else default
-        for key, default in {"tokens": known.tokens, **DEFAULTS}.items()
+        for key, default in where_defaults(known).items()
     }
     if where["seen_by"] != "all" and where["side"] != "keys":
         accepted = "side: keys with it, since it says which queries see the edited keys"
@@ -94,4 +99,4 @@ def parse_edit(name: Any, config: Any, path: str) -> Edit:
 
 def _is_default(known: Op, key: Any, value: Any) -> bool:
     """Return whether a key that this op does not take is set to its default, which is allowed."""
-    return (value is None and key in WHERE) or value == {**DEFAULTS, "tokens": known.tokens}.get(key, _NOTHING)
+    return (value is None and key in WHERE) or value == where_defaults(known).get(key, _NOTHING)

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 
 from fluxlab.positions.edit import DEFAULTS, PARSE
-from fluxlab.positions.registry import OPS, Op
+from fluxlab.positions.registry import ACTS_ON, OPS, Op
 
 WHERE_VALUES = {
     "tokens": 'image, text, all; `{words: [cat, "cat#2"]}`; `{box: [top, left, bottom, right], unit: tokens}` (or '
@@ -22,7 +22,7 @@ WHERE_VALUES = {
 """What each key accepts, in words. The keys and their defaults come from the code."""
 
 
-def ops_table(acts_on: Iterable[str] = ("ids", "rotation", "scale", "attention")) -> str:
+def ops_table(acts_on: Iterable[str] = tuple(ACTS_ON)) -> str:
     """Return a Markdown table of the ops that act on one of `acts_on`: name, arguments, and what they do."""
     rows = [[f"`{op.name}`", _arguments(op), op.summary] for op in OPS.values() if op.acts_on in acts_on]
     return _table(["op", "arguments", "what it does"], rows)

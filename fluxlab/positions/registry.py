@@ -18,6 +18,7 @@ ACTS_ON = {
     "rotation": WHERE,
     "scale": ("tokens", "steps", "blocks", "heads", "strength"),
     "attention": ("steps", "blocks", "heads", "strength"),
+    "frequencies": WHERE,
 }
 """What an op changes, and which keys of an edit apply to it."""
 
@@ -27,7 +28,7 @@ class Op:
     """An entry of the registry.
 
     types: the type of each argument, by its name in a config. names: the same arguments' names in Python. tokens: what
-    an edit selects by default.
+    an edit selects by default. axes: those it acts on by default. timed: whether it depends on the noise level.
     """
 
     name: str
@@ -38,6 +39,8 @@ class Op:
     defaults: Mapping[str, Any]
     acts_on: str = "ids"
     tokens: str = "image"
+    axes: tuple[str, ...] | None = None
+    timed: bool = False
 
     @property
     def where(self) -> tuple[str, ...]:
@@ -84,12 +87,19 @@ def bugs_named(what: str) -> Iterator[None]:
 
 
 def op(
-    name: str, types: Mapping[str, ArgumentType] | None = None, *, acts_on: str = "ids", tokens: str = "image"
+    name: str,
+    types: Mapping[str, ArgumentType] | None = None,
+    *,
+    acts_on: str = "ids",
+    tokens: str = "image",
+    axes: tuple[str, ...] | None = None,
+    timed: bool = False,
 ) -> Callable:
     """Register a function as the op `name`.
 
-    types: the type of each argument after (ids, scope), by its name in YAML. acts_on: a key of `ACTS_ON`. tokens: what
-    an edit selects by default.
+    types: the type of each argument after (ids, scope), by its name in YAML. acts_on: a key of `ACTS_ON`. tokens,
+    axes: what an edit selects by default; None for all axes. timed: whether the op depends on the noise level, which
+    is only possible for ops on frequencies: they see it as `spectrum.t`.
 
     A name that Python reserves gets an underscore in the function: `from` is `from_`.
     """
@@ -115,7 +125,7 @@ def op(
             if key not in required
         }
         names = {key: parameter.name for key, parameter in arguments.items()}
-        OPS[name] = Op(name, function, types, names, required, defaults, acts_on, tokens)
+        OPS[name] = Op(name, function, types, names, required, defaults, acts_on, tokens, axes, timed)
         return function
 
     return register

@@ -75,6 +75,28 @@ def flag(value: Any, path: str) -> bool:
     return value
 
 
+def above_one(value: Any, path: str) -> float:
+    """a number above 1"""
+    if not number(value, path, "a number above 1") > 1:
+        raise wrong(path, value, "a number above 1")
+    return float(value)
+
+
+def index(value: Any, path: str) -> int:
+    """a whole number, 0 or more"""
+    return seed(value, path)
+
+
+def interval(value: Any, path: str) -> list[float]:
+    """[low, high]"""
+    if not is_list(value) or len(value) != 2:
+        raise wrong(path, value, "[low, high]")
+    low, high = (number(n, f"{path}[{i}]") for i, n in enumerate(value))
+    if low > high:
+        raise wrong(path, list(value), "[low, high] with low <= high")
+    return [low, high]
+
+
 def choice(*words: str) -> ArgumentType:
     """Return the type of an argument that is one of `words`."""
 
@@ -138,6 +160,14 @@ def per_axis(value: Any, path: str) -> list[float | None]:
         numbers = [None if n is None else number(n, f"{path}[{i}]") for i, n in enumerate(value)]
         return [None] * (len(AXES) - len(numbers)) + numbers
     return [number(value, path, accepted)] * len(AXES)
+
+
+def positive_per_axis(value: Any, path: str) -> list[float | None]:
+    """a number above 0, [row, col], [index, row, col] or {row: 2}"""
+    numbers = per_axis(value, path)
+    if any(n is not None and n <= 0 for n in numbers):
+        raise wrong(path, value, "numbers above 0")
+    return numbers
 
 
 def box(value: Any, path: str) -> list[float]:

@@ -91,6 +91,8 @@ class Context:
     sigmas: the schedule from 1 to 0, one value more than steps.
     prompts: one for each sample, for edits that name words. None stands for a negative prompt, on which such an edit
     does nothing.
+    trained, trained_text: the grid (rows, cols) and the number of text tokens that the model was trained on. The
+    defaults are FLUX.1's.
     """
 
     ids: Tensor
@@ -102,6 +104,8 @@ class Context:
     heads: int
     sigmas: Sequence[float] = (1.0, 0.0)
     prompts: Sequence[Prompt | None] | None = None
+    trained: tuple[int, int] = (64, 64)
+    trained_text: int = 512
 
     @property
     def blocks(self) -> int:

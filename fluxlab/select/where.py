@@ -152,6 +152,11 @@ def parse_heads(value: Any, path: str) -> str | list[int]:
     return "all" if value == "all" else _numbers(value, path, "all, or heads such as [0, 1] or '0-3'")
 
 
+def parse_pairs(value: Any, path: str) -> list[int]:
+    """numbers such as [0, 1] or 0-9"""
+    return _numbers(value, path, "pairs such as [0, 1] or '0-9', from the highest frequency")
+
+
 def resolve_heads(heads: str | list[int], count: int, path: str) -> frozenset[int] | None:
     """Return head numbers, or None for all heads. Raises UserError if the model lacks one."""
     if heads == "all":
