@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxlab.checkpoints.identity import fingerprint
-from fluxlab.config import ModelRow, find_row
+from fluxlab.config import ModelRow, find_row, with_loras
 from fluxlab.errors import UserError, show, text_key
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
@@ -32,6 +32,7 @@ def make_experiment(
     baseline: str = "baseline",
     clip: str | None = None,
     dino: str | None = None,
+    lora: Any = None,
     identify: bool = True,
 ) -> Experiment:
     """Return a checked experiment: variants × prompts × seeds on one model. Nothing is computed.
@@ -45,6 +46,7 @@ def make_experiment(
     sampling: the settings; None means the model's own.
     capture: what to store of attention: a file under configs/capture such as "words", or a mapping of requests.
     name: names the default run folder. clip, dino: checkpoints for similarity metrics.
+    lora: merged into the transformer, as in `load_pipeline`.
     identify: whether to hash the model's files. A run needs that; a plan does not.
 
     Raises UserError naming the argument, its value and what is expected.
@@ -61,7 +63,7 @@ def make_experiment(
     programs = {text_key("variants", key, "a name"): value for key, value in (variants or {}).items()}
     if baseline not in programs and baseline == "baseline":
         programs = {baseline: {}, **programs}
-    row = model if isinstance(model, ModelRow) else find_row(model)
+    row = with_loras(model if isinstance(model, ModelRow) else find_row(model), lora)
     settings = sampling or Sampling()
     experiment = checked(
         Experiment(

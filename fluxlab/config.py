@@ -1,16 +1,68 @@
 """Where the configs are, and the schema of a model row."""
 
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fluxlab.errors import UserError, nearest
+from fluxlab.errors import UserError, nearest, show
 
 PACKAGE = Path(__file__).parent
 LIKE = ("dev", "schnell")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA that is merged into the transformer when a model is loaded.
+
+    path: a .safetensors file, a folder that holds one, or a hub id with its file (owner/name/file.safetensors).
+    scale: factor of what it adds. It may be negative.
+    text_encoders: "error", or "ignore" to leave out what the file has for the text encoders, which are not changed.
+    """
+
+    path: str
+    scale: float = 1.0
+    text_encoders: str = "error"
+
+
+def read_loras(value: Any, where: str = "lora") -> tuple[Lora, ...]:
+    """Return the LoRAs of a config: a list of {path, scale, text_encoders}, or of paths; one needs no list.
+
+    Raises UserError naming the key, its value and what is expected.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str | PathLike | Mapping | Lora):
+        return (_read_lora(value, where),)
+    if not isinstance(value, Sequence):
+        raise UserError(f"{where}={show(value)}: expected a list such as [{{path: style.safetensors, scale: 0.8}}]")
+    return tuple(_read_lora(part, f"{where}[{i}]") for i, part in enumerate(value))
+
+
+def _read_lora(value: Any, where: str) -> Lora:
+    if isinstance(value, Lora):
+        value = asdict(value)
+    elif not isinstance(value, Mapping):
+        value = {"path": value}
+    known = [f.name for f in fields(Lora)]
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise UserError(f"{where}: unknown key {unknown[0]!r}, expected {', '.join(known)}{nearest(unknown[0], known)}")
+    path, scale = value.get("path"), value.get("scale", 1.0)
+    if not isinstance(path, str | PathLike) or not str(path):
+        raise UserError(
+            f"{where}.path={show(path)}: expected a .safetensors file, a folder that holds one, or a hub id"
+        )
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+        raise UserError(f"{where}.scale={show(scale)}: expected a finite number")
+    encoders = value.get("text_encoders", "error")
+    if encoders not in ("error", "ignore"):
+        raise UserError(f"{where}.text_encoders={show(encoders)}: expected error or ignore")
+    return Lora(str(path), float(scale), encoders)
 
 
 @dataclass(frozen=True)
@@ -24,6 +76,7 @@ class ModelRow:
     schedule: how times are spread, such as {shift: 3.0}, {mu: 1.15} or the keys of Diffusers' scheduler_config.json.
     size: (height, width) in pixels.
     scenes: trained on `fluxlab.scenes`, so that the scene oracle can read its images.
+    lora: what is merged into the transformer, in order.
     """
 
     name: str
@@ -39,14 +92,21 @@ class ModelRow:
     tokenizers: str | None = None
     like: str | None = None
     schedule: Mapping[str, Any] | None = None
+    lora: tuple[Lora, ...] | None = None
 
     def values(self) -> dict[str, Any]:
         """Return the row as plain values. Keys that older stores do not know are left out unless they are set."""
-        values = {**asdict(self), "size": list(self.size) if self.size else None}
+        loras = [asdict(lora) for lora in self.lora] if self.lora else None
+        values = {**asdict(self), "size": list(self.size) if self.size else None, "lora": loras}
         return {key: value for key, value in values.items() if key not in _LATER or value is not None}
 
 
-_LATER = ("tokenizers", "like", "schedule")
+_LATER = ("tokenizers", "like", "schedule", "lora")
+
+
+def with_loras(row: ModelRow, lora: Any) -> ModelRow:
+    """Return the row with further LoRAs, given as in `read_loras`."""
+    return replace(row, lora=(*(row.lora or ()), *read_loras(lora)) or None)
 
 
 def config_folder() -> Path:
@@ -102,4 +162,5 @@ def model_row(values: Mapping[str, Any], where: str) -> ModelRow:
     path = values["path"]
     if path.startswith("fluxlab/"):
         path = str(PACKAGE.parent / path)
-    return ModelRow(**{**values, "path": path, "size": tuple(size) if size else None})
+    loras = read_loras(values.get("lora"), f"{where}: lora") or None
+    return ModelRow(**{**values, "path": path, "size": tuple(size) if size else None, "lora": loras})

@@ -1,7 +1,7 @@
 """Load a pipeline from a name under `configs/model`, a folder, files or a hub id."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from fluxlab.checkpoints.manifest import verify_manifest
 from fluxlab.checkpoints.memory import default_device
 from fluxlab.checkpoints.stored import Stored, local, on_meta, part_paths
 from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
-from fluxlab.config import ModelRow, find_row
+from fluxlab.config import Lora, ModelRow, find_row, with_loras
 from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
@@ -34,6 +34,7 @@ def load_pipeline(
     tokenizers: "str | PathLike[str] | None" = None,
     like: str | None = None,
     schedule: Mapping[str, Any] | None = None,
+    lora: "str | PathLike[str] | Lora | Mapping[str, Any] | Sequence[Any] | None" = None,
 ) -> Pipeline:
     """Load a model: a name under `configs/model`, a Diffusers folder, a single file, a folder of single files, or a
     hub id.
@@ -42,7 +43,8 @@ def load_pipeline(
     one (CUDA, then mps), else the CPU. autoencoder, text, tokenizers: the parts that `name` does not hold, such as
     `ae.safetensors`, a folder with `clip_l.safetensors` and `t5xxl_fp16.safetensors`, and a folder with `tokenizer`
     and `tokenizer_2`. variant: for files such as `….fp16.safetensors`. like, schedule: how a single file samples, if
-    it does not say (see `fluxlab.schedules`): "dev" or "schnell", {"shift": 3.0} or {"mu": 1.15}.
+    it does not say (see `fluxlab.schedules`): "dev" or "schnell", {"shift": 3.0} or {"mu": 1.15}. lora: what to merge
+    into the transformer: a path, {"path": …, "scale": 0.8}, or a list of these (`fluxlab.checkpoints.merge_loras`).
 
     Raises UserError for what is missing, damaged, of another model, or does not fit the device. docs/checkpoints.md
     lists what can be read.
@@ -52,7 +54,7 @@ def load_pipeline(
     settings = {key: str(value) for key, value in paths.items() if value is not None}
     if schedule is not None:
         settings["schedule"] = schedule
-    return load_row(replace(row, **settings), dtype, device)
+    return load_row(with_loras(replace(row, **settings), lora), dtype, device)
 
 
 def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Pipeline:
@@ -63,6 +65,7 @@ def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torc
     paths = part_paths(row, found)
     common = {"dtype": dtype, "device": device, "variant": row.variant}
     transformer = checkpoints.load_transformer(found.path, **common)
+    checkpoints.merge_loras(transformer, row.lora)
     decision = schedules.decide(row, found, transformer.params)
     autoencoder = checkpoints.load_autoencoder(paths["autoencoder"], **common)
     with _transformers:
@@ -122,6 +125,8 @@ def pipeline_without_weights(
     transformer, autoencoder = (
         on_meta(parts[name].params).to(dtype or parts[name].dtype) for name in ("transformer", "autoencoder")
     )
+    if all(local(lora.path, "lora", None) for lora in row.lora or ()):
+        checkpoints.check_loras(transformer, row.lora)
     transformer.img_in.to_empty(device=device)
     p, like = transformer.params, transformer.img_in.weight
     clip = _SilentEncoder(p.vec_in_dim, dtype or parts["clip"].dtype, like)

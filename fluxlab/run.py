@@ -22,7 +22,7 @@ from fluxlab.compose import (
     launches_jobs,
     short,
 )
-from fluxlab.config import config_folder, model_row
+from fluxlab.config import config_folder, model_row, with_loras
 from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.settings import Sampling
 
@@ -52,6 +52,7 @@ class RunConfig(_SamplingConfig):
     prompts_file: str | None = None
     seeds: Any = 1
     plugins: list[str] = field(default_factory=list)
+    lora: Any = None
     batch_tokens: int | None = None
     threads: int | None = None
     clip: str | None = None
@@ -162,7 +163,7 @@ def read(config: RunConfig) -> "Experiment":
     from fluxlab.positions import load_plugins
 
     prompts = read_prompts(Path(config.prompts_file)) if config.prompts_file else config.prompts
-    row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
+    row = with_loras(model_row(config.model, f"model {config.model.get('name', '')}".strip()), config.lora)
     load_plugins(config.plugins)
     check_baseline(config.baseline, config.variants)  # the one that was removed is not added again
     return make_experiment(

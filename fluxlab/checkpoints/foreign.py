@@ -40,7 +40,7 @@ _SIGNS = (
         r"(?:^|[._])(?:lora_(?:A|B|up|down|mid|unet|te\d?|transformer)|lokr_w\d|hada_w\d|dora_scale|oft_blocks|diff_b)"
         r"(?:[._]|$)",
         "a LoRA, not a whole model",
-        "pass the model that it was trained for; LoRA files cannot be applied yet",
+        "pass the model that it was trained for, and this file as lora",
     ),
     _Sign(
         r"(?:^|\.)(?:controlnet_(?:single_)?blocks|controlnet_x_embedder|controlnet_mode_embedder|input_hint_block"

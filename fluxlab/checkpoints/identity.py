@@ -6,9 +6,10 @@ from pathlib import Path
 
 from fluxlab.checkpoints.files import SUFFIXES
 from fluxlab.checkpoints.finding import resolve
+from fluxlab.checkpoints.lora import lora_file, settings_file
 from fluxlab.checkpoints.text import open_encoders
 from fluxlab.checkpoints.tokenizer_files import find_tokenizers
-from fluxlab.config import ModelRow
+from fluxlab.config import Lora, ModelRow
 from fluxlab.files import sha256_of
 
 _WHOLE = 1 << 20
@@ -25,7 +26,8 @@ _PARTS = (
 
 
 def fingerprint(row: ModelRow) -> str:
-    """Return 64 hex digits that change with whatever a row of `configs/model` loads: weights, tokenizers, schedule.
+    """Return 64 hex digits that change with whatever a row of `configs/model` loads: weights, LoRAs, tokenizers,
+    schedule.
 
     The manifest of a folder stands for its files. Elsewhere small files count whole, large ones by their size, header
     and 64 samples of 16 KiB spread over them: another training run or dtype is seen, a single flipped bit may not be.
@@ -41,8 +43,17 @@ def fingerprint(row: ModelRow) -> str:
             files.setdefault("text", {}).update({file.name: _sampled(file) for file in encoder.files if file != text})
     if row.tokenizers:
         files["tokenizers"] = _digests(find_tokenizers(text, row.tokenizers))
-    described = json.dumps({"files": files, "variant": row.variant}, sort_keys=True)
+    identity = {"files": files, "variant": row.variant}
+    if row.lora:
+        identity["lora"] = [[_lora_digests(lora), lora.scale] for lora in row.lora]
+    described = json.dumps(identity, sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _lora_digests(lora: Lora) -> list[str]:
+    """Return the hash of a LoRA's file, and that of the settings next to it if it has some."""
+    file = lora_file(lora)
+    return [sha256_of(part) for part in (file, settings_file(file)) if part]
 
 
 def _digests(path: Path) -> dict[str, str]:

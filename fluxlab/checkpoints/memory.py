@@ -88,10 +88,10 @@ class Scratch:
     forked process.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, purpose: str = "to join a Diffusers folder's tensors"):
         disk = "/var/tmp" if os.access("/var/tmp", os.W_OK) else tempfile.gettempdir()
         folder = os.environ.get("FLUXLAB_SCRATCH") or os.environ.get("TMPDIR") or disk
-        self._help = f"{folder}: no room for {_gb(size)} of scratch, needed to join a Diffusers folder's tensors"
+        self._help = f"{folder}: no room for {_gb(size)} of scratch, needed {purpose}"
         try:
             if shutil.disk_usage(folder).free < size:
                 raise OSError(errno.ENOSPC, "disk full")

@@ -26,6 +26,7 @@ _FOLDERS = {
     "transformer": [("transformer", STEM)],
     "autoencoder": [("vae", STEM)],
     "text": [("text_encoder", "model"), ("text_encoder_2", "model")],
+    "lora": [],
 }
 
 
@@ -64,7 +65,8 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
     """
     paths = {"transformer": row.path, "autoencoder": row.autoencoder or row.path, "text": row.text or row.path}
     roots = {part: local(path, part, row.variant) for part, path in paths.items()}
-    if None in roots.values():
+    loras = [local(lora.path, "lora", None) for lora in row.lora or ()]
+    if None in roots.values() or None in loras:
         return None
     part_paths(row, find(roots["transformer"], row.variant))
     parts = {}

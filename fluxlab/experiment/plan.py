@@ -8,7 +8,7 @@ import torch
 from fluxlab import checkpoints
 from fluxlab.checkpoints.memory import free_memory, total_memory
 from fluxlab.checkpoints.stored import Stored, published, stored
-from fluxlab.config import ModelRow
+from fluxlab.config import Lora, ModelRow
 from fluxlab.experiment import captures, runner, settings
 from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
@@ -97,11 +97,16 @@ def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[s
     return [
         f"model      {path}{download}",
         f"files      {', '.join(listed)}",
+        *(f"lora       {lora.scale:g} × {lora.path}{_without_text(lora)}" for lora in row.lora or ()),
         f"image      {s.height} × {s.width} px, {s.steps} steps{extra}; "
         f"{s.tokens:,} tokens: {rows} × {cols} image + {s.max_sequence_length} text",
         f"schedule   {schedule_of(row, parts).describe()}",
         f"computed   {s.device}, {s.dtype}, attention {s.kernel}, {number(s.threads, 'thread')}",
     ]
+
+
+def _without_text(lora: Lora) -> str:
+    return ", without its text encoders" if lora.text_encoders == "ignore" else ""
 
 
 def _count_lines(

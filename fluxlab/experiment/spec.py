@@ -87,7 +87,7 @@ class Experiment(Sampling):
         return hashlib.sha256(json.dumps([SCHEMA, requests]).encode()).hexdigest()[:12] if requests else ""
 
 
-_SOURCES = ("autoencoder", "text", "tokenizers", "variant", "scenes")
+_SOURCES = ("autoencoder", "text", "tokenizers", "variant", "scenes", "lora")
 _NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino", "capture")
 
 

@@ -1,0 +1,80 @@
+"""Merge LoRAs into a transformer: computed in fp32 and rounded once. Weights that nothing is added to stay mapped."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fluxlab.checkpoints.casting import check_finite
+from fluxlab.checkpoints.files import Entry
+from fluxlab.checkpoints.keys import Rows
+from fluxlab.checkpoints.lora import Addition, lora_file, matrix, read_additions
+from fluxlab.checkpoints.memory import Scratch
+from fluxlab.checkpoints.read import JOIN_IN_MEMORY
+from fluxlab.config import Lora
+from fluxlab.model import Flux
+
+
+def check_loras(model: Flux, loras: Sequence[Lora] | None) -> None:
+    """Raise the `CheckpointError` that `merge_loras` would raise for names and shapes. Weights may be on "meta"."""
+    for lora in loras or ():
+        _additions(model, lora)
+
+
+def merge_loras(model: Flux, loras: Sequence[Lora] | None) -> None:
+    """Add LoRAs to the weights of a transformer, in place: W + Σ scale · alpha / rank · up · down.
+
+    The sum is computed in fp32 (fp64 for an fp64 model) and rounded to the weight's dtype once. On the CPU, large
+    results lie on the pages of a scratch file, and weights without a LoRA are left as they are, mapped from their file.
+    Norm scales in a file, as in BFL's control LoRAs, replace those of the model whatever the scale. Raises
+    `CheckpointError` for files that do not fit, and for values that are not finite.
+    """
+    changes: dict[str, list[Addition]] = defaultdict(list)
+    files = {}
+    for lora in loras or ():
+        files[lora] = lora_file(lora)
+        for addition in _additions(model, lora):
+            changes[addition.ours].append(addition)
+    if not changes:
+        return
+    where = ", ".join(str(file) for file in files.values())
+    weights = dict(model.named_parameters())
+    on_cpu = {name for name in changes if weights[name].device.type == "cpu"}
+    size = sum(weights[name].nbytes for name in on_cpu)
+    scratch = Scratch(size, "for weights with a LoRA") if size > JOIN_IN_MEMORY else None
+    stored: list[str] = []
+    for name, additions in changes.items():
+        merged = _merged(weights[name].detach(), additions)
+        sources = ((entry.name, entry.read()) for a in additions for entry in (a.up, a.down) if entry)
+        check_finite(merged, sources, where)
+        if name in on_cpu and scratch:
+            scratch.add([merged], tuple(merged.shape))
+            stored.append(name)
+        else:
+            weights[name].data = merged
+    for name, merged in zip(stored, scratch.tensors() if scratch else (), strict=True):
+        weights[name].data = merged
+
+
+def _additions(model: Flux, lora: Lora) -> list[Addition]:
+    return read_additions(lora, model.params, {name: tuple(w.shape) for name, w in model.named_parameters()})
+
+
+def _merged(weight: Tensor, additions: Sequence[Addition]) -> Tensor:
+    """Return the sum of a weight and its additions, in the weight's dtype."""
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    total = weight.to(dtype, copy=True)
+    for a in additions:
+        rows = total if a.our_rows is None else total[slice(*a.our_rows)]
+        up = _read(a.up, a.up_rows, total)
+        if a.replaces:
+            rows.copy_(up)
+        else:
+            rows.add_(up if a.down is None else up @ _read(a.down, None, total), alpha=a.factor)
+    return total.to(weight.dtype)
+
+
+def _read(entry: Entry, rows: Rows, like: Tensor) -> Tensor:
+    values = entry.read().reshape(matrix(entry.shape))
+    return (values if rows is None else values[slice(*rows)]).to(like.device, like.dtype)
