@@ -15,6 +15,7 @@ from fluxlab.model.layers import (
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
+    Modulations,
     SingleStreamBlock,
     timestep_embedding,
 )
@@ -95,6 +96,7 @@ class Flux(nn.Module):
         mask: Tensor | Sequence[Tensor | None] | None = None,
         taps: Sequence[Tap | None] | None = None,
         sites: Sequence[Site | None] | None = None,
+        modulations: Sequence[Modulations] | None = None,
     ) -> Float[Tensor, "b n o"]:
         """Return the velocity dx/dt of the packed latents `img` at time `timesteps` (1 = noise, 0 = image).
 
@@ -109,26 +111,31 @@ class Flux(nn.Module):
             `(B, H, L + N, L + N)`.
         taps: one per block, or None. They observe attention (`fluxlab.probes`).
         sites: one per block, or None. They read or change activations inside the block (`fluxlab.model.sites`).
+        modulations: those of each block and of the final layer, in place of what timesteps, y and guidance give.
 
         Returns `(B, N, out_channels)`. Raises `UserError` for ids of another shape or dtype, missing guidance, and a
         wrong number of tables, masks, taps or sites.
         """
         tables = self._tables(img, img_ids, txt, txt_ids, rotary)
         masks, taps, sites = self._masks(mask), self._per_block("taps", taps), self._per_block("sites", sites)
-        per_block = list(zip(tables, masks, taps, sites, strict=True))
+        if modulations is None:
+            modulations = [self.conditioning(timesteps, y, guidance)] * (len(taps) + 1)
+        per_block = list(zip(modulations[:-1], tables, masks, taps, sites, strict=True))
 
-        vec = self._vec(timesteps, y, guidance)
         img, txt = self.img_in(img), self.txt_in(txt)
-        for block, attention in zip(self.double_blocks, per_block[: self.params.depth], strict=True):
-            img, txt = block(img, txt, vec, *attention)
+        for block, inputs in zip(self.double_blocks, per_block[: self.params.depth], strict=True):
+            img, txt = block(img, txt, *inputs)
 
         joint = torch.cat((txt, img), dim=1)
-        for block, attention in zip(self.single_blocks, per_block[self.params.depth :], strict=True):
-            joint = block(joint, vec, *attention)
-        return self.final_layer(joint[:, txt.shape[1] :], vec)
+        for block, inputs in zip(self.single_blocks, per_block[self.params.depth :], strict=True):
+            joint = block(joint, *inputs)
+        return self.final_layer(joint[:, txt.shape[1] :], modulations[-1])
 
-    def _vec(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
-        """Return the conditioning vector `(B, D)` of time, guidance (if the model is distilled) and pooled text."""
+    def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
+        """Return the vector `(B, D)` of time, guidance (if the model is distilled) and pooled text.
+
+        All modulations are computed from it. Raises `UserError` for missing guidance.
+        """
         dtype = self.img_in.weight.dtype
         vec = self.time_in(timestep_embedding(timesteps, dtype))
         if self.params.guidance_embed:

@@ -133,7 +133,11 @@ class Affine(NamedTuple):
 
     shift: Tensor
     scale: Tensor
-    gate: Tensor
+    gate: Tensor | None
+
+
+Modulations = tuple[Affine, ...]
+"""All adaLN parameters of one block, in the order in which it uses them."""
 
 
 class Modulation(nn.Module):
@@ -232,18 +236,21 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(hidden_size, num_heads, qkv_bias)
         self.txt_mlp = mlp(hidden_size, mlp_hidden)
 
+    def modulations(self, vec: Tensor) -> Modulations:
+        """Return what `forward` takes in place of `vec` `(B, D)`: two sets for the image, then two for the text."""
+        return (*self.img_mod(vec), *self.txt_mod(vec))
+
     def forward(
         self,
         img: Tensor,
         txt: Tensor,
-        vec: Tensor,
+        vec: Tensor | Modulations,
         tables: BlockTables,
         mask: Tensor | None,
         tap: Tap | None = None,
         site: Site | None = None,
     ) -> tuple[Tensor, Tensor]:
-        img_mod1, img_mod2 = self.img_mod(vec)
-        txt_mod1, txt_mod2 = self.txt_mod(vec)
+        img_mod1, img_mod2, txt_mod1, txt_mod2 = self.modulations(vec) if isinstance(vec, Tensor) else vec
         txt, img = at(site, "input", txt, img)
 
         img_qkv = self.img_attn.qkv(modulate(img, img_mod1.shift, img_mod1.scale))
@@ -276,16 +283,20 @@ class SingleStreamBlock(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, double=False)
 
+    def modulations(self, vec: Tensor) -> Modulations:
+        """Return what `forward` takes in place of `vec` `(B, D)`."""
+        return tuple(self.modulation(vec))
+
     def forward(
         self,
         x: Tensor,
-        vec: Tensor,
+        vec: Tensor | Modulations,
         tables: BlockTables,
         mask: Tensor | None,
         tap: Tap | None = None,
         site: Site | None = None,
     ) -> Tensor:
-        (mod,) = self.modulation(vec)
+        (mod,) = self.modulations(vec) if isinstance(vec, Tensor) else vec
         (x,) = at(site, "input", x)
         qkv, mlp = self.linear1(modulate(x, mod.shift, mod.scale))
         q, k, v = query_key_value((qkv,), (self.norm,), self.num_heads, tables)
@@ -303,6 +314,11 @@ class LastLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+    def modulations(self, vec: Tensor) -> Modulations:
+        """Return what `forward` takes in place of `vec` `(B, D)`. The final layer has no gate."""
         shift, scale = self.adaLN_modulation(vec)[:, None, :].chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+        return (Affine(shift, scale, None),)
+
+    def forward(self, x: Tensor, vec: Tensor | Modulations) -> Tensor:
+        (mod,) = self.modulations(vec) if isinstance(vec, Tensor) else vec
+        return self.linear(modulate(x, mod.shift, mod.scale))

@@ -287,3 +287,16 @@ def test_rotary_tables_need_no_fp64_on_the_device():
     model, x = Flux(PARAMS).to("meta"), {name: value.to("meta") for name, value in inputs().items()}
     with NoDoubleOnMeta():
         assert model(**x).shape == (BATCH, IMAGE, 6)
+
+
+def test_modulations_replace_the_conditioning(flux):
+    x = inputs()
+    expected = flux(**x)
+    with torch.no_grad():
+        vec = flux.conditioning(x["timesteps"], x["y"], x["guidance"])
+        modules = (*flux.double_blocks, *flux.single_blocks, flux.final_layer)
+        known = [module.modulations(vec) for module in modules]
+    other = {key: torch.full_like(x[key], 0.5) for key in ("timesteps", "y", "guidance")}
+    assert torch.equal(flux(**{**x, **other}, modulations=known), expected)
+    doubled = [tuple(affine._replace(shift=2 * affine.shift) for affine in block) for block in known]
+    assert not torch.equal(flux(**x, modulations=doubled), expected)

@@ -1,0 +1,140 @@
+"""Modulations that are known in advance: shifts, scales and gates depend on time, guidance and pooled text only."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fluxlab.memory.costs import modulation_width
+from fluxlab.memory.plan import KEPT
+from fluxlab.model import Flux, FluxParams
+from fluxlab.model.layers import Affine, Modulations
+
+Weights = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+"""Returns weight and bias of every modulation on the device, in the order of `linear_names`, one after the other."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the modulations of one batch depend on.
+
+    times: of the steps. timesteps: returns the model's timesteps `(B,)` at a time. y: `(B, V)`.
+    """
+
+    times: tuple[float, ...]
+    timesteps: Callable[[float], Tensor]
+    y: Tensor
+    guidance: Tensor | None
+
+
+def linear_names(p: FluxParams) -> list[str]:
+    """Return the names of the layers that compute modulations, in the order of a table's columns."""
+    double = [f"double_blocks.{i}.{stream}_mod.lin" for i in range(p.depth) for stream in ("img", "txt")]
+    single = [f"single_blocks.{i}.modulation.lin" for i in range(p.depth_single_blocks)]
+    return [*double, *single, "final_layer.adaLN_modulation.1"]
+
+
+@torch.no_grad()
+def tables(flux: Flux, vectors: Sequence[Tensor], weights: Weights) -> list[Tensor]:
+    """Return all modulations `(B, W)` of each conditioning vector `(B, D)`.
+
+    Each layer's weights are needed once. A vector has the rows of one batch, as in a forward: the last bits of a
+    matrix product depend on the number of rows, and they are those of a forward.
+    """
+    activated = [F.silu(vector) for vector in vectors]
+    rows = [vector.new_empty(len(vector), modulation_width(flux.params)) for vector in vectors]
+    column = 0
+    for weight, bias in weights():
+        for x, row in zip(activated, rows, strict=True):
+            row[:, column : column + len(weight)] = F.linear(x, weight, bias)
+        column += len(weight)
+    assert column == modulation_width(flux.params)
+    return rows
+
+
+def split(table: Tensor, p: FluxParams) -> list[Modulations]:
+    """Return the modulations of each block and of the final layer from a table `(B, W)`: `Flux.forward` takes them."""
+    parts = table[:, None, :].split(p.hidden_size, dim=-1)
+    sets = [Affine(*parts[i : i + 3]) for i in range(0, len(parts) - 2, 3)]
+    double = [tuple(sets[4 * i : 4 * i + 4]) for i in range(p.depth)]
+    return [*double, *((affine,) for affine in sets[4 * p.depth :]), (Affine(*parts[-2:], None),)]
+
+
+class KnownModulations:
+    """The tables of a run, made for several batches at a time, because each time reads 27 % of the weights.
+
+    They are kept on the host. A batch's own are on the device while it is sampled.
+    """
+
+    def __init__(self, flux: Flux, weights: Weights):
+        self._flux, self._weights = flux, weights
+        self._coming: dict[Hashable, Callable[[], Conditions]] = {}
+        self._tables: dict[Hashable, dict[float, Tensor]] = {}
+        self.made = 0
+        """How often the weights were read."""
+
+    def announce(self, key: Hashable, conditions: Callable[[], Conditions]) -> None:
+        """Note that a batch will be sampled with these conditions, so that its tables are made with those of others."""
+        if key not in self._tables:
+            self._coming[key] = conditions
+
+    def of(self, key: Hashable, conditions: Callable[[], Conditions]) -> "Steps":
+        """Return the modulations of a batch, by time."""
+        return Steps(self, key, conditions)
+
+    def get(self, key: Hashable, conditions: Callable[[], Conditions], t: float) -> Mapping[float, Tensor]:
+        """Return the tables of a batch on the host, among them the one of time t."""
+        if t not in self._tables.get(key, {}):
+            self._make(key, conditions, t)
+        return self._tables[key]
+
+    def _make(self, key: Hashable, conditions: Callable[[], Conditions], t: float) -> None:
+        first = conditions()
+        if t in first.times:
+            self._tables.clear()
+            wanted = self._group(key, first)
+        else:  # a time that is not in the schedule
+            wanted = {key: replace(first, times=(t,))}
+        pairs = [(each, time) for each, made in wanted.items() for time in made.times]
+        vectors = [
+            self._flux.conditioning(wanted[each].timesteps(time), wanted[each].y, wanted[each].guidance)
+            for each, time in pairs
+        ]
+        self.made += 1
+        for (each, time), table in zip(pairs, tables(self._flux, vectors, self._weights), strict=True):
+            self._tables.setdefault(each, {})[time] = table.cpu()
+
+    def _group(self, key: Hashable, first: Conditions) -> dict[Hashable, Conditions]:
+        """Return the conditions of a batch, and of batches to come as long as all tables are within the limit."""
+        group, size = {key: first}, self._bytes(first)
+        self._coming.pop(key, None)
+        for each in list(self._coming):
+            made = self._coming[each]()
+            size += self._bytes(made)
+            if size > KEPT:
+                break
+            group[each] = made
+            del self._coming[each]
+        return group
+
+    def _bytes(self, conditions: Conditions) -> int:
+        rows = len(conditions.times) * len(conditions.y)
+        return rows * modulation_width(self._flux.params) * self._flux.img_in.weight.element_size()
+
+
+class Steps:
+    """The modulations of one batch. `at(t)` returns those of a step."""
+
+    def __init__(self, known: KnownModulations, key: Hashable, conditions: Callable[[], Conditions]):
+        self._known, self._key, self._conditions = known, key, conditions
+        self._on_device: dict[float, Tensor] = {}
+
+    def at(self, t: float) -> list[Modulations]:
+        """Return the modulations of each block and of the final layer at time t."""
+        flux = self._known._flux
+        if t not in self._on_device:
+            made = self._known.get(self._key, self._conditions, t)
+            self._on_device = {time: table.to(flux.img_in.weight.device) for time, table in made.items()}
+        return split(self._on_device[t], flux.params)

@@ -1,0 +1,267 @@
+"""The weights of one transformer: which are on the device, and how the others get there when they are needed."""
+
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fluxlab.checkpoints.casting import check_finite
+from fluxlab.memory.costs import is_modulation
+from fluxlab.memory.modulations import Conditions, KnownModulations, Steps, linear_names
+from fluxlab.memory.pages import MappedPages, let_go
+from fluxlab.memory.plan import CPU_DEPTH, CPU_SLOTS, PINNED, SLOTS, Plan
+from fluxlab.memory.ring import Engine, Reader, Ring, engine_for
+from fluxlab.memory.source import Unit, WeightSource
+from fluxlab.memory.turns import Turns
+from fluxlab.model import Flux
+
+T = TypeVar("T")
+
+
+class Residency:
+    """Places the weights of a `Flux` according to a plan, and gives each block its weights while it is computed.
+
+    `Flux.forward` does not know of it: it acts before and after a block. Weights of a block that is not being computed
+    are on the meta device, or mapped from their file on a CPU.
+    """
+
+    def __init__(self, flux: Flux, source: WeightSource, device: torch.device, engine: Engine | None = None):
+        self.flux, self.source, self.device = flux, source, device
+        self.engine = engine or engine_for(device)
+        self.dtype = flux.img_in.weight.dtype
+        self.plan: Plan | None = None
+        self.turns: Turns | None = None
+        self._current: int | None = None  # the block that has its weights for the moment
+        self.blocks: list[nn.Module] = [*flux.double_blocks, *flux.single_blocks]
+        self.mapped = not any(weight.is_meta for weight in flux.parameters())
+        self._pages = [MappedPages(self._own(block).values()) for block in self.blocks] if self.mapped else []
+        self._unchecked = set(range(len(source.units)))
+        self._buffers: dict[int, Tensor] = {}
+        self._ring: Ring | None = None
+        self._cast: Tensor | None = None
+        self._views: dict[Any, dict[str, nn.Parameter]] = {}
+        self.known = KnownModulations(flux, self._modulation_weights)
+        for i, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(torch.compiler.disable(self._before(i)))
+            block.register_forward_hook(torch.compiler.disable(self._after(i)), always_call=True)
+
+    def place(self, plan: Plan) -> None:
+        """Load the blocks that are resident in `plan`, and let go of the others.
+
+        A plan that has room for more blocks than are loaded changes nothing: reading them takes time, and the next
+        batch may be larger again.
+        """
+        if self.mapped or (self.plan is not None and len(self._buffers) <= len(plan.resident)):
+            self.plan = plan if self.plan is None else self.plan
+            return
+        self.release_ring()
+        self.plan = plan
+        for block in set(self._buffers) - set(plan.resident):
+            self._remove(block)
+        missing = [block for block in plan.resident if block not in self._buffers]
+        if missing:
+            self._load(missing)
+
+    def _load(self, blocks: list[int]) -> None:
+        reader = self._reader(blocks, depth=2)
+        try:
+            for _ in blocks:
+                block, source = reader.get()
+                buffer = self.engine.device(len(source))
+                mark = self.engine.copy(buffer, source, None)
+                reader.give_back(mark)
+                self.engine.wait(mark)
+                self._buffers[block] = buffer
+                if not self._casts(self.source.units[block]):
+                    self._give(block, self._parameters(("resident", block), self.source.units[block], buffer))
+        finally:
+            reader.close()
+
+    def _reader(self, units: list[int], depth: int) -> Reader:
+        sizes = [unit.size if i in set(units) else 0 for i, unit in enumerate(self.source.units)]
+        return Reader(units, self._read, self.engine, sizes, depth)
+
+    def _read(self, unit: int, buffer: Tensor, run: Callable) -> None:
+        self.source.read(unit, buffer, run)
+        if unit in self._unchecked:
+            self.source.units[unit].check(buffer, self.dtype, self.source.path)
+            self._unchecked.discard(unit)
+
+    def release_ring(self) -> None:
+        """Free the buffers of streamed blocks, for instance to decode. They come back when a block is needed."""
+        self._leave()
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+        self._cast = None
+        self._views = {key: views for key, views in self._views.items() if key[0] == "resident"}
+
+    def together(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
+        """Run tasks that sample with this transformer, so that each block is loaded once for all of them."""
+        if len(tasks) == 1:
+            return [tasks[0]()]
+        self.turns = Turns(len(self.blocks))
+        try:
+            return self.turns.run(tasks)
+        finally:
+            self.turns = None
+            self._leave()
+
+    def close(self) -> None:
+        """Stop all reading and free all buffers."""
+        self.release_ring()
+        for block in list(self._buffers):
+            self._remove(block)
+        self.source.close()
+
+    # --- before and after a block -----------------------------------------------------------------
+
+    def _before(self, block: int) -> Callable:
+        def before(module: nn.Module, args: tuple) -> None:
+            if self.turns is not None:
+                self.turns.arrive(block)
+            if self._current != block:
+                self._leave()
+                self._enter(block)
+                self._current = block
+
+        return before
+
+    def _after(self, block: int) -> Callable:
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            if self._current == block and not (self.turns is not None and self.turns.awaited(block)):
+                self._leave()
+
+        return after
+
+    def _enter(self, block: int) -> None:
+        """Give a block its weights."""
+        unit = self.source.units[block]
+        if self.mapped:
+            self._check_mapped(block)
+            self._pages[(block + 1) % len(self._pages)].read_ahead()
+        elif block in self._buffers:
+            if self._casts(unit):
+                self._give(block, self._upcast(unit, self._buffers[block]))
+        else:
+            if self._ring is None:
+                self._ring = self._new_ring()
+            slot, buffer = self._ring.take(block)
+            casts = self._casts(unit)
+            views = self._upcast(unit, buffer) if casts else self._parameters(("ring", slot), unit, buffer)
+            self._give(block, views)
+
+    def _leave(self) -> None:
+        """Let go of the weights of the block that was computed last."""
+        block, self._current = self._current, None
+        if block is None:
+            return
+        if self.mapped:
+            self._pages[block].let_go()
+        elif block not in self._buffers:
+            self._take_away(block)
+            self._ring.give_back()
+        elif self._casts(self.source.units[block]):
+            self._take_away(block)
+
+    def _new_ring(self) -> Ring:
+        resident = set(self._buffers)
+        streamed = [block for block in range(len(self.blocks)) if block not in resident]
+        sizes = [unit.size for unit in self.source.units]
+        on_cpu = self.device.type == "cpu"
+        slots, depth = (CPU_SLOTS, CPU_DEPTH) if on_cpu else (SLOTS, PINNED)
+        return Ring(streamed, self._read, sizes, self.engine, slots, depth)
+
+    def _check_mapped(self, block: int) -> None:
+        if block not in self._unchecked:
+            return
+        for name, weight in self._own(self.blocks[block]).items():
+            full = f"{self.source.units[block].prefix}{name}"
+            check_finite(weight, [(full, weight)], self.source.path)
+        self._unchecked.discard(block)
+
+    # --- parameters -------------------------------------------------------------------------------
+
+    def _own(self, block: nn.Module) -> dict[str, Tensor]:
+        return {name: weight for name, weight in block.named_parameters() if not is_modulation(name)}
+
+    def _casts(self, unit: Unit) -> bool:
+        return any(weight.dtype != self.dtype for weight in unit.weights)
+
+    def _parameters(self, where: tuple, unit: Unit, buffer: Tensor) -> dict[str, nn.Parameter]:
+        """Return a unit's tensors in a buffer as parameters, made once for each buffer and each order of tensors."""
+        key = (*where, unit.signature)
+        if key not in self._views:
+            self._views[key] = {
+                name: nn.Parameter(view, requires_grad=False) for name, view in unit.views(buffer).items()
+            }
+        return self._views[key]
+
+    def _upcast(self, unit: Unit, buffer: Tensor) -> dict[str, nn.Parameter]:
+        """Return a unit's tensors in the model's dtype, in a buffer that the next block overwrites."""
+        if self._cast is None:
+            self._cast = self.engine.device(max(u.size_as(self.dtype) for u in self.source.units[: len(self.blocks)]))
+        wide = unit.as_dtype(self.dtype)
+        views = self._parameters(("cast",), wide, self._cast)
+        with torch.no_grad():
+            for name, stored in unit.views(buffer).items():
+                views[name].copy_(stored)
+        return views
+
+    def _give(self, block: int, views: dict[str, nn.Parameter]) -> None:
+        for name, parameter in views.items():
+            _set(self.blocks[block], name, parameter)
+
+    def _take_away(self, block: int) -> None:
+        """Leave tensors of the right shape without values: whoever computes with them gets an error."""
+        for weight in self.source.units[block].weights:
+            _set(self.blocks[block], weight.name, _empty(weight.shape, self.dtype))
+
+    def _remove(self, block: int) -> None:
+        self._take_away(block)
+        del self._buffers[block]
+        self._views = {key: views for key, views in self._views.items() if key[:2] != ("resident", block)}
+
+    # --- modulations ------------------------------------------------------------------------------
+
+    def modulations(self, key: Hashable, conditions: Callable[[], Conditions]) -> Steps:
+        """Return the modulations of a batch, whose weights are read if no batch before it had the same conditions."""
+        return self.known.of(key, conditions)
+
+    def _modulation_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        layers = linear_names(self.flux.params)
+        if self.mapped:
+            for name in layers:
+                layer = self.flux.get_submodule(name)
+                check_finite(layer.weight, [(f"{name}.weight", layer.weight)], self.source.path)
+                yield layer.weight, layer.bias
+                let_go([layer.weight, layer.bias])
+            return
+        units = list(range(self.source.modulations, len(self.source.units)))
+        reader = self._reader(units, depth=1 if self.device.type == "cpu" else 2)
+        try:
+            names = iter(layers)
+            for _ in units:
+                unit, source = reader.get()
+                buffer = self.engine.device(len(source))
+                mark = self.engine.copy(buffer, source, None)
+                reader.give_back(mark)
+                self.engine.wait(mark)
+                prefix, views = self.source.units[unit].prefix, self.source.units[unit].views(buffer)
+                count = sum(name.endswith("weight") for name in views)
+                for name in itertools.islice(names, count):
+                    inner = name.removeprefix(prefix)
+                    yield tuple(views[f"{inner}.{kind}"].to(self.dtype) for kind in ("weight", "bias"))
+        finally:
+            reader.close()
+
+
+def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = parameter
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
