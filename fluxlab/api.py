@@ -1,6 +1,6 @@
 """Experiments from Python: what the command line does, as functions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
@@ -10,13 +10,17 @@ from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.config import ModelRow, find_row, with_loras
 from fluxlab.errors import UserError, show, text_key
 from fluxlab.experiment.reading import Run, read_store
+from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
 from fluxlab.positions import Program
 from fluxlab.probes import INDEX, Capture
 from fluxlab.settings import Sampling
 
 if TYPE_CHECKING:
+    from fluxlab.experiment.cells import Settings
     from fluxlab.experiment.runner import Filled
+    from fluxlab.experiment.store import Store
+    from fluxlab.measure.similarity import Similarity
 
 
 def make_experiment(
@@ -97,12 +101,14 @@ def run_experiment(
     threads: int | None = None,
     measure: bool = False,
     tracking: Mapping[str, Any] | None = None,
+    engine: "Mapping[str, Any] | str" = "inline",
 ) -> Run:
     """Compute the images and tables that the run folder lacks, and return the finished run.
 
     out: the run folder; None means `runs/<name>/<digest>`. Run again to continue after an interruption.
     batch_tokens: tokens in one forward; None chooses by the device's memory.
     measure: compute the metrics again. tracking: settings as in configs/tracking; None tracks nothing.
+    engine: "inline", "ray", or settings as in configs/engine, such as {"name": "ray", "workers": 2}.
 
     Raises UserError, before anything is computed, for what does not fit the model or the folder. If an image has NaN
     or infinite values, the other images are finished before NonFiniteError is raised; `read_run` reads the folder.
@@ -117,6 +123,7 @@ def run_experiment(
         threads=threads,
         measure=measure,
         tracking=tracking or {"name": "none"},
+        engine={"name": engine} if isinstance(engine, str) else engine,
     )
     filled.check()
     return read_store(folder)
@@ -139,40 +146,58 @@ def complete_store(
     threads: int | None,
     measure: bool,
     tracking: Mapping[str, Any],
+    engine: Mapping[str, Any],
+    shard: Shard | None = None,
 ) -> "Filled":
     """Complete the store at `out`: images, then tables, then the grid and the page. `command` is shown in the page.
 
     Files that are complete are not written again. Returns what was computed; `Filled.check` raises for images with NaN.
+    With a shard, only its images are computed; the rest follows if no other shard is running and nothing is missing.
     """
-    from fluxlab.experiment import effects
-    from fluxlab.experiment.runner import fill
+    from fluxlab import engines
+    from fluxlab.experiment import captures, effects
+    from fluxlab.experiment.costs import number
+    from fluxlab.experiment.runner import fill, lacking
     from fluxlab.experiment.store import open_store
-    from fluxlab.loading import load_row
-    from fluxlab.report.products import grid, page
     from fluxlab.report.wandb import tracking as tracker
 
     settings = tracker.checked(tracking)
-    with open_store(out) as store:
+    with open_store(out, shard) as store:
         sealed = (*products(), INDEX) if experiment.capture else products()
         finished = store.record.get("request") == experiment.request() and store.sealed(sealed)
         finished = finished and not measure and effects.measured(experiment, store)
-        models = {} if finished else effects.load_models(experiment)
+        models = {} if finished or shard else effects.load_models(experiment)
+
+        def images(report: Callable[[int, int], None]) -> "Filled":
+            with engines.start(engine) as started:
+                options = {"batch_tokens": batch_tokens, "threads": threads, "command": command, "shard": shard}
+                return fill(experiment, store, started, report=report, **options)
+
+        if shard:
+            filled = images(lambda done, total: None)
+            missing = lacking(experiment, filled.settings, store)
+            if not store.lock.take_over(lambda: not lacking(experiment, filled.settings, store)):
+                print(f"shard {shard} is done; {number(missing, 'image')} of other shards missing in {out}")
+                return replace(filled, measured=False)
+            captures.write_index(experiment, filled.settings, store)
         with tracker.start(settings, out, experiment, command) as tracked:
-            filled = fill(
-                experiment,
-                store,
-                load_row,
-                batch_tokens=batch_tokens,
-                threads=threads,
-                command=command,
-                report=tracked.progress,
-            )
+            if not shard:
+                filled = images(tracked.progress)
             if not finished or filled.written or not store.sealed(sealed):
-                models = models or effects.load_models(experiment)
-                effects.measure(experiment, filled.settings, store, models)
-                run = read_store(out, check=False)
-                grid(run)
-                page(run)
-                store.seal()
+                tabulate(experiment, filled.settings, store, models)
             tracked.finish(read_store(out))
     return filled
+
+
+def tabulate(
+    experiment: Experiment, settings: "Settings", store: "Store", models: "Mapping[str, Similarity] | None" = None
+) -> None:
+    """Write what follows from the images of a store: tables, grid, page, manifest. models: of `effects.load_models`."""
+    from fluxlab.experiment import effects
+    from fluxlab.report.products import grid, page
+
+    effects.measure(experiment, settings, store, models or effects.load_models(experiment))
+    run = read_store(store.path, check=False)
+    grid(run)
+    page(run)
+    store.seal()

@@ -90,3 +90,7 @@ class NonFiniteError(ArithmeticError):
     def samples(self) -> list[int]:
         """Return the indices of the affected samples."""
         return sorted(self.steps)
+
+
+class BatchError(RuntimeError):
+    """Some images could not be computed, and the others were finished. The message names them and has the traceback."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +16,9 @@ def write_atomic(path: Path, content: "bytes | str | Callable[[BinaryIO], None]"
     content: bytes, text (UTF-8), or a function that writes into the open file. A process that is killed leaves a hidden
     file in the same folder, which `sweep` removes.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(
+        f".{path.name}.{secrets.token_hex(6)}{PARTIAL}"
+    )  # processes of two machines may share a pid
     try:
         with open(partial, "wb") as handle:
             if callable(content):

@@ -25,6 +25,7 @@ from fluxlab.compose import (
 from fluxlab.config import config_folder, model_row, with_loras
 from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.settings import Sampling
+from fluxlab.stopping import sigterm_raises
 
 if TYPE_CHECKING:
     from fluxlab.experiment.spec import Experiment
@@ -60,12 +61,15 @@ class RunConfig(_SamplingConfig):
     out: str | None = None
     capture: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    shard: str | None = None
     plan: bool = False
     measure: bool = False
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C.
+    """Run the command line and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C, 143
+    after SIGTERM.
 
     `arguments` are the words after `python -m fluxlab.run`; None means those of this process. May be called from a
     notebook, from several threads, and inside another Hydra application.
@@ -75,9 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
         # plugins are imported from here; `python -m` looks here too, an installed script only in its own folder
         if not sys.flags.safe_path and os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
-    return guarded(
-        lambda: _main(list(arguments)), "interrupted; finished images are kept, the same command continues from here"
-    )
+
+    def work() -> None:
+        with sigterm_raises():
+            _main(list(arguments))
+
+    return guarded(work, "interrupted; finished images are kept, the same command continues from here")
 
 
 def _main(arguments: list[str]) -> None:
@@ -99,6 +106,8 @@ def _main(arguments: list[str]) -> None:
 
 
 def _command(words: list[str], folder: Path | None = None) -> str:
+    """Return the command line that is kept in the run folder: that of the whole run, for a shard too."""
+    words = [word for word in words if not re.match(r"\+{0,2}shard=", word)]
     return f"python -m fluxlab.run {shlex.join([*(['--config-dir', str(folder)] if folder else []), *words])}"
 
 
@@ -197,8 +206,10 @@ def run(config: RunConfig, command: str) -> None:
     from fluxlab.api import complete_store, products
     from fluxlab.experiment import captures, effects
     from fluxlab.experiment.costs import number
+    from fluxlab.experiment.shards import read_shard
     from fluxlab.experiment.store import find_store
 
+    shard = read_shard(config.shard)
     experiment = read(config)
     out = out_folder(config, experiment)
     if config.plan:
@@ -219,7 +230,11 @@ def run(config: RunConfig, command: str) -> None:
         threads=config.threads,
         measure=config.measure,
         tracking=config.tracking,
+        engine=config.engine,
+        shard=shard,
     )
+    if not filled.measured:
+        return filled.check()
     store = find_store(out)
     effects.show(store, experiment.baseline)
     print("  ".join(str(out / name) for name in products()))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fluxlab.compose.explain import short
-from fluxlab.errors import NonFiniteError, UserError
+from fluxlab.errors import BatchError, NonFiniteError, UserError
+from fluxlab.stopping import EXIT_CODE, Terminated
 from fluxlab.terminal import tolerant_output
 
 
@@ -42,7 +43,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def guarded(work: Callable[[], None], interrupted: str) -> int:
-    """Run `work` and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C, 1 for NaN.
+    """Run `work` and return its exit code: 0, 2 for an error that the user can fix, 130 after Ctrl-C, 143 after
+    SIGTERM, 1 for NaN and for batches that were set aside.
 
     The message of such an error, at most three lines, goes to standard error. `FLUXLAB_DEBUG=1` shows its traceback
     instead. Any other exception is a bug and is raised. Output goes on without its reader, see `tolerant_output`.
@@ -50,10 +52,13 @@ def guarded(work: Callable[[], None], interrupted: str) -> int:
     with tolerant_output():
         try:
             work()
+        except Terminated:
+            print(interrupted, file=sys.stderr)
+            return EXIT_CODE
         except KeyboardInterrupt:
             print(interrupted, file=sys.stderr)
             return 130
-        except NonFiniteError as error:
+        except (NonFiniteError, BatchError) as error:
             print(error, file=sys.stderr)
             return 1
         except (UserError, OSError) as error:

@@ -218,7 +218,7 @@ def _keys_below(parent: str, name: str, prepared: Sequence[str]) -> list[str]:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    groups = [word for word in prepared if re.match(r"\+{0,2}(exp|model|capture|tracking|train)=", word)]
+    groups = [word for word in prepared if re.match(r"\+{0,2}(exp|model|capture|tracking|engine|train)=", word)]
     try:
         node = OmegaConf.select(hydra_compose(name, overrides=groups), parent)
     except (HydraException, OmegaConfBaseException, AssertionError):

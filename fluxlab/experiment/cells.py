@@ -58,6 +58,18 @@ class Cell:
     key: str
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Distinct cells that are computed together, and the folder of the store that their images belong in.
+
+    number: its position among all batches of the experiment. It says which shard computes the batch.
+    """
+
+    number: int
+    folder: str
+    cells: tuple[Cell, ...]
+
+
 def cell_key(settings: Settings, prompt: str, seed: int, program: Program) -> str:
     """Return 32 hex digits of everything that determines an image. Names of variants, files and machines do not."""
     parts = {

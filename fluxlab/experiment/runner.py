@@ -1,25 +1,18 @@
 """Compute the images of an experiment that its store lacks. Complete images are never computed again."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from fluxlab.config import ModelRow
-from fluxlab.errors import NonFiniteError, UserError, show
+from fluxlab import stopping
+from fluxlab.errors import BatchError, NonFiniteError, UserError, show
 from fluxlab.experiment import captures
-from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
+from fluxlab.experiment.cells import Batch, Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import number
-from fluxlab.experiment.settings import (
-    check_counts,
-    check_kernel,
-    check_unchanged,
-    device_of,
-    dtype_of,
-    halved,
-    resolve,
-)
+from fluxlab.experiment.engine import Engine
+from fluxlab.experiment.settings import check_counts, check_kernel, check_unchanged, halved
+from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import CELLS, EXPERIMENT, REFERENCES, Store
 from fluxlab.experiment.versions import versions
@@ -27,79 +20,113 @@ from fluxlab.pipeline import Pipeline
 from fluxlab.probes import INDEX, Probe, of_sample
 from fluxlab.progress import Progress
 
-Load = Callable[[ModelRow, torch.dtype | None, str], Pipeline]
-
-Work = Sequence[tuple[Sequence[Cell], str]]
-"""Cells with the folder of the store that their images belong in."""
-
-
 MOST_FAILURES = 20
 """Cells without an image that an error message lists."""
 
 
 @dataclass
 class Filled:
-    """What `fill` did. written: images computed. failures: one line per cell without an image, because of NaN."""
+    """What `fill` did.
+
+    written: images computed. failures: one line per cell without an image, because of NaN or because its batch was set
+    aside. errors: the different tracebacks of batches that were set aside. measured: whether the tables were written
+    too, which a shard leaves to the last one.
+    """
 
     settings: Settings
     written: int = 0
     failures: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    measured: bool = True
 
     def check(self) -> None:
-        """Raise `NonFiniteError` if a cell has no image."""
-        if self.failures:
-            count = number(len(self.failures), "image")
-            lines = [f"{count} not written, because of NaN or infinity:", *self.failures[:MOST_FAILURES]]
-            if len(self.failures) > MOST_FAILURES:
-                lines.append(f"… and {len(self.failures) - MOST_FAILURES} more; their rows in metrics.csv are empty")
-            raise NonFiniteError("\n".join(lines))
+        """Raise `NonFiniteError` or `BatchError` if a cell has no image."""
+        if not self.failures:
+            return
+        reason = "because their batches failed" if self.errors else "because of NaN or infinity"
+        lines = [f"{number(len(self.failures), 'image')} not written, {reason}:", *self.failures[:MOST_FAILURES]]
+        if len(self.failures) > MOST_FAILURES:
+            lines.append(f"… and {len(self.failures) - MOST_FAILURES} more; their rows in metrics.csv are empty")
+        raise (BatchError if self.errors else NonFiniteError)("\n".join([*lines, *self.errors]))
 
 
 def fill(
     experiment: Experiment,
     store: Store,
-    load: Load,
+    engine: Engine,
     *,
     batch_tokens: int | None = None,
     threads: int | None = None,
     command: str = "",
+    shard: Shard | None = None,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Filled:
     """Compute every image and every attention array that the store lacks. `report(done, total)` follows each batch.
 
+    shard: leave the batches of other shards out.
+
     A batch with a missing cell is computed whole, as in an undisturbed run, so that a resumed store has the same bits.
     Complete files are not written again. A cell whose latents become NaN or infinite gets no image; the others are
-    finished. Raises `UserError`, before anything is computed, for what does not fit the model or the store.
+    finished. Raises `UserError`, before anything is computed, for what does not fit the model or the store, and
+    `stopping.Terminated` after the batch at hand.
     """
     check_counts(batch_tokens=batch_tokens, threads=threads)
     check_name(experiment, store)
-    known = store.settings()
-    same = known is not None and store.record["digest"] == experiment.digest
-    pipe = None if same else load(experiment.model, dtype_of(experiment.dtype), device_of(experiment, known))
-    settings = known if same else resolve(experiment, pipe, known, batch_tokens, threads)
+    known, same = _known(experiment, store)
+    settings = known if same else engine.settle(experiment, known, batch_tokens, threads)
+    if shard and not same:
+        engine.check(experiment, settings, same)
+        with store.lock.guard():  # the first shard decides the settings, the others take them over
+            store.read()
+            known, same = _known(experiment, store)
+            settings = known if same else settings
+            if known and not same and not store.lock.alone:
+                raise UserError(f"out={store.path}: shards of another experiment are running here; name another folder")
+            if not same:
+                check_unchanged(settings, store.path, batch_tokens=batch_tokens, threads=threads)
+                _record(experiment, store, settings, command)
     check_unchanged(settings, store.path, batch_tokens=batch_tokens, threads=threads)
-    work: Work = [(cells(experiment, settings), CELLS), (references(experiment, settings), REFERENCES)]
-    needed = {(cell.key, folder): cell for part, folder in work for cell in part}
-    done = {(key, folder) for (key, folder), cell in needed.items() if is_done(store, experiment, cell, folder)}
-    if len(done) < len(needed):
-        if pipe is None:
-            pipe = load(experiment.model, dtype_of(experiment.dtype), settings.device)
-        check(experiment, pipe, settings)
-        captures.check(experiment, pipe, settings, fixed=same)
+    work = [batch for batch in every_batch(experiment, settings) if shard is None or shard.has(batch.number)]
+    done = {(c.key, b.folder) for b in work for c in b.cells if is_done(store, experiment, c, b.folder)}
+    missing = [batch for batch in work if not _all_in(batch, done)]
+    if missing:
+        engine.check(experiment, settings, same)
     damaged = store.damaged
     if damaged:
         print(f"{store.path / EXPERIMENT}: damaged, written again", flush=True)
     if damaged or store.record.get("request") != experiment.request():
-        unused = unused_images(experiment, settings, store)
-        if unused:
-            print(unused, flush=True)
-        store.remove(INDEX)
-        store.write_experiment(experiment, settings, versions(), command)
+        _record(experiment, store, settings, command)
     filled = Filled(settings)
-    if len(done) < len(needed):
-        _compute(experiment, store, pipe, filled, work, done, report, command)
-    captures.write_index(experiment, filled.settings, store)
+    if missing:
+        _compute(experiment, store, engine, filled, work, done, report, command, shard)
+    if shard is None:
+        captures.write_index(experiment, filled.settings, store)
     return filled
+
+
+def _known(experiment: Experiment, store: Store) -> tuple[Settings | None, bool]:
+    """Return the store's settings, and whether they are those of this experiment."""
+    known = store.settings()
+    return known, known is not None and store.record["digest"] == experiment.digest
+
+
+def _record(experiment: Experiment, store: Store, settings: Settings, command: str) -> None:
+    unused = unused_images(experiment, settings, store)
+    if unused:
+        print(unused, flush=True)
+    store.remove(INDEX)
+    store.write_experiment(experiment, settings, versions(), command)
+
+
+def every_batch(experiment: Experiment, settings: Settings) -> list[Batch]:
+    """Return the batches of all cells and controls, in order."""
+    parts = ((CELLS, cells(experiment, settings)), (REFERENCES, references(experiment, settings)))
+    grouped = [(folder, tuple(group)) for folder, part in parts for group in batches(part, settings)]
+    return [Batch(i, folder, group) for i, (folder, group) in enumerate(grouped)]
+
+
+def _all_in(batch: Batch, done: set[tuple[str, str]]) -> bool:
+    return all((cell.key, batch.folder) in done for cell in batch.cells)
 
 
 def check_name(experiment: Experiment, store: Store) -> None:
@@ -117,6 +144,13 @@ def is_done(store: Store, experiment: Experiment, cell: Cell, folder: str) -> bo
     return store.has(cell, folder) and (not captured or store.has_arrays(cell, captured))
 
 
+def lacking(experiment: Experiment, settings: Settings, store: Store) -> int:
+    """Return how many images have no file yet, without opening those that have one."""
+    present = store.listing(experiment.captures)
+    needed = {(cell.key, batch.folder) for batch in every_batch(experiment, settings) for cell in batch.cells}
+    return sum(entry not in present for entry in needed)
+
+
 def unused_images(experiment: Experiment, settings: Settings, store: Store) -> str:
     """Return a line about images in the store that are not part of the changed experiment; "" if there are none."""
     counts = store.other_cells({cell.key for cell in cells(experiment, settings)})
@@ -132,37 +166,41 @@ def unused_images(experiment: Experiment, settings: Settings, store: Store) -> s
 def _compute(
     experiment: Experiment,
     store: Store,
-    pipe: Pipeline,
+    engine: Engine,
     filled: Filled,
-    work: Work,
+    work: Sequence[Batch],
     done: set[tuple[str, str]],
     report: Callable[[int, int], None],
     command: str,
+    shard: Shard | None,
 ) -> None:
     """Compute every batch of `work` that is not all `done`, in smaller batches once memory runs out."""
-    total = len({(cell.key, folder) for part, folder in work for cell in part})
-    finished = set(done)
+    total = len({(cell.key, batch.folder) for batch in work for cell in batch.cells})
     # without a terminal a line every 5 s: the first one comes with the first batch
-    with (
-        Progress("images", total, len(finished), every=5, unit="image") as progress,
-        _threads(filled.settings.threads),
-    ):
+    with Progress("images", total, len(done), every=5, unit="image") as progress, stopping.deferred():
         while True:
+            missing = [batch for batch in work if not _all_in(batch, done)]
             try:
-                for part, folder in work:
-                    for batch in batches(part, filled.settings):
-                        if all((cell.key, folder) in finished for cell in batch):
-                            continue
-                        failures = run_batch(pipe, filled.settings, store, batch, folder, experiment)
-                        filled.failures += failures
-                        filled.written += len(batch) - len(failures)
-                        finished |= {(cell.key, folder) for cell in batch}
-                        progress(len(finished), batch[0].variant)
-                        report(len(finished), total)
+                for ended in engine.compute(experiment, filled.settings, store, missing):
+                    batch = ended.batch
+                    filled.failures += ended.failures
+                    filled.errors += [ended.error] if ended.error and ended.error not in filled.errors else []
+                    filled.written += len(batch.cells) - len(ended.failures)
+                    done |= {(cell.key, batch.folder) for cell in batch.cells}
+                    progress(len(done), batch.cells[0].variant)
+                    report(len(done), total)
                 return
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 filled.settings = halved(filled.settings, error)
+            if shard is None:
                 store.write_experiment(experiment, filled.settings, versions(), command)
+                work = every_batch(experiment, filled.settings)
+            else:  # other shards keep their batches, so this one splits its own
+                work = [part for batch in work for part in _split(batch, filled.settings)]
+
+
+def _split(batch: Batch, settings: Settings) -> list[Batch]:
+    return [replace(batch, cells=tuple(group)) for group in batches(batch.cells, settings)]
 
 
 def run_batch(
@@ -216,13 +254,3 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
         pairs += [(prompt, program) for prompt in prompts]
     for prompt, program in pairs:
         pipe.check([prompt], [program], sampling)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

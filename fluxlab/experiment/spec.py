@@ -100,6 +100,20 @@ def unchanged(settings: Sampling) -> set[str]:
     return {f.name for f in fields(Sampling) if f.name not in FIRST and getattr(settings, f.name) == f.default}
 
 
+def from_request(request: Mapping[str, Any]) -> Experiment:
+    """Return the experiment whose `request()` this is, for instance of a store's experiment.yaml."""
+    model = dict(request["model"])
+    values = {
+        **request,
+        "model": ModelRow(**{**model, "size": tuple(model["size"]) if model.get("size") else None}),
+        "variants": read_variants(request["variants"]),
+        "prompts": tuple(request["prompts"]),
+        "seeds": tuple(request["seeds"]),
+        "capture": Capture.from_config(request["capture"] or None),
+    }
+    return checked(Experiment(**values))
+
+
 def checked(experiment: Experiment) -> Experiment:
     """Return the experiment with normalised numbers. Raises UserError naming the key, its value and the remedy."""
     if not re.fullmatch(r"\w[\w.-]*", experiment.name) or len(experiment.name) > LONGEST_NAME:

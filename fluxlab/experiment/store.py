@@ -8,7 +8,7 @@
     grid.png          variants × (prompt, seed)
     manifest.jsonl    the size and sha256 of every file
 
-Every write is atomic. One process at a time has the lock.
+Every write is atomic. One run at a time has the lock, or the shards of one experiment have it together.
 """
 
 import errno
@@ -25,7 +25,8 @@ import yaml
 
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import REQUIRED, Cell, Settings
-from fluxlab.experiment.locks import LOCK, LOCKS, locked, make_folder
+from fluxlab.experiment.locks import FolderLock, is_lock, locked, make_folder, running_shards
+from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import SCHEMA, Experiment
 from fluxlab.files import sha256_of, sweep, write_atomic
 from fluxlab.probes import Captured, is_complete
@@ -45,13 +46,17 @@ TRACKERS = ("wandb",)
 class Store:
     """A run folder, open for one process. Made by `open_store`."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, lock: FolderLock | None = None):
+        self.path, self.lock = path, lock
+        self.read()
+
+    def read(self) -> None:
+        """Read experiment.yaml, which another shard may have written."""
         self.record: dict[str, Any] = {}
         self.name = ""
-        if (path / EXPERIMENT).is_file():
+        if (self.path / EXPERIMENT).is_file():
             try:
-                self.record = read_experiment(path)
+                self.record = read_experiment(self.path)
                 self.name = self.record["name"]
             except DamagedRecordError as error:
                 self.name = error.name
@@ -138,6 +143,14 @@ class Store:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_arrays(file, arrays)
 
+    def listing(self, captures: str = "") -> set[tuple[str, str]]:
+        """Return (key, folder) of every image whose JSON exists, and with a capture, whose arrays exist."""
+        found = {(file.stem, folder) for folder in (CELLS, REFERENCES) for file in (self.path / folder).glob("*.json")}
+        if captures:
+            captured = {file.stem for file in (self.path / ATTENTION / captures).glob("*.safetensors")}
+            found = {(key, folder) for key, folder in found if folder == REFERENCES or key in captured}
+        return found
+
     def other_cells(self, keys: Collection[str]) -> dict[str, int]:
         """Return how many images of each variant are in `cells/` under a key that is not in `keys`."""
         counts: dict[str, int] = {}
@@ -163,7 +176,7 @@ class Store:
 
     def seal(self) -> None:
         """Write the manifest: one line per file, sorted by name."""
-        tops = [p for p in self.path.iterdir() if p.name not in (MANIFEST, *LOCKS, *TRACKERS)]
+        tops = [p for p in self.path.iterdir() if p.name not in (MANIFEST, *TRACKERS) and not is_lock(p.name)]
         files = sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file())
         lines = [
             json.dumps({"file": p.relative_to(self.path).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)})
@@ -204,7 +217,7 @@ def find_store(path: Path) -> Store | None:
         raise UserError(f"out={path}: a file, expected a folder")
     if (path / EXPERIMENT).is_file():
         return Store(path)
-    names = [p.name for p in path.iterdir() if p.name not in (*LOCKS, *TRACKERS)]
+    names = [p.name for p in path.iterdir() if p.name not in TRACKERS and not is_lock(p.name)]
     others = [name for name in names if not name.startswith(f".{EXPERIMENT}")]
     if others:
         raise UserError(
@@ -214,8 +227,10 @@ def find_store(path: Path) -> Store | None:
 
 
 @contextmanager
-def open_store(path: Path) -> Iterator[Store]:
+def open_store(path: Path, shard: Shard | None = None) -> Iterator[Store]:
     """Open the store at `path`, locked while the block runs. A new folder is created, and removed if it stays empty.
+
+    shard: open it for a shard, next to which other shards may have it open.
 
     Raises `UserError` for a folder with other things in it, a store of another schema, one that another process has
     open, and one that cannot be written.
@@ -224,10 +239,11 @@ def open_store(path: Path) -> Iterator[Store]:
     try:
         find_store(path)
         make_folder(path)
-        with locked(path):
+        with locked(path, shard) as lock:
             entered = True
-            sweep(path)
-            yield Store(path)
+            if lock.alone:
+                sweep(path)
+            yield Store(path, lock)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG):
             raise
@@ -242,9 +258,11 @@ def open_store(path: Path) -> Iterator[Store]:
 
 def _remove_if_unused(path: Path) -> None:
     """Remove the folder of a run that did not start."""
-    if not (path / EXPERIMENT).exists():
-        (path / LOCK).unlink(missing_ok=True)
+    if not (path / EXPERIMENT).exists() and not running_shards(path):
         with suppress(OSError):
+            for file in path.iterdir():
+                if is_lock(file.name):
+                    file.unlink(missing_ok=True)
             path.rmdir()
 
 

@@ -4,7 +4,7 @@ from fluxlab.positions import attention_ops, frequency_ops, ops
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
 from fluxlab.positions.markdown import ops_table, where_table
 from fluxlab.positions.program import Edit, Program
-from fluxlab.positions.registry import OPS, Op, load_plugins, op
+from fluxlab.positions.registry import OPS, Op, load_plugins, loaded_plugins, op
 from fluxlab.positions.shift_invariance import noise_floor, shifted
 from fluxlab.positions.tables import tables
 from fluxlab.positions.waves import Spectrum, Waves
@@ -32,6 +32,7 @@ __all__ = [
     "find_word",
     "frequency_ops",
     "load_plugins",
+    "loaded_plugins",
     "noise_floor",
     "op",
     "ops",

@@ -140,6 +140,14 @@ def find_op(name: Any, path: str) -> Op:
     return OPS[name]
 
 
+_plugins: dict[str, None] = {}
+
+
+def loaded_plugins() -> list[str]:
+    """Return the modules that `load_plugins` has imported, for other processes of this run."""
+    return list(_plugins)
+
+
 def load_plugins(modules: Any, path: str = "plugins") -> None:
     """Import modules by name, so that the ops in them register.
 
@@ -150,6 +158,7 @@ def load_plugins(modules: Any, path: str = "plugins") -> None:
         try:
             with bugs_named(f"while importing {path}[{i}]: {name}"):
                 importlib.import_module(name)
+            _plugins.setdefault(name)
         except ModuleNotFoundError as error:
             if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
                 raise

@@ -19,6 +19,7 @@ from fluxlab import files, loading
 from fluxlab import run as command_line
 from fluxlab.checkpoints.random import write_random
 from fluxlab.compose import compose
+from fluxlab.engines import Inline
 from fluxlab.experiment.cells import batches, cells
 from fluxlab.experiment.reading import read_store
 from fluxlab.experiment.runner import fill
@@ -204,7 +205,7 @@ def test_interruption_at_every_write(model, tmp_path, monkeypatch):
 
         monkeypatch.setattr(files.os, "replace", replace_until)
         with open_store(out) as store:
-            fill(experiment, store, lambda *_: pipe, batch_tokens=144)
+            fill(experiment, store, Inline(lambda *_: pipe), batch_tokens=144)
         return count
 
     writes = filled(tmp_path / "uninterrupted")

@@ -15,6 +15,7 @@ from fluxlab import loading
 from fluxlab.checkpoints import CheckpointError, files, save_autoencoder, save_transformer
 from fluxlab.checkpoints.stored import is_local, on_meta, published, stored
 from fluxlab.config import ModelRow, find_row
+from fluxlab.engines import Inline
 from fluxlab.experiment import runner, settings
 from fluxlab.experiment.costs import forward_flops, gb
 from fluxlab.experiment.plan import plan
@@ -126,7 +127,7 @@ def test_batches_images_and_forwards_are_those_of_the_run(folder, tmp_path, monk
         return pipe
 
     with open_store(out) as store:
-        runner.fill(requested, store, load, batch_tokens=120)
+        runner.fill(requested, store, Inline(load), batch_tokens=120)
     most = max(map(len, ran))
     assert line_of(printed, "batches").endswith(
         f"{len(ran)} of up to {most} images ({most * 40} tokens); {len(forwards)} forwards"
@@ -233,7 +234,7 @@ def test_a_capture_takes_the_memory_and_disk_of_the_run(folder, tmp_path, monkey
     requested, out = experiment(folder, capture=Capture.from_config(CAPTURE)), tmp_path / "run"
     printed = plan(requested, out, batch_tokens=120)
     with open_store(out) as store:
-        runner.fill(requested, store, loading.load_row, batch_tokens=120)
+        runner.fill(requested, store, Inline(loading.load_row), batch_tokens=120)
     files_made = list((out / "attention").rglob("*.safetensors"))
     values = [array.values.nbytes for file in files_made for array in load(file).values()]
     line = line_of(printed, "attention")
@@ -269,7 +270,7 @@ def test_a_capture_raises_the_errors_of_the_run(folder, tmp_path, capture, messa
     with pytest.raises(ValueError, match=message) as planned:
         plan(requested)
     with open_store(tmp_path / "run") as store, pytest.raises(ValueError, match=message) as ran:
-        runner.fill(requested, store, loading.load_row)
+        runner.fill(requested, store, Inline(loading.load_row))
     assert str(planned.value) == str(ran.value)
 
 

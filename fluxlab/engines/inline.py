@@ -1,0 +1,66 @@
+"""The default engine: one batch after the other, in this process."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fluxlab import stopping
+from fluxlab.config import ModelRow
+from fluxlab.experiment import captures, runner
+from fluxlab.experiment.cells import Batch, Settings
+from fluxlab.experiment.engine import Done
+from fluxlab.experiment.settings import device_of, dtype_of, resolve
+from fluxlab.experiment.spec import Experiment
+from fluxlab.experiment.store import Store
+from fluxlab.pipeline import Pipeline
+
+Load = Callable[[ModelRow, torch.dtype | None, str], Pipeline]
+
+
+class Inline:
+    """Computes batches in this process. load: `fluxlab.loading.load_row`, or what returns a pipeline instead."""
+
+    def __init__(self, load: Load):
+        self.load = load
+        self.pipe: Pipeline | None = None
+
+    def settle(
+        self, experiment: Experiment, known: Settings | None, batch_tokens: int | None, threads: int | None
+    ) -> Settings:
+        """See `Engine.settle`."""
+        self.pipe = self.load(experiment.model, dtype_of(experiment.dtype), device_of(experiment, known))
+        return resolve(experiment, self.pipe, known, batch_tokens, threads)
+
+    def check(self, experiment: Experiment, settings: Settings, fixed: bool) -> None:
+        """See `Engine.check`."""
+        pipe = self.loaded(experiment, settings)
+        runner.check(experiment, pipe, settings)
+        captures.check(experiment, pipe, settings, fixed=fixed)
+
+    def loaded(self, experiment: Experiment, settings: Settings) -> Pipeline:
+        """Return the model, loaded at the first call."""
+        if self.pipe is None:
+            self.pipe = self.load(experiment.model, dtype_of(experiment.dtype), settings.device)
+        return self.pipe
+
+    def compute(
+        self, experiment: Experiment, settings: Settings, store: Store, batches: Sequence[Batch]
+    ) -> Iterator[Done]:
+        """See `Engine.compute`."""
+        with threads(settings.threads):
+            for batch in batches:
+                if stopping.asked():
+                    return
+                yield Done(batch, runner.run_batch(self.pipe, settings, store, batch.cells, batch.folder, experiment))
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with a number of threads while the block runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
