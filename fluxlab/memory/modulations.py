@@ -10,7 +10,7 @@ from torch import Tensor
 from fluxlab.memory.costs import modulation_width
 from fluxlab.memory.plan import KEPT
 from fluxlab.model import Flux, FluxParams
-from fluxlab.model.layers import Affine, Modulations
+from fluxlab.model.layers import Affine, Modulations, linear
 
 Weights = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 """Returns weight and bias of every modulation on the device, in the order of `linear_names`, one after the other."""
@@ -48,7 +48,7 @@ def tables(flux: Flux, vectors: Sequence[Tensor], weights: Weights) -> list[Tens
     column = 0
     for weight, bias in weights():
         for x, row in zip(activated, rows, strict=True):
-            row[:, column : column + len(weight)] = F.linear(x, weight, bias)
+            row[:, column : column + len(weight)] = linear(x, weight, bias)
         column += len(weight)
     assert column == modulation_width(flux.params)
     return rows

@@ -11,6 +11,7 @@ from jaxtyping import config as jaxtyping_config
 from fluxlab.model import TRANSFORMERS, Flux, FluxParams, rotary_table
 from fluxlab.model.attention import attend
 from fluxlab.model.rope import apply_rotary, apply_rotary_
+from fluxlab.model.torch_ops import ONEDNN_DTYPES
 
 PARAMS = FluxParams(8, 6, 12, 10, 32, 4.0, 2, 2, 2, (4, 6, 6), 10000, True, True)
 BATCH, TEXT, IMAGE = 4, 5, 12
@@ -289,14 +290,42 @@ def test_rotary_tables_need_no_fp64_on_the_device():
         assert model(**x).shape == (BATCH, IMAGE, 6)
 
 
+@torch.no_grad()
 def test_modulations_replace_the_conditioning(flux):
     x = inputs()
     expected = flux(**x)
-    with torch.no_grad():
-        vec = flux.conditioning(x["timesteps"], x["y"], x["guidance"])
-        modules = (*flux.double_blocks, *flux.single_blocks, flux.final_layer)
-        known = [module.modulations(vec) for module in modules]
+    vec = flux.conditioning(x["timesteps"], x["y"], x["guidance"])
+    modules = (*flux.double_blocks, *flux.single_blocks, flux.final_layer)
+    known = [module.modulations(vec) for module in modules]
     other = {key: torch.full_like(x[key], 0.5) for key in ("timesteps", "y", "guidance")}
     assert torch.equal(flux(**{**x, **other}, modulations=known), expected)
     doubled = [tuple(affine._replace(shift=2 * affine.shift) for affine in block) for block in known]
     assert not torch.equal(flux(**x, modulations=doubled), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.inference_mode()
+def test_the_bits_of_a_sample_do_not_depend_on_its_batch(dtype, threads):
+    """Variants that share steps are computed in smaller batches (`fluxlab.sampling.shared`)."""
+    if not ONEDNN_DTYPES[dtype]:
+        pytest.skip(f"oneDNN has no {dtype} on this processor")
+    torch.manual_seed(0)
+    params = replace(PARAMS, hidden_size=192, num_heads=3, axes_dim=(8, 28, 28), depth=1, depth_single_blocks=1)
+    model, g = Flux(params).to(dtype).eval(), torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(12, *shape, generator=g).to(dtype)  # noqa: E731
+    image, text, y, t = draw(256, 8), draw(24, 10), draw(12), torch.linspace(1, 0.2, 12)
+    ids = torch.randn(12, 280, 3, generator=g)
+
+    def forward(rows: list[int]) -> torch.Tensor:
+        of_text, of_image = ids[rows].split((24, 256), dim=1)
+        return model(image[rows], of_image, text[rows], of_text, t[rows], y[rows], t[rows])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = forward(list(range(12)))
+        for rows in ([0], [11], [3, 7], [1, 2, 3], [0, 4, 5, 8, 9], list(range(11))):
+            assert torch.equal(forward(rows), whole[rows]), rows
+    finally:
+        torch.set_num_threads(before)
