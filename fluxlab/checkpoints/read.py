@@ -1,6 +1,6 @@
 """Load networks: built on the meta device, then given memory-mapped tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -83,10 +83,48 @@ def _load(
     params: FluxParams | AutoEncoderParams | None,
     check_memory: bool,
 ) -> nn.Module:
+    opened = open_weights(
+        part, path, dtype=dtype, device=device, variant=variant, params=params, unread=not check_memory
+    )
+    if check_memory:
+        _check_memory(opened.net.entries, opened.target)
+    opened.model.load_state_dict(opened.assemble(opened.recipe), strict=True, assign=True)
+    return opened.model.eval()
+
+
+@dataclass(frozen=True)
+class OpenWeights:
+    """A network that was found and recognised, before its weights are read.
+
+    model: on the meta device. recipe: how its tensors are formed from those in the files. shapes: of its tensors.
+    """
+
+    net: OpenNetwork
+    target: _Target
+    model: nn.Module
+    recipe: Recipe
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def assemble(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return these tensors of the model: mapped where the file holds them in one piece, else joined or cast."""
+        return _assemble({name: self.recipe[name] for name in names}, self.net.entries, self.shapes, self.target)
+
+
+def open_weights(
+    part: Part,
+    path: "str | PathLike[str]",
+    *,
+    dtype: torch.dtype | None,
+    device: "str | torch.device",
+    variant: str | None = None,
+    params: FluxParams | AutoEncoderParams | None = None,
+    unread: bool = False,
+) -> OpenWeights:
+    """Open a network and check the names and shapes of its tensors. Arguments and errors as for `load_transformer`."""
     device = check_device(device)
     dtype_for((), dtype or torch.float32, device, str(path))  # before a hub id is fetched
     net = open_network(part, path, variant, params)
-    target = _Target(dtype_for(net.entries.values(), dtype, device, net.path), device, net.path, not check_memory)
+    target = _Target(dtype_for(net.entries.values(), dtype, device, net.path), device, net.path, unread)
     model = _on_meta(part, net)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if net.layout == "diffusers":
@@ -95,10 +133,7 @@ def _load(
     else:
         recipe, expected = {name: [(name, None)] for name in ours}, ours
     check_tensors(net.entries, expected, net.unknown, net.path)
-    if check_memory:
-        _check_memory(net.entries, target)
-    model.load_state_dict(_assemble(recipe, net.entries, ours, target), strict=True, assign=True)
-    return model.eval()
+    return OpenWeights(net, target, model, recipe, ours)
 
 
 def _on_meta(part: Part, net: OpenNetwork) -> nn.Module:

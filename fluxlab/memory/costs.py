@@ -87,6 +87,7 @@ def waiting_bytes(p: FluxParams, batch: int, tokens: int, itemsize: int) -> int:
     return 2 * batch * tokens * p.hidden_size * itemsize
 
 
+@lru_cache
 def autoencoder_counts(p: AutoEncoderParams) -> int:
     """Return the number of parameters of an autoencoder."""
     with torch.device("meta"):

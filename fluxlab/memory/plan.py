@@ -20,6 +20,12 @@ SLOTS = 2
 PINNED = 3
 """Blocks of the host's ring: one is copied to the device while the next two are read from their file."""
 
+CPU_SLOTS, CPU_DEPTH = 1, 1
+"""The same two numbers where the host is the device, and blocks cannot be used as their files have them."""
+
+KEPT = 256 * 10**6
+"""Bytes of modulation tables that are kept on the host for the batches of a run."""
+
 TOGETHER = 8
 """Most batches that go through the streamed blocks in turn."""
 
@@ -29,7 +35,8 @@ class ModelSizes:
     """Sizes of a model's parts, as the headers of their files give them.
 
     dtype: of the computation. stored: of the transformer's blocks in their files, which may be float8. stored_blocks:
-    bytes of each block as its file has it, without modulations; None means all tensors in `stored`.
+    bytes of each block as its file has it, without modulations; None means all tensors in `stored`. mapped: whether a
+    CPU can compute from the pages of the files, because they hold every tensor in one piece and in `dtype`.
     text_bytes: both text encoders once loaded. t5_layer_bytes: the largest of T5's layers, its embeddings included.
     """
 
@@ -41,6 +48,7 @@ class ModelSizes:
     text_bytes: int
     t5_layer_bytes: int
     stored_blocks: tuple[int, ...] | None = None
+    mapped: bool = False
 
     @property
     def blocks(self) -> int:
@@ -203,17 +211,20 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
     cast = max(sizes.block_bytes(block, sizes.dtype) for block in every) if sizes.keeps_stored else 0
     stored = list(sizes.stored_blocks or [sizes.block_bytes(block, sizes.stored) for block in every])
     on_cpu = room.device == "cpu"
+    table = work.batch * work.steps * costs.modulation_width(p) * size
     parts |= {
         "ends": sum(costs.end_counts(p)) * size,
-        "tables": work.batch * work.steps * costs.modulation_width(p) * size,
-        # a layer's modulation, while the tables are made
-        "modulation": 6 * p.hidden_size * (p.hidden_size + 1) * (size + (sizes.stored.itemsize if cast else 0)),
+        "tables": table * (1 if room.device != "cpu" else max(1, min(work.batches, KEPT // table))),
+        # while the tables are made: those of several batches, and the weights of one block
+        "modulations": max(table, min(KEPT, table * work.batches)) + 4 * 6 * p.hidden_size * (p.hidden_size + 1) * size,
         "cast": cast,
     }
     fixed = room.used + parts["ends"] + parts["tables"] + parts["autoencoder"] + parts["conditioning"]
     running = fixed + cast + parts["activations"] + parts["probes"]
     decoding = fixed + cast + parts["decoding"] + parts["probes"]
-    ring = max(stored) * (1 if on_cpu else SLOTS)  # a CPU computes from the file's pages
+    ring = max(stored) * SLOTS
+    if on_cpu:  # the pages of one block, or a buffer that is filled and the one that is computed from
+        ring = max(stored) * (1 if sizes.mapped else CPU_SLOTS + CPU_DEPTH)
 
     def left(with_ring: int, decoder: int) -> int:
         return (1 << 62) if free is None else free - max(running + with_ring, decoder)
@@ -229,6 +240,7 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
         resident = _most(stored, left(ring, decode_peak))
     parts |= {"resident": sum(stored[block] for block in resident), "ring": ring}
     phases = {
+        "modulations": room.used + parts["ends"] + parts["autoencoder"] + parts["resident"] + parts["modulations"],
         "transformer": running + ring + parts["resident"],
         "decoder": (fixed if decoder == "host" else decoding) + parts["resident"],
     }

@@ -44,9 +44,11 @@ class DirectEngine:
     def __init__(self, device: torch.device):
         self._device = device
 
+    @torch.inference_mode(False)  # threads outside of inference mode could not write to its tensors
     def host(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
 
+    @torch.inference_mode(False)
     def device(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
@@ -70,9 +72,11 @@ class CudaEngine:
         self._device = device
         self._stream = torch.cuda.Stream(device)
 
+    @torch.inference_mode(False)
     def host(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
+    @torch.inference_mode(False)
     def device(self, size: int) -> Tensor:
         buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         buffer.record_stream(self._stream)  # its memory is not given to others while a copy may still run
