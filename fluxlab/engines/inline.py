@@ -10,6 +10,7 @@ from fluxlab.config import ModelRow
 from fluxlab.experiment import captures, runner
 from fluxlab.experiment.cells import Batch, Settings
 from fluxlab.experiment.engine import Done
+from fluxlab.experiment.notes import MOST_NOTES, notes
 from fluxlab.experiment.settings import device_of, dtype_of, resolve
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
@@ -32,11 +33,12 @@ class Inline:
         self.pipe = self.load(experiment.model, dtype_of(experiment.dtype), device_of(experiment, known))
         return resolve(experiment, self.pipe, known, batch_tokens, threads)
 
-    def check(self, experiment: Experiment, settings: Settings, fixed: bool) -> None:
+    def check(self, experiment: Experiment, settings: Settings, fixed: bool) -> list[str]:
         """See `Engine.check`."""
         pipe = self.loaded(experiment, settings)
         runner.check(experiment, pipe, settings)
         captures.check(experiment, pipe, settings, fixed=fixed)
+        return notes(experiment, pipe, settings, most=MOST_NOTES)
 
     def loaded(self, experiment: Experiment, settings: Settings) -> Pipeline:
         """Return the model, loaded at the first call."""

@@ -40,9 +40,9 @@ class RayEngine:
         """See `Engine.settle`. The first worker does it."""
         return self._ask(experiment, "settle", experiment, known, batch_tokens, threads)
 
-    def check(self, experiment: Experiment, settings: Settings, fixed: bool) -> None:
+    def check(self, experiment: Experiment, settings: Settings, fixed: bool) -> list[str]:
         """See `Engine.check`. The first worker does it."""
-        self._ask(experiment, "check", experiment, settings, fixed)
+        return self._ask(experiment, "check", experiment, settings, fixed)
 
     def compute(
         self, experiment: Experiment, settings: Settings, store: Store, batches: Sequence[Batch]

@@ -33,8 +33,10 @@ class Engine(Protocol):
         """Load the model and return the settings of the run. known: those of the images that the store has."""
         ...
 
-    def check(self, experiment: Experiment, settings: Settings, fixed: bool) -> None:
+    def check(self, experiment: Experiment, settings: Settings, fixed: bool) -> list[str]:
         """Load the model if it is not loaded yet, and raise `UserError` for what does not fit it.
+
+        Returns notes on the programs (`fluxlab.experiment.notes`).
 
         fixed: the settings are the store's, so that another `batch_tokens` needs another folder.
         """

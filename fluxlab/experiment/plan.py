@@ -12,6 +12,7 @@ from fluxlab.config import Lora, ModelRow
 from fluxlab.experiment import captures, runner, settings
 from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
+from fluxlab.experiment.notes import notes
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
 from fluxlab.loading import pipeline_without_weights, schedule_of
@@ -70,6 +71,7 @@ def plan(
             *([f"           {changed}"] if changed else []),
             *_model_lines(experiment.model, parts, resolved),
             *_count_lines(experiment, resolved, [part for part, _ in work], every_batch, left),
+            *_headed("notes", notes(experiment, pipe, resolved)),
             _time_line(resolved, pipe, parts, left),
             _memory_line(resolved, pipe, parts, dtype, largest),
             *_attention_lines(experiment, resolved, pipe, store, batches(work[0][0], resolved)),
@@ -195,4 +197,8 @@ def _attention_lines(
             f"a batch {gb(sum(largest.values()))}, and {gb(working)} of working memory, "
             f"of capture.max_mb={known.max_mb:g} MB",
         ]
-    return [f"{'' if i else 'attention':<11}{line}" for i, line in enumerate(lines)]
+    return _headed("attention", lines)
+
+
+def _headed(heading: str, lines: list[str]) -> list[str]:
+    return [f"{'' if i else heading:<11}{line}" for i, line in enumerate(lines)]

@@ -90,7 +90,8 @@ def fill(
     done = {(c.key, b.folder) for b in work for c in b.cells if is_done(store, experiment, c, b.folder)}
     missing = [batch for batch in work if not _all_in(batch, done)]
     if missing:
-        engine.check(experiment, settings, same)
+        for line in engine.check(experiment, settings, same):
+            print(f"note: {line}", flush=True)
     damaged = store.damaged
     if damaged:
         print(f"{store.path / EXPERIMENT}: damaged, written again", flush=True)

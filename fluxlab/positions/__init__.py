@@ -3,10 +3,11 @@
 from fluxlab.positions import attention_ops, frequency_ops, ops
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
 from fluxlab.positions.markdown import ops_table, where_table
+from fluxlab.positions.notes import Note, lint
 from fluxlab.positions.program import Edit, Program
+from fluxlab.positions.program_tables import tables
 from fluxlab.positions.registry import OPS, Op, load_plugins, loaded_plugins, op
 from fluxlab.positions.shift_invariance import noise_floor, shifted
-from fluxlab.positions.tables import tables
 from fluxlab.positions.waves import Spectrum, Waves
 from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout, Scope
 from fluxlab.select.words import Prompt, find_word
@@ -20,6 +21,7 @@ __all__ = [
     "Context",
     "Edit",
     "Layout",
+    "Note",
     "Op",
     "Placement",
     "Program",
@@ -31,6 +33,7 @@ __all__ = [
     "compile_programs",
     "find_word",
     "frequency_ops",
+    "lint",
     "load_plugins",
     "loaded_plugins",
     "noise_floor",

@@ -13,6 +13,7 @@ from omegaconf._utils import get_yaml_loader
 from fluxlab.compose import guarded
 from fluxlab.drawing import position_plot as plot
 from fluxlab.errors import UserError, show
+from fluxlab.positions.notes import lint
 from fluxlab.positions.program import Program
 from fluxlab.positions.registry import load_plugins
 
@@ -59,6 +60,8 @@ def run(options: argparse.Namespace) -> None:
         print(", ".join(state.labels.values()))
     for name, _, start, stop in plot.token_groups(context.layout):
         print(f"{name}: {plot.summary(state.after[start:stop])}")
+    for note in lint(program, context):
+        print(f"note: {note}")
     for file, draw in ((options.out, plot.draw_positions), (options.similarity, plot.draw_similarity)):
         if file:
             print(f"wrote {plot.write_figure(draw(state), file)}")

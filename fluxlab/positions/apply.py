@@ -171,6 +171,8 @@ def apply_edits(ids: Tensor, edits: Sequence[Resolved], now: Sequence[Now]) -> P
         elif edit.acts_on == "frequencies":
             before = unchanged(edit.context) if waves is None else waves
             waves = _changed_waves(before, ids, edit, strength, edit.context.sigmas[0] if t is None else t)
+    if scales is not None and not scales.requires_grad and (scales == 1).all():
+        scales = None
     return Placed(ids if shares is None else ids * shares, scales, _own_or_none(waves, edits))
 
 

@@ -18,6 +18,7 @@ from fluxlab.config import ModelRow, find_row
 from fluxlab.engines import Inline
 from fluxlab.experiment import runner, settings
 from fluxlab.experiment.costs import forward_flops, gb
+from fluxlab.experiment.notes import notes
 from fluxlab.experiment.plan import plan
 from fluxlab.experiment.spec import Experiment, checked
 from fluxlab.experiment.store import open_store
@@ -142,6 +143,44 @@ def test_batches_images_and_forwards_are_those_of_the_run(folder, tmp_path, monk
     )
     with pytest.raises(ValueError, match=r"batch_tokens=80: the images in .* were computed with 120"):
         plan(requested, out, batch_tokens=80)
+
+
+def test_a_run_prints_the_notes_of_the_plan(folder, tmp_path, capsys):
+    variants = {name: Program.from_config(edits, f"variants.{name}") for name, edits in NOTED.items()}
+    requested = experiment(folder, variants=variants, prompts=("a cat",), seeds=(0,), steps=1)
+    lines = plan(requested, tmp_path / "run").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("notes"))
+    planned = [line[11:] for line in lines[start : start + 3]]
+    assert planned == [
+        "half, again: neighbouring image tokens are down to 0.5 apart; models are trained with a spacing of 1",
+        "same.a: changes nothing: its factor is 1",
+        "word.a: has no effect: b undoes it",
+    ]
+    assert lines[start + 3].startswith("time")
+    with open_store(tmp_path / "run") as store:
+        runner.fill(requested, store, Inline(loading.load_row))
+    assert [line[6:] for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")] == planned
+    assert notes_of(requested, folder, most=2) == [planned[0], "and 2 more; plan=true prints all"]
+    with open_store(tmp_path / "run") as store:  # nothing is computed again
+        runner.fill(requested, store, Inline(loading.load_row))
+    assert "note: " not in capsys.readouterr().out
+
+
+NOTED = {
+    "baseline": {},
+    "half": {"a": {"op": "scale", "factor": 0.5}},
+    "again": {"a": {"op": "scale", "factor": 0.5, "origin": "centre"}},
+    "same": {"a": {"op": "scale", "factor": 1}},
+    "word": {
+        "a": {"op": "offset", "by": 2, "tokens": {"words": ["cat"]}},
+        "b": {"op": "offset", "by": -2, "tokens": {"words": ["cat"]}},
+    },
+}
+
+
+def notes_of(requested, folder, most):
+    pipe = pipeline_without_weights(requested.model, stored(requested.model), None, CPU)
+    return notes(requested, pipe, settings.resolve(requested, pipe, None, 120, 1), most)
 
 
 def test_a_plan_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatch):

@@ -1,0 +1,40 @@
+"""Notes on an experiment's programs, as `plan=true` and a run print them. They change nothing."""
+
+import torch
+
+from fluxlab.experiment.cells import Settings
+from fluxlab.experiment.spec import Experiment
+from fluxlab.pipeline import Pipeline
+from fluxlab.positions import lint
+
+MOST_NOTES = 8
+"""Notes that a run prints. `plan=true` prints all."""
+
+
+def notes(experiment: Experiment, pipe: Pipeline, settings: Settings, most: int | None = None) -> list[str]:
+    """Return one line per note of `fluxlab.positions.lint`, with the variants it is about, for the first prompt.
+
+    most: more notes than this are counted in a last line. Programs that name words are left out without a tokenizer.
+    """
+    rows, cols = pipe.grid(settings.height, settings.width)
+    prompts = [experiment.prompts[0]] if pipe.text.t5_tokenizer else None
+    context = pipe.context(
+        prompts,
+        settings.max_sequence_length,
+        (rows, cols),
+        pipe.schedule.times(settings.steps, rows * cols),
+        torch.device("cpu"),
+    )
+    found: dict[tuple[str, str], list[str]] = {}
+    for variant, program in experiment.variants.items():
+        if prompts or not program.names_words:
+            for where, text in lint(program, context):
+                key = where.removeprefix(f"variants.{variant}.")
+                found.setdefault((key, text), []).append(variant)
+    lines = [
+        f"{', '.join(f'{name}.{where}' if where else name for name in names)}: {text}"
+        for (where, text), names in found.items()
+    ]
+    if most is not None and len(lines) > most:
+        lines = [*lines[: most - 1], f"and {len(lines) - most + 1} more; plan=true prints all"]
+    return lines
