@@ -10,7 +10,7 @@ from torch import Tensor
 from fluxlab.memory.costs import modulation_width
 from fluxlab.memory.plan import KEPT
 from fluxlab.model import Flux, FluxParams
-from fluxlab.model.layers import Affine, Modulations, linear
+from fluxlab.model.layers import Affine, Modulations, linear, uses_onednn
 
 Weights = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 """Returns weight and bias of every modulation on the device, in the order of `linear_names`, one after the other."""
@@ -40,18 +40,20 @@ def linear_names(p: FluxParams) -> list[str]:
 def tables(flux: Flux, vectors: Sequence[Tensor], weights: Weights) -> list[Tensor]:
     """Return all modulations `(B, W)` of each conditioning vector `(B, D)`.
 
-    Each layer's weights are needed once. A vector has the rows of one batch, as in a forward: the last bits of a
-    matrix product depend on the number of rows, and they are those of a forward.
+    Each layer's weights are needed once. The result has the bits of a forward with that vector. Where a row of a
+    product does not depend on the number of rows, there is one product a layer; elsewhere one a vector.
     """
+    counts = [len(vector) for vector in vectors]
+    column, rows = 0, [vector.new_empty(len(vector), modulation_width(flux.params)) for vector in vectors]
+    if uses_onednn(vectors[0], vectors[0]):
+        vectors, rows = [torch.cat(list(vectors))], [torch.cat(rows)]
     activated = [F.silu(vector) for vector in vectors]
-    rows = [vector.new_empty(len(vector), modulation_width(flux.params)) for vector in vectors]
-    column = 0
     for weight, bias in weights():
         for x, row in zip(activated, rows, strict=True):
             row[:, column : column + len(weight)] = linear(x, weight, bias)
         column += len(weight)
     assert column == modulation_width(flux.params)
-    return rows
+    return [part for row in rows for part in row.split(counts if len(rows) == 1 else [len(row)])]
 
 
 def split(table: Tensor, p: FluxParams) -> list[Modulations]:

@@ -43,6 +43,8 @@ class Residency:
         self._cast: Tensor | None = None
         self._views: dict[Any, dict[str, nn.Parameter]] = {}
         self.known = KnownModulations(flux, self._modulation_weights)
+        if not self.mapped:
+            flux.register_forward_pre_hook(_needs_modulations, with_kwargs=True)
         for i, block in enumerate(self.blocks):
             block.register_forward_pre_hook(torch.compiler.disable(self._before(i)))
             block.register_forward_hook(torch.compiler.disable(self._after(i)), always_call=True)
@@ -256,6 +258,11 @@ class Residency:
                     yield tuple(views[f"{inner}.{kind}"].to(self.dtype) for kind in ("weight", "bias"))
         finally:
             reader.close()
+
+
+def _needs_modulations(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("modulations") is None:  # oneDNN would compute with weights that are not there
+        raise RuntimeError("the weights of this transformer's modulations are not in memory: pass modulations=")
 
 
 def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
