@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxlab.cache import open_cache
 from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.config import ModelRow, find_row, with_loras
 from fluxlab.errors import UserError, show, text_key
@@ -38,6 +39,7 @@ def make_experiment(
     dino: str | None = None,
     lora: Any = None,
     identify: bool = True,
+    cache: "str | PathLike[str] | None" = None,
 ) -> Experiment:
     """Return a checked experiment: variants × prompts × seeds on one model. Nothing is computed.
 
@@ -52,6 +54,7 @@ def make_experiment(
     name: names the default run folder. clip, dino: checkpoints for similarity metrics.
     lora: merged into the transformer, as in `load_pipeline`.
     identify: whether to hash the model's files. A run needs that; a plan does not.
+    cache: the folder that notes the hashes of files, or "none"; None means the user's own (see `fluxlab.cache`).
 
     Raises UserError naming the argument, its value and what is expected.
     """
@@ -85,7 +88,7 @@ def make_experiment(
             **{f.name: getattr(settings, f.name) for f in fields(Sampling)},
         )
     )
-    return replace(experiment, model_digest=fingerprint(row)) if identify else experiment
+    return replace(experiment, model_digest=fingerprint(row, open_cache(cache))) if identify else experiment
 
 
 def default_folder(experiment: Experiment) -> Path:
@@ -102,6 +105,7 @@ def run_experiment(
     measure: bool = False,
     tracking: Mapping[str, Any] | None = None,
     engine: "Mapping[str, Any] | str" = "inline",
+    cache: "str | PathLike[str] | None" = None,
 ) -> Run:
     """Compute the images and tables that the run folder lacks, and return the finished run.
 
@@ -109,6 +113,7 @@ def run_experiment(
     batch_tokens: tokens in one forward; None chooses by the device's memory.
     measure: compute the metrics again. tracking: settings as in configs/tracking; None tracks nothing.
     engine: "inline", "ray", or settings as in configs/engine, such as {"name": "ray", "workers": 2}.
+    cache: a folder for encoded prompts, or "none"; None means the user's own (see `fluxlab.cache`).
 
     Raises UserError, before anything is computed, for what does not fit the model or the folder. If an image has NaN
     or infinite values, the other images are finished before NonFiniteError is raised; `read_run` reads the folder.
@@ -124,6 +129,7 @@ def run_experiment(
         measure=measure,
         tracking=tracking or {"name": "none"},
         engine={"name": engine} if isinstance(engine, str) else engine,
+        cache=cache,
     )
     filled.check()
     return read_store(folder)
@@ -148,6 +154,7 @@ def complete_store(
     tracking: Mapping[str, Any],
     engine: Mapping[str, Any],
     shard: Shard | None = None,
+    cache: "str | PathLike[str] | None" = None,
 ) -> "Filled":
     """Complete the store at `out`: images, then tables, then the grid and the page. `command` is shown in the page.
 
@@ -169,7 +176,7 @@ def complete_store(
         models = {} if finished or shard else effects.load_models(experiment)
 
         def images(report: Callable[[int, int], None]) -> "Filled":
-            with engines.start(engine) as started:
+            with engines.start(engine, cache) as started:
                 options = {"batch_tokens": batch_tokens, "threads": threads, "command": command, "shard": shard}
                 return fill(experiment, store, started, report=report, **options)
 

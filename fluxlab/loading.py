@@ -1,6 +1,5 @@
 """Load a pipeline from a name under `configs/model`, a folder, files or a hub id."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,11 +8,13 @@ import torch
 from torch import nn
 
 from fluxlab import checkpoints, schedules
+from fluxlab.cache import open_cache
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest
 from fluxlab.checkpoints.memory import default_device
 from fluxlab.checkpoints.stored import Stored, local, on_meta, part_paths
 from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
+from fluxlab.conditioning import Texts, encoders_of
 from fluxlab.config import Lora, ModelRow, find_row, with_loras
 from fluxlab.model import AutoEncoder, Flux
 from fluxlab.model.text import TextEncoders
@@ -21,6 +22,9 @@ from fluxlab.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from os import PathLike
+
+TEXT_LENGTH = 512
+"""T5 tokens of a model that does not say how many it was trained with: what FLUX.1 dev takes at most."""
 
 
 def load_pipeline(
@@ -35,6 +39,7 @@ def load_pipeline(
     like: str | None = None,
     schedule: Mapping[str, Any] | None = None,
     lora: "str | PathLike[str] | Lora | Mapping[str, Any] | Sequence[Any] | None" = None,
+    cache: "str | PathLike[str] | None" = None,
 ) -> Pipeline:
     """Load a model: a name under `configs/model`, a Diffusers folder, a single file, a folder of single files, or a
     hub id.
@@ -45,6 +50,8 @@ def load_pipeline(
     and `tokenizer_2`. variant: for files such as `….fp16.safetensors`. like, schedule: how a single file samples, if
     it does not say (see `fluxlab.schedules`): "dev" or "schnell", {"shift": 3.0} or {"mu": 1.15}. lora: what to merge
     into the transformer: a path, {"path": …, "scale": 0.8}, or a list of these (`fluxlab.checkpoints.merge_loras`).
+    cache: a folder for encoded prompts, or "none" (see `fluxlab.cache`). The text encoders are loaded for a prompt that
+    it does not have.
 
     Raises UserError for what is missing, damaged, of another model, or does not fit the device. docs/checkpoints.md
     lists what can be read.
@@ -54,29 +61,36 @@ def load_pipeline(
     settings = {key: str(value) for key, value in paths.items() if value is not None}
     if schedule is not None:
         settings["schedule"] = schedule
-    return load_row(with_loras(replace(row, **settings), lora), dtype, device)
+    return load_row(with_loras(replace(row, **settings), lora), dtype, device, cache=cache)
 
 
-def load_row(row: ModelRow, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> Pipeline:
-    """Load a row of `configs/model`, or one made from the command line. Arguments as for `load_pipeline`."""
+def load_row(
+    row: ModelRow,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    texts: Texts | None = None,
+    *,
+    cache: "str | PathLike[str] | None" = None,
+) -> Pipeline:
+    """Load a row of `configs/model`, or one made from the command line. Arguments as for `load_pipeline`.
+
+    texts: are encoded first. The text encoders leave the device before the transformer is loaded.
+    """
     device = checkpoints.check_device(default_device() if device is None else device)
     found = checkpoints.find(row.path, variant=row.variant)
-    verify_manifest(found.path)
+    verify_manifest(found.path, of_text=False)
     paths = part_paths(row, found)
+    text = encoders_of(paths["text"], dtype, device, row.variant, row.tokenizers, open_cache(cache))
+    if texts is not None:
+        text.prepare(texts, row.max_sequence_length or TEXT_LENGTH)
     common = {"dtype": dtype, "device": device, "variant": row.variant}
     transformer = checkpoints.load_transformer(found.path, **common)
     checkpoints.merge_loras(transformer, row.lora)
     decision = schedules.decide(row, found, transformer.params)
     autoencoder = checkpoints.load_autoencoder(paths["autoencoder"], **common)
-    with _transformers:
-        text = TextEncoders(*checkpoints.load_text_encoders(paths["text"], **common, tokenizers=row.tokenizers))
-    for module in (transformer, autoencoder, text.clip, text.t5):
+    for module in (transformer, autoencoder):
         module.eval().requires_grad_(False)
     return assemble(row, decision, transformer, autoencoder, text)
-
-
-_transformers = threading.Lock()
-"""transformers loads with global switches: two threads at a time leave weights out."""
 
 
 def assemble(
@@ -96,7 +110,7 @@ def assemble(
         decision.schedule,
         steps=row.steps or decision.steps,
         guidance=(3.5 if row.guidance is None else row.guidance) if distilled else None,  # FLUX.1 dev's
-        max_sequence_length=row.max_sequence_length or 512,
+        max_sequence_length=row.max_sequence_length or TEXT_LENGTH,
         size=row.size or (side, side),
         name=row.name,
     )
@@ -104,8 +118,8 @@ def assemble(
 
 def _check_widths(row: ModelRow, transformer: Flux, text: TextEncoders) -> None:
     p = transformer.params
-    for name, encoder, width in (("CLIP", text.clip, p.vec_in_dim), ("T5", text.t5, p.context_in_dim)):
-        states = encoder.config.hidden_size
+    widths = text.widths
+    for name, states, width in (("CLIP", widths["clip"], p.vec_in_dim), ("T5", widths["t5"], p.context_in_dim)):
         if states != width:
             raise CheckpointError(
                 f"{row.text or row.path}: this {name} gives {states} channels, the transformer takes {width}\n"

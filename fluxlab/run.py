@@ -59,6 +59,7 @@ class RunConfig(_SamplingConfig):
     clip: str | None = None
     dino: str | None = None
     out: str | None = None
+    cache: str | None = None
     capture: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
@@ -188,6 +189,7 @@ def read(config: RunConfig) -> "Experiment":
         clip=config.clip,
         dino=config.dino,
         identify=not config.plan or is_local(row),  # a plan downloads nothing
+        cache=config.cache,
     )
 
 
@@ -232,6 +234,7 @@ def run(config: RunConfig, command: str) -> None:
         tracking=config.tracking,
         engine=config.engine,
         shard=shard,
+        cache=config.cache,
     )
     if not filled.measured:
         return filled.check()

@@ -73,7 +73,7 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str,
         positions = shapes["text_model.embeddings.position_embedding.weight"][0]
         inner = shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0]
     except (KeyError, IndexError, ValueError):
-        raise _incomplete(where, "clip") from None
+        raise incomplete(where, "clip") from None
     return {
         "vocab_size": vocab,
         "hidden_size": width,
@@ -99,7 +99,7 @@ def t5_config(shapes: Mapping[str, tuple[int, ...]], where: Path) -> dict[str, A
         gated = f"{block}.1.DenseReluDense.wi_0.weight" in shapes
         ff = shapes[f"{block}.1.DenseReluDense.{'wi_0' if gated else 'wi'}.weight"][0]
     except (KeyError, IndexError, ValueError):
-        raise _incomplete(where, "t5") from None
+        raise incomplete(where, "t5") from None
     return {
         "vocab_size": vocab,
         "d_model": width,
@@ -135,7 +135,8 @@ def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _incomplete(where: Path, part: str) -> CheckpointError:
+def incomplete(where: Path, part: str) -> CheckpointError:
+    """Return the error for an encoder without embeddings or first layer."""
     return CheckpointError(
         f"{where}: the {TITLES[part]}'s embeddings or first layer are missing, so its sizes are unknown\n"
         "The file is incomplete; download it again."

@@ -7,6 +7,7 @@ from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.files import sha256_of, write_atomic
 
 NAME = "manifest.json"
+_TEXT = ("text_encoder/", "text_encoder_2/")
 _UNHASHED = (NAME, "README.md", "embedded.json")  # documentation, written after the weights
 
 
@@ -20,25 +21,33 @@ def write_manifest(folder: str | Path) -> Path:
     return file
 
 
-def verify_manifest(folder: str | Path) -> None:
+def verify_manifest(folder: str | Path, of_text: bool | None = None) -> None:
     """Raise `CheckpointError` naming every file that differs from the folder's manifest.
 
-    A folder without a manifest passes.
+    A folder without a manifest passes. of_text: True for the files of the text encoders only, which are opened when
+    they are needed; False for all others; None for all.
     """
     folder = Path(folder)
-    if not (folder / NAME).is_file():
-        return
-    try:
-        hashes = json.loads((folder / NAME).read_text())["sha256"]
-        wrong = [
-            name for name, sha in hashes.items() if not (folder / name).is_file() or sha256_of(folder / name) != sha
-        ]
-    except (ValueError, KeyError, AttributeError, OSError) as error:
-        raise CheckpointError(
-            f"{folder / NAME}: cannot be read ({error})\nInstall or download the folder again."
-        ) from error
+    hashes = manifest_hashes(folder)
+    names = [name for name in hashes if of_text in (None, name.startswith(_TEXT))]
+    wrong = [name for name in names if not (folder / name).is_file() or sha256_of(folder / name) != hashes[name]]
     if wrong:
         raise CheckpointError(
             f"{', '.join(str(folder / name) for name in wrong)}: not what {NAME} says, so damaged or changed\n"
             "Install or download the folder again."
         )
+
+
+def manifest_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every file that the folder's manifest lists; nothing without a manifest.
+
+    Raises `CheckpointError` for a manifest that cannot be read.
+    """
+    if not (folder / NAME).is_file():
+        return {}
+    try:
+        return dict(json.loads((folder / NAME).read_text())["sha256"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(
+            f"{folder / NAME}: cannot be read ({error})\nInstall or download the folder again."
+        ) from error

@@ -1,6 +1,9 @@
 """Load the text encoders and their tokenizers: of a Diffusers folder, of single files, or of an all-in-one file."""
 
+import threading
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fluxlab.checkpoints.casting import check_finite, dtype_for
-from fluxlab.checkpoints.encoders import CLASSES, ENCODERS, OpenEncoder, config_of, open_encoder
+from fluxlab.cache import Cache, remembered
+from fluxlab.checkpoints.casting import check_finite, dtype_for, majority
+from fluxlab.checkpoints.encoders import CLASSES, ENCODERS, OpenEncoder, config_of, incomplete, open_encoder
 from fluxlab.checkpoints.errors import CheckpointError, first_line
-from fluxlab.checkpoints.files import FLOAT8
+from fluxlab.checkpoints.files import FLOAT8, SUFFIXES
 from fluxlab.checkpoints.finding import FOLDERS, TITLES, resolve
 from fluxlab.checkpoints.memory import check_device, check_fits
 from fluxlab.checkpoints.read import check_tensors
@@ -21,6 +25,8 @@ from fluxlab.checkpoints.tokenizer_files import MissingTokenizer, find_tokenizer
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+_EMBEDDINGS = {"clip": "text_model.embeddings.token_embedding.weight", "t5": "shared.weight"}
 
 
 def load_text_encoders(
@@ -45,6 +51,62 @@ def load_text_encoders(
     device = check_device(device)
     root = resolve(path, ("text", "settings"), variant)
     encoders = open_encoders(root, variant, tokenizers)
+    facts = {encoder.part: facts_of(encoder) for encoder in encoders}
+    clip, t5 = load_encoders(encoders, dtype, device, f"{root}: text encoders", check_memory)
+    clip_tokenizer, t5_tokenizer = load_tokenizers(root, tokenizers, facts)
+    return clip_tokenizer, clip, t5_tokenizer, t5
+
+
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What is known of a text encoder from the header of its file. dtype: of most parameters. vocabulary: rows of its
+    embedding. size: bytes once it is loaded in `dtype`."""
+
+    dtype: str
+    width: int
+    vocabulary: int
+    size: int
+
+    def loaded_as(self, dtype: torch.dtype | None, device: torch.device, where: Path | str) -> torch.dtype:
+        """Return the dtype in which it is loaded if `dtype` is asked for, see `load_text_encoders`."""
+        return dtype_for((), dtype or getattr(torch, self.dtype), device, where)
+
+
+def facts_of(encoder: OpenEncoder) -> EncoderFacts:
+    """Return the facts of an open encoder. Raises `CheckpointError` if it has no embedding."""
+    dtype = majority(encoder.entries.values())
+    try:
+        vocabulary, width = encoder.entries[_EMBEDDINGS[encoder.part]].shape
+    except (KeyError, ValueError):
+        raise incomplete(encoder.path, encoder.part) from None
+    parameters = sum(torch.Size(entry.shape).numel() for entry in encoder.entries.values())
+    return EncoderFacts(str(dtype).removeprefix("torch."), width, vocabulary, parameters * dtype.itemsize)
+
+
+def text_encoder_facts(
+    root: Path, variant: str | None, tokenizers: "str | PathLike[str] | None", cache: Cache | None
+) -> dict[str, EncoderFacts]:
+    """Return the facts of "clip" and "t5" at a folder or file, from the cache if their files have not changed."""
+
+    def read() -> dict[str, dict]:
+        return {encoder.part: asdict(facts_of(encoder)) for encoder in open_encoders(root, variant, tokenizers)}
+
+    known = remembered(cache, "encoders", text_files(root), read, str(root), variant, tokenizers is None)
+    return {part: EncoderFacts(**facts) for part, facts in known.items()}
+
+
+def text_files(root: Path) -> list[Path]:
+    """Return the files that text encoders at a folder or file can consist of. None is opened."""
+    folder = root if root.is_dir() else root.parent
+    folders = [folder / FOLDERS[part] for part in ENCODERS if root.is_dir() and (folder / FOLDERS[part]).is_dir()]
+    files = [file for place in folders or [folder] for file in sorted(place.iterdir()) if file.is_file()]
+    return [file for file in files if file.suffix.lower() in SUFFIXES or (folders and file.suffix == ".json")]
+
+
+def load_encoders(
+    encoders: Sequence[OpenEncoder], dtype: torch.dtype | None, device: torch.device, where: str, check: bool = True
+) -> "list[CLIPTextModel | T5EncoderModel]":
+    """Load open encoders. check: that they fit, and that all weights are finite. Raises `CheckpointError`."""
     sizes: Counter[torch.dtype] = Counter()
     mapped = 0
     dtypes = {}
@@ -54,16 +116,27 @@ def load_text_encoders(
             size = torch.Size(entry.shape).numel() * target.itemsize
             sizes[target] += size
             mapped += size if device.type == "cpu" and entry.dtype == target else 0
-    if check_memory:
-        check_fits(dict(sizes), device, f"{root}: text encoders", mapped)
-    clip, t5 = (_load(encoder, dtypes[encoder.part], check_memory).to(device) for encoder in encoders)
+    if check:
+        check_fits(dict(sizes), device, where, mapped)
+    with _transformers:
+        return [_load(encoder, dtypes[encoder.part], check).to(device) for encoder in encoders]
+
+
+_transformers = threading.Lock()
+"""transformers loads with global switches: two threads at a time leave weights out."""
+
+
+def load_tokenizers(
+    root: Path, tokenizers: "str | PathLike[str] | None", facts: Mapping[str, EncoderFacts]
+) -> "list[PreTrainedTokenizerBase | MissingTokenizer]":
+    """Load the tokenizers of CLIP and T5. facts: of the encoders. Errors are those of `load_text_encoders`."""
     try:
         folder = find_tokenizers(root, tokenizers)
     except CheckpointError as error:
         if tokenizers is not None or (root / "model_index.json").is_file():
             raise
-        return MissingTokenizer(error), clip, MissingTokenizer(error), t5
-    return _tokenizer(folder, "clip", clip), clip, _tokenizer(folder, "t5", t5), t5
+        return [MissingTokenizer(error), MissingTokenizer(error)]
+    return [_tokenizer(folder, part, facts[part].vocabulary) for part in ENCODERS]
 
 
 def open_encoders(
@@ -131,8 +204,8 @@ def _load(encoder: OpenEncoder, dtype: torch.dtype, check: bool) -> nn.Module:
     return model
 
 
-def _tokenizer(folder: Path, part: str, encoder: nn.Module) -> "PreTrainedTokenizerBase":
-    tokenizer, rows = load_tokenizer(folder, part), encoder.get_input_embeddings().weight.shape[0]
+def _tokenizer(folder: Path, part: str, rows: int) -> "PreTrainedTokenizerBase":
+    tokenizer = load_tokenizer(folder, part)
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         raise CheckpointError(

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from numbers import Real
+from os import PathLike
 from typing import Any
 
 from fluxlab.engines.inline import Inline
@@ -51,18 +53,21 @@ def checked(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @contextmanager
-def start(settings: Mapping[str, Any]) -> Iterator[Engine]:
-    """Yield the engine of a file of `configs/engine`. It is closed, and its memory freed, at the end of the block."""
+def start(settings: Mapping[str, Any], cache: "str | PathLike[str] | None" = None) -> Iterator[Engine]:
+    """Yield the engine of a file of `configs/engine`. It is closed, and its memory freed, at the end of the block.
+
+    cache: of encoded prompts, as in `fluxlab.cache.open_cache`.
+    """
     checked(settings)
     if settings.get("name") == "ray":
         from fluxlab.engines.ray_engine import started
 
-        with started(settings) as engine:
+        with started(settings, None if cache is None else str(cache)) as engine:
             yield engine
     else:
         from fluxlab.loading import load_row
 
-        yield Inline(load_row)
+        yield Inline(partial(load_row, cache=cache))
 
 
 __all__ = ["Engine", "Inline", "checked", "start"]

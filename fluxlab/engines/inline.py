@@ -6,17 +6,18 @@ from contextlib import contextmanager
 import torch
 
 from fluxlab import stopping
+from fluxlab.conditioning import Texts
 from fluxlab.config import ModelRow
 from fluxlab.experiment import captures, runner
 from fluxlab.experiment.cells import Batch, Settings
 from fluxlab.experiment.engine import Done
 from fluxlab.experiment.notes import MOST_NOTES, notes
-from fluxlab.experiment.settings import device_of, dtype_of, resolve
+from fluxlab.experiment.settings import device_of, dtype_of, resolve, threads_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.pipeline import Pipeline
 
-Load = Callable[[ModelRow, torch.dtype | None, str], Pipeline]
+Load = Callable[[ModelRow, torch.dtype | None, str, Texts], Pipeline]
 
 
 class Inline:
@@ -30,7 +31,8 @@ class Inline:
         self, experiment: Experiment, known: Settings | None, batch_tokens: int | None, threads: int | None
     ) -> Settings:
         """See `Engine.settle`."""
-        self.pipe = self.load(experiment.model, dtype_of(experiment.dtype), device_of(experiment, known))
+        device = device_of(experiment, known)
+        self._load(experiment, device, threads_of(device, known, threads))
         return resolve(experiment, self.pipe, known, batch_tokens, threads)
 
     def check(self, experiment: Experiment, settings: Settings, fixed: bool) -> list[str]:
@@ -43,8 +45,13 @@ class Inline:
     def loaded(self, experiment: Experiment, settings: Settings) -> Pipeline:
         """Return the model, loaded at the first call."""
         if self.pipe is None:
-            self.pipe = self.load(experiment.model, dtype_of(experiment.dtype), settings.device)
+            self._load(experiment, settings.device, settings.threads)
         return self.pipe
+
+    def _load(self, experiment: Experiment, device: str, count: int) -> None:
+        """Load the model. Its text encoders compute with the threads of the run, which their last bits depend on."""
+        with threads(count):
+            self.pipe = self.load(experiment.model, dtype_of(experiment.dtype), device, texts_of(experiment))
 
     def compute(
         self, experiment: Experiment, settings: Settings, store: Store, batches: Sequence[Batch]
@@ -55,6 +62,13 @@ class Inline:
                 if stopping.asked():
                     return
                 yield Done(batch, runner.run_batch(self.pipe, settings, store, batch.cells, batch.folder, experiment))
+
+
+def texts_of(experiment: Experiment) -> Texts:
+    """Return the prompts that a run of the experiment encodes, negative ones too."""
+    s = experiment.sampling
+    negatives = () if s.true_cfg in (None, 1) else (s.negative_prompt or "",)
+    return Texts((*experiment.prompts, *negatives), s.max_sequence_length, s.truncate, s.unknown_words)
 
 
 @contextmanager

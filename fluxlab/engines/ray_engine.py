@@ -26,10 +26,10 @@ LOOK = 0.5
 
 
 class RayEngine:
-    """See `fluxlab.experiment.engine.Engine`. settings: those of configs/engine/ray.yaml."""
+    """See `fluxlab.experiment.engine.Engine`. settings: those of configs/engine/ray.yaml. cache: of `open_cache`."""
 
-    def __init__(self, settings: Mapping[str, Any]):
-        self.settings = settings
+    def __init__(self, settings: Mapping[str, Any], cache: str | None = None):
+        self.settings, self.cache = settings, cache
         self.retries: int = settings.get("retries", 2)
         self.cluster: Cluster | None = None
         self.workers: list[Handle] = []
@@ -98,7 +98,7 @@ class RayEngine:
         self._start(experiment)
         if not self.workers:
             worker = self.spawn()
-            call = worker.call("open", loaded_plugins(), experiment.model)
+            call = worker.call("open", loaded_plugins(), experiment.model, self.cache)
             self.accept(experiment, worker, worker.answer(call))
         worker = self.workers[0]
         answer = worker.answer(worker.call(method, *arguments))
@@ -167,7 +167,7 @@ class _Dispatch:
             batch = self.waiting.popleft()
             self._give(self.free.pop(), "compute", batch, batch=batch)
         while len(self.engine.workers) < min(self.engine.cluster.workers, len(self.waiting)):
-            self._give(self.engine.spawn(), "open", loaded_plugins(), self.experiment.model)
+            self._give(self.engine.spawn(), "open", loaded_plugins(), self.experiment.model, self.engine.cache)
 
     def _place(self, was: _Call, answer: Answer) -> None:
         """Give a worker that has answered what it does next, or leave it out if it has died."""
@@ -232,9 +232,9 @@ def _not_loaded(worker: Handle, answer: Answer) -> UserError:
 
 
 @contextlib.contextmanager
-def started(settings: Mapping[str, Any]) -> Iterator[RayEngine]:
+def started(settings: Mapping[str, Any], cache: str | None = None) -> Iterator[RayEngine]:
     """Yield the engine, and end its workers at the end of the block."""
-    engine = RayEngine(settings)
+    engine = RayEngine(settings, cache)
     try:
         yield engine
     finally:

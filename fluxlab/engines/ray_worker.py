@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,17 +65,23 @@ class Worker:
         if os.path.isdir(folder):
             os.chdir(folder)
         sys.path.extend(path for path in paths if path not in sys.path)
-        self.engine = None
+        self.engine = self.cache = None
 
-    def open(self, plugins: Sequence[str], row: Any) -> Answer:
+    def open(self, plugins: Sequence[str], row: Any, cache: str | None) -> Answer:
         """Return the name of the machine, the fingerprint of the model's files, and versions."""
+        self.cache = cache
 
         def work() -> dict[str, str]:
+            from fluxlab.cache import open_cache
             from fluxlab.checkpoints.identity import fingerprint
             from fluxlab.positions import load_plugins
 
             load_plugins(plugins)
-            return {"machine": socket.gethostname(), "model": fingerprint(row), **compared_versions()}
+            return {
+                "machine": socket.gethostname(),
+                "model": fingerprint(row, open_cache(cache)),
+                **compared_versions(),
+            }
 
         return answered(work)
 
@@ -118,7 +125,7 @@ class Worker:
         from fluxlab.engines.inline import Inline
         from fluxlab.loading import load_row
 
-        self.engine = self.engine or Inline(load_row)
+        self.engine = self.engine or Inline(partial(load_row, cache=self.cache))
         return self.engine
 
     def _run(self, batch: Any, store: Any) -> list[str]:

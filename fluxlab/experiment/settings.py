@@ -28,21 +28,32 @@ def resolve(
     rows, cols = pipe.grid(sampling.height, sampling.width)
     tokens = rows * cols + sampling.max_sequence_length
     device = pipe.device.type if pipe.device.index is None else str(pipe.device)
-    parts = (pipe.transformer, pipe.autoencoder, pipe.text.t5, pipe.text.clip)
-    dtypes = [next(module.parameters()).dtype for module in parts]  # they may differ if left as stored
-    if known is not None and known.device.split(":")[0] == device.split(":")[0]:
-        batch_tokens, threads = batch_tokens or known.batch_tokens, threads or known.threads
+    parts = (pipe.transformer, pipe.autoencoder)
+    dtypes = [next(part.parameters()).dtype for part in parts] + [*pipe.text.dtypes]  # may differ if left as stored
+    if _same_device(known, device):
+        batch_tokens = batch_tokens or known.batch_tokens
     dtype = "+".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return Settings(
         **asdict(replace(sampling, dtype=dtype, device=device)),
         model_digest=experiment.model_digest,
         schedule=pipe.schedule.config(),
         batch_tokens=batch_tokens or default_batch_tokens(pipe),
-        threads=threads or torch.get_num_threads(),
+        threads=threads_of(device, known, threads),
         kernel=kernel(pipe.device.type, pipe.dtype, tokens),
         tokens=tokens,
         pixels_per_token=pipe.pixels_per_token,
     )
+
+
+def threads_of(device: str, known: Settings | None, threads: int | None) -> int:
+    """Return the number of threads: the requested one, else the store's if it was computed on such a device."""
+    if threads is None and _same_device(known, device):
+        threads = known.threads
+    return threads or torch.get_num_threads()
+
+
+def _same_device(known: Settings | None, device: str) -> bool:
+    return known is not None and known.device.split(":")[0] == device.split(":")[0]
 
 
 def default_batch_tokens(pipe: Pipeline, unloaded: int = 0) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fluxlab.errors import UserError, show
@@ -49,9 +49,10 @@ def unknown_parts(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[str
     )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class TextEncoders:
-    """Both encoders and their tokenizers, as transformers classes."""
+    """Both encoders and their tokenizers, as transformers classes. In `fluxlab.conditioning` is a kind that loads the
+    encoders when they are needed."""
 
     clip_tokenizer: "PreTrainedTokenizerBase"
     clip: "CLIPTextModel"
@@ -102,6 +103,21 @@ class TextEncoders:
         tokenizers = (self.t5_tokenizer, self.clip_tokenizer)
         return list(dict.fromkeys(part for tokenizer in tokenizers for part in unknown_parts(tokenizer, prompt)))
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """The channels that each encoder returns, by "clip" and "t5"."""
+        return {"clip": self.clip.config.hidden_size, "t5": self.t5.config.hidden_size}
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """The dtypes of (T5, CLIP)."""
+        return next(self.t5.parameters()).dtype, next(self.clip.parameters()).dtype
+
+    def to(self, device: torch.device) -> None:
+        """Move both encoders to `device`."""
+        self.clip.to(device)
+        self.t5.to(device)
+
     @torch.inference_mode()
     def encode(
         self, prompt: str, max_sequence_length: int, truncate: bool = False, unknown_words: str = "error"
@@ -111,16 +127,25 @@ class TextEncoders:
         The padding is attended to, as in both reference implementations. Raises `UserError` as `check` does.
         """
         self.check([prompt], max_sequence_length, truncate, unknown_words)
-        txt = self.t5(self._ids(self.t5_tokenizer, prompt, max_sequence_length).to(self.t5.device))[0]
-        clip_ids = self._ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
-        # CLIPTextModel chooses the token to pool: the largest id, or the first end mark (eos_token_id != 2)
-        return txt, self.clip(clip_ids.to(self.clip.device)).pooler_output
+        return self.states(prompt, max_sequence_length)
 
-    @staticmethod
-    def _ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> Tensor:
-        return tokenizer(
-            [prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
+    def states(self, prompt: str, max_sequence_length: int) -> tuple[Float[Tensor, "1 l t"], Float[Tensor, "1 v"]]:
+        """Return what `encode` returns for a prompt that was checked."""
+        txt = self.t5(self.t5_ids(prompt, max_sequence_length).to(self.t5.device))[0]
+        # CLIPTextModel chooses the token to pool: the largest id, or the first end mark (eos_token_id != 2)
+        return txt, self.clip(self.clip_ids(prompt).to(self.clip.device)).pooler_output
+
+    def t5_ids(self, prompt: str, max_sequence_length: int) -> Int[Tensor, "1 l"]:
+        """Return the T5 tokens of a prompt, padded or cut to `max_sequence_length`."""
+        return _ids(self.t5_tokenizer, prompt, max_sequence_length)
+
+    def clip_ids(self, prompt: str) -> Int[Tensor, "1 c"]:
+        """Return the CLIP tokens of a prompt, padded or cut to the length that CLIP reads."""
+        return _ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> Int[Tensor, "1 l"]:
+    return tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
 def _unknown_message(unknown: dict[str, list[str]], vocabulary: tuple[str, ...] | None, refused: bool = True) -> str:

@@ -229,7 +229,7 @@ def test_absolute_positions_that_leak(model, capsys, monkeypatch):
 
 
 def test_memory_that_does_not_suffice(model, capsys, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise error
 
     monkeypatch.setattr(weights, "load_row", full)

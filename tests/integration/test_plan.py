@@ -122,8 +122,8 @@ def test_batches_images_and_forwards_are_those_of_the_run(folder, tmp_path, monk
     run_batch = runner.run_batch
     monkeypatch.setattr(runner, "run_batch", lambda *given: (ran.append(given[3]), run_batch(*given)))
 
-    def load(row, dtype, device):
-        pipe = loading.load_row(row, dtype, device)
+    def load(row, dtype, device, texts):
+        pipe = loading.load_row(row, dtype, device, texts)
         pipe.transformer.register_forward_hook(lambda *_: forwards.append(1))
         return pipe
 
