@@ -170,6 +170,13 @@ def ops_on_frequencies() -> str:
     return ops_table(["frequencies"])
 
 
+def ops_on_activations() -> str:
+    """Every op that changes activations: arguments and the first line of its docstring."""
+    from fluxlab.positions import ops_table
+
+    return ops_table(["activations"])
+
+
 def where() -> str:
     """Every key that says where an edit acts: default and what it accepts."""
     from fluxlab.positions import where_table
@@ -213,6 +220,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops-on-ids": ops_on_ids,
     "ops-on-attention": ops_on_attention,
     "ops-on-frequencies": ops_on_frequencies,
+    "ops-on-activations": ops_on_activations,
     "where": where,
     "probes": probes,
     "metrics": metrics,

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from fluxlab import sampling
 from fluxlab.errors import UserError
-from fluxlab.model import FluxParams
-from fluxlab.positions import Context, Layout, Program, Prompt
+from fluxlab.model import FluxParams, Rotary
+from fluxlab.model.sites import Observed, Site
+from fluxlab.positions import Context, Interventions, Layout, Program, Prompt
+from fluxlab.probes import Probe
 
 T = TypeVar("T")
 
@@ -115,6 +117,7 @@ def context(
         prompts=prompts,
         trained=trained,
         trained_text=trained_text,
+        mlp_ratio=p.mlp_ratio,
     )
 
 
@@ -137,6 +140,24 @@ def start(
     if not latents.isfinite().all():
         raise UserError("latents hold NaN or infinity: expected finite numbers")
     return latents.float().expand(batch, -1, -1)
+
+
+def block_sites(
+    interventions: Interventions | None, probe: Probe | None, step: int, t: float, rotary: Any, blocks: int
+) -> list[Site | None] | None:
+    """Return the `sites` of `Flux.forward` at one step: edits of activations, and activations to capture.
+
+    rotary: the tables of this step. Call it after `probe.taps`.
+    """
+    if interventions is None and probe is None:
+        return None
+    tables = [(rotary, rotary)] * blocks if isinstance(rotary, Rotary) else rotary
+    changed = None if interventions is None else interventions.at(step, t, tables)
+    observers = None if probe is None else probe.observers(tables)
+    if observers is None:
+        return changed
+    pairs = zip(observers, changed or [None] * blocks, strict=True)
+    return [change if observe is None else Observed(observe, change) for observe, change in pairs]
 
 
 def moved(x: Any, device: torch.device, memo: dict[int, Any] | None = None) -> Any:

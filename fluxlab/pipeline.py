@@ -223,11 +223,15 @@ class Pipeline(ModelParts):
             guidance = sampling.round_timesteps(guidance, rounding and "bfl")
         host = _table_device(self.device)
         compiled = self._compile(programs, prompts, length, grid, sigmas)
+        interventions = self._interventions(programs, prompts, length, grid, sigmas)
         if probe is not None:
             probe.begin(self.context(prompts, length, grid, sigmas), batch)
 
         def conditioned(
-            texts: Sequence[str], compiled: positions.Compiled, probe: Probe | None = None
+            texts: Sequence[str],
+            compiled: positions.Compiled,
+            interventions: positions.Interventions | None,
+            probe: Probe | None = None,
         ) -> sampling.Velocity:
             encoded = [self.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
             txt, y = (torch.cat(parts) for parts in zip(*encoded, strict=True))
@@ -235,21 +239,41 @@ class Pipeline(ModelParts):
             def velocity(x: Tensor, t: float) -> Tensor:
                 times = sampling.round_timesteps(_filled(batch, t, self.device), rounding)
                 rotary, mask = batching.moved(compiled.at(t), self.device) if host != self.device else compiled.at(t)
-                taps = None if probe is None else probe.taps(compiled.step(t))
-                x = x.to(self.dtype)
-                return self.transformer(x, None, txt, None, times, y, guidance, rotary=rotary, mask=mask, taps=taps)
+                step, p = compiled.step(t), self.transformer.params
+                taps = None if probe is None else probe.taps(step)
+                sites = batching.block_sites(interventions, probe, step, t, rotary, p.depth + p.depth_single_blocks)
+                tables = {"rotary": rotary, "mask": mask, "taps": taps, "sites": sites}
+                v = self.transformer(x.to(self.dtype), None, txt, None, times, y, guidance, **tables)
+                return v if interventions is None else interventions.velocity(step, t, v)
 
             return velocity
 
         if settings.true_cfg in (None, 1):  # v⁻ + 1 · (v⁺ - v⁻) is v⁺
-            return conditioned(prompts, compiled, probe)
+            return conditioned(prompts, compiled, interventions, probe)
         negatives = [""] * batch if negative_prompts is None else negative_prompts
-        without = compiled
+        without, steady = compiled, interventions
         if any(program.names_words for program in programs or ()):  # edits of words do not apply to negative prompts
             without = self._compile(programs, None, length, grid, sigmas)
+            steady = self._interventions(programs, [None] * batch, length, grid, sigmas)
         return sampling.with_negative(
-            conditioned(prompts, compiled, probe), conditioned(negatives, without), settings.true_cfg
+            conditioned(prompts, compiled, interventions, probe),
+            conditioned(negatives, without, steady),
+            settings.true_cfg,
         )
+
+    def _interventions(
+        self,
+        programs: Sequence[Program] | None,
+        prompts: Sequence[str | None],
+        length: int,
+        grid: tuple[int, int],
+        sigmas: Sequence[float],
+    ) -> positions.Interventions | None:
+        """Return the edits of activations of a batch, whose tokens and sources depend on all of its prompts."""
+        if not any(map(positions.has_interventions, programs or ())):
+            return None
+        named = prompts if any(program.names_words for program in programs) else None
+        return positions.compile_interventions(programs, self.context(named, length, grid, sigmas), len(prompts))
 
     def _compile(
         self,

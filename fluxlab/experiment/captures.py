@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import Cell, Settings, batches, cells
+from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.pipeline import Pipeline
@@ -55,7 +56,8 @@ def _error(check_prompts: CheckPrompts, prompts: Sequence[str]) -> str:
 
 def _first_error(check_prompts: CheckPrompts, every_cell: Sequence[Cell], settings: Settings) -> str:
     """Return why the first batch that cannot be captured cannot; "" if all can."""
-    compositions = dict.fromkeys(tuple(cell.prompt for cell in batch) for batch in batches(every_cell, settings))
+    every_batch = map(with_sources_of, batches(every_cell, settings))
+    compositions = dict.fromkeys(tuple(cell.prompt for cell in batch) for batch in every_batch)
     return next(filter(None, (_error(check_prompts, prompts) for prompts in compositions)), "")
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from fluxlab.experiment.cell import Cell
+from fluxlab.experiment.sources import meeting, places_of
 from fluxlab.experiment.spec import FIRST, REFERENCE_NAMES, SCHEMA, Experiment, unchanged
-from fluxlab.positions import Program, shifted
+from fluxlab.positions import Program, shifted, with_sources
 from fluxlab.sampling import Sampling
 
 FLOOR_SHIFT = (3.0, -2.5, 7.0)
@@ -48,17 +50,6 @@ _NOT_IN_KEY = ("batch_tokens", "threads", "kernel", "tokens", "pixels_per_token"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One variant, prompt and seed. Cells with equal keys share one image: two variants may have equal programs."""
-
-    variant: str
-    prompt: str
-    seed: int
-    program: Program
-    key: str
-
-
-@dataclass(frozen=True)
 class Batch:
     """Distinct cells that are computed together, and the folder of the store that their images belong in.
 
@@ -70,8 +61,10 @@ class Batch:
     cells: tuple[Cell, ...]
 
 
-def cell_key(settings: Settings, prompt: str, seed: int, program: Program) -> str:
+def cell_key(settings: Settings, prompt: str, seed: int, program: Program, takes_from: Sequence[str] = ()) -> str:
     """Return 32 hex digits of everything that determines an image. Names of variants, files and machines do not."""
+    if takes_from:
+        program = with_sources(program, [{"cell": key} for key in takes_from])
     parts = {
         "schema": SCHEMA,
         **{key: value for key, value in settings.record().items() if key not in _NOT_IN_KEY},
@@ -87,7 +80,7 @@ def cells(experiment: Experiment, settings: Settings) -> list[Cell]:
     """Return every cell in the experiment's order: the baseline first, then variants as listed; prompts; seeds."""
     names = sorted(experiment.variants, key=lambda name: name != experiment.baseline)
     return [
-        _cell(name, experiment.variants[name], prompt, seed, settings)
+        _cell(experiment, name, experiment.variants[name], prompt, seed, settings)
         for name in names
         for prompt in experiment.prompts
         for seed in experiment.seeds
@@ -103,20 +96,36 @@ def references(experiment: Experiment, settings: Settings) -> list[Cell]:
     baseline, seed = experiment.variants[experiment.baseline], experiment.seeds[0]
     noise_floor, another_seed = REFERENCE_NAMES
     shifted_ids = shifted(baseline, list(FLOOR_SHIFT))
-    controls = [_cell(noise_floor, shifted_ids, prompt, seed, settings) for prompt in experiment.prompts]
+    prompts = experiment.prompts
+    controls = [_cell(experiment, noise_floor, shifted_ids, prompt, seed, settings) for prompt in prompts]
     if len(experiment.seeds) == 1:
-        controls += [_cell(another_seed, baseline, prompt, seed ^ 1, settings) for prompt in experiment.prompts]
+        controls += [_cell(experiment, another_seed, baseline, prompt, seed ^ 1, settings) for prompt in prompts]
     return controls
 
 
-def _cell(variant: str, program: Program, prompt: str, seed: int, settings: Settings) -> Cell:
-    return Cell(variant, prompt, seed, program, cell_key(settings, prompt, seed, program))
+def _cell(experiment: Experiment, variant: str, program: Program, prompt: str, seed: int, settings: Settings) -> Cell:
+    own, takes_from, sources = (variant, prompt, seed), [], []
+    for place in places_of(program, own, experiment.baseline):
+        if place == own:
+            takes_from.append("itself")
+            continue
+        name, *rest = place
+        sources.append(_cell(experiment, name, experiment.variants[name], *rest, settings))
+        takes_from.append(sources[-1].key)
+    key = cell_key(settings, prompt, seed, program, takes_from)
+    takes_from = [key if source == "itself" else source for source in takes_from]
+    return Cell(variant, prompt, seed, program, key, tuple(takes_from), tuple(sources))
 
 
 def batches(cells: Sequence[Cell], settings: Settings) -> list[list[Cell]]:
-    """Return the distinct cells in order, in batches of as many as `batch_tokens` allows, at least one."""
+    """Return the distinct cells in order, in batches of as many as `batch_tokens` allows, at least one.
+
+    Cells that take activations from others are put into one batch with them (`sources.with_sources_of`).
+    """
     distinct: dict[str, Cell] = {}
     for cell in cells:
         distinct.setdefault(cell.key, cell)
     in_order, size = list(distinct.values()), max(1, settings.batch_tokens // settings.tokens)
+    if any(cell.sources for cell in in_order):
+        return meeting(in_order, size)
     return [in_order[i : i + size] for i in range(0, len(in_order), size)]

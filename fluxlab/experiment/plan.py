@@ -13,6 +13,7 @@ from fluxlab.experiment import captures, runner, settings
 from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.notes import notes
+from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
 from fluxlab.loading import pipeline_without_weights, schedule_of
@@ -57,11 +58,15 @@ def plan(
             stored_images.add((cell.key, folder))
         if store and runner.is_done(store, experiment, cell, folder):
             done.add((cell.key, folder))
-    left = [[c for c, _ in batch] for batch in every_batch if any((c.key, folder) not in done for c, folder in batch)]
+    left = [
+        with_sources_of([cell for cell, _ in batch])
+        for batch in every_batch
+        if any((cell.key, folder) not in done for cell, folder in batch)
+    ]
     if left and downloaded:
         runner.check(experiment, pipe, resolved)
         captures.check(experiment, pipe, resolved, fixed=same)
-    largest = max(map(len, every_batch))
+    largest = max(len(with_sources_of([cell for cell, _ in batch])) for batch in every_batch)
     content = f"holds {len(stored_images)} of {sum(map(len, every_batch))} images" if stored_images else "new"
     changed = runner.unused_images(experiment, resolved, store) if store and not same else ""
     return "\n".join(
@@ -183,7 +188,7 @@ def _attention_lines(
 
         prompts = {cell.key: cell.prompt for batch in every_batch for cell in batch}
         alone = {prompt: bytes_of((prompt,)) for prompt in dict.fromkeys(prompts.values())}
-        compositions = {tuple(cell.prompt for cell in batch) for batch in every_batch}
+        compositions = {tuple(cell.prompt for cell in with_sources_of(batch)) for batch in every_batch}
         largest = max(map(bytes_of, compositions), key=lambda sizes: sum(sizes.values()))
         working = largest.pop(WORKING)
         per_image = ", ".join(f"{name} {gb(max(sizes[name] for sizes in alone.values()))}" for name in largest)

@@ -13,6 +13,7 @@ from fluxlab.experiment.costs import number
 from fluxlab.experiment.engine import Engine
 from fluxlab.experiment.settings import check_counts, check_kernel, check_unchanged, halved
 from fluxlab.experiment.shards import Shard
+from fluxlab.experiment.sources import numbered, with_sources_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import CELLS, EXPERIMENT, REFERENCES, Store
 from fluxlab.experiment.versions import versions
@@ -207,24 +208,24 @@ def _split(batch: Batch, settings: Settings) -> list[Batch]:
 def run_batch(
     pipe: Pipeline, settings: Settings, store: Store, batch: Sequence[Cell], folder: str, experiment: Experiment
 ) -> list[str]:
-    """Compute a batch, and write the attention arrays that the store lacks, then the images.
+    """Compute a batch with its sources, and write the attention arrays that the store lacks, then the images.
 
     Returns one line per cell without an image, because its latents were not finite.
     """
     captured = experiment.captures if folder == CELLS else ""
     without_arrays = [i for i, cell in enumerate(batch) if captured and not store.has_arrays(cell, captured)]
     probe = Probe(experiment.capture) if without_arrays else None
-    failures = {}
+    failures, together = {}, with_sources_of(batch)
     try:
         images = pipe.sample(
-            [cell.prompt for cell in batch],
-            [cell.seed for cell in batch],
-            [cell.program for cell in batch],
+            [cell.prompt for cell in together],
+            [cell.seed for cell in together],
+            numbered(together),
             settings.sampling,
             probe=probe,
         )
     except NonFiniteError as error:
-        images = error.results or [None] * len(batch)
+        images = error.results or [None] * len(together)
         failures = error.reasons
     arrays = probe.arrays if probe else {}
     for i in without_arrays:
@@ -232,7 +233,7 @@ def run_batch(
             store.put_arrays(batch[i], captured, of_sample(arrays, i))
     recorded = ("height", "width", "steps", "guidance", "true_cfg", "negative_prompt", "dtype", "device")
     notes = {key: value for key, value in asdict(settings).items() if key in recorded}
-    for i, (cell, image) in enumerate(zip(batch, images, strict=True)):
+    for i, (cell, image) in enumerate(zip(batch, images[: len(batch)], strict=True)):
         if i not in failures:
             store.put(cell, image, notes, folder)
     return [
@@ -248,10 +249,9 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
     sampling = settings.sampling
     texts = [*experiment.prompts, *([sampling.negative_prompt] if sampling.negative_prompt else [])]
     pipe.text.check(texts, settings.max_sequence_length, sampling.truncate, sampling.unknown_words)
-    baseline = experiment.variants[experiment.baseline]
-    pairs = [(prompt, baseline) for prompt in experiment.prompts]
-    for program in experiment.variants.values():
-        prompts = experiment.prompts if program.names_words else experiment.prompts[:1]
-        pairs += [(prompt, program) for prompt in prompts]
-    for prompt, program in pairs:
-        pipe.check([prompt], [program], sampling)
+    seed = experiment.seeds[0]
+    for cell in cells(experiment, settings):
+        of_words = cell.variant == experiment.baseline or cell.program.names_words
+        if cell.seed == seed and (of_words or cell.prompt == experiment.prompts[0]):
+            together = with_sources_of([cell])
+            pipe.check([one.prompt for one in together], numbered(together), sampling)

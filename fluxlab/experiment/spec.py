@@ -12,6 +12,7 @@ from typing import Any
 from fluxlab.checkpoints import check_device
 from fluxlab.config import ModelRow
 from fluxlab.errors import UserError, join, nearest, show
+from fluxlab.experiment.sources import check_sources
 from fluxlab.measure.summary import CONTROLS
 from fluxlab.positions import Program
 from fluxlab.probes import Capture
@@ -142,6 +143,7 @@ def checked(experiment: Experiment) -> Experiment:
                 "Capture words and compare what is stored: fluxlab.probes.similarity(a, b), fluxlab.probes.read(out).\n"
                 "Or put what is to be compared into one pipe.generate(probe=…)."
             )
+    check_sources(experiment.variants, experiment.baseline, experiment.prompts, experiment.seeds)
     numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
     return replace(experiment, **numbers)
 

@@ -1,7 +1,14 @@
 """What to do to position ids and where: ops, edits and programs (docs/programs.md). Contains no networks."""
 
-from fluxlab.positions import attention_ops, frequency_ops, ops
+from fluxlab.positions import activation_ops, attention_ops, frequency_ops, ops
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
+from fluxlab.positions.interventions import (
+    Interventions,
+    compile_interventions,
+    has_interventions,
+    sources_of,
+    with_sources,
+)
 from fluxlab.positions.markdown import ops_table, where_table
 from fluxlab.positions.notes import Note, lint
 from fluxlab.positions.program import Edit, Program
@@ -20,6 +27,7 @@ __all__ = [
     "Compiled",
     "Context",
     "Edit",
+    "Interventions",
     "Layout",
     "Note",
     "Op",
@@ -29,10 +37,13 @@ __all__ = [
     "Scope",
     "Spectrum",
     "Waves",
+    "activation_ops",
     "attention_ops",
+    "compile_interventions",
     "compile_programs",
     "find_word",
     "frequency_ops",
+    "has_interventions",
     "lint",
     "load_plugins",
     "loaded_plugins",
@@ -41,6 +52,8 @@ __all__ = [
     "ops",
     "ops_table",
     "shifted",
+    "sources_of",
     "tables",
     "where_table",
+    "with_sources",
 ]

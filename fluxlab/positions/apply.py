@@ -59,8 +59,8 @@ class Resolved:
         return self.strength_at(step, t) if block in self.blocks and self.in_head(head) else 0.0
 
     def touches(self, side: str, head: int | None = None) -> bool:
-        """Return whether it changes the table of a side (and head). `temperature` scales queries, `mask` neither."""
-        sides = {"attention": (), "scale": ("queries",)}.get(self.acts_on, ("queries", "keys"))
+        """Return whether it changes the table of a side (and head): `temperature` that of queries, `mask` none."""
+        sides = {"attention": (), "activations": (), "scale": ("queries",)}.get(self.acts_on, ("queries", "keys"))
         return side in sides and self.side in ("both", side) and self.in_head(head)
 
     def is_seen_by(self, query: int | None) -> bool:
@@ -85,7 +85,7 @@ def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
         return mask
 
     device = context.ids.device
-    selections = {key: selected(v, key) for key, v in edit.arguments.items() if op.types[key] is parse_tokens}
+    selections = {key: selected(v, key) for key, v in edit.arguments.items() if op.types[key] is parse_tokens and v}
     arguments = {op.names[key]: value for key, value in {**edit.arguments, **selections}.items()}
     if op.acts_on == "attention":
         ends = torch.stack(list(selections.values()))

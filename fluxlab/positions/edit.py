@@ -51,6 +51,11 @@ class Edit:
     name: str = field(default="", compare=False)
     path: str = field(default="", compare=False)
 
+    @property
+    def acts_on(self) -> str:
+        """What the op changes: a key of `registry.ACTS_ON`."""
+        return find_op(self.op, join(self.path, "op")).acts_on
+
     def to_config(self, mask_digests: bool = False) -> dict[str, Any]:
         """Return plain values, without those that equal their default. `mask_digests`: as in `Program.to_config`."""
         known = find_op(self.op, join(self.path, "op"))
@@ -91,7 +96,7 @@ def parse_edit(name: Any, config: Any, path: str) -> Edit:
         key: PARSE[key](config[key], join(path, key)) if config.get(key) is not None else default
         for key, default in where_defaults(known).items()
     }
-    if where["seen_by"] != "all" and where["side"] != "keys":
+    if where["seen_by"] != "all" and where["side"] != "keys" and "side" in known.where:
         accepted = "side: keys with it, since it says which queries see the edited keys"
         raise wrong(join(path, "seen_by"), where["seen_by"], accepted)
     return Edit(known.name, known.parse(config, path), where, name, path)

@@ -19,6 +19,7 @@ ACTS_ON = {
     "scale": ("tokens", "steps", "blocks", "heads", "strength"),
     "attention": ("steps", "blocks", "heads", "strength"),
     "frequencies": WHERE,
+    "activations": ("tokens", "steps", "blocks", "heads", "seen_by", "strength"),
 }
 """What an op changes, and which keys of an edit apply to it."""
 

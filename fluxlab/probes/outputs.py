@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.errors import UserError, join, wrong
-from fluxlab.model.attention import Attended
+from fluxlab.model.sites import OF_HEADS
 from fluxlab.probes.arrays import Coords
 from fluxlab.probes.stream import Tokens, tokens
 from fluxlab.select.layout import IMAGE, Context, Layout
@@ -20,21 +20,23 @@ ALL = slice(None)
 Add = Callable[[str, tuple, Tensor], None]
 """(output, index into its axes, values `(heads, …)`) → adds the values there. A grid of tokens counts as one axis."""
 
-Observe = Callable[[Attended, int, Tensor | None, Add], None]
-"""(queries, keys and log-sum-exp of one kernel call, sample, heads or None for all, add)."""
+Observe = Callable[[Any, int, Tensor | None, Add], None]
+"""(what one kernel call computed with (`Attended`), sample, heads or None for all, add). With `Measure.site`, the first
+is the sample's activations `(heads or 1, N, C)` instead."""
 
 
 class ProbeContext(NamedTuple):
     """The run that a request is resolved against.
 
     run: tokens, model sizes, schedule and prompts. samples: batch size. path: of the request in its config, for error
-    messages. average: the axes that the request averages over.
+    messages. average: the axes that the request averages over. blocks: the requested ones.
     """
 
     run: Context
     samples: int
     path: str
     average: tuple[str, ...] = ()
+    blocks: tuple[int, ...] = ()
 
     @property
     def layout(self) -> Layout:
@@ -69,7 +71,8 @@ class Measure:
 
     outputs: the axes of each output by name; the only output of a request has the name "". observe: computes a part of
     them from one kernel call. blank: (sample, index) of entries that a sample does not have; they are NaN. scratch:
-    bytes that `observe` allocates in addition to one chunk of attention weights.
+    bytes that `observe` allocates in addition to one chunk of attention weights. site: of the block, for a request of
+    activations instead of attention; unrotated: whether queries or keys are to be unrotated.
     """
 
     outputs: Mapping[str, Axes]
@@ -77,6 +80,12 @@ class Measure:
     unit: str
     blank: tuple[tuple[int, tuple], ...] = ()
     scratch: int = 0
+    site: str = ""
+    unrotated: bool = False
+
+    @property
+    def has_heads(self) -> bool:
+        return not self.site or self.site in OF_HEADS
 
 
 def select_tokens(selection: Any, context: ProbeContext, key: str) -> list[Tokens]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fluxlab.config import config_folder
 from fluxlab.errors import UserError, join, show, unknown_key, wrong
-from fluxlab.probes import measures, per_query  # noqa: F401 (they register the kinds)
+from fluxlab.probes import measures, per_query, sites  # noqa: F401 (they register the kinds)
 from fluxlab.probes.registry import PROBES, ProbeKind
 from fluxlab.select.arguments import is_list, positive
 from fluxlab.select.where import parse_blocks, parse_heads, parse_steps

@@ -66,6 +66,7 @@ class ResolvedRequest:
         axes: Axes = self.measure.outputs[output]
         numbers = {"step": self.steps, "block": self.blocks, "head": self.heads}
         kept = [axis for axis in numbers if f"{axis}s" not in self.request.average]
+        kept = [axis for axis in kept if axis != "head" or self.measure.has_heads]
         coords: dict[str, Any] = {"sample": (("sample",), list(range(self.samples)))}
         coords |= {axis: ((axis,), list(numbers[axis])) for axis in kept}
         if "step" in kept:
@@ -91,14 +92,17 @@ def resolve(capture: Capture, context: Context, samples: int) -> list[ResolvedRe
         steps = resolve_steps(request.steps, context.sigmas, join(request.path, "steps"))
         blocks = resolve_blocks(request.blocks, context.double, context.single, join(request.path, "blocks"))
         heads = resolve_heads(request.heads, context.heads, join(request.path, "heads"))
-        probe_context = ProbeContext(context, samples, request.path, request.average)
+        probe_context = ProbeContext(context, samples, request.path, request.average, tuple(sorted(blocks)))
+        measure = PROBES[request.kind].measure(probe_context, request.arguments)
+        if not measure.has_heads and heads is not None:
+            raise UserError(f"{join(request.path, 'heads')}: {request.heads}, but {measure.site} has no heads")
         resolved.append(
             ResolvedRequest(
                 request,
-                PROBES[request.kind].measure(probe_context, request.arguments),
+                measure,
                 tuple(i for i, selected in enumerate(steps) if selected),
                 tuple(sorted(blocks)),
-                tuple(range(context.heads) if heads is None else sorted(heads)),
+                tuple(range(context.heads) if heads is None else sorted(heads)) if measure.has_heads else (0,),
                 samples,
             )
         )

@@ -88,6 +88,7 @@ class Context:
 
     ids: the unchanged ids `(B or 1, N, A)`, fp32 (fp64 for an fp64 model), text first.
     axes_dim, theta, heads: of the model. double, single: its numbers of blocks.
+    mlp_ratio: width of the MLP by that of the hidden states.
     sigmas: the schedule from 1 to 0, one value more than steps.
     prompts: one for each sample, for edits that name words. None stands for a negative prompt, on which such an edit
     does nothing.
@@ -106,6 +107,7 @@ class Context:
     prompts: Sequence[Prompt | None] | None = None
     trained: tuple[int, int] = (64, 64)
     trained_text: int = 512
+    mlp_ratio: float = 4.0
 
     @property
     def blocks(self) -> int:

@@ -12,6 +12,7 @@ from jaxtyping import config as jaxtyping_config
 import fluxlab
 from fluxlab.model import Flux, FluxParams
 from fluxlab.model.attention import Attended
+from fluxlab.model.sites import Observed
 from fluxlab.positions import Context, Layout, Prompt
 from fluxlab.probes import (
     PROBES,
@@ -86,7 +87,10 @@ def watch(flux, capture, samples: int = 1, steps=(0, 1), **more) -> dict[str, Ca
     probe.begin(context(**more), samples)
     with torch.inference_mode():
         for step in steps:
-            flux(**inputs(samples), taps=probe.taps(step))
+            taps, blocks = probe.taps(step), flux.params.depth + flux.params.depth_single_blocks
+            observers = probe.observers([(None, None)] * blocks)
+            sites = observers and [Observed(observe) if observe else None for observe in observers]
+            flux(**inputs(samples), taps=taps, sites=sites)
     return probe.arrays
 
 
@@ -175,6 +179,7 @@ def test_presets_run(flux, name):
 EXAMPLES = {
     parse_tokens: [{"indices": [0, 5, 6]}, {"words": "cat"}],
     parse_regions: {"a": {"indices": [0, 7]}, "text": "text"},
+    PROBES["activation"].parsers["site"]: "values",
 }
 """Values for arguments without a default, by their parser."""
 

@@ -418,9 +418,9 @@ def test_key_groups():
 
 BAD = [
     # (edit, path after variants.half, value shown, accepted, nearest)
-    ({"a": {"op": "scael", "factor": 2}}, "a.op", "'scael'", "one of band, centre, drop", "scale"),
-    ({"a": {"factor": 2}}, "a.op", "missing", "one of band, centre", None),
-    ({"a": {"op": 3}}, "a.op", "3", "one of band, centre", None),
+    ({"a": {"op": "scael", "factor": 2}}, "a.op", "'scael'", "one of ablate, band, centre, drop", "scale"),
+    ({"a": {"factor": 2}}, "a.op", "missing", "one of ablate, band, centre", None),
+    ({"a": {"op": 3}}, "a.op", "3", "one of ablate, band, centre", None),
     ({"a": {"op": "scale", "facter": 2}}, "a.facter", "2", "factor, origin, tokens", "factor"),
     ({"a": {"op": "scale"}}, "a.factor", "missing", "scale needs it", None),
     ({"a": {"op": "scale", "factor": "big"}}, "a.factor", "'big'", "a number", None),
@@ -499,7 +499,7 @@ BAD = [
     ({None: {"op": "zero"}}, "None", "None", "the name of an edit in quotes", None),
     ({"": {"op": "zero"}}, "", "''", "the name of an edit", None),
     ({"a\nb": {"op": "zero"}}, "", "'a\\nb'", "printable", None),
-    ({"x" * 300: {"op": "zreo"}}, "xxx", "'zreo'", "one of band, centre", "zero"),
+    ({"x" * 300: {"op": "zreo"}}, "xxx", "'zreo'", "one of ablate, band, centre", "zero"),
     ({"a": "zero"}, "a", "'zero'", "{op: scale", None),
     ({"op": "zero"}, "", "{'op': 'zero'}", "{a: {…}}", None),
     ("zero", "", "'zero'", "a mapping of edits", None),

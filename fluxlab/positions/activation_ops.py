@@ -1,0 +1,131 @@
+"""Ops on activations: their values at the sites of a block (`fluxlab.model.sites`). `interventions` applies them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxlab.errors import join, unknown_key, wrong
+from fluxlab.model.sites import SITES
+from fluxlab.positions.registry import op
+from fluxlab.select.arguments import choice, integer, is_list, number, seed
+from fluxlab.select.tokens import parse_tokens
+
+VELOCITY = "velocity"
+"""Not a site of a block: what the model returns for the image tokens."""
+
+SOURCE_KEYS = ("variant", "prompt", "seed")
+
+
+def sites_of(*allowed: str) -> Any:
+    """Return the type of an argument that names one or several of `allowed` sites, or all of them."""
+
+    def parse(value: Any, path: str) -> list[str]:
+        value = list(allowed) if value == "all" else value
+        names = value if is_list(value) else [value]
+        for i, name in enumerate(names):
+            if not isinstance(name, str) or name not in allowed:
+                at = f"{path}[{i}]" if is_list(value) else path
+                raise wrong(at, name, f"a site: {', '.join(allowed)}, or all", (*allowed, "all"))
+        if not names:
+            raise wrong(path, [], f"at least one of {', '.join(allowed)}")
+        return [name for name in allowed if name in names]
+
+    parse.__doc__ = f"one or several of {', '.join(allowed)}; or all"
+    return parse
+
+
+def parse_source(value: Any, path: str) -> dict[str, Any]:
+    """a variant, `{variant, prompt, seed}`, or from Python the number of a sample of the batch
+
+    A mapping without a prompt or seed means the cell's own, without a variant the baseline.
+    """
+    accepted = "a variant such as baseline, or {variant: …, prompt: …, seed: …}"
+    if isinstance(value, str):
+        return {"variant": value}
+    if not isinstance(value, Mapping):
+        if integer(value, path, f"{accepted}, or from Python the number of a sample of the batch") < 0:
+            raise wrong(path, value, "the number of a sample of the batch, from 0")
+        return {"sample": int(value)}
+    keys = ("sample",) if "sample" in value else SOURCE_KEYS
+    for key in value:
+        if key not in keys:
+            raise unknown_key(path, key, value[key], SOURCE_KEYS, "key of a source")
+    if not value:
+        raise wrong(path, {}, accepted)
+    for key in ("variant", "prompt"):
+        if key in value and not isinstance(value[key], str):
+            raise wrong(join(path, key), value[key], f"the name of a {key}" if key == "variant" else "a prompt")
+    parsed = {key: value[key] for key in keys if key in value}
+    return parsed | {key: seed(value[key], join(path, key)) for key in ("seed", "sample") if key in value}
+
+
+def source_tokens(value: Any, path: str) -> Any:
+    """a token selection in the source"""
+    return parse_tokens(value, path)
+
+
+def parse_map(value: Any, path: str) -> str | list[int]:
+    """same, stretch, match, or for each token the number of one of `from`"""
+    words = ("same", "stretch", "match")
+    if is_list(value) and value:
+        return [integer(n, f"{path}[{i}]", "the number of a token of `from`, from 0") for i, n in enumerate(value)]
+    if not isinstance(value, str) or value not in words:
+        raise wrong(path, value, f"{', '.join(words)} or a list of numbers", words)
+    return value
+
+
+def finite(value: Any, path: str) -> float:
+    """a number"""
+    return number(value, path)
+
+
+@op(
+    "ablate",
+    {"what": sites_of("attention", "mlp"), "to": choice("zero", "mean"), "over": parse_tokens},
+    acts_on="activations",
+    tokens="all",
+)
+def ablate(own: Tensor, whole: Tensor, what: Any, to: str = "zero", over: Tensor | None = None) -> Tensor:
+    """Replace the output of attention heads or of the MLP by zero, or by its mean over tokens `over`.
+
+    own: `(…, n, C)`, the selected tokens. whole: `(…, N, C)`, the sample's sequence. over: boolean `(N,)`, by default
+    the selected tokens.
+    """
+    if to == "zero":
+        return torch.zeros_like(own)
+    mean = (own if over is None else whole[..., over, :]).mean(-2, keepdim=True)
+    return mean.expand_as(own)
+
+
+@op(
+    "inject",
+    {
+        "source": parse_source,
+        "what": sites_of(*SITES, VELOCITY),
+        "from": source_tokens,
+        "map": parse_map,
+        "mode": choice("replace", "append"),
+        "rotation": choice("after", "before"),
+        "factor": finite,
+    },
+    acts_on="activations",
+    tokens="all",
+)
+def inject(
+    theirs: Tensor,
+    source: Any,
+    what: Any,
+    from_: Any = None,
+    map: Any = "same",
+    mode: str = "replace",
+    rotation: str = "after",
+    factor: float = 1.0,
+) -> Tensor:
+    """Replace activations by those of another cell, computed in the same batch, or append its keys and values.
+
+    theirs: `(…, n, C)`, the source's activations for each of the selected tokens, with queries and keys rotated as the
+    edit says.
+    """
+    return theirs if factor == 1 else theirs * factor
