@@ -1,6 +1,6 @@
 """What to do to position ids and where: ops, edits and programs (docs/programs.md). Contains no networks."""
 
-from fluxlab.positions import activation_ops, attention_ops, frequency_ops, ops
+from fluxlab.positions import activation_ops, attention_ops, frequency_ops, ops, placement_ops
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
 from fluxlab.positions.interventions import (
     Interventions,
@@ -51,6 +51,7 @@ __all__ = [
     "op",
     "ops",
     "ops_table",
+    "placement_ops",
     "shifted",
     "sources_of",
     "tables",

@@ -1,5 +1,6 @@
 """Which tokens: from the words of a config to indices into the token sequence."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +16,8 @@ from fluxlab.select.words import find_word
 
 GROUPS = ("image", "text", "all", "reference")
 FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "indices": ("of",), "reference": ()}
-# Only sequences built in Python have reference images so far, so messages do not offer them.
-OFFERED = ("image", "text", "all")
-OFFERED_FORMS = ("words", "box", "mask", "indices")
-ACCEPTED = f"{', '.join(OFFERED)}, or one of {{{'}, {'.join(OFFERED_FORMS)}}}"
+ACCEPTED = f"{', '.join(GROUPS)}, or one of {{{'}, {'.join(FORMS)}}}"
+_ONE_REFERENCE = re.compile(r"reference\s*\[\s*(\d+)\s*\]")
 
 
 def parse_tokens(value: Any, path: str) -> str | dict | list:
@@ -31,17 +30,19 @@ def parse_tokens(value: Any, path: str) -> str | dict | list:
             raise wrong(path, list(value), ACCEPTED)
         parts = [parse_tokens(part, f"{path}[{i}]") for i, part in enumerate(value)]
         return parts[0] if len(parts) == 1 else parts
+    if isinstance(value, str) and (one := _ONE_REFERENCE.fullmatch(value)):  # reference[0] is {reference: 0}
+        value = {"reference": int(one[1])}
     if not isinstance(value, Mapping):
         if not isinstance(value, str) or value not in GROUPS:
-            raise wrong(path, value, ACCEPTED, (*OFFERED, *OFFERED_FORMS))
+            raise wrong(path, value, ACCEPTED, (*GROUPS, *FORMS))
         return value
     forms = [key for key in value if key in FORMS]
     for key in value:
         if key not in FORMS and key not in {extra for form in forms for extra in FORMS[form]}:
-            options = [extra for form in forms for extra in (form, *FORMS[form])] or OFFERED_FORMS
+            options = [extra for form in forms for extra in (form, *FORMS[form])] or list(FORMS)
             raise unknown_key(path, key, value[key], options, "token selection" if not forms else "key")
     if len(forms) != 1:
-        raise wrong(path, dict(value), f"exactly one of {', '.join(OFFERED_FORMS)} (a list of several is their union)")
+        raise wrong(path, dict(value), f"exactly one of {', '.join(FORMS)} (a list of several is their union)")
     (form,) = forms
     return {form: _PARSE[form](value[form], join(path, form)), **_parse_extra(form, value, path)}
 
@@ -51,8 +52,7 @@ def _parse_extra(form: str, value: Mapping, path: str) -> dict:
         default = "tokens" if form == "box" else "fraction"
         return {"unit": choice(*UNITS)(value.get("unit", default), join(path, "unit"))}
     if form == "indices":
-        of = value.get("of", "image")
-        return {"of": of if of == "reference" else choice(*OFFERED)(of, join(path, "of"))}
+        return {"of": choice(*GROUPS)(value.get("of", "image"), join(path, "of"))}
     return {}
 
 
@@ -125,10 +125,7 @@ def _check_references(part: str | dict, layout: Layout, path: str) -> None:
     """Raise UserError for a selection of reference tokens in a sequence without any."""
     named = part if isinstance(part, str) else part.get("of") or ("reference" if "reference" in part else "")
     if named == "reference" and not layout.references:
-        raise UserError(
-            f"{path}: {show(part)}, but there are no reference images: runs and generate() do not take any yet, "
-            "`python -m fluxlab.positions --reference` draws them"
-        )
+        raise UserError(f"{path}: {show(part)}, but there are no reference images; give some with references=")
 
 
 def _indices(part: str | dict, layout: Layout, path: str) -> Tensor:

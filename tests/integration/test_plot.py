@@ -242,7 +242,8 @@ def test_presets_render(file):
             read_program(str(file))
         return
     png = io.BytesIO()
-    layout(read_program(str(file)), grid=(5, 5)).savefig(png, dpi=40)
+    context = plot.sequence(grid=(5, 5), text=TEXT, references=[(3, 2), (5, 5)])
+    plot.draw_positions(plot.program_at_step(read_program(str(file)), context)).savefig(png, dpi=40)
     assert len(png.getvalue()) > 2000
 
 

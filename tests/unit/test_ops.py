@@ -114,7 +114,7 @@ def test_by_hand(name):
 def test_every_op_has_a_test():
     shown = {edit.get("op", name) for name, (edit, _) in BY_HAND.items()}
     elsewhere = {name for name, op in OPS.items() if op.acts_on in ("frequencies", "activations")}  # own files
-    assert shown | elsewhere | {"text_line", "mask", "temperature", "drop"} >= set(OPS)
+    assert shown | elsewhere | {"text_line", "mask", "temperature", "drop", "place"} >= set(OPS)
 
 
 def test_shuffle_exchanges_positions():
