@@ -104,7 +104,11 @@ def context(
     trained, trained_text: the token grid and the number of text tokens that the model was trained on.
     """
     axes = len(p.axes_dim)
-    ids = torch.cat((sampling.text_ids(1, layout.text, axes), sampling.image_ids(1, *layout.grid, axes)), 1)
+    parts = [sampling.text_ids(1, layout.text, axes)]
+    for index, (rows, cols) in enumerate(layout.grids):  # (0, row, col) of the image, (1, row, col) of reference 0, …
+        parts.append(sampling.image_ids(1, rows, cols, axes))
+        parts[-1][..., 0] = index
+    ids = torch.cat(parts, 1)
     return Context(
         ids=ids.to(device, dtype),
         layout=layout,

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fluxlab import batching, positions, sampling
+from fluxlab import references as refs
 from fluxlab.batching import Programs
 from fluxlab.errors import UserError
 from fluxlab.parts import ModelParts
@@ -40,6 +41,7 @@ class Pipeline(ModelParts):
         true_cfg: float | None = None,
         negative_prompts: str | Sequence[str] | None = None,
         *,
+        references: Any = None,
         latents: Tensor | None = None,
         output: str = "pil",
         max_sequence_length: int | None = None,
@@ -57,6 +59,7 @@ class Pipeline(ModelParts):
         programs: edits of position ids and attention (`fluxlab.positions`). A program that names words finds them in
             the prompt of its sample, and leaves the negative prompt alone.
         height, width: in pixels.
+        references: a list of images per sample, of any number and size; one list serves all (`fluxlab.references`).
         latents: packed noise `(B, N, C)` in place of the seeds.
         true_cfg: above 1, guide away from `negative_prompts` ("" by default) with a second forward per step.
         output: "pil" for PIL images, "pt" for a tensor `(B, 3, H, W)` in 0 … 1, "latent" for packed latents
@@ -89,6 +92,7 @@ class Pipeline(ModelParts):
             programs,
             settings,
             negative_prompts=negative_prompts,
+            references=references,
             latents=latents,
             output=output,
             on_step=on_step,
@@ -105,6 +109,7 @@ class Pipeline(ModelParts):
         settings: Sampling,
         *,
         negative_prompts: str | Sequence[str] | None = None,
+        references: Any = None,
         latents: Tensor | None = None,
         output: str = "pil",
         on_step: sampling.OnStep | None = None,
@@ -126,13 +131,15 @@ class Pipeline(ModelParts):
             negative_prompts=settings.negative_prompt if negative_prompts is None else negative_prompts,
             latents=latents,
             programs=batching.read_programs(programs),
+            references=refs.read(references),
         )
         rows, cols = self.grid(settings.height, settings.width)
+        extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
         sigmas = self.schedule.times(settings.steps, rows * cols)
         shape = len(batch["prompts"]), 4 * self.autoencoder.params.z_channels
         x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype).to(self.device)
         velocity = self._velocity(
-            batch["prompts"], batch["negative_prompts"], batch["programs"], settings, (rows, cols), sigmas, probe
+            batch["prompts"], batch["negative_prompts"], batch["programs"], settings, (rows, cols), sigmas, probe, extra
         )
         names = sampling.sample_names(batch["prompts"], batch["seeds"] if latents is None else None)
         finite = FiniteCheck(
@@ -152,13 +159,18 @@ class Pipeline(ModelParts):
         programs: Sequence[Program] | None,
         settings: Sampling,
         probe: Probe | None = None,
+        references: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> None:
-        """Raise the `UserError` that `sample` would raise for a batch of (prompt, program) pairs, without sampling."""
+        """Raise the `UserError` that `sample` would raise for a batch of (prompt, program) pairs, without sampling.
+
+        references: the sizes (height, width) in pixels of each sample's reference images.
+        """
         settings = self.resolve(settings)
         negatives = None if settings.negative_prompt is None else [settings.negative_prompt] * len(prompts)
         rows, cols = self.grid(settings.height, settings.width)
         sigmas = self.schedule.times(settings.steps, rows * cols)
-        self._velocity(prompts, negatives, programs, settings, (rows, cols), sigmas, probe)
+        extra = references and refs.sized(references, self.grid)
+        self._velocity(prompts, negatives, programs, settings, (rows, cols), sigmas, probe, extra)
 
     @torch.inference_mode()
     def invert(
@@ -212,8 +224,20 @@ class Pipeline(ModelParts):
         grid: tuple[int, int],
         sigmas: Sequence[float],
         probe: Probe | None = None,
+        references: Sequence[refs.References] | None = None,
     ) -> sampling.Velocity:
         """Return the velocity field of a batch, a function of x and t. Everything else is computed here, once."""
+        groups = refs.layouts(references)
+        if len(groups) > 1:
+            refs.check_uniform(probe, any(map(positions.sources_of, programs or ())))
+            columns = (prompts, negative_prompts, programs)
+            return refs.split(
+                groups,
+                lambda group: self._velocity(
+                    *(refs.pick(c, group) for c in columns), settings, grid, sigmas, None, refs.pick(references, group)
+                ),
+            )
+        grid, behind = refs.joined(grid, references)
         batch, length, rounding = len(prompts), settings.max_sequence_length, settings.timestep_rounding
         batching.check_negatives(settings.true_cfg, negative_prompts)
         self.text.check([*prompts, *(negative_prompts or ())], length, settings.truncate, settings.unknown_words)
@@ -243,8 +267,9 @@ class Pipeline(ModelParts):
                 taps = None if probe is None else probe.taps(step)
                 sites = batching.block_sites(interventions, probe, step, t, rotary, p.depth + p.depth_single_blocks)
                 tables = {"rotary": rotary, "mask": mask, "taps": taps, "sites": sites}
-                v = self.transformer(x.to(self.dtype), None, txt, None, times, y, guidance, **tables)
-                return v if interventions is None else interventions.velocity(step, t, v)
+                img = refs.behind(x.to(self.dtype), behind)
+                v = self.transformer(img, None, txt, None, times, y, guidance, **tables)
+                return (v if interventions is None else interventions.velocity(step, t, v))[:, : x.shape[1]]
 
             return velocity
 
@@ -296,16 +321,17 @@ class Pipeline(ModelParts):
         self,
         prompts: Sequence[str | None] | None,
         length: int,
-        grid: tuple[int, int],
+        grid: tuple[int, int] | refs.Grids,
         sigmas: Sequence[float],
         device: torch.device | None = None,
     ) -> positions.Context:
         """Return the context in which programs and probes are resolved.
 
         prompts: None if nothing depends on words; None in the list for a text without the words that are named.
-        length: number of text tokens. grid: token rows and columns. sigmas: one value more than there are steps.
+        length: number of text tokens. grid: token rows and columns, or `Grids` with reference images. sigmas: one value
+        more than there are steps.
         """
-        layout = positions.Layout(length, grid, pixels_per_token=self.pixels_per_token)
+        layout = positions.Layout(length, *refs.Grids.of(grid), pixels_per_token=self.pixels_per_token)
         spans = prompts and [None if prompt is None else self._prompt(prompt, length) for prompt in prompts]
         ids = torch.float64 if self.dtype == torch.float64 else torch.float32
         trained = self.grid(None, None), self.max_sequence_length

@@ -47,7 +47,7 @@ def _one(image: Any, value_range: tuple[float, float]) -> Tensor:
         image = _rgb(image)
     if not isinstance(image, np.ndarray | Tensor):
         raise UserError(f"images hold {show(image)}: expected PIL images, arrays or tensors")
-    tensor = torch.from_numpy(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
+    tensor = torch.from_numpy(np.require(image, None, ["C", "W"])) if isinstance(image, np.ndarray) else image
     whole = tensor.dtype == torch.uint8
     if not whole and not tensor.is_floating_point():
         raise UserError(f"image of dtype {image.dtype}: expected uint8, or floats in 0 … 1")

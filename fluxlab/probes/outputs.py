@@ -11,11 +11,12 @@ from fluxlab.errors import UserError, join, wrong
 from fluxlab.model.sites import OF_HEADS
 from fluxlab.probes.arrays import Coords
 from fluxlab.probes.stream import Tokens, tokens
-from fluxlab.select.layout import IMAGE, Context, Layout
+from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout
 from fluxlab.select.tokens import resolve_tokens
 from fluxlab.select.words import Prompt, find_word, named_words
 
 ALL = slice(None)
+_GROUPS = {TEXT: "text", IMAGE: "image"}
 
 Add = Callable[[str, tuple, Tensor], None]
 """(output, index into its axes, values `(heads, …)`) → adds the values there. A grid of tokens counts as one axis."""
@@ -138,7 +139,9 @@ def token_axes(selections: Sequence[Tokens], context: ProbeContext, key: str, pr
     """Return axes for tokens: `row` and `col` for a rectangle of a grid, else `token` with indices into the sequence.
 
     prefix: "from" gives `from_row` and `from_col`, or `from`. Where samples select different tokens, the coordinate
-    `token_place` has the indices of each. Raises `UserError` if samples select different numbers of tokens.
+    `token_place` has the indices of each. With tokens of reference images the coordinate `token_group` names what each
+    token (of a rectangle: each row) belongs to: "text", "image", "reference 0", …. Raises `UserError` if samples select
+    different numbers of tokens.
     """
     first = selections[0].index
     counts = [len(selection) for selection in selections]
@@ -152,11 +155,16 @@ def token_axes(selections: Sequence[Tokens], context: ProbeContext, key: str, pr
         return Axes((name,), (len(first),), (len(first),), labels)
     scope = context.layout.scope(first)
     rectangle = scope.rectangle()
+    groups = [_GROUPS[kind] if kind < REFERENCE else f"reference {kind - REFERENCE}" for kind in scope.kind.tolist()]
+    with_references = any(kind >= REFERENCE for kind in scope.kind.tolist())
     if rectangle is None:
-        return named_axis(name, first.tolist())
+        axes = named_axis(name, first.tolist())
+        return axes._replace(coords={**axes.coords, f"{name}_group": ((name,), groups)}) if with_references else axes
     names = tuple(f"{prefix}_{part}".strip("_") for part in ("row", "col"))
     rows, cols = (scope.index // scope.cols).tolist(), (scope.index % scope.cols).tolist()
     coords = {names[0]: (names[:1], rows[:: rectangle[1]]), names[1]: (names[1:], cols[: rectangle[1]])}
+    if with_references:
+        coords[f"{name}_group"] = (names[:1], groups[: rectangle[0]])
     return Axes(names, rectangle, (len(first),), coords)
 
 
