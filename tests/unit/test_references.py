@@ -102,7 +102,9 @@ def test_probe(pipe):
     some = probe.arrays["some"]
     assert some.coords["to_group"][1] == ["image"] * 2 + ["reference 0"] * 16
     assert fluxlab.probes.label(whole)["to_group"].values.tolist() == ["reference 1"] * 4
-    with pytest.raises(UserError, match="probe: its arrays have one shape, but the reference images of the samples differ"):
+    with pytest.raises(
+        UserError, match="probe: its arrays have one shape, but the reference images of the samples differ"
+    ):
         pipe.generate("a red fox", [0, 1], references=[[SQUARE], [wide]], probe=Probe(capture), **OPTIONS)
 
 
