@@ -137,6 +137,16 @@ def scores(
     return {name: interval(by_metric[metric]) for name, metric in COLUMNS.items()}
 
 
+def two_word_scores(images: np.ndarray, captions: Sequence[str], seeds: Sequence[int], period: int) -> dict[str, Any]:
+    """Return the scores of the cells that ask for a sign with two words: their number, `word` and `letters`."""
+    cells = [i for i, caption in enumerate(captions) if len(scenes.parse(caption).sign or ()) == 2]
+    if not cells:
+        return {"cells": 0}
+    chosen = images[cells], [captions[i] for i in cells], [seeds[i] for i in cells]
+    every = scores(chosen[0], chosen[0], chosen[1], chosen[2], period)
+    return {"cells": len(cells), "word": every["word"], "letters": every["letters"]}
+
+
 def interval(row: Mapping[str, Any]) -> list[float | None] | None:
     """Return [mean, low, high] of a summary row. None if it has no value; low and high are None for a single value."""
     mean, low, high = (None if math.isnan(row[end]) else float(row[end]) for end in ("mean", "low", "high"))
@@ -194,10 +204,13 @@ def main() -> int:
         made.append(images_of(pipe, captions, drawn_from, row, arguments.steps))
         group = results["controls" if name in CONTROLS else "edits"]
         group[name] = scores(made[-1], made[0], captions, seeds, pipe.pixels_per_token)
+        if name == "as trained":
+            results["two_words"] = two_word_scores(made[0], captions, seeds, pipe.pixels_per_token)
         print(f"{name}: done", file=sys.stderr, flush=True)
         if arguments.only_baseline:
             break
     print(table(results))
+    print(f"signs with two words: {results['two_words']}")
     if arguments.sheet:
         sheet(arguments.sheet, made)
     if not arguments.no_card and not arguments.only_baseline:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `docs` and `fluxlab` are those of this checkout
 
 EMBEDDED = ROOT / "fluxlab" / "assets" / "tiny" / "embedded.json"
+EARLIER = ROOT / "docs" / "earlier_weights.json"
 RESULTS = ROOT / "docs" / "results.json"
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -57,6 +58,21 @@ def answer() -> str:
         for name, scores in {**results["edits"], **results["controls"]}.items()
     ]
     return markdown(["edit of `img_ids`", *ANSWER_COLUMNS.values(), "the article, FLUX.1 schnell"], rows)
+
+
+def weights() -> str:
+    """The embedded model's earlier and present weights: signs, and what the article's edits do."""
+    from fluxlab.training.card import shown
+
+    earlier, present = json.loads(EARLIER.read_text()), json.loads(EMBEDDED.read_text())
+    now = {**present["edits"], **present["controls"]}
+    columns = {"shape": "right shape", "word": "word right", "ssim": "SSIM to baseline"}
+    heads = [f"{title}, {when}" for title in columns.values() for when in (earlier["weights"], present["weights"])]
+    rows = [
+        [ROW_TITLES[name], *(shown(scores[column], column) for column in columns for scores in (before, now[name]))]
+        for name, before in earlier["edits"].items()
+    ]
+    return markdown(["edit of `img_ids`", *heads], rows)
 
 
 def findings() -> str:
@@ -212,6 +228,7 @@ def metrics() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "answer": answer,
+    "weights": weights,
     "findings": findings,
     "experiments": experiments,
     "models": models,

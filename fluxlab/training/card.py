@@ -90,6 +90,14 @@ def _guidance(stage: dict | None) -> str:
     return f"; then {steps} steps of {batch} samples to distil true guidance by {scale:g} into one forward"
 
 
+def _two_words(two: dict | None) -> list[list[str]]:
+    """Return the rows about the cells that ask for a sign with two words."""
+    if not two or not two["cells"]:
+        return []
+    names = {"word": "all letters right", "letters": "share of letters right"}
+    return [[f"signs with two words ({two['cells']} cells): {text}", shown(two[n], n)] for n, text in names.items()]
+
+
 def _notes(notes: Sequence[str]) -> str:
     if not notes:
         return ""
@@ -140,7 +148,9 @@ def card(results: dict, training: dict, folder: Path) -> str:
         notes=_notes(training["notes"]),
         cells=results["cells"],
         sampling_steps=results["steps"],
-        ability=_table(["", "right"], [[_MEANINGS[n], shown(base[n], n)] for n in names]),
+        ability=_table(
+            ["", "right"], [[_MEANINGS[n], shown(base[n], n)] for n in names] + _two_words(results.get("two_words"))
+        ),
         edits=_table(
             ["edit", *(f"{name} ({units[name]})" if name in units else name for name in effects)],
             [[f"`{edit}`", *_row(scores, effects)] for edit, scores in {**results["edits"], **controls}.items()],

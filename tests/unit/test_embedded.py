@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.embedded import COLUMNS, scores, table
+from benchmarks.embedded import COLUMNS, scores, table, two_word_scores
 from fluxlab import scenes
 from fluxlab.measure import METRICS, compare, describe
 from fluxlab.training.card import shown
@@ -40,6 +40,19 @@ def test_a_changed_picture_is_compared_with_its_baseline(drawn):
     assert found["ssim"][0] == pytest.approx(np.mean([compare(image, before)["ssim"] for image, before in pairs]))
     assert found["word"][0] < 0.5  # wow reads the same from behind
     assert found["edges"][0] == pytest.approx(scores(images, images, captions, range(6), 4)["edges"][0])
+
+
+def test_signs_with_two_words_are_scored_apart(drawn):
+    captions, images = drawn
+    two = [i for i, caption in enumerate(captions) if len(caption.split(" says ")[1].split()) == 2]
+    assert 0 < len(two) < len(captions)
+    found = two_word_scores(images, captions, range(6), period=4)
+    assert found == {"cells": len(two), "word": [1, 1, 1], "letters": [1, 1, 1]}
+    wrong = images.copy()
+    wrong[two[0]] = 255
+    assert two_word_scores(wrong, captions, range(6), period=4)["word"][0] == pytest.approx(1 - 1 / len(two))
+    one = [i for i in range(6) if i not in two]
+    assert two_word_scores(images[one], [captions[i] for i in one], one, period=4) == {"cells": 0}
 
 
 def test_what_is_not_there_has_no_number(drawn):
