@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxlab.checkpoints.fast_tokenizer import class_name
 from fluxlab.checkpoints.write import allow_by_umask, save_autoencoder, save_transformer
 from fluxlab.sampling import Schedule
 
@@ -52,8 +53,8 @@ def save_pipeline(
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule.config(), indent=2) + "\n")
     # Diffusers looks up the class in transformers, where a fast tokenizer has one of several names
     classes = {
-        "tokenizer": ["transformers", type(text.clip_tokenizer).__name__],
-        "tokenizer_2": ["transformers", type(text.t5_tokenizer).__name__],
+        "tokenizer": ["transformers", class_name(text.clip_tokenizer)],
+        "tokenizer_2": ["transformers", class_name(text.t5_tokenizer)],
     }
     for file in folder.glob("*/*"):
         allow_by_umask(file)  # safetensors 0.8 writes files that only their owner can read

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxlab.checkpoints.errors import CheckpointError, first_line
+from fluxlab.checkpoints.fast_tokenizer import FastTokenizer, read_fast_tokenizer
 from fluxlab.checkpoints.files import read_json
 from fluxlab.checkpoints.hub import fetch, is_hub_id
 
@@ -62,10 +63,9 @@ def has_tokenizers(folder: Path) -> bool:
     return all((folder / name).is_dir() for name in FOLDERS.values())
 
 
-def load_tokenizer(folder: Path, part: str) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of "clip" or "t5", in the class that model_index.json or tokenizer_config.json names."""
-    import transformers
-
+def load_tokenizer(folder: Path, part: str) -> "PreTrainedTokenizerBase | FastTokenizer":
+    """Load the tokenizer of "clip" or "t5", in the class that model_index.json or tokenizer_config.json names, or as a
+    `FastTokenizer` if that class needs nothing more."""
     name, source, kind = FOLDERS[part], folder / "model_index.json", _CLASSES[part]
     named = read_json(source).get(name) if source.is_file() else None
     if named is None and (folder / name / "tokenizer_config.json").is_file():
@@ -73,6 +73,10 @@ def load_tokenizer(folder: Path, part: str) -> "PreTrainedTokenizerBase":
         named = [None, read_json(source).get("tokenizer_class")]
     if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str):
         kind = named[1]
+    if fast := read_fast_tokenizer(folder / name, kind):
+        return fast
+    import transformers
+
     cls = getattr(transformers, kind, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedTokenizerBase)):
         raise CheckpointError(f"{source}: {name} is {kind!r}, which is not a tokenizer of transformers")
