@@ -103,12 +103,19 @@ def article(results: dict[str, Any], edit: str) -> str:
 
 def experiments() -> str:
     """Every experiment of `configs/exp`: its caption, the number of images and the time its header states."""
+    from fluxlab.experiment.each import expanded
+
     rows = []
     default = yaml.safe_load((ROOT / "configs" / "config.yaml").read_text())
     for file in sorted((ROOT / "configs" / "exp").glob("*.yaml")):
         text = file.read_text()
-        config = default | yaml.safe_load(text)
-        variants = len(config["variants"]) + ("baseline" not in config["variants"])
+        own = yaml.safe_load(text)
+        bases = [name for name in own.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+        config = default
+        for layer in [*(yaml.safe_load((file.parent / f"{name}.yaml").read_text()) for name in bases), own]:
+            config = config | layer
+        names = expanded(config["variants"], 6)  # the blocks of the embedded model
+        variants = len(names) + ("baseline" not in names)
         seeds = config["seeds"] if isinstance(config["seeds"], int) else len(config["seeds"])
         if config["variants"] == default["variants"]:
             variants = 1
@@ -193,6 +200,13 @@ def ops_on_activations() -> str:
     return ops_table(["activations"])
 
 
+def ops_on_size() -> str:
+    """Every op on the size at which an image is computed."""
+    from fluxlab.positions import ops_table
+
+    return ops_table(["size"])
+
+
 def where() -> str:
     """Every key that says where an edit acts: default and what it accepts."""
     from fluxlab.positions import where_table
@@ -237,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops-on-ids": ops_on_ids,
     "ops-on-attention": ops_on_attention,
     "ops-on-frequencies": ops_on_frequencies,
+    "ops-on-size": ops_on_size,
     "ops-on-activations": ops_on_activations,
     "where": where,
     "probes": probes,

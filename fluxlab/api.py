@@ -10,6 +10,7 @@ from fluxlab.cache import open_cache
 from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.config import ModelRow, find_row, with_loras
 from fluxlab.errors import UserError, show, text_key
+from fluxlab.experiment.each import one_per_block
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
@@ -46,7 +47,8 @@ def make_experiment(
         half = {"a": {"op": "scale", "factor": 0.5}}
         experiment = fluxlab.make_experiment("a red fox", {"half": half}, seeds=4, sampling=fluxlab.Sampling(steps=8))
 
-    variants: programs by name. The unchanged baseline is added under the name `baseline` if it is missing.
+    variants: programs by name. An edit with `blocks: each` stands for one variant per block of the model. The unchanged
+        baseline is added under the name `baseline` if it is missing.
     seeds: a count, from 0, or a list.
     model: a name under configs/model, a folder, a file, or a hub id. A hub id is downloaded, unless identify=False.
     sampling: the settings; None means the model's own.
@@ -78,7 +80,7 @@ def make_experiment(
             caption=caption,
             model=row,
             model_digest="",
-            variants=read_variants(programs),
+            variants=read_variants(one_per_block(programs, row)),
             baseline=baseline,
             prompts=tuple(texts),
             seeds=read_seeds(seeds),

@@ -1,6 +1,6 @@
 """The parts of a FLUX model: networks, text encoders, schedule and defaults. Prompts and images are encoded here."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 import torch
@@ -101,6 +101,10 @@ class ModelParts:
         device = torch.device(settings.device or self.device)
         if device.type != self.device.type or device.index not in (None, self.device.index):
             raise UserError(f"device={settings.device}: the model is on {self.device}; move it with pipe.to(device)")
+        if settings.enlarge is not None:
+            step = self.pixels_per_token
+            height, width = (max(1, round(settings.enlarge * n / step)) * step for n in self.size)
+            settings = replace(settings, height=height, width=width, enlarge=None)
         return settings.filled(defaults)
 
     def grid(self, height: int | None, width: int | None) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from fluxlab.pixels import Images
 from fluxlab.positions import Program
 from fluxlab.probes import Probe
 from fluxlab.progress import Progress
+from fluxlab.resampling import check_resampled, is_resampled, resampled
 from fluxlab.sampling import FiniteCheck, Sampling
 
 if TYPE_CHECKING:
@@ -133,6 +134,16 @@ class Pipeline(ModelParts):
             programs=batching.read_programs(programs),
             references=refs.read(references),
         )
+        if is_resampled(batch["programs"]):
+            check_resampled(output, latents=latents, probe=probe, on_step=on_step)
+
+            def part(chosen: Sequence[int], programs: Sequence[Program], settings: Sampling) -> "list[Image.Image]":
+                keys = ("prompts", "seeds", "negative_prompts", "references")
+                texts, seeds, negatives, images = (refs.pick(batch[key], chosen) for key in keys)
+                more = {"negative_prompts": negatives, "references": images, "progress": progress}
+                return self.sample(texts, seeds, programs, settings, **more)
+
+            return resampled(batch["programs"], settings, part)
         rows, cols = self.grid(settings.height, settings.width)
         extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
         sigmas = self.schedule.times(settings.steps, rows * cols)

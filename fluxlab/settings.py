@@ -18,6 +18,7 @@ class Sampling:
     model's own value.
 
     height, width: of the image, in pixels.
+    enlarge: height and width as a multiple of the model's own, if they are not given, rounded to whole tokens.
     guidance: distilled guidance strength, for a guidance-distilled model only.
     true_cfg: scale of classifier-free guidance away from `negative_prompt`, which needs a second forward per step.
     max_sequence_length: number of T5 tokens. A longer prompt is an error, or is cut if `truncate`.
@@ -39,6 +40,7 @@ class Sampling:
     unknown_words: str = "error"
     dtype: str | None = None
     device: str | None = None
+    enlarge: float | None = None
 
     def check(self) -> None:
         """Raise `UserError`, naming the field and its value, for a value that no model accepts.
@@ -49,6 +51,11 @@ class Sampling:
             check_count(key, getattr(self, key))
         for key in ("guidance", "true_cfg"):
             check_number(key, getattr(self, key))
+        check_number("enlarge", self.enlarge)
+        if self.enlarge is not None and not 0 < self.enlarge <= 64:
+            raise UserError(f"enlarge={self.enlarge:g}: expected a factor above 0 of the model's own size, at most 64")
+        if self.enlarge is not None and (self.height is not None or self.width is not None):
+            raise UserError(f"enlarge={self.enlarge:g}: sets height and width, leave those out")
         for key, choices in _CHOICES.items():
             value = getattr(self, key)
             if value not in choices and not (value is None and key != "unknown_words"):

@@ -21,7 +21,8 @@ class Settings(Sampling):
     """How an experiment is computed, once its model, device and store are known. A resumed run uses the store's.
 
     Of `Sampling`, nothing is None but what the model does not have. batch_tokens, threads and kernel change the last
-    bits of an image only and are not in the cell's key. dtype: of all parts of the model, such as float32+bfloat16.
+    bits of an image only and are not in the cell's key. trained: rows, columns and text tokens of the model's own size,
+    on which some ops depend; None in older stores. dtype: of all parts of the model, such as float32+bfloat16.
     """
 
     model_digest: str
@@ -31,6 +32,7 @@ class Settings(Sampling):
     kernel: str
     tokens: int
     pixels_per_token: int
+    trained: list[int] | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -40,13 +42,15 @@ class Settings(Sampling):
 
     def record(self) -> dict[str, Any]:
         """Return the settings as plain values for YAML."""
-        return {key: value for key, value in asdict(self).items() if key not in unchanged(self)}
+        left_out = {*unchanged(self), *(["trained"] if self.trained is None else [])}
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
 
 
 REQUIRED = {f.name for f in fields(Settings)} - {f.name for f in fields(Sampling)} | {*FIRST, "max_sequence_length"}
+REQUIRED -= {"trained"}
 """The settings that every store records."""
 
-_NOT_IN_KEY = ("batch_tokens", "threads", "kernel", "tokens", "pixels_per_token", "device")
+_NOT_IN_KEY = ("batch_tokens", "threads", "kernel", "tokens", "pixels_per_token", "device", "trained")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def cell_key(settings: Settings, prompt: str, seed: int, program: Program, takes
         "prompt": prompt,
         "seed": int(seed),
         "program": program.digest,
+        **({"trained": settings.trained} if program.depends_on_training else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 

@@ -5,7 +5,7 @@ import torch
 from fluxlab.experiment.cells import Settings
 from fluxlab.experiment.spec import Experiment
 from fluxlab.pipeline import Pipeline
-from fluxlab.positions import lint
+from fluxlab.positions import lint, split_resample
 
 MOST_NOTES = 8
 """Notes that a run prints. `plan=true` prints all."""
@@ -14,7 +14,8 @@ MOST_NOTES = 8
 def notes(experiment: Experiment, pipe: Pipeline, settings: Settings, most: int | None = None) -> list[str]:
     """Return one line per note of `fluxlab.positions.lint`, with the variants it is about, for the first prompt.
 
-    most: more notes than this are counted in a last line. Programs that name words are left out without a tokenizer.
+    most: more notes than this are counted in a last line. Left out: programs that name words without a tokenizer, and
+    those computed at another size (`resample`).
     """
     rows, cols = pipe.grid(settings.height, settings.width)
     prompts = [experiment.prompts[0]] if pipe.text.t5_tokenizer else None
@@ -27,14 +28,16 @@ def notes(experiment: Experiment, pipe: Pipeline, settings: Settings, most: int 
     )
     found: dict[tuple[str, str], list[str]] = {}
     for variant, program in experiment.variants.items():
-        if prompts or not program.names_words:
+        if (prompts or not program.names_words) and split_resample(program)[1] is None:
             for where, text in lint(program, context):
                 key = where.removeprefix(f"variants.{variant}.")
                 found.setdefault((key, text), []).append(variant)
-    lines = [
-        f"{', '.join(f'{name}.{where}' if where else name for name in names)}: {text}"
-        for (where, text), names in found.items()
-    ]
+    lines = [f"{_listed(where, names)}: {text}" for (where, text), names in found.items()]
     if most is not None and len(lines) > most:
         lines = [*lines[: most - 1], f"and {len(lines) - most + 1} more; plan=true prints all"]
     return lines
+
+
+def _listed(where: str, variants: list[str]) -> str:
+    names = [f"{name}.{where}" if where else name for name in variants]
+    return ", ".join(names if len(names) <= 4 else [*names[:2], "…", f"{names[-1]} ({len(names)} variants)"])

@@ -42,6 +42,7 @@ def resolve(
         kernel=kernel(pipe.device.type, pipe.dtype, tokens),
         tokens=tokens,
         pixels_per_token=pipe.pixels_per_token,
+        trained=[*pipe.grid(None, None), pipe.max_sequence_length],
     )
 
 

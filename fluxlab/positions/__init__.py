@@ -15,6 +15,7 @@ from fluxlab.positions.program import Edit, Program
 from fluxlab.positions.program_tables import tables
 from fluxlab.positions.registry import OPS, Op, load_plugins, loaded_plugins, op
 from fluxlab.positions.shift_invariance import noise_floor, shifted
+from fluxlab.positions.size_ops import split_resample
 from fluxlab.positions.waves import Spectrum, Waves
 from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout, Scope
 from fluxlab.select.words import Prompt, find_word
@@ -54,6 +55,7 @@ __all__ = [
     "placement_ops",
     "shifted",
     "sources_of",
+    "split_resample",
     "tables",
     "where_table",
     "with_sources",

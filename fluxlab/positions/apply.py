@@ -60,7 +60,9 @@ class Resolved:
 
     def touches(self, side: str, head: int | None = None) -> bool:
         """Return whether it changes the table of a side (and head): `temperature` that of queries, `mask` none."""
-        sides = {"attention": (), "activations": (), "scale": ("queries",)}.get(self.acts_on, ("queries", "keys"))
+        sides = {"attention": (), "activations": (), "size": (), "scale": ("queries",)}.get(
+            self.acts_on, ("queries", "keys")
+        )
         return side in sides and self.side in ("both", side) and self.in_head(head)
 
     def is_seen_by(self, query: int | None) -> bool:

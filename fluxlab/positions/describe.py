@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fluxlab.positions.registry import find_op
+
 if TYPE_CHECKING:
     from fluxlab.positions.edit import Edit
 
@@ -16,7 +18,7 @@ def describe_edit(edit: "Edit") -> str:
         if key in config
     ]
     parts = [" ".join([edit.op, ", ".join(arguments)]).strip()]
-    if edit.op != "mask":
+    if "tokens" in find_op(edit.op, "").where:
         parts[0] += f" on {_tokens(where['tokens'])}"
     if where["axes"] != "all":
         parts[0] += f" ({', '.join(where['axes'])})"

@@ -101,6 +101,9 @@ class _Views:
 def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
     idle = set()
     for n, edit in enumerate(edits):
+        if edit.acts_on in ("size", "activations"):
+            idle.add(n)
+            continue
         if edit.acts_on == "attention":
             if not _forbids(edit):
                 yield Note(edit.path, "changes nothing: no query selected by `from` has a key that it may not see")
@@ -209,7 +212,7 @@ def _positions(views: _Views, context: Context) -> list[Note]:
     own = unchanged(context).frequency
     shared, rounded, near, far, span = 0, 0, math.inf, 0.0, (0.0, 0.0)
     for state, acts in views:
-        placed = views.placed(state, acts)
+        placed = views.placed(state, [n for n in acts if views.edits[n].acts_on != "rotation"])
         image = placed.ids[start:stop]
         if not torch.equal(image, before):
             together = _sharing(image)

@@ -16,12 +16,15 @@ from fluxlab.errors import UserError
 from fluxlab.positions.registry import op
 from fluxlab.positions.targets import parse_field, parse_target, spread_over
 from fluxlab.select import arguments as types
-from fluxlab.select.layout import TEXT, Scope
+from fluxlab.select.layout import IMAGE, TEXT, Scope
 
 ROW, COL = 1, 2
 
 PerAxis = float | Sequence[float | None] | Mapping[str, float] | Tensor
 Origin = str | PerAxis
+
+LAYOUTS = ("flux", "flux2", "qwen", "lumina2", "z_image")
+"""Models whose ids `layout` reproduces."""
 
 ORIGIN = types.word_or(types.per_axis, "corner", "centre")
 
@@ -166,6 +169,34 @@ def centre(ids: Tensor, scope: Scope) -> Tensor:
     half = torch.stack((torch.zeros_like(scope.rows), (scope.rows + 1) // 2, (scope.cols + 1) // 2), -1)
     diagonal = (max(scope.layout.grid) // 2 + scope.index)[:, None].expand_as(ids).to(ids)
     return torch.where((scope.kind == TEXT)[:, None], diagonal, ids - half)
+
+
+@op("layout", {"like": types.choice(*LAYOUTS), "axis": types.axis}, tokens="all")
+def layout(ids: Tensor, scope: Scope, like: str, axis: str | int = "index") -> Tensor:
+    """Place tokens as another model does. `axis` numbers the text of flux2, lumina2 and z_image.
+
+    flux: text at 0, image at (0, row, col), reference image k at (k + 1, row, col). flux2: text token l at l, reference
+    image k at index 10 + 10k. lumina2: text token l at l, images at the number of text tokens. z_image: text token l at
+    1 + l, images at the number of text tokens + 1. qwen: rows and columns from the middle, text on a diagonal.
+    """
+    if like == "qwen":
+        index = torch.where(scope.kind == TEXT, 0, scope.kind - IMAGE)[:, None].to(ids)
+        return centre(torch.cat((index, _grid(ids, scope)), -1), scope)
+    text, is_text = scope.layout.text, scope.kind == TEXT
+    number = {"flux": 0 * scope.index, "z_image": 1 + scope.index}.get(like, scope.index)
+    image = {"flux": scope.kind - IMAGE, "flux2": 10 * (scope.kind - IMAGE)}.get(like)
+    if image is None:
+        image = torch.full_like(scope.kind, text if like == "lumina2" else text + 1)
+    placed = torch.cat((image[:, None].to(ids), _grid(ids, scope)), -1)
+    numbered = torch.tensor([name == types.axis(axis, "axis") for name in types.AXES], device=ids.device)
+    return torch.where(is_text[:, None], torch.where(numbered, number[:, None], 0).to(ids), placed)
+
+
+def _grid(ids: Tensor, scope: Scope) -> Tensor:
+    """Return the row and column of each token in its grid, `(n, 2)`, 0 for text."""
+    cols = scope.cols.clamp(min=1)
+    place = torch.stack((scope.index // cols, scope.index % cols), -1)
+    return torch.where((scope.kind == TEXT)[:, None], 0, place).to(ids)
 
 
 @op("text_line", {"axis": types.axis, "start": types.number}, tokens="text")

@@ -10,6 +10,7 @@ from typing import Any
 from fluxlab.errors import UserError, show, wrong
 from fluxlab.positions.describe import describe_edit
 from fluxlab.positions.edit import Edit, parse_edit
+from fluxlab.positions.registry import find_op
 from fluxlab.select.tokens import names_words
 
 SCHEMA = 1
@@ -76,6 +77,11 @@ class Program:
     def names_words(self) -> bool:
         """Whether the program depends on the prompt."""
         return any(names_words(edit.arguments) or names_words(edit.where) for edit in self.edits)
+
+    @property
+    def depends_on_training(self) -> bool:
+        """Whether the program depends on the size that the model was trained on."""
+        return any(find_op(edit.op, edit.path).acts_on in ("frequencies", "size") for edit in self.edits)
 
     def describe(self) -> str:
         """Return the program in one readable line."""

@@ -20,6 +20,7 @@ ACTS_ON = {
     "attention": ("steps", "blocks", "heads", "strength"),
     "frequencies": WHERE,
     "activations": ("tokens", "steps", "blocks", "heads", "seen_by", "strength"),
+    "size": (),
 }
 """What an op changes, and which keys of an edit apply to it."""
 

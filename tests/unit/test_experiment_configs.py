@@ -12,10 +12,13 @@ from omegaconf import OmegaConf
 from fluxlab import sampling, scenes
 from fluxlab.compose import compose
 from fluxlab.config import config_folder
-from fluxlab.positions import Context, Layout, Program, Prompt, compile_programs
+from fluxlab.experiment.each import expanded
+from fluxlab.positions import Context, Layout, Program, Prompt, compile_programs, split_resample
+from fluxlab.positions.waves import unchanged
 from fluxlab.run import RunConfig
 
 NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
+PRESETS = ["extrapolate", "extrapolate_2x", "freeflux_probe", "frequencies", "layouts"]
 STUDIES = [name for name in NAMES if name != "hello"]
 UNCHANGED = {("dose_response", "x1"), ("zero", "text")}  # controls with the ids of the baseline
 
@@ -34,14 +37,15 @@ def experiment(name: str) -> RunConfig:
 
 
 def programs(config: RunConfig) -> dict[str, Program]:
-    return {name: Program.from_config(edits, f"variants.{name}") for name, edits in config.variants.items()}
+    variants = expanded(config.variants, 6)  # the blocks of the embedded model
+    return {name: Program.from_config(edits, f"variants.{name}") for name, edits in variants.items()}
 
 
 def count_images(config: RunConfig) -> int:
-    return len(config.variants) * len(config.prompts) * config.seeds
+    return len(programs(config)) * len(config.prompts) * config.seeds
 
 
-def contexts(prompt: str) -> list[Context]:
+def contexts(prompt: str, enlarge: float = 1) -> list[Context]:
     """Return contexts of the embedded model (20 steps) and of FLUX.1 schnell (57 blocks, 64 × 64 tokens, 4 steps)."""
     spans = tuple(match.span() for match in re.finditer(r"\w+", prompt))
     made = []
@@ -49,10 +53,12 @@ def contexts(prompt: str) -> list[Context]:
         (24, 16, (8, 28, 28), 2, 4, 3, 20),
         (256, 64, (16, 56, 56), 19, 38, 24, 4),
     ):
+        trained, side = (side, side), round(enlarge * side)
         ids = torch.cat((sampling.text_ids(1, text), sampling.image_ids(1, side, side)), 1)
         named = [Prompt(prompt, (*spans, *[(0, 0)] * (text - len(spans))))]
         sigmas = [1 - i / steps for i in range(steps + 1)]
-        made.append(Context(ids, Layout(text, (side, side)), axes, 10000, double, single, heads, sigmas, named))
+        layout = Layout(text, (side, side))
+        made.append(Context(ids, layout, axes, 10000, double, single, heads, sigmas, named, trained, text))
     return made
 
 
@@ -97,6 +103,11 @@ def lines_with(text: str, start: str) -> int:
     return sum(line.startswith(start) for line in text.splitlines())
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_of_methods_are_short(name):
+    assert len(file_of(name).read_text().splitlines()) <= 15
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_variants_are_programs_that_differ(name):
     config = experiment(name)
@@ -113,12 +124,13 @@ def test_variants_are_programs_that_differ(name):
 def test_programs_fit_both_models_and_move_something(name):
     config = experiment(name)
     for prompt in config.prompts:
-        tiny, flux = contexts(prompt)
+        tiny, flux = contexts(prompt, config.enlarge or 1)
         for variant, program in programs(config).items():
             compile_programs([program], flux)  # every step, block, word and place is there
             compiled = compile_programs([program], tiny)
-            moved = any(
+            moved = split_resample(program)[1] is not None or any(
                 not torch.equal(compiled.ids(sigma, block, side), tiny.ids[0])
+                or not compiled.waves(sigma, block, side).equals(unchanged(tiny))
                 for sigma in tiny.sigmas[:-1:5]  # of each quarter
                 for block in range(tiny.blocks)
                 for side in ("queries", "keys")
@@ -175,7 +187,15 @@ def test_layer_probe_extends_to_every_block_of_flux():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_contain_known_keys_only(name):
-    assert set(OmegaConf.load(file_of(name))) <= {"defaults", "name", "caption", "prompts", "seeds", "variants"}
+    assert set(OmegaConf.load(file_of(name))) <= {
+        "defaults",
+        "name",
+        "caption",
+        "prompts",
+        "seeds",
+        "variants",
+        "enlarge",
+    }
 
 
 def test_the_attention_experiment_captures_words():

@@ -113,8 +113,8 @@ def test_by_hand(name):
 
 def test_every_op_has_a_test():
     shown = {edit.get("op", name) for name, (edit, _) in BY_HAND.items()}
-    elsewhere = {name for name, op in OPS.items() if op.acts_on in ("frequencies", "activations")}  # own files
-    assert shown | elsewhere | {"text_line", "mask", "temperature", "drop", "place"} >= set(OPS)
+    elsewhere = {name for name, op in OPS.items() if op.acts_on in ("frequencies", "activations", "size")}  # own files
+    assert shown | elsewhere | {"layout", "text_line", "mask", "temperature", "drop", "place"} >= set(OPS)
 
 
 def test_shuffle_exchanges_positions():
@@ -150,6 +150,32 @@ def test_text_is_relocated():
         assert edited({**edit, "tokens": "text"})[:2] == [(0, 4, 4)] * 2
     two = {"op": "relocate", "tokens": "text", "to": {"box": [0, 1, 2, 2]}}
     assert edited(two)[:2] == [(0, 0, 1), (0, 1, 1)]
+
+
+LAYOUTS = {
+    # of 2 text tokens, a 2 × 3 image and a 1 × 2 reference, as the models' own code numbers them
+    "flux": ([(0, 0, 0)] * 2, GRID, [(1, 0, 0), (1, 0, 1)]),
+    "flux2": ([(0, 0, 0), (1, 0, 0)], GRID, [(10, 0, 0), (10, 0, 1)]),
+    "lumina2": ([(0, 0, 0), (1, 0, 0)], [(2, r, c) for _, r, c in GRID], [(2, 0, 0), (2, 0, 1)]),
+    "z_image": ([(1, 0, 0), (2, 0, 0)], [(3, r, c) for _, r, c in GRID], [(3, 0, 0), (3, 0, 1)]),
+    "qwen": ([(1, 1, 1), (2, 2, 2)], [(0, r - 1, c - 2) for _, r, c in GRID], [(1, -1, -1), (1, -1, 0)]),
+}
+
+
+@pytest.mark.parametrize("like", LAYOUTS)
+def test_layouts_of_other_models(like):
+    layout = Layout(text=2, grid=(2, 3), references=((1, 2),))
+    moved = edited({"op": "layout", "like": like}, layout, "keys")
+    assert moved == [tuple(map(float, row)) for part in LAYOUTS[like] for row in part]
+    scattered = compile_programs(
+        [Program.from_config({"a": {"op": "jitter", "std": 9}, "b": {"op": "layout", "like": like}})], context(layout)
+    )
+    assert [tuple(row) for row in scattered.ids().tolist()] == moved  # whatever the ids were before
+
+
+def test_a_layout_on_another_axis():
+    assert edited({"op": "layout", "like": "z_image", "axis": "col"})[:2] == [(0, 0, 1), (0, 0, 2)]
+    assert edited({"op": "layout", "like": "flux2", "tokens": "text"})[2:] == [tuple(map(float, row)) for row in GRID]
 
 
 def test_centre_matches_qwen_image():
