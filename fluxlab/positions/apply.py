@@ -60,9 +60,9 @@ class Resolved:
 
     def touches(self, side: str, head: int | None = None) -> bool:
         """Return whether it changes the table of a side (and head): `temperature` that of queries, `mask` none."""
-        sides = {"attention": (), "activations": (), "size": (), "scale": ("queries",)}.get(
-            self.acts_on, ("queries", "keys")
-        )
+        sides = {"attention": (), "activations": (), "size": ()}.get(self.acts_on, ("queries", "keys"))
+        if self.acts_on == "scale":  # once per score: a factor of the queries, unless keys are meant
+            sides = ("keys",) if self.side == "keys" else ("queries",)
         return side in sides and self.side in ("both", side) and self.in_head(head)
 
     def is_seen_by(self, query: int | None) -> bool:

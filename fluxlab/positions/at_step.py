@@ -86,7 +86,7 @@ def sequence(
         )
     if isinstance(prompt, str):
         spans = split_words(prompt)[:text]
-        prompt = Prompt(prompt, (*spans, *[(0, 0)] * (text - len(spans))))
+        prompt = Prompt(prompt, tuple(spans))
     return Context(
         ids=torch.cat(ids)[None],
         layout=Layout(text, tuple(grid), tuple(tuple(size) for size in references)),

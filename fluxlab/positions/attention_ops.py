@@ -28,7 +28,8 @@ def mask(from_: Tensor, to: Tensor, rule: str = "block", both_ways: bool = False
 def temperature(scales: Tensor, scope: Scope, factor: float) -> Tensor:
     """Multiply the scores of the selected queries by `factor`, before the softmax. Above 1 is sharper.
 
-    scales: `(n,)`.
+    With `side: keys` the scores of the selected keys, for the queries of `seen_by`. TACA (arXiv 2506.07986) multiplies
+    the scores of image queries with text keys by 1.2. scales: `(n,)`.
     """
     return torch.full_like(scales, factor)
 

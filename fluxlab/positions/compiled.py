@@ -112,12 +112,16 @@ class Compiled:
         placed = self._whole(t, block, side, head, sample, query)
         return unchanged(self._context) if placed.waves is None else placed.waves
 
-    def side_table(self, t: float, side: str, block: int = 0, head: int = 0, sample: int = 0) -> Rotary:
-        """Return the table `(N, d/2)` of one side of one block, head and sample."""
+    def side_table(
+        self, t: float, side: str, block: int = 0, head: int = 0, sample: int = 0, query: int | None = None
+    ) -> Rotary:
+        """Return the table `(N, d/2)` of one side of one block, head and sample, as the token `query` sees it."""
         self.at(t)
         which = self._of[sample]
         edits = self._samples[which]
-        now = tuple(n for n in self._active(block)[which] if edits[n].touches(side, head))
+        now = tuple(
+            n for n in self._active(block)[which] if edits[n].touches(side, head) and edits[n].is_seen_by(query)
+        )
         return Rotary(*(part[0, 0] for part in self._head_table(which, now, side)))
 
     def _whole(self, t: float, block: int, side: str, head: int, sample: int, query: int | None) -> Placed:

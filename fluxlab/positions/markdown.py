@@ -7,7 +7,8 @@ from fluxlab.positions.edit import DEFAULTS, PARSE
 from fluxlab.positions.registry import ACTS_ON, OPS, Op
 
 WHERE_VALUES = {
-    "tokens": 'image, text, all; `{words: [cat, "cat#2"]}`; `{box: [top, left, bottom, right], unit: tokens}` (or '
+    "tokens": 'image, text, padding (text after the end of the prompt), all; `{words: [cat, "cat#2"]}`; '
+    "`{box: [top, left, bottom, right], unit: tokens}` (or "
     'pixels, fraction); `{mask: ["..##", …]}` or `{mask: file.png}`; `{indices: [0, 5], of: text}`; a list of these '
     "is their union",
     "axes": "index, row, col, or 0, 1, 2; one or a list",

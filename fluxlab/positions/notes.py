@@ -105,10 +105,15 @@ def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
             idle.add(n)
             continue
         if edit.acts_on == "attention":
-            if not _forbids(edit):
+            if not len(edit.tokens):
+                yield Note(edit.path, "changes nothing: this prompt has none of its tokens")
+            elif not _forbids(edit):
                 yield Note(edit.path, "changes nothing: no query selected by `from` has a key that it may not see")
             continue
-        if all(state[n][0] == 0 for state in views.states):
+        if not len(edit.tokens):
+            idle.add(n)
+            yield Note(edit.path, "changes nothing: this prompt has none of its tokens")
+        elif all(state[n][0] == 0 for state in views.states):
             idle.add(n)
             yield Note(edit.path, "changes nothing: its strength is 0 at every step that it acts on")
         elif views.same({n}, until=n):
@@ -154,7 +159,10 @@ def _measured_early(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
         for state, acts in views:
             if n in acts:
                 at, end = (
-                    _extent(views.placed(state, [m for m in acts if m <= last]).ids, views.context)
+                    _extent(
+                        views.placed(state, [m for m in acts if m <= last and edits[m].acts_on != "rotation"]).ids,
+                        views.context,
+                    )
                     for last in (n, len(edits))
                 )
                 if not torch.equal(at, end):

@@ -16,7 +16,7 @@ WHERE = ("tokens", "axes", "steps", "blocks", "heads", "side", "seen_by", "stren
 ACTS_ON = {
     "ids": WHERE,
     "rotation": WHERE,
-    "scale": ("tokens", "steps", "blocks", "heads", "strength"),
+    "scale": ("tokens", "steps", "blocks", "heads", "side", "seen_by", "strength"),
     "attention": ("steps", "blocks", "heads", "strength"),
     "frequencies": WHERE,
     "activations": ("tokens", "steps", "blocks", "heads", "seen_by", "strength"),

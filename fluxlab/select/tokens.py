@@ -16,7 +16,9 @@ from fluxlab.select.words import find_word
 
 GROUPS = ("image", "text", "all", "reference")
 FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "indices": ("of",), "reference": ()}
-ACCEPTED = f"{', '.join(GROUPS)}, or one of {{{'}, {'.join(FORMS)}}}"
+PADDING = "padding"
+"""The text tokens after the end of the prompt. Which they are depends on the prompt."""
+ACCEPTED = f"{', '.join(GROUPS)}, {PADDING}, or one of {{{'}, {'.join(FORMS)}}}"
 _ONE_REFERENCE = re.compile(r"reference\s*\[\s*(\d+)\s*\]")
 
 
@@ -33,8 +35,8 @@ def parse_tokens(value: Any, path: str) -> str | dict | list:
     if isinstance(value, str) and (one := _ONE_REFERENCE.fullmatch(value)):  # reference[0] is {reference: 0}
         value = {"reference": int(one[1])}
     if not isinstance(value, Mapping):
-        if not isinstance(value, str) or value not in GROUPS:
-            raise wrong(path, value, ACCEPTED, (*GROUPS, *FORMS))
+        if not isinstance(value, str) or value not in (*GROUPS, PADDING):
+            raise wrong(path, value, ACCEPTED, (*GROUPS, PADDING, *FORMS))
         return value
     forms = [key for key in value if key in FORMS]
     for key in value:
@@ -93,7 +95,13 @@ def resolve_tokens(selection: str | dict | list, context: Context, sample: int, 
     may_be_empty = False
     for i, part in enumerate(selection if isinstance(selection, list) else [selection]):
         part_path = f"{path}[{i}]" if isinstance(selection, list) else path
-        if isinstance(part, dict) and "words" in part:
+        if part == PADDING:
+            if not context.prompts:
+                raise UserError(f"{part_path}: padding, but no prompt was given")
+            may_be_empty = True  # a prompt may fill all text tokens
+            if context.prompts[sample] is not None:
+                chosen[len(context.prompts[sample].spans) : layout.text] = True
+        elif isinstance(part, dict) and "words" in part:
             words_path = join(part_path, "words")
             if not context.prompts:
                 raise UserError(f"{words_path}: {show(part['words'])}, but no prompt was given")
@@ -111,6 +119,8 @@ def resolve_tokens(selection: str | dict | list, context: Context, sample: int, 
 
 def names_words(value: Any) -> bool:
     """Return whether a canonical selection, or anything that contains one, depends on the prompt."""
+    if value == PADDING:
+        return True
     if isinstance(value, Mapping):
         return "words" in value or any(names_words(part) for part in value.values())
     return is_list(value) and any(names_words(part) for part in value)

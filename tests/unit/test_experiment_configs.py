@@ -18,7 +18,7 @@ from fluxlab.positions.waves import unchanged
 from fluxlab.run import RunConfig
 
 NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
-PRESETS = ["extrapolate", "extrapolate_2x", "freeflux_probe", "frequencies", "layouts"]
+PRESETS = ["extrapolate", "extrapolate_2x", "freeflux_probe", "frequencies", "layouts", "text_attention"]
 STUDIES = [name for name in NAMES if name != "hello"]
 UNCHANGED = {("dose_response", "x1"), ("zero", "text")}  # controls with the ids of the baseline
 
@@ -55,7 +55,7 @@ def contexts(prompt: str, enlarge: float = 1) -> list[Context]:
     ):
         trained, side = (side, side), round(enlarge * side)
         ids = torch.cat((sampling.text_ids(1, text), sampling.image_ids(1, side, side)), 1)
-        named = [Prompt(prompt, (*spans, *[(0, 0)] * (text - len(spans))))]
+        named = [Prompt(prompt, spans)]
         sigmas = [1 - i / steps for i in range(steps + 1)]
         layout = Layout(text, (side, side))
         made.append(Context(ids, layout, axes, 10000, double, single, heads, sigmas, named, trained, text))
@@ -125,12 +125,15 @@ def test_programs_fit_both_models_and_move_something(name):
     config = experiment(name)
     for prompt in config.prompts:
         tiny, flux = contexts(prompt, config.enlarge or 1)
+        own = {side: compile_programs([Program()], tiny).side_table(1.0, side).cos for side in ("queries", "keys")}
         for variant, program in programs(config).items():
             compile_programs([program], flux)  # every step, block, word and place is there
             compiled = compile_programs([program], tiny)
             moved = split_resample(program)[1] is not None or any(
                 not torch.equal(compiled.ids(sigma, block, side), tiny.ids[0])
                 or not compiled.waves(sigma, block, side).equals(unchanged(tiny))
+                or compiled.at(sigma).mask is not None
+                or not torch.equal(compiled.side_table(sigma, side, block, query=30).cos, own[side])
                 for sigma in tiny.sigmas[:-1:5]  # of each quarter
                 for block in range(tiny.blocks)
                 for side in ("queries", "keys")

@@ -87,6 +87,15 @@ def test_usual_programs_have_no_notes(edits):
     assert notes(*edits) == []
 
 
+def test_dropped_rotation_is_no_smaller_image():
+    assert notes({"op": "ntk"}, {"op": "drop", "strength": 0.5}, grid=(12, 8)) == []
+
+
+def test_a_prompt_without_padding_is_noted():
+    assert notes(by(1, tokens="padding"), text=4) == ["a: changes nothing: this prompt has none of its tokens"]
+    assert notes(by(1, tokens="padding")) == []
+
+
 def test_a_larger_image_with_a_method_has_no_note():
     assert notes({"op": "ntk"}, grid=(12, 8)) == []
     assert notes({"op": "band", "periods": [0, 50]}, grid=(12, 8)) == []

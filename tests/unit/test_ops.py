@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fluxlab.model.groups import attend_in_groups
+from fluxlab.model.rope import apply_rotary
 from fluxlab.positions import OPS, Context, Layout, Program, attention_ops, compile_programs, ops
 
 LAYOUT = Layout(text=2, grid=(2, 3))
@@ -205,6 +207,24 @@ def test_temperature_scales_the_queries():
     expected[3:5] = 3
     assert torch.allclose(queries.cos, keys.cos * expected[:, None])
     assert torch.allclose(queries.sin, keys.sin * expected[:, None])
+
+
+def test_temperature_of_keys_that_some_queries_see():
+    """TACA: the scores of image queries with text keys are multiplied, in a model's attention too."""
+    edit = {"op": "temperature", "factor": 1.7, "tokens": "text", "side": "keys", "seen_by": "image"}
+    compiled = compile_programs([Program.from_config({"a": edit})], context())
+    queries, keys = compiled.at(1.0).rotary[0]
+    own = compile_programs([Program()], context()).at(1.0).rotary
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 8, 32)
+    scores = apply_rotary(q, own) @ apply_rotary(k, own).mT / math.sqrt(32)
+    scores[..., 2:, :2] *= 1.7
+    expected = scores.softmax(-1) @ v
+    assert torch.allclose(attend_in_groups(apply_rotary(q, queries), k, v, keys), expected, atol=1e-6)
+    everywhere = compile_programs([Program.from_config({"a": {**edit, "seen_by": None}})], context()).at(1.0)
+    assert torch.equal(everywhere.rotary[0][0].cos, own.cos)
+    assert torch.allclose(everywhere.rotary[0][1].cos[0, 0, :2], 1.7 * own.cos[0, 0, :2])
+    assert compiled.scales().tolist() == [1] * 8  # of queries
 
 
 def test_mask_by_hand():

@@ -432,7 +432,13 @@ BAD = [
     ({"a": {"op": "scale", "factor": {}}}, "a.factor", "{}", "a mapping such as", None),
     ({"a": {"op": "scale", "factor": 2, "origin": "center"}}, "a.origin", "'center'", "corner, centre", "centre"),
     ({"a": {"op": "zero", "_target_": "os.system"}}, "a._target_", "'os.system'", "tokens, axes", None),
-    ({"a": {"op": "zero", "tokens": "imgae"}}, "a.tokens", "'imgae'", "image, text, all, reference, or", "image"),
+    (
+        {"a": {"op": "zero", "tokens": "imgae"}},
+        "a.tokens",
+        "'imgae'",
+        "image, text, all, reference, padding, or",
+        "image",
+    ),
     ({"a": {"op": "zero", "tokens": {"word": ["cat"]}}}, "a.tokens.word", "['cat']", "words, box", "words"),
     ({"a": {"op": "zero", "tokens": {"words": []}}}, "a.tokens.words", "[]", "a word or phrase", None),
     ({"a": {"op": "zero", "tokens": {"words": [3]}}}, "a.tokens.words[0]", "3", "a word or phrase", None),
@@ -807,7 +813,7 @@ def test_tokens_of_reference_images():
         with pytest.raises(UserError, match=r"but there are no reference images; give some with references="):
             selected(tokens, layout=Layout(2, (4, 4)))
     for wrong in ("reference[-1]", "reference[a]", "reference[]", "reference[0", "references[0]"):
-        with pytest.raises(UserError, match="expected image, text, all, reference, or one of"):
+        with pytest.raises(UserError, match="expected image, text, all, reference, padding, or one of"):
             program(tokens=wrong)
 
 
@@ -894,3 +900,21 @@ def test_random_configs_are_accepted_or_refused_in_one_line(config):
 def test_the_package_contains_no_networks():
     for file in Path(fluxlab.positions.__file__).parent.glob("*.py"):
         assert "nn.Module" not in file.read_text()
+
+
+def test_padding_is_the_text_after_the_prompt():
+    ctx = context(prompts=[Prompt("a cat", ((0, 1), (2, 5), (0, 0)))])  # two words and the end of the text
+    assert resolve_tokens("padding", ctx, 0, "t").tolist() == list(range(3, TEXT))
+    assert resolve_tokens([{"words": ["cat"]}, "padding"], ctx, 0, "t").tolist() == [1, *range(3, TEXT)]
+    full = context(prompts=[Prompt("x", ((0, 1),) * TEXT)])
+    for empty in (full, context(prompts=[None])):  # a prompt that fills all tokens, a negative prompt
+        assert resolve_tokens("padding", empty, 0, "t").tolist() == []
+        edits = {"a": {"op": "zero", "tokens": "padding"}, "b": {"op": "mask", "from": "all", "to": "padding"}}
+        assert torch.equal(compile_programs([Program.from_config(edits)], empty).ids(), empty.ids[0])
+    assert program(tokens="padding").names_words
+    assert Program.from_config({"b": {"op": "mask", "from": "all", "to": "padding"}}).names_words
+    assert program(tokens="padding").describe() == "zero on padding"
+    with pytest.raises(UserError, match="padding, but no prompt was given"):
+        resolve_tokens("padding", context(prompts=None), 0, "t")
+    with pytest.raises(UserError, match=r"t\.of: 'padding', expected image or text"):
+        parse_tokens({"indices": [0], "of": "padding"}, "t")
