@@ -39,7 +39,8 @@ def lint(program: Program, context: Context, sample: int = 0) -> list[Note]:
 
     Raises the `UserError` that compiling the program would raise.
     """
-    edits = [resolve(edit, context, sample) for edit in program.edits]
+    # edits of activations have an effect that only the model knows
+    edits = [resolve(edit, context, sample) for edit in program.edits if edit.acts_on != "activations"]
     views = _Views(edits, context, context.ids[sample % len(context.ids)].detach())
     notes = [note for edit in program.edits for note in _selections(edit, context, sample)]
     notes += _without_effect(edits, views)

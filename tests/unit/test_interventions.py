@@ -12,7 +12,8 @@ import fluxlab
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import batches, cells, references
 from fluxlab.experiment.sources import numbered, with_sources_of
-from fluxlab.positions import Program
+from fluxlab.positions import Program, lint
+from fluxlab.positions.at_step import sequence
 from fluxlab.probes import Probe
 from tests import tiny
 from tests.stores import settings
@@ -265,6 +266,11 @@ def test_wrong_sources(variants, message):
     with pytest.raises(UserError, match=message) as error:
         experiment(variants)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_no_note_says_that_an_intervention_changes_nothing():
+    program = Program.from_config({"a": {**KEYS, "source": "half"}, "b": {"op": "ablate", "what": "mlp"}})
+    assert lint(program, sequence()) == []
 
 
 def test_programs_round_trip():

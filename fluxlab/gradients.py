@@ -1,0 +1,223 @@
+"""A batch whose velocity has gradients: with respect to arguments of programs, gains of rotary tables, and patches.
+
+`attribution` and `learn` use it. `Pipeline.sample` computes the same without gradients.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fluxlab import batching, sampling
+from fluxlab.errors import UserError
+from fluxlab.model import Rotary
+from fluxlab.model.attention import Attended, Tap
+from fluxlab.model.sites import Site
+from fluxlab.positions import Compiled, Context, Program, compile_programs
+from fluxlab.sampling import Sampling
+from fluxlab.select.layout import IMAGE
+from fluxlab.select.tokens import parse_tokens, resolve_tokens
+
+if TYPE_CHECKING:
+    from fluxlab.pipeline import Pipeline
+
+Step = Callable[[int, Tensor], Tensor]
+"""(step, packed latents `(B, N, C)`) → velocity."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What the velocity of a batch depends on besides its programs. noise: `(B, N, C)`. context: that of programs."""
+
+    pipe: "Pipeline"
+    txt: Tensor
+    y: Tensor
+    guidance: Tensor | None
+    noise: Tensor
+    context: Context
+
+    @property
+    def sigmas(self) -> Sequence[float]:
+        return self.context.sigmas
+
+    def times(self, step: int) -> Tensor:
+        return torch.full((len(self.noise),), self.sigmas[step], dtype=self.noise.dtype, device=self.noise.device)
+
+
+def prepare(
+    pipe: "Pipeline", prompts: Sequence[str], seeds: Sequence[int], settings: Sampling | None = None
+) -> Prepared:
+    """Encode the prompts and draw the noise of a batch. Raises UserError as `Pipeline.sample` does."""
+    settings = pipe.resolve(settings or Sampling())
+    if settings.true_cfg not in (None, 1):
+        raise UserError(f"true_cfg={settings.true_cfg}: gradients go through one forward per step, leave it out")
+    length, (rows, cols) = settings.max_sequence_length, pipe.grid(settings.height, settings.width)
+    encoded = [pipe.encode_prompt(p, length, settings.truncate, settings.unknown_words) for p in prompts]
+    txt, y = (torch.cat(parts).clone() for parts in zip(*encoded, strict=True))
+    exact = torch.promote_types(pipe.dtype, torch.float32)
+    guidance = None
+    if pipe.transformer.params.guidance_embed:
+        guidance = torch.full((len(prompts),), float(settings.guidance), dtype=exact, device=pipe.device)
+    channels = 4 * pipe.autoencoder.params.z_channels
+    noise = batching.start(seeds, None, len(prompts), channels, (rows, cols), pipe.dtype).to(pipe.device, exact)
+    context = pipe.context(prompts, length, (rows, cols), pipe.schedule.times(settings.steps, rows * cols))
+    return Prepared(pipe, txt, y, guidance, noise, context)
+
+
+def compiled(prepared: Prepared, programs: Program | Sequence[Program]) -> Compiled:
+    """Compile one program for the whole batch, or one per sample. Arguments may be tensors with gradients.
+
+    Raises UserError for edits of activations, of which gradients are not computed.
+    """
+    programs, context = [programs] if isinstance(programs, Program) else list(programs), prepared.context
+    for edit in [edit for program in programs for edit in program.edits if edit.acts_on == "activations"]:
+        raise UserError(f"{edit.path}: gradients are computed for edits of positions and attention, not for {edit.op}")
+    if not any(program.names_words for program in programs):
+        context = replace(context, prompts=None)
+    return compile_programs(programs, context)
+
+
+@contextmanager
+def checkpointed(pipe: "Pipeline") -> Iterator[None]:
+    """Keep the inputs of each block only. The rest of a block's activations are computed again in the backward pass."""
+    blocks = [*pipe.transformer.double_blocks, *pipe.transformer.single_blocks]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def stepping(
+    prepared: Prepared,
+    programs: Compiled,
+    *,
+    gains: Tensor | None = None,
+    sites: Callable[[int], Sequence[Site | None]] | None = None,
+    taps: Callable[[int], Sequence[Tap | None]] | None = None,
+) -> Step:
+    """Return the velocity of a batch with gradients.
+
+    gains: `(steps, blocks, H, d/2)`, factors of the queries' rotary tables. A factor g multiplies the part of every
+    score that its pair of channels contributes. sites, taps: those of a step.
+    """
+    model = prepared.pipe.transformer
+
+    def velocity(step: int, x: Tensor) -> Tensor:
+        placement = programs.at(prepared.sigmas[step])
+        rotary, blocks = placement.rotary, prepared.context.blocks
+        if gains is not None:
+            pairs = [(rotary, rotary)] * blocks if isinstance(rotary, Rotary) else rotary
+            rotary = [(_scaled(pair[0], gains[step, n]), pair[1]) for n, pair in enumerate(pairs)]
+        extra = {"sites": sites and sites(step), "taps": taps and taps(step)}
+        args = (x.to(prepared.pipe.dtype), None, prepared.txt, None, prepared.times(step), prepared.y)
+        v = model(*args, prepared.guidance, rotary=rotary, mask=placement.mask, **extra)
+        return v.to(x.dtype)
+
+    return velocity
+
+
+def _scaled(table: Rotary, gain: Tensor) -> Rotary:
+    return Rotary(*(part * gain[None, :, None].to(part.dtype) for part in table))
+
+
+# ---- scores: functions of a batch and its velocity that return one number per sample
+
+Make = Callable[..., Step]
+"""Returns the velocity, in which `taps=` observe attention as those of `stepping` do."""
+
+Score = Callable[[Prepared, Make], Tensor]
+"""Returns a number per sample, `(B,)`."""
+
+
+def sampled(prepared: Prepared, velocity: Step) -> Tensor:
+    """Return the latents of the images. Each step keeps its latents only; the rest is computed again for gradients."""
+    x = prepared.noise
+    for step, (t, t_next) in enumerate(zip(prepared.sigmas, prepared.sigmas[1:], strict=False)):
+        v = checkpoint(velocity, step, x, use_reentrant=False) if torch.is_grad_enabled() else velocity(step, x)
+        x = x + (t_next - t) * v
+    return x
+
+
+def likeness(target: Tensor) -> Score:
+    """Return the score -‖x - target‖², the mean over latents `(B, N, C)` of the sampled image."""
+
+    def score(prepared: Prepared, make: Make) -> Tensor:
+        return -(sampled(prepared, make()) - target).square().mean((1, 2))
+
+    return score
+
+
+def denoising(pictures: Tensor) -> Score:
+    """Return minus the denoising loss on pictures, packed latents `(B, N, C)`, with the noise of the batch.
+
+    It is ‖v(x_t, t) - (noise - x₀)‖² at x_t = (1 - t)·x₀ + t·noise, the mean over channels, tokens and the run's times.
+    """
+
+    def score(prepared: Prepared, make: Make) -> Tensor:
+        velocity, total = make(), torch.zeros_like(prepared.noise[:, 0, 0])
+        for step, t in enumerate(prepared.sigmas[:-1]):
+            x = (1 - t) * pictures + t * prepared.noise
+            error = checkpoint(velocity, step, x, use_reentrant=False) - (prepared.noise - pictures)
+            total = total - error.square().mean((1, 2))
+        return total / (len(prepared.sigmas) - 1)
+
+    return score
+
+
+def sharpness() -> Score:
+    """Return the mean gradient magnitude of the luma of the decoded image, as the metric `sharpness` computes it."""
+
+    def score(prepared: Prepared, make: Make) -> Tensor:
+        rows, cols = prepared.context.layout.grid
+        decoder = prepared.pipe.autoencoder
+        z = sampling.unpack(sampled(prepared, make()), rows, cols).to(decoder.decoder.conv_in.weight.dtype)
+        images = decoder.decode(z, tile=None)
+        images = (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
+        weights = torch.tensor([0.2126, 0.7152, 0.0722], dtype=images.dtype, device=images.device)
+        luma = torch.einsum("bchw,c->bhw", images, weights)
+        down, right = (F.pad(luma.diff(dim=dim), pad) for dim, pad in ((1, (0, 0, 0, 1)), (2, (0, 1))))
+        return (down.square() + right.square() + 1e-12).sqrt().mean((1, 2))
+
+    return score
+
+
+def attention(word: Any, box: Any) -> Score:
+    """Return the share in a box of a word's attention to the image: the mean over steps, blocks and heads.
+
+    word: a selection of text tokens, such as {words: [cat]}. box: a selection of image tokens.
+    """
+    word, box = parse_tokens(word, "score.word"), parse_tokens(box, "score.box")
+
+    def score(prepared: Prepared, make: Make) -> Tensor:
+        context, shares = prepared.context, []
+        rows = [resolve_tokens(word, context, b, "score.word") for b in range(len(prepared.noise))]
+        columns, (start, stop) = resolve_tokens(box, context, 0, "score.box"), context.layout.range(IMAGE)
+
+        def tap(attended: Attended) -> None:
+            if attended.queries is not None:
+                raise UserError("score: attention is split into groups of queries (seen_by), which is not supported")
+            of_samples = []
+            for b, queries in enumerate(rows):
+                logits = attended.q[b][:, queries] @ attended.k[b].mT / attended.q.shape[-1] ** 0.5
+                if attended.mask is not None:
+                    mask = attended.mask[b if len(attended.mask) > 1 else 0]
+                    logits = logits + (mask if mask.shape[1] == 1 else mask[:, queries])
+                p = logits.softmax(-1)
+                of_samples.append((p[..., columns].sum(-1) / p[..., start:stop].sum(-1)).mean())
+            shares.append(torch.stack(of_samples))
+
+        x, velocity = prepared.noise, make(taps=lambda step: [tap] * context.blocks)
+        for step, (t, t_next) in enumerate(zip(prepared.sigmas, prepared.sigmas[1:], strict=False)):
+            x = x + (t_next - t) * velocity(step, x)
+        return torch.stack(shares).mean(0)
+
+    return score
