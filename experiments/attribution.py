@@ -131,9 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines += ["largest by ablation: " + "; ".join(found["names"][largest])]
         text = (
             f"Change of the denoising loss of model {options.model} when a band of one axis in one head no longer adds "
-            f"to the scores, predicted by one backward and measured by ablation; {len(PROMPTS)} prompts × {options.seeds} "
-            f"seeds, {options.steps} noise levels; 95 % bootstrap intervals over images. Shares are those of the sum "
-            "over all bands."
+            f"to the scores, predicted by one backward and measured by ablation; {len(PROMPTS)} prompts × "
+            f"{options.seeds} seeds, {options.steps} noise levels; 95 % bootstrap intervals over images. Shares are "
+            "those of the sum over all bands."
         )
         stem = options.out / "attribution"
         print(*save(draw(found, rows), stem), save_caption("\n".join([text, *lines]), stem), *lines, sep="\n")
