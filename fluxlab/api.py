@@ -12,6 +12,7 @@ from fluxlab.config import ModelRow, find_row, with_loras
 from fluxlab.errors import UserError, show, text_key
 from fluxlab.experiment.each import one_per_block
 from fluxlab.experiment.reading import Run, read_store
+from fluxlab.experiment.reference_images import read_references
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
 from fluxlab.positions import Program
@@ -39,6 +40,7 @@ def make_experiment(
     clip: str | None = None,
     dino: str | None = None,
     lora: Any = None,
+    references: Any = None,
     identify: bool = True,
     cache: "str | PathLike[str] | None" = None,
 ) -> Experiment:
@@ -55,6 +57,7 @@ def make_experiment(
     capture: what to store of attention: a file under configs/capture such as "words", or a mapping of requests.
     name: names the default run folder. clip, dino: checkpoints for similarity metrics.
     lora: merged into the transformer, as in `load_pipeline`.
+    references: files of reference images: a list of paths for every prompt, or one list of paths per prompt.
     identify: whether to hash the model's files. A run needs that; a plan does not.
     cache: the folder that notes the hashes of files, or "none"; None means the user's own (see `fluxlab.cache`).
 
@@ -87,6 +90,7 @@ def make_experiment(
             capture=Capture.from_config(capture),
             clip=clip,
             dino=dino,
+            references=read_references(references, len(texts)),
             **{f.name: getattr(settings, f.name) for f in fields(Sampling)},
         )
     )

@@ -77,6 +77,7 @@ class ModelRow:
     size: (height, width) in pixels.
     scenes: trained on `fluxlab.scenes`, so that the scene oracle can read its images.
     lora: what is merged into the transformer, in order.
+    references: trained with reference images.
     """
 
     name: str
@@ -93,15 +94,16 @@ class ModelRow:
     like: str | None = None
     schedule: Mapping[str, Any] | None = None
     lora: tuple[Lora, ...] | None = None
+    references: bool = False
 
     def values(self) -> dict[str, Any]:
         """Return the row as plain values. Keys that older stores do not know are left out unless they are set."""
         loras = [asdict(lora) for lora in self.lora] if self.lora else None
         values = {**asdict(self), "size": list(self.size) if self.size else None, "lora": loras}
-        return {key: value for key, value in values.items() if key not in _LATER or value is not None}
+        return {key: value for key, value in values.items() if key not in _LATER or value}
 
 
-_LATER = ("tokenizers", "like", "schedule", "lora")
+_LATER = ("tokenizers", "like", "schedule", "lora", "references")
 
 
 def with_loras(row: ModelRow, lora: Any) -> ModelRow:

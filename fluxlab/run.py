@@ -54,6 +54,7 @@ class RunConfig(_SamplingConfig):
     seeds: Any = 1
     plugins: list[str] = field(default_factory=list)
     lora: Any = None
+    references: Any = None
     batch_tokens: int | None = None
     threads: int | None = None
     clip: str | None = None
@@ -188,6 +189,7 @@ def read(config: RunConfig) -> "Experiment":
         baseline=config.baseline,
         clip=config.clip,
         dino=config.dino,
+        references=config.references,
         identify=not config.plan or is_local(row),  # a plan downloads nothing
         cache=config.cache,
     )

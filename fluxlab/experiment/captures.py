@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import Cell, Settings, batches, cells
+from fluxlab.experiment.reference_images import sizes
 from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
@@ -27,7 +28,8 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: boo
 
     def check_prompts(prompts: Sequence[str]) -> None:
         probe = Probe(experiment.capture)
-        pipe.check(prompts, None, settings.sampling, probe=probe)
+        given = sizes([experiment.references_of(prompt) for prompt in prompts])
+        pipe.check(prompts, None, settings.sampling, probe=probe, references=given)
 
     messages = [_error(check_prompts, [prompt]) for prompt in experiment.prompts]
     failed = [(prompt, message) for prompt, message in zip(experiment.prompts, messages, strict=True) if message]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from fluxlab.experiment.reference_images import ReferenceImage
 from fluxlab.positions import Program
 
 
@@ -9,6 +10,7 @@ from fluxlab.positions import Program
 class Cell:
     """One variant, prompt and seed. Cells with equal keys share one image: two variants may have equal programs.
 
+    references: its reference images, in order.
     takes_from: the key of the source of each `inject` of its program. sources: these cells, without the cell itself.
     """
 
@@ -19,3 +21,4 @@ class Cell:
     key: str
     takes_from: tuple[str, ...] = ()
     sources: tuple["Cell", ...] = ()
+    references: tuple[ReferenceImage, ...] = ()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from fluxlab.experiment.cell import Cell
+from fluxlab.experiment.reference_images import grids, tokens
 from fluxlab.experiment.sources import meeting, places_of
 from fluxlab.experiment.spec import FIRST, REFERENCE_NAMES, SCHEMA, Experiment, unchanged
 from fluxlab.positions import Program, shifted, with_sources
@@ -65,7 +66,14 @@ class Batch:
     cells: tuple[Cell, ...]
 
 
-def cell_key(settings: Settings, prompt: str, seed: int, program: Program, takes_from: Sequence[str] = ()) -> str:
+def cell_key(
+    settings: Settings,
+    prompt: str,
+    seed: int,
+    program: Program,
+    takes_from: Sequence[str] = (),
+    references: Sequence[str] = (),
+) -> str:
     """Return 32 hex digits of everything that determines an image. Names of variants, files and machines do not."""
     if takes_from:
         program = with_sources(program, [{"cell": key} for key in takes_from])
@@ -78,6 +86,8 @@ def cell_key(settings: Settings, prompt: str, seed: int, program: Program, takes
         "program": program.digest,
         **({"trained": settings.trained} if program.depends_on_training else {}),
     }
+    if references:  # the hashes of reference images; keys without any are those of earlier releases
+        parts["references"] = list(references)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -117,20 +127,29 @@ def _cell(experiment: Experiment, variant: str, program: Program, prompt: str, s
         name, *rest = place
         sources.append(_cell(experiment, name, experiment.variants[name], *rest, settings))
         takes_from.append(sources[-1].key)
-    key = cell_key(settings, prompt, seed, program, takes_from)
+    images = experiment.references_of(prompt)
+    key = cell_key(settings, prompt, seed, program, takes_from, [image.sha256 for image in images])
     takes_from = [key if source == "itself" else source for source in takes_from]
-    return Cell(variant, prompt, seed, program, key, tuple(takes_from), tuple(sources))
+    return Cell(variant, prompt, seed, program, key, tuple(takes_from), tuple(sources), images)
 
 
 def batches(cells: Sequence[Cell], settings: Settings) -> list[list[Cell]]:
     """Return the distinct cells in order, in batches of as many as `batch_tokens` allows, at least one.
 
+    All cells of a batch have one token layout: those whose reference images have equal sizes are put together.
     Cells that take activations from others are put into one batch with them (`sources.with_sources_of`).
     """
     distinct: dict[str, Cell] = {}
     for cell in cells:
         distinct.setdefault(cell.key, cell)
-    in_order, size = list(distinct.values()), max(1, settings.batch_tokens // settings.tokens)
-    if any(cell.sources for cell in in_order):
-        return meeting(in_order, size)
-    return [in_order[i : i + size] for i in range(0, len(in_order), size)]
+    layouts: dict[tuple, list[Cell]] = {}
+    for cell in distinct.values():
+        layouts.setdefault(grids(cell.references, settings.pixels_per_token), []).append(cell)
+    return [batch for in_order in layouts.values() for batch in _batches(in_order, settings)]
+
+
+def _batches(cells: list[Cell], settings: Settings) -> list[list[Cell]]:
+    size = max(1, settings.batch_tokens // (settings.tokens + tokens(cells[0].references, settings.pixels_per_token)))
+    if any(cell.sources for cell in cells):
+        return meeting(cells, size)
+    return [cells[i : i + size] for i in range(0, len(cells), size)]

@@ -3,10 +3,13 @@
 import torch
 
 from fluxlab.experiment.cells import Settings
+from fluxlab.experiment.reference_images import grids
 from fluxlab.experiment.spec import Experiment
 from fluxlab.pipeline import Pipeline
 from fluxlab.positions import lint, split_resample
+from fluxlab.references import Grids
 
+UNTRAINED = "references: {} was not trained with reference images; its images show what the tokens do, no edited image"
 MOST_NOTES = 8
 """Notes that a run prints. `plan=true` prints all."""
 
@@ -22,7 +25,7 @@ def notes(experiment: Experiment, pipe: Pipeline, settings: Settings, most: int 
     context = pipe.context(
         prompts,
         settings.max_sequence_length,
-        (rows, cols),
+        Grids((rows, cols), grids(experiment.references_of(experiment.prompts[0]), settings.pixels_per_token)),
         pipe.schedule.times(settings.steps, rows * cols),
         torch.device("cpu"),
     )
@@ -32,7 +35,9 @@ def notes(experiment: Experiment, pipe: Pipeline, settings: Settings, most: int 
             for where, text in lint(program, context):
                 key = where.removeprefix(f"variants.{variant}.")
                 found.setdefault((key, text), []).append(variant)
-    lines = [f"{_listed(where, names)}: {text}" for (where, text), names in found.items()]
+    untrained = experiment.references and not experiment.model.references
+    lines = [UNTRAINED.format(experiment.model.name)] if untrained else []
+    lines += [f"{_listed(where, names)}: {text}" for (where, text), names in found.items()]
     if most is not None and len(lines) > most:
         lines = [*lines[: most - 1], f"and {len(lines) - most + 1} more; plan=true prints all"]
     return lines

@@ -9,7 +9,7 @@ from fluxlab import checkpoints
 from fluxlab.checkpoints.memory import free_memory, total_memory
 from fluxlab.checkpoints.stored import Stored, published, stored
 from fluxlab.config import Lora, ModelRow
-from fluxlab.experiment import captures, runner, settings
+from fluxlab.experiment import captures, reference_images, runner, settings
 from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.notes import notes
@@ -19,6 +19,7 @@ from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
 from fluxlab.loading import pipeline_without_weights, schedule_of
 from fluxlab.pipeline import Pipeline
 from fluxlab.probes import WORKING, Probe, memory, resolve
+from fluxlab.references import Grids
 from fluxlab.select.tokens import names_words
 
 
@@ -75,10 +76,11 @@ def plan(
             f"folder     {out or 'named once the model is downloaded'} ({content})",
             *([f"           {changed}"] if changed else []),
             *_model_lines(experiment.model, parts, resolved),
+            *_reference_lines(experiment, resolved),
             *_count_lines(experiment, resolved, [part for part, _ in work], every_batch, left),
             *_headed("notes", notes(experiment, pipe, resolved)),
-            _time_line(resolved, pipe, parts, left),
-            _memory_line(resolved, pipe, parts, dtype, largest),
+            _time_line(resolved, pipe, parts, left, _most_tokens(experiment, resolved)),
+            _memory_line(resolved, pipe, parts, dtype, largest, _most_tokens(experiment, resolved)),
             *_attention_lines(experiment, resolved, pipe, store, batches(work[0][0], resolved)),
         ]
     )
@@ -112,6 +114,20 @@ def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[s
     ]
 
 
+def _reference_lines(experiment: Experiment, s: Settings) -> list[str]:
+    """Return the sizes of reference images, and how many tokens they add."""
+    lines = []
+    for images in dict.fromkeys(experiment.references):
+        listed = ", ".join(f"{height} × {width}" for height, width in (image.size for image in images))
+        lines.append(f"{listed or 'none'} px: {reference_images.tokens(images, s.pixels_per_token):,} tokens more")
+    return _headed("references", lines)
+
+
+def _most_tokens(experiment: Experiment, s: Settings) -> int:
+    """Return the tokens of the longest sequence, with reference images."""
+    return s.tokens + max((reference_images.tokens(i, s.pixels_per_token) for i in experiment.references), default=0)
+
+
 def _without_text(lora: Lora) -> str:
     return ", without its text encoders" if lora.text_encoders == "ignore" else ""
 
@@ -125,10 +141,11 @@ def _count_lines(
     names = [name for name in REFERENCE_NAMES if any(cell.variant == name for cell in controls)]
     width, largest = max(map(len, experiment.variants)), max(map(len, every_batch))
     to_do = "" if len(left) == len(every_batch) else f", {len(left):,} of them to do"
+    tokens = _most_tokens(experiment, s)
     return [
         f"cells      {product} = {len(every_cell):,}, {len({cell.key for cell in every_cell}):,} distinct; "
         f"and {number(len(controls), 'control')}: {', '.join(names)}",
-        f"batches    {len(every_batch):,} of up to {number(largest, 'image')} ({largest * s.tokens:,} tokens){to_do}; "
+        f"batches    {len(every_batch):,} of up to {number(largest, 'image')} ({largest * tokens:,} tokens){to_do}; "
         f"{number(len(left) * s.steps * evaluations(s), 'forward')}",
         "variants",
         *(f"  {name:<{width}}  {program.describe()}" for name, program in experiment.variants.items()),
@@ -140,12 +157,12 @@ def evaluations(s: Settings) -> int:
     return 1 if s.true_cfg in (None, 1) else 2
 
 
-def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list[list[Cell]]) -> str:
+def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list[list[Cell]], tokens: int) -> str:
     p, images = pipe.transformer.params, sum(map(len, left))
     if not images:
         return "time       nothing to do"
-    speed = EFFICIENCY * matmul_speed(p, s.tokens * max(map(len, left)), pipe.dtype, pipe.device, s.threads)
-    forward = forward_flops(p, s.max_sequence_length, s.tokens - s.max_sequence_length)
+    speed = EFFICIENCY * matmul_speed(p, tokens * max(map(len, left)), pipe.dtype, pipe.device, s.threads)
+    forward = forward_flops(p, s.max_sequence_length, tokens - s.max_sequence_length)
     per_image = s.steps * evaluations(s) * forward + decode_flops(pipe.autoencoder.params, s.height, s.width)
     prompts = len({cell.prompt for batch in left for cell in batch}) + evaluations(s) - 1
     encoding = 2 * parts["t5"].parameters.total() * s.max_sequence_length * prompts
@@ -155,12 +172,14 @@ def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list
     )
 
 
-def _memory_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], dtype: torch.dtype | None, most: int) -> str:
+def _memory_line(
+    s: Settings, pipe: Pipeline, parts: dict[str, Stored], dtype: torch.dtype | None, most: int, tokens: int
+) -> str:
     a = pipe.autoencoder.params
     weights = sum(part.bytes_as(dtype) for part in parts.values())
     decoding = 3 * a.ch * a.ch_mult[min(1, len(a.ch_mult) - 1)] * most * s.height * s.width * pipe.dtype.itemsize
     decoding = min(decoding, 4e9)  # above 4 GB the decoder works in tiles
-    batch = max(settings.bytes_per_token(pipe) * s.tokens * most, decoding)
+    batch = max(settings.bytes_per_token(pipe) * tokens * most, decoding)
     mapped = dtype is None and pipe.device.type == "cpu"  # weights mapped from the file need no free memory
     available = total_memory() if mapped else free_memory(pipe.device)
     device = "" if available is None else f"; {s.device} has {gb(available)}{'' if mapped else ' free'}"
@@ -181,7 +200,9 @@ def _attention_lines(
         sigmas = pipe.schedule.times(s.steps, rows * cols)
 
         def bytes_of(prompts: tuple[str, ...]) -> dict[str, int]:
-            context = pipe.context(prompts if tokenizer else None, s.max_sequence_length, (rows, cols), sigmas)
+            images = experiment.references_of(prompts[0])  # a batch has one token layout
+            grid = Grids((rows, cols), reference_images.grids(images, s.pixels_per_token))
+            context = pipe.context(prompts if tokenizer else None, s.max_sequence_length, grid, sigmas)
             if tokenizer is None:  # with a tokenizer, `captures.check` has raised already
                 Probe(known).begin(context, len(prompts))
             return memory(resolve(known, context, len(prompts)), context)

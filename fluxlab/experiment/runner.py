@@ -11,6 +11,7 @@ from fluxlab.experiment import captures
 from fluxlab.experiment.cells import Batch, Cell, Settings, batches, cells, references
 from fluxlab.experiment.costs import number
 from fluxlab.experiment.engine import Engine
+from fluxlab.experiment.reference_images import opened, sizes
 from fluxlab.experiment.settings import check_counts, check_kernel, check_unchanged, halved
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.sources import numbered, with_sources_of
@@ -223,6 +224,7 @@ def run_batch(
             numbered(together),
             settings.sampling,
             probe=probe,
+            references=opened([cell.references for cell in together]),
         )
     except NonFiniteError as error:
         images = error.results or [None] * len(together)
@@ -235,7 +237,8 @@ def run_batch(
     notes = {key: value for key, value in asdict(settings).items() if key in recorded}
     for i, (cell, image) in enumerate(zip(batch, images[: len(batch)], strict=True)):
         if i not in failures:
-            store.put(cell, image, notes, folder)
+            given = {"references": [image.sha256 for image in cell.references]} if cell.references else {}
+            store.put(cell, image, {**notes, **given}, folder)
     return [
         f"{cell.variant}, prompt {show(cell.prompt)}, seed {cell.seed}: {failures[i]}"
         for i, cell in enumerate(batch)
@@ -252,6 +255,7 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
     seed = experiment.seeds[0]
     for cell in cells(experiment, settings):
         of_words = cell.variant == experiment.baseline or cell.program.names_words
-        if cell.seed == seed and (of_words or cell.prompt == experiment.prompts[0]):
+        if cell.seed == seed and (of_words or experiment.references or cell.prompt == experiment.prompts[0]):
             together = with_sources_of([cell])
-            pipe.check([one.prompt for one in together], numbered(together), sampling)
+            given = sizes([one.references for one in together])
+            pipe.check([one.prompt for one in together], numbered(together), sampling, references=given)

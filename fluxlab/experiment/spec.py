@@ -10,8 +10,9 @@ from numbers import Integral
 from typing import Any
 
 from fluxlab.checkpoints import check_device
-from fluxlab.config import ModelRow
+from fluxlab.config import ModelRow, read_loras
 from fluxlab.errors import UserError, join, nearest, show
+from fluxlab.experiment.reference_images import PerPrompt, ReferenceImage, from_values
 from fluxlab.experiment.sources import check_sources
 from fluxlab.measure.summary import CONTROLS
 from fluxlab.positions import Program
@@ -40,6 +41,7 @@ class Experiment(Sampling):
     model_digest: `checkpoints.fingerprint` of the model.
     baseline: the variant that the others are compared with.
     clip, dino: checkpoints for similarity metrics. capture: what is stored of attention. Images depend on neither.
+    references: reference images, a list per prompt or one for all.
     """
 
     name: str
@@ -53,6 +55,13 @@ class Experiment(Sampling):
     clip: str | None = None
     dino: str | None = None
     capture: Capture = field(default_factory=Capture)
+    references: PerPrompt = ()
+
+    def references_of(self, prompt: str) -> tuple[ReferenceImage, ...]:
+        """Return the reference images of a prompt."""
+        if len(self.references) < 2:
+            return self.references[0] if self.references else ()
+        return self.references[self.prompts.index(prompt)]
 
     @property
     def sampling(self) -> Sampling:
@@ -61,13 +70,16 @@ class Experiment(Sampling):
 
     def request(self) -> dict[str, Any]:
         """Return the experiment as plain values for YAML."""
-        left_out = {"model", "variants", "capture", *unchanged(self)}
+        left_out = {"model", "variants", "capture", "references", *unchanged(self)}
         values = {key: value for key, value in vars(self).items() if key not in left_out}
         model = self.model.values()
         variants = {name: program.to_config() for name, program in self.variants.items()}
         lists = {"prompts": list(self.prompts), "seeds": list(self.seeds)}
         capture = compact(self.capture.to_config()) if self.capture else {}
-        return {**values, **lists, "model": model, "variants": variants, "capture": capture}
+        asked = {**values, **lists, "model": model, "variants": variants, "capture": capture}
+        if self.references:
+            asked["references"] = [[image.values() for image in images] for images in self.references]
+        return asked
 
     @property
     def digest(self) -> str:
@@ -79,6 +91,8 @@ class Experiment(Sampling):
             "variants": {name: program.digest for name, program in self.variants.items()},
             **{key: value for key, value in self.request().items() if key not in _NOT_IN_DIGEST},
         }
+        if self.references:
+            asked["references"] = [[image.sha256 for image in images] for images in self.references]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -88,8 +102,8 @@ class Experiment(Sampling):
         return hashlib.sha256(json.dumps([SCHEMA, requests]).encode()).hexdigest()[:12] if requests else ""
 
 
-_SOURCES = ("autoencoder", "text", "tokenizers", "variant", "scenes", "lora")
-_NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino", "capture")
+_SOURCES = ("autoencoder", "text", "tokenizers", "variant", "scenes", "lora", "references")
+_NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino", "capture", "references")
 
 
 FIRST = ("steps", "height", "width", "guidance", "true_cfg", "negative_prompt", "dtype", "device")
@@ -106,11 +120,18 @@ def from_request(request: Mapping[str, Any]) -> Experiment:
     model = dict(request["model"])
     values = {
         **request,
-        "model": ModelRow(**{**model, "size": tuple(model["size"]) if model.get("size") else None}),
+        "model": ModelRow(
+            **{
+                **model,
+                "size": tuple(model["size"]) if model.get("size") else None,
+                "lora": read_loras(model.get("lora")) or None,
+            }
+        ),
         "variants": read_variants(request["variants"]),
         "prompts": tuple(request["prompts"]),
         "seeds": tuple(request["seeds"]),
         "capture": Capture.from_config(request["capture"] or None),
+        "references": from_values(request.get("references", ())),
     }
     return checked(Experiment(**values))
 
