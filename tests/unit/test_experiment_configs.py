@@ -20,7 +20,8 @@ from fluxlab.run import RunConfig
 NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
 PRESETS = ["extrapolate", "extrapolate_2x", "freeflux_probe", "frequencies", "layouts", "text_attention"]
 STUDIES = [name for name in NAMES if name != "hello"]
-UNCHANGED = {("dose_response", "x1"), ("zero", "text")}  # controls with the ids of the baseline
+# controls with the ids of the baseline, and a mask
+UNCHANGED = {("dose_response", "x1"), ("zero", "text"), ("references", "hidden")}
 
 
 def file_of(name: str) -> Path:
@@ -45,8 +46,11 @@ def count_images(config: RunConfig) -> int:
     return len(programs(config)) * len(config.prompts) * config.seeds
 
 
-def contexts(prompt: str, enlarge: float = 1) -> list[Context]:
-    """Return contexts of the embedded model (20 steps) and of FLUX.1 schnell (57 blocks, 64 × 64 tokens, 4 steps)."""
+def contexts(prompt: str, enlarge: float = 1, references: int = 0) -> list[Context]:
+    """Return contexts of the embedded model (20 steps) and of FLUX.1 schnell (57 blocks, 64 × 64 tokens, 4 steps).
+
+    references: number of reference images, of 3/4 of the image's height and its width.
+    """
     spans = tuple(match.span() for match in re.finditer(r"\w+", prompt))
     made = []
     for text, side, axes, double, single, heads, steps in (
@@ -54,10 +58,12 @@ def contexts(prompt: str, enlarge: float = 1) -> list[Context]:
         (256, 64, (16, 56, 56), 19, 38, 24, 4),
     ):
         trained, side = (side, side), round(enlarge * side)
-        ids = torch.cat((sampling.text_ids(1, text), sampling.image_ids(1, side, side)), 1)
+        grids = [(side, side), *[(side * 3 // 4, side)] * references]
+        parts = [sampling.image_ids(1, *grid) + torch.tensor([k, 0, 0]) for k, grid in enumerate(grids)]
+        ids = torch.cat((sampling.text_ids(1, text), *parts), 1)
         named = [Prompt(prompt, spans)]
         sigmas = [1 - i / steps for i in range(steps + 1)]
-        layout = Layout(text, (side, side))
+        layout = Layout(text, grids[0], tuple(grids[1:]))
         made.append(Context(ids, layout, axes, 10000, double, single, heads, sigmas, named, trained, text))
     return made
 
@@ -124,7 +130,7 @@ def test_variants_are_programs_that_differ(name):
 def test_programs_fit_both_models_and_move_something(name):
     config = experiment(name)
     for prompt in config.prompts:
-        tiny, flux = contexts(prompt, config.enlarge or 1)
+        tiny, flux = contexts(prompt, config.enlarge or 1, len(config.references or ()))
         own = {side: compile_programs([Program()], tiny).side_table(1.0, side).cos for side in ("queries", "keys")}
         for variant, program in programs(config).items():
             compile_programs([program], flux)  # every step, block, word and place is there
@@ -198,6 +204,7 @@ def test_files_contain_known_keys_only(name):
         "seeds",
         "variants",
         "enlarge",
+        "references",
     }
 
 
