@@ -20,8 +20,7 @@ from fluxlab.run import RunConfig
 NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
 PRESETS = ["extrapolate", "extrapolate_2x", "freeflux_probe", "frequencies", "layouts", "text_attention"]
 STUDIES = [name for name in NAMES if name != "hello"]
-# controls with the ids of the baseline, and a mask
-UNCHANGED = {("dose_response", "x1"), ("zero", "text"), ("references", "hidden")}
+UNCHANGED = {("dose_response", "x1"), ("zero", "text")}  # controls with the ids of the baseline
 
 
 def file_of(name: str) -> Path:
