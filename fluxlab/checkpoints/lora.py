@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fluxlab.checkpoints.errors import CheckpointError, few
 from fluxlab.checkpoints.files import COMPUTE_DTYPES, FLOAT8, SUFFIXES, Entry, open_tensors, read_json
 from fluxlab.checkpoints.finding import resolve
 from fluxlab.checkpoints.hub import is_hub_id
-from fluxlab.checkpoints.keys import Rows, transformer_pieces
+from fluxlab.checkpoints.keys import Rows
+from fluxlab.checkpoints.lora_names import Where, bare, layers
 from fluxlab.config import Lora
 from fluxlab.model import FluxParams
 
@@ -21,9 +22,6 @@ FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 CONFIG = "adapter_config.json"
 """PEFT's settings, next to the file."""
 
-_PREFIX = re.compile(
-    r"(?:base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\.|lora_unet_|lora_transformer_)"
-)
 _TEXT = re.compile(
     r"^(?:base_model\.model\.)?(?:lora_te\d?_|lora_clip_l_|lora_t5xxl_|text_encoders?(?:_\d)?\.|te\d?\.|text_model\."
     r"|cond_stage_model\.|conditioner\.)"
@@ -45,14 +43,6 @@ _OTHER = {
     "OFT": re.compile(r"oft_\w+"),
     "LoRA with a middle matrix": re.compile(r"lora_mid"),
 }
-
-
-class Where(NamedTuple):
-    """A layer of some naming in ours. our_rows: of our weight. up_rows: of the file's matrix that belongs there."""
-
-    ours: str
-    our_rows: Rows
-    up_rows: Rows
 
 
 @dataclass(frozen=True)
@@ -140,32 +130,6 @@ def _check_kind(entries: Mapping[str, Entry], file: Path) -> None:
         raise CheckpointError(f"{file}: {len(odd)} tensors of {stored[odd[0]]}, expected floating point: {few(odd)}")
 
 
-def layers(p: FluxParams) -> dict[str, list[Where]]:
-    """Return where each layer of every naming is in our tensors. Names have underscores for dots, as in kohya."""
-    found: dict[str, list[Where]] = {}
-
-    def add(module: str, *where: Where) -> None:
-        found.setdefault(module.replace(".", "_"), []).extend(where)
-
-    whole = dict.fromkeys(piece.ours for piece in transformer_pieces(p))
-    for ours in whole:
-        add(re.sub(r"\.(?:weight|scale)$", "", ours), *([] if ours.endswith(".bias") else [Where(ours, None, None)]))
-    for piece in transformer_pieces(p):
-        if piece.theirs.endswith(".weight"):
-            place = Where(piece.ours, piece.our_rows, piece.their_rows)
-            add(piece.theirs.removesuffix(".weight"), place)
-    for i in range(p.depth):
-        for number, stream in ((1, "img"), (2, "txt")):
-            for layer in ("qkv", "proj"):
-                ours = f"double_blocks.{i}.{stream}_attn.{layer}.weight"
-                add(f"double_blocks.{i}.processor.{layer}_lora{number}", Where(ours, None, None))
-    for i in range(p.depth_single_blocks):
-        qkv = Where(f"single_blocks.{i}.linear1.weight", (0, 3 * p.hidden_size), None)
-        add(f"single_blocks.{i}.processor.qkv_lora", qkv)
-        add(f"single_blocks.{i}.processor.proj_lora", Where(f"single_blocks.{i}.linear2.weight", None, None))
-    return {module: places for module, places in found.items() if places}
-
-
 Modules = dict[str, tuple[list[Where], dict[str, Entry]]]
 
 
@@ -177,20 +141,13 @@ def _modules(entries: Mapping[str, Entry], p: FluxParams) -> tuple[Modules, list
         kind = match.lastgroup if match else None
         # a norm's own name is part of its layer's
         module = name.rpartition(".")[0] if kind == "norm" else match["module"] if match else ""
-        places = known.get(_plain(module))
+        places = known.get(bare(module).replace(".", "_"))
         if not places or (kind == "norm") != places[0].ours.endswith(".scale"):
             unknown.append(name)
             continue
         parts = found.setdefault(module, (places, {}))[1]
         parts[kind] = entry
     return found, unknown
-
-
-def _plain(module: str) -> str:
-    """Return the name of a layer without prefixes, with underscores for dots."""
-    while match := _PREFIX.match(module):
-        module = module[match.end() :]
-    return module.replace(".", "_")
 
 
 def _additions(
@@ -245,9 +202,7 @@ class _Alphas:
             alpha = float(value) if value.numel() == 1 else math.nan
         elif "lora_alpha" in self.config:
             alpha = self.config["lora_alpha"]
-            name = module
-            while match := _PREFIX.match(name):
-                name = name[match.end() :]
+            name = bare(module)
             for pattern, special in (self.config.get("alpha_pattern") or {}).items():
                 if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name):
                     alpha = special

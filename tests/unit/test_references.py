@@ -74,7 +74,7 @@ def test_words_and_programs_in_groups(pipe):
         [[SQUARE], [wide], []],
     )
     more = {"true_cfg": 2.0, "output": "latent", **OPTIONS}
-    negatives = ["a cat", "a dog", "a sign"]
+    negatives = ["a cat", "a square", "a sign"]
     together = pipe.generate(prompts, [0, 1, 2], programs, references=given, negative_prompts=negatives, **more)
     for i in range(3):
         alone = pipe.generate(prompts[i], i, programs[i], references=[given[i]], negative_prompts=negatives[i], **more)
