@@ -17,7 +17,7 @@ from fluxlab.pixels import Images
 from fluxlab.positions import Program
 from fluxlab.probes import Probe
 from fluxlab.progress import Progress
-from fluxlab.resampling import check_resampled, is_resampled, resampled
+from fluxlab.resampling import at_own_size, check_resampled, is_resampled, resampled
 from fluxlab.sampling import FiniteCheck, Sampling
 
 if TYPE_CHECKING:
@@ -177,6 +177,8 @@ class Pipeline(ModelParts):
         references: the sizes (height, width) in pixels of each sample's reference images.
         """
         settings = self.resolve(settings)
+        if is_resampled(programs):
+            settings, programs = at_own_size(settings, programs)
         negatives = None if settings.negative_prompt is None else [settings.negative_prompt] * len(prompts)
         rows, cols = self.grid(settings.height, settings.width)
         sigmas = self.schedule.times(settings.steps, rows * cols)

@@ -20,6 +20,11 @@ def is_resampled(programs: Sequence[Program] | None) -> bool:
     return any(split_resample(program)[1] for program in programs or ())
 
 
+def at_own_size(settings: Sampling, programs: Sequence[Program]) -> tuple[Sampling, list[Program]]:
+    """Return the settings and programs with which resized samples are computed."""
+    return replace(settings, height=None, width=None), [split_resample(program)[0] for program in programs]
+
+
 def check_resampled(output: str, **unused: Any) -> None:
     """Raise `UserError` for what a sample of another size does not have."""
     if output != "pil":

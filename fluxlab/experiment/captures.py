@@ -11,6 +11,7 @@ from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.pipeline import Pipeline
+from fluxlab.positions import split_resample
 from fluxlab.probes import INDEX, Probe, index
 from fluxlab.select.masks import compact
 
@@ -25,6 +26,12 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: boo
     """
     if not experiment.capture:
         return
+    for variant, program in experiment.variants.items():
+        if split_resample(program)[1]:
+            raise UserError(
+                f"variants.{variant}: the op resample computes another size, whose attention is not captured; use "
+                f"capture=none, or leave it out: '~variants.{variant}'"
+            )
 
     def check_prompts(prompts: Sequence[str]) -> None:
         probe = Probe(experiment.capture)

@@ -10,6 +10,7 @@ from fluxlab import make_experiment
 from fluxlab.checkpoints.stored import stored
 from fluxlab.config import find_row
 from fluxlab.errors import NonFiniteError, UserError
+from fluxlab.experiment import captures
 from fluxlab.experiment.cells import cell_key
 from fluxlab.experiment.each import expanded
 from fluxlab.experiment.settings import resolve
@@ -142,3 +143,18 @@ def test_one_variant_per_block():
     assert len(make_experiment("a cat", each, model="schnell", identify=False).variants) == 1 + 57
     with pytest.raises(UserError, match=r"variants.none: blocks: each makes a variant 'none_1', which exists"):
         make_experiment("a cat", {**each, "none_1": {}}, identify=False)
+
+
+def test_a_program_that_is_resized_is_checked_at_the_models_own_size(pipe):
+    """The box lies within 20 × 20 tokens, and not within the model's own 16 × 16."""
+    box = {"b": {"op": "zero", "tokens": {"box": [0, 0, 20, 20]}}}
+    large = Sampling(height=96, width=96, steps=1)
+    pipe.check(["a cat"], [Program.from_config(box)], large)
+    with pytest.raises(UserError, match=r"b\.tokens\.box: .* a box within \[0, 0, 16, 16\]"):
+        pipe.check(["a cat"], [Program.from_config({"a": {"op": "resample"}, **box})], large)
+
+
+def test_a_capture_of_a_resized_image_is_refused_before_the_run(pipe):
+    experiment = make_experiment("a cat", {"small": SMALL}, capture="words", identify=False)
+    with pytest.raises(UserError, match=r"variants\.small: the op resample .* capture=none"):
+        captures.check(experiment, pipe, resolve(experiment, pipe, None, 100, 1))
