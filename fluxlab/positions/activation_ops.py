@@ -125,6 +125,8 @@ def inject(
 ) -> Tensor:
     """Replace activations by those of another cell, computed in the same batch, or append its keys and values.
 
+    `factor` multiplies what is injected; of keys and values that are appended, the keys.
+
     theirs: `(…, n, C)`, the source's activations for each of the selected tokens, with queries and keys rotated as the
     edit says.
     """

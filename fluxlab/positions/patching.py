@@ -89,7 +89,8 @@ class Patch(Site):
         new = _take(x[action.source], theirs, action.heads)
         if name in ROTATED:
             new = self._rotated(name, new, theirs, action)
-        return action.op(new, **given)
+        factor = 1.0 if action.appends and name == "values" else given["factor"]
+        return action.op(new, **{**given, "factor": factor})
 
     def _rotated(self, name: str, x: Tensor, theirs: Tensor, action: Action) -> Tensor:
         """Return the source's queries or keys `(h, n, d)`, rotated as the edit says."""

@@ -9,11 +9,14 @@ import torch
 import yaml
 
 import fluxlab
+from fluxlab.config import config_folder
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import batches, cells, references
 from fluxlab.experiment.sources import numbered, with_sources_of
-from fluxlab.positions import Program, lint
+from fluxlab.positions import Program, compile_interventions, compile_programs, lint
+from fluxlab.positions.activation_ops import inject
 from fluxlab.positions.at_step import sequence
+from fluxlab.positions.patching import Action, Patch
 from fluxlab.probes import Probe
 from tests import tiny
 from tests.stores import settings
@@ -108,8 +111,6 @@ def test_a_chain_takes_what_its_source_became(pipe):
 
 def test_match_finds_a_shuffled_copy(pipe):
     """Hidden states of the image moved to other tokens: `match` finds them again."""
-    from fluxlab.positions.patching import Action, Patch
-
     torch.manual_seed(0)
     x = torch.randn(2, 10, 8)
     order = torch.randperm(10)
@@ -271,6 +272,47 @@ def test_wrong_sources(variants, message):
 def test_no_note_says_that_an_intervention_changes_nothing():
     program = Program.from_config({"a": {**KEYS, "source": "half"}, "b": {"op": "ablate", "what": "mlp"}})
     assert lint(program, sequence()) == []
+
+
+PRESETS = [
+    "freeflux_non_rigid",
+    "freeflux_add_object",
+    "freeflux_background",
+    "addit",
+    "characonsist",
+    "personalize_anything",
+    "stable_flow",
+    "inject",
+    "ablate",
+]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_fit_flux(name):
+    text = (config_folder() / "op" / f"{name}.yaml").read_text()
+    assert len(text.splitlines()) <= 15
+    edit = yaml.safe_load(text)
+    edit |= {"source": 0} if "source" in edit else {}
+    run = sequence()
+    programs = [Program(), Program.from_config({"a": edit})]
+    interventions = compile_interventions(programs, run, 2)
+    tables = [(compile_programs([Program()], run).at(1.0).rotary,) * 2] * run.blocks
+    assert interventions.at(0, 1.0, tables)
+
+
+def test_appended_values_keep_their_length(pipe):
+    """With keys of length 0, added keys all have score 0: their values count as they are."""
+    appended = {**KEYS, "mode": "append", "factor": 0}
+    x = latents(pipe, None, appended)
+    assert (x[1] - latents(pipe, None, {**appended, "factor": 1})[1]).abs().max() > 1e-5
+    given = {"source": {"sample": 0}, "what": ["keys", "values"], "map": "same", "rotation": "after"}
+    given |= {"mode": "append", "factor": 0.0}
+    action = Action(inject, given, ("keys", "values"), 1, 0, torch.arange(3), torch.arange(3), None, None, 1.0, "a")
+    patch = Patch([action], (None, None))
+    v = torch.randn(2, 1, 5, 4)
+    patch("values", v)
+    (view,) = patch._views.values()
+    assert torch.equal(view.parts["values"], v[0][:, :3])
 
 
 def test_programs_round_trip():
