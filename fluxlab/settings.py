@@ -55,7 +55,7 @@ class Sampling:
         if self.enlarge is not None and not 0 < self.enlarge <= 64:
             raise UserError(f"enlarge={self.enlarge:g}: expected a factor above 0 of the model's own size, at most 64")
         if self.enlarge is not None and (self.height is not None or self.width is not None):
-            raise UserError(f"enlarge={self.enlarge:g}: sets height and width, leave those out")
+            raise UserError(f"enlarge={self.enlarge:g}: sets height and width; leave those out, or write enlarge=null")
         for key, choices in _CHOICES.items():
             value = getattr(self, key)
             if value not in choices and not (value is None and key != "unknown_words"):

@@ -100,7 +100,7 @@ def test_enlarge_is_a_multiple_of_the_models_size(pipe, enlarge, size):
         ({"enlarge": 0}, "enlarge=0: expected a factor above 0"),
         ({"enlarge": 100}, "enlarge=100: expected .* at most 64"),
         ({"enlarge": True}, "enlarge=True: expected a finite number"),
-        ({"enlarge": 1.5, "width": 64}, "enlarge=1.5: sets height and width, leave those out"),
+        ({"enlarge": 1.5, "width": 64}, "enlarge=1.5: sets height and width; leave those out"),
     ],
 )
 def test_sizes_that_do_not_fit_together(settings, message):
