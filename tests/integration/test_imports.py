@@ -1,0 +1,52 @@
+"""What a run imports: a library that it does not need costs every run its time."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+RUN = """
+import json, sys
+from fluxlab.run import main
+assert main(sys.argv[1:]) == 0
+print("modules:" + json.dumps(sorted(sys.modules)))
+"""
+NEVER = {"diffusers", "wandb", "ray", "xarray", "pandas", "torchvision", "IPython", "submitit"}
+ONLY_TO_ENCODE = {"transformers", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+"""What transformers' networks import: about two seconds."""
+BUDGET = 2600
+"""Modules of a run whose prompts are known. 2,356 were imported when this was written, and 3,627 without the cache."""
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """The modules of a run that encodes its prompt, and of one that finds it in the cache."""
+    folder = tmp_path_factory.mktemp("imports")
+    found = []
+    for out in ("cold", "warm"):
+        words = ["+exp=hello", "steps=2", "tracking=none", f"cache={folder / 'cache'}", f"out={folder / out}"]
+        ran = subprocess.run([sys.executable, "-c", RUN, *words], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        found.append(set(json.loads(ran.stdout.partition("modules:")[2])))
+    return found
+
+
+def test_a_run_does_not_import_what_it_does_not_use(imported):
+    for modules in imported:
+        assert not modules & NEVER
+
+
+def test_a_run_whose_prompts_are_known_does_not_import_transformers(imported):
+    cold, warm = imported
+    assert "transformers" in cold
+    assert not warm & ONLY_TO_ENCODE
+    assert len(warm) <= BUDGET
+    assert len(warm) < 0.75 * len(cold)
+
+
+def test_importing_the_package_is_cheap():
+    code = (
+        "import fluxlab, sys; print(len({'torch', 'numpy', 'hydra', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "0"
