@@ -1,6 +1,6 @@
 """`python -m experiments.attribution -o figures`: does the gradient find the parts of the rotary tables that matter?
 
-About 3 min on 2 CPU cores with model=tiny. For every (block, head, axis, band of wavelengths), the change of the
+About 9 min on 2 CPU cores with model=tiny. For every (block, head, axis, band of wavelengths), the change of the
 denoising loss when the band no longer contributes (exhaustive ablation) is compared with what one backward predicts.
 Prints and writes the rank correlation over bands with its interval, and the effect of the top k bands against k random
 ones. Each (prompt, seed) is an image of the model itself, and an own sample of the intervals.
