@@ -10,8 +10,9 @@ from torch import Tensor
 from fluxlab import sampling
 from fluxlab.errors import UserError
 from fluxlab.model import FluxParams, Rotary
+from fluxlab.model.groups import KeyGroups
 from fluxlab.model.sites import Observed, Site
-from fluxlab.positions import Context, Interventions, Layout, Program, Prompt
+from fluxlab.positions import Compiled, Context, Interventions, Layout, Placement, Program, Prompt
 from fluxlab.probes import Probe
 
 T = TypeVar("T")
@@ -99,9 +100,9 @@ def context(
     trained: tuple[int, int],
     trained_text: int,
 ) -> Context:
-    """Return the context in which programs and probes are resolved, with ids `(1, N, A)` in `dtype` on `device`.
+    """Return the context in which programs and probes are resolved, with ids `(1, N, A)` in `dtype` on the host.
 
-    trained, trained_text: the token grid and the number of text tokens that the model was trained on.
+    device: of the model. trained, trained_text: the token grid and the number of text tokens that it was trained on.
     """
     axes = len(p.axes_dim)
     parts = [sampling.text_ids(1, layout.text, axes)]
@@ -110,7 +111,7 @@ def context(
         parts[-1][..., 0] = index
     ids = torch.cat(parts, 1)
     return Context(
-        ids=ids.to(device, dtype),
+        ids=ids.to(dtype),
         layout=layout,
         axes_dim=p.axes_dim,
         theta=p.theta,
@@ -122,6 +123,7 @@ def context(
         trained=trained,
         trained_text=trained_text,
         mlp_ratio=p.mlp_ratio,
+        device=device,
     )
 
 
@@ -164,15 +166,42 @@ def block_sites(
     return [change if observe is None else Observed(observe, change) for observe, change in pairs]
 
 
-def moved(x: Any, device: torch.device, memo: dict[int, Any] | None = None) -> Any:
-    """Return nested tuples, lists and named tuples of tensors on `device`. What is one object stays one object."""
-    memo = {} if memo is None else memo
-    if id(x) not in memo:
+class OnDevice:
+    """The tables and masks of compiled programs on the device of the model, each moved once.
+
+    Programs are compiled on the host: nothing is read back from the device, and it needs no fp64, which MPS lacks.
+    dtype: of the model, to which masks are converted before they are moved.
+    """
+
+    def __init__(self, compiled: Compiled, device: torch.device, dtype: torch.dtype):
+        self._compiled, self._device, self._dtype = compiled, device, dtype
+        self._last: tuple[Placement, Placement] | None = None
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # on the host and on the device, by the id of the former
+
+    def step(self, t: float) -> int:
+        return self._compiled.step(t)
+
+    def at(self, t: float) -> Placement:
+        """Return what `Compiled.at(t)` returns, on the device. What the step before used too is not moved again."""
+        placement = self._compiled.at(t)
+        if self._device.type == "cpu":
+            return placement
+        if self._last is None or self._last[0] is not placement:
+            before, self._known = self._known, {}
+            memo: dict[int, Any] = {}
+            rotary = self._moved(placement.rotary, None, before, memo)
+            mask = self._moved(placement.mask, self._dtype, before, memo)
+            self._last = placement, Placement(rotary, mask)
+        return self._last[1]
+
+    def _moved(self, x: Any, dtype: torch.dtype | None, before: dict, memo: dict[int, Any]) -> Any:
+        """Return nested tuples, lists and named tuples of tensors on the device. One object stays one object."""
         if isinstance(x, Tensor):
-            memo[id(x)] = x.to(device)
-        elif isinstance(x, list | tuple):
-            parts = [moved(part, device, memo) for part in x]
-            memo[id(x)] = type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
-        else:
-            memo[id(x)] = x
-    return memo[id(x)]
+            if id(x) not in self._known:
+                self._known[id(x)] = before.get(id(x)) or (x, x.to(dtype or x.dtype).to(self._device))
+            return self._known[id(x)][1]
+        if isinstance(x, list | tuple) and id(x) not in memo:
+            parts = [self._moved(part, dtype, before, memo) for part in x]
+            moved = type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+            memo[id(x)] = moved._replace(on_host=x.queries) if isinstance(x, KeyGroups) else moved
+        return memo.get(id(x))

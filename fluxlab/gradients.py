@@ -67,6 +67,7 @@ def prepare(
     channels = 4 * pipe.autoencoder.params.z_channels
     noise = batching.start(seeds, None, len(prompts), channels, (rows, cols), pipe.dtype).to(pipe.device, exact)
     context = pipe.context(prompts, length, (rows, cols), pipe.schedule.times(settings.steps, rows * cols))
+    context = replace(context, ids=context.ids.to(pipe.device))  # arguments with gradients are there, too
     return Prepared(pipe, txt, y, guidance, noise, context)
 
 

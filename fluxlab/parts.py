@@ -128,8 +128,7 @@ class ModelParts:
         x = sampling.pack(self.autoencoder.encode(2 * tensor.to(weight.device, weight.dtype) - 1)).float()
         finite = FiniteCheck([f"image {i}" for i in range(len(x))], 0, weight.dtype)
         finite.encoded(x)
-        if finite.steps:
-            raise finite.error(None)
+        finite.finish(None)
         return x.to(self.device), rows, cols
 
     @torch.inference_mode()
@@ -141,8 +140,7 @@ class ModelParts:
         """
         finite = FiniteCheck([f"image {i}" for i in range(len(x))], 0, self.dtype)
         images = self._decode(x, rows, cols, output, finite)
-        if finite.steps:
-            raise finite.error(images)
+        finite.finish(images)
         return images
 
     def _decode(

@@ -159,8 +159,7 @@ class Pipeline(ModelParts):
         with Progress("sampling", settings.steps) if progress else nullcontext() as bar:
             x = sampling.euler(velocity, x, sigmas, finite.watch(on_step, bar))
         images = x if output == "latent" else self._decode(x, rows, cols, output, finite)
-        if finite.steps:
-            raise finite.error(images)
+        finite.finish(images)
         return images
 
     @torch.inference_mode()
@@ -224,8 +223,7 @@ class Pipeline(ModelParts):
             sampling.sample_names(prompts), settings.steps, self.dtype, lambda i: self._text_fault(prompts[i], settings)
         )
         noise = sampling.invert(velocity, x.expand(len(prompts), -1, -1), sigmas, iterations, finite.watch(on_step))
-        if finite.steps:
-            raise finite.error(noise)
+        finite.finish(noise)
         return noise
 
     def _velocity(
@@ -258,7 +256,6 @@ class Pipeline(ModelParts):
         if self.transformer.params.guidance_embed:
             guidance = _filled(batch, settings.guidance, self.device)
             guidance = sampling.round_timesteps(guidance, rounding and "bfl")
-        host = _table_device(self.device)
         compiled = self._compile(programs, prompts, length, grid, sigmas)
         interventions = self._interventions(programs, prompts, length, grid, sigmas)
         if probe is not None:
@@ -266,7 +263,7 @@ class Pipeline(ModelParts):
 
         def conditioned(
             texts: Sequence[str],
-            compiled: positions.Compiled,
+            compiled: batching.OnDevice,
             interventions: positions.Interventions | None,
             probe: Probe | None = None,
         ) -> sampling.Velocity:
@@ -275,7 +272,7 @@ class Pipeline(ModelParts):
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 times = sampling.round_timesteps(_filled(batch, t, self.device), rounding)
-                rotary, mask = batching.moved(compiled.at(t), self.device) if host != self.device else compiled.at(t)
+                rotary, mask = compiled.at(t)
                 step, p = compiled.step(t), self.transformer.params
                 taps = None if probe is None else probe.taps(step)
                 sites = batching.block_sites(interventions, probe, step, t, rotary, p.depth + p.depth_single_blocks)
@@ -320,15 +317,14 @@ class Pipeline(ModelParts):
         length: int,
         grid: tuple[int, int],
         sigmas: Sequence[float],
-    ) -> positions.Compiled:
+    ) -> batching.OnDevice:
         """Compile the programs of a batch. `prompts` is None for texts that do not have the words of the programs."""
         programs = programs or [Program()]
         named = None
         if any(program.names_words for program in programs):
             named = [None] if prompts is None else prompts
-        return positions.compile_programs(
-            programs, self.context(named, length, grid, sigmas, _table_device(self.device))
-        )
+        compiled = positions.compile_programs(programs, self.context(named, length, grid, sigmas))
+        return batching.OnDevice(compiled, self.device, self.dtype)
 
     def context(
         self,
@@ -336,7 +332,6 @@ class Pipeline(ModelParts):
         length: int,
         grid: tuple[int, int] | refs.Grids,
         sigmas: Sequence[float],
-        device: torch.device | None = None,
     ) -> positions.Context:
         """Return the context in which programs and probes are resolved.
 
@@ -348,17 +343,12 @@ class Pipeline(ModelParts):
         spans = prompts and [None if prompt is None else self._prompt(prompt, length) for prompt in prompts]
         ids = torch.float64 if self.dtype == torch.float64 else torch.float32
         trained = self.grid(None, None), self.max_sequence_length
-        return batching.context(self.transformer.params, layout, sigmas, spans, device or self.device, ids, *trained)
+        return batching.context(self.transformer.params, layout, sigmas, spans, self.device, ids, *trained)
 
     def _prompt(self, prompt: str, length: int) -> positions.Prompt:
         """Return a prompt with the range of characters that each of its T5 tokens covers."""
         spans = self.text.t5_tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
         return positions.Prompt(prompt, tuple(map(tuple, spans.offset_mapping)))
-
-
-def _table_device(device: torch.device) -> torch.device:
-    """Return where programs are compiled. Angles are computed in fp64, which MPS does not have."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _filled(batch: int, value: float, device: torch.device) -> Tensor:

@@ -90,7 +90,7 @@ def _similarities(tables: Tables, head: int, part: slice, queries: Tensor, keys:
     groups = key_tables if isinstance(key_tables, KeyGroups) else KeyGroups((queries.flatten(),), (key_tables,))
     query_phases = _phases(query_table, head)[queries][..., part]
     scores = torch.zeros(*queries.shape, keys.shape[-1])
-    for members, table in zip(*groups, strict=True):
+    for members, table in zip(groups.queries, groups.tables, strict=True):
         sums = torch.einsum("lqf,lkf->lqk", query_phases, _phases(table, head)[keys][..., part].conj()).real
         in_group = torch.isin(queries, members.cpu())[..., None]
         scores = torch.where(in_group, sums / query_phases.shape[-1], scores)

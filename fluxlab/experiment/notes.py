@@ -1,7 +1,5 @@
 """Notes on an experiment's programs, as `plan=true` and a run print them. They change nothing."""
 
-import torch
-
 from fluxlab.experiment.cells import Settings
 from fluxlab.experiment.reference_images import grids
 from fluxlab.experiment.spec import Experiment
@@ -27,7 +25,6 @@ def notes(experiment: Experiment, pipe: Pipeline, settings: Settings, most: int 
         settings.max_sequence_length,
         Grids((rows, cols), grids(experiment.references_of(experiment.prompts[0]), settings.pixels_per_token)),
         pipe.schedule.times(settings.steps, rows * cols),
-        torch.device("cpu"),
     )
     found: dict[tuple[str, str], list[str]] = {}
     for variant, program in experiment.variants.items():

@@ -23,7 +23,8 @@ class Attended(NamedTuple):
     q: `(B, H, n, d)`. k: `(B, H, N, d)`.
     lse: `(B, H, n)`, fp32 or fp64. The log-sum-exp of each query's scores, from the kernel.
     mask: additive, broadcasts to `(B, H, n, N)`, or None.
-    queries: `(n,)`, the positions of these queries in the sequence. None for the whole sequence in order.
+    queries: `(n,)`, in main memory if possible: the positions of these queries in the sequence. None for the whole
+        sequence in order.
     """
 
     q: Tensor

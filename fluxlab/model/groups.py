@@ -12,11 +12,13 @@ from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 class KeyGroups(NamedTuple):
     """A partition of the queries, and a rotary table of the keys for each part.
 
-    queries: index tensors that together hold 0 … N - 1 once. tables: one table for each of them.
+    queries: index tensors that together hold 0 … N - 1 once. tables: one table for each of them. on_host: the same
+    indices in main memory, for probes, which would otherwise wait for the device to read them; None if `queries` are.
     """
 
     queries: tuple[Tensor, ...]
     tables: tuple[Rotary, ...]
+    on_host: tuple[Tensor, ...] | None = None
 
     @property
     def identity(self) -> Rotary:
@@ -46,10 +48,10 @@ def attend_in_groups(
     """
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
     parts = []
-    for queries, table in zip(*groups, strict=True):
+    for queries, table, on_host in zip(groups.queries, groups.tables, groups.on_host or groups.queries, strict=True):
         keys = apply_rotary(k, table) if plain else apply_rotary_(k.clone(), table)
         rows = None if mask is None else mask.expand(*mask.shape[:2], q.shape[2], -1)[:, :, queries]
-        parts.append(attend(q.index_select(2, queries), keys, v, rows, tap, queries))
+        parts.append(attend(q.index_select(2, queries), keys, v, rows, tap, on_host))
     if plain:
         return torch.cat(parts, dim=2)[:, :, torch.cat(groups.queries).argsort()]
     out = empty_token_major(q, v.dtype)

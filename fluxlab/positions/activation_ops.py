@@ -90,8 +90,8 @@ def finite(value: Any, path: str) -> float:
 def ablate(own: Tensor, whole: Tensor, what: Any, to: str = "zero", over: Tensor | None = None) -> Tensor:
     """Replace the output of attention heads or of the MLP by zero, or by its mean over tokens `over`.
 
-    own: `(…, n, C)`, the selected tokens. whole: `(…, N, C)`, the sample's sequence. over: boolean `(N,)`, by default
-    the selected tokens.
+    own: `(…, n, C)`, the selected tokens. whole: `(…, N, C)`, the sample's sequence. over: the indices of tokens,
+    by default the selected ones.
     """
     if to == "zero":
         return torch.zeros_like(own)

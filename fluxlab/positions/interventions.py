@@ -29,7 +29,8 @@ class Planned:
     """An edit of activations of one sample. source: the sample it takes from, None for `ablate`.
 
     theirs: indices of the source's tokens, one for each of the edit's tokens; all candidates with `map: match`.
-    of_velocity: whether it acts on the model's output, which belongs to all blocks together.
+    of_velocity: whether it acts on the model's output, which belongs to all blocks together. on_image: the edit's
+    tokens and the source's where both are behind the text, counted from there. heads: numbers, None for all.
     """
 
     edit: Resolved
@@ -37,13 +38,37 @@ class Planned:
     source: int | None = None
     theirs: Tensor | None = None
     of_velocity: bool = False
+    on_image: tuple[Tensor, Tensor] | None = None
+    heads: Tensor | None = None
+
+    def moved(self, device: torch.device) -> "Planned":
+        """Return the edit with its indices on the device of the model. `seen_by` stays: it is read on the host."""
+
+        def move(x: Any) -> Any:
+            return x.to(device) if isinstance(x, Tensor) else x
+
+        edit = replace(
+            self.edit,
+            tokens=move(self.edit.tokens),
+            # a mask would be read back each time that it selects
+            arguments={
+                key: move(value.nonzero()[:, 0] if isinstance(value, Tensor) and value.dtype == torch.bool else value)
+                for key, value in self.edit.arguments.items()
+            },
+        )
+        on_image = self.on_image and (move(self.on_image[0]), move(self.on_image[1]))
+        return replace(self, edit=edit, theirs=move(self.theirs), on_image=on_image, heads=move(self.heads))
 
 
 class Interventions:
     """The edits of activations of a batch. Call `at` at each step."""
 
     def __init__(self, planned: Sequence[Planned], context: Context):
-        self._planned, self._blocks, self._text = planned, context.blocks, context.layout.text
+        self._planned, self._blocks = (
+            [plan.moved(context.device or context.ids.device) for plan in planned],
+            context.blocks,
+        )
+        self._groups: dict[Any, Any] = {}
 
     def at(self, step: int, t: float, tables: Sequence[tuple[Any, Any]]) -> list[Site | None] | None:
         """Return a site per block, None for a block without an edit; None if no edit acts at this step.
@@ -57,7 +82,7 @@ class Interventions:
         sites: list[Site | None] = []
         for block in range(self._blocks):
             actions = [_action(plan, strength) for plan, strength in active if block in plan.edit.blocks]
-            sites.append(Patch(actions, tables[block]) if actions else None)
+            sites.append(Patch(actions, tables[block], self._groups) if actions else None)
         return sites
 
     def velocity(self, step: int, t: float, v: Tensor) -> Tensor:
@@ -71,8 +96,7 @@ class Interventions:
             return v
         v = v.clone()
         for plan, strength in active:
-            on_image = (plan.edit.tokens >= self._text) & (plan.theirs >= self._text)
-            own, theirs = (tokens[on_image] - self._text for tokens in (plan.edit.tokens, plan.theirs))
+            own, theirs = plan.on_image
             new = plan.edit.op.function(v[plan.source][theirs], **plan.edit.arguments)
             v[plan.sample, own] = blend(v[plan.sample, own], new, strength)
         return v
@@ -88,7 +112,7 @@ def _action(plan: Planned, strength: float) -> Action:
         source=plan.source,
         tokens=edit.tokens,
         theirs=plan.theirs,
-        heads=None if edit.heads is None else torch.tensor(sorted(edit.heads), device=edit.tokens.device),
+        heads=plan.heads,
         seen_by=edit.seen_by,
         strength=strength,
         path=edit.path,
@@ -141,7 +165,7 @@ def _plan(edit: Resolved, sample: int, batch: int, context: Context) -> Planned:
     if "source" not in given:
         if edit.seen_by is not None:
             raise UserError(f"{join(edit.path, 'seen_by')}: a key of inject, which {edit.op.name} does not take")
-        return Planned(edit, sample)
+        return Planned(edit, sample, heads=_heads(edit))
     check_inject(given, edit.seen_by is not None, len(edit.blocks) == context.blocks, edit.path)
     source = given["source"]
     if "sample" not in source:
@@ -154,7 +178,16 @@ def _plan(edit: Resolved, sample: int, batch: int, context: Context) -> Planned:
             f"{join(edit.path, 'source')}: {source['sample']}, expected a sample of this batch below {batch}"
         )
     velocity = VELOCITY in given["what"] and len(edit.blocks) == context.blocks
-    return Planned(edit, sample, source["sample"], _theirs(edit, source["sample"], context), velocity)
+    theirs, text = _theirs(edit, source["sample"], context), context.layout.text
+    on_image = None
+    if velocity:
+        behind = (edit.tokens >= text) & (theirs >= text)
+        on_image = edit.tokens[behind] - text, theirs[behind] - text
+    return Planned(edit, sample, source["sample"], theirs, velocity, on_image, _heads(edit))
+
+
+def _heads(edit: Resolved) -> Tensor | None:
+    return None if edit.heads is None else torch.tensor(sorted(edit.heads))
 
 
 def check_inject(given: dict[str, Any], seen_by: bool, whole: bool, path: str) -> None:

@@ -23,7 +23,8 @@ class Action:
     """An edit of one sample's activations at one step.
 
     sample, source: numbers in the batch; source is None for `ablate`. tokens: `(n,)`, theirs: the source's token for
-    each, or all candidates with `map: match`. heads: `(h,)` or None for all. seen_by: boolean `(N,)` or None.
+    each, or all candidates with `map: match`. heads: `(h,)` or None for all. seen_by: boolean `(N,)` in main memory, or
+    None.
     """
 
     op: Callable
@@ -57,10 +58,18 @@ class View:
 
 
 class Patch(Site):
-    """The site of a block with edits. Made for one forward. tables: the block's rotary tables (queries, keys)."""
+    """The site of a block with edits. Made for one forward. tables: the block's rotary tables (queries, keys).
 
-    def __init__(self, actions: Sequence[Action], tables: tuple[Rotary, Rotary | KeyGroups]):
-        self._actions, self._tables = actions, tables
+    groups: groups of queries that other blocks and steps have found.
+    """
+
+    def __init__(
+        self,
+        actions: Sequence[Action],
+        tables: tuple[Rotary, Rotary | KeyGroups],
+        groups: dict[Any, Any] | None = None,
+    ):
+        self._actions, self._tables, self._known = actions, tables, {} if groups is None else groups
         self._theirs = {id(action): action.theirs for action in actions}
         self._views: dict[int, View] = {}
 
@@ -142,42 +151,51 @@ class Patch(Site):
         out = empty_token_major(q, v.dtype)
         special = sorted({view.action.sample for view in self._views.values()})
         others = [b for b in range(len(q)) if b not in special]
-        for queries, table in self._groups(keys, q):
+        for queries, on_host, table in self._groups(keys, q):
             turned = k if table is None else apply_rotary(k, table)
             seen: dict[int, Attended] = {}
             if others:
                 rows = torch.tensor(others, device=q.device)
-                self._part(out, rows, queries, (q[rows], turned[rows], v[rows]), _of(mask, rows), tap, seen)
+                part = (q[rows], turned[rows], v[rows], _of(mask, rows))
+                self._part(out, others, rows, queries, part, tap, seen)
             for b in special:
                 rows = torch.tensor([b], device=q.device)
-                part = self._with_views(b, queries, turned[rows], v[rows], _of(mask, rows))
-                self._part(out, rows, queries, (q[rows], *part[:2]), part[2], tap, seen)
+                part = (q[rows], *self._with_views(b, on_host, turned[rows], v[rows], _of(mask, rows)))
+                self._part(out, [b], rows, queries, part, tap, seen)
             if tap is not None:
-                tap(_merged(seen, mask, queries, turned.shape[2]))
+                tap(_merged(seen, mask, queries, on_host, turned.shape[2]))
         return out
 
-    def _groups(self, keys: Rotary | KeyGroups, q: Tensor) -> list[tuple[Tensor | None, Rotary | None]]:
-        """Return the queries that see the same keys, with the table of keys that are not rotated yet."""
+    def _groups(self, keys: Rotary | KeyGroups, q: Tensor) -> list[tuple[Tensor | None, Tensor | None, Rotary | None]]:
+        """Return the queries that see the same keys, on the device and in main memory, with the table of keys that are
+        not rotated yet.
+        """
         views = [view.action.seen_by for view in self._views.values() if view.action.seen_by is not None]
-        groups = list(zip(*keys, strict=True)) if isinstance(keys, KeyGroups) else [(None, None)]
+        groups = [(None, None, None)]
+        if isinstance(keys, KeyGroups):
+            groups = list(zip(keys.queries, keys.on_host or keys.queries, keys.tables, strict=True))
         if not views:
             return groups
-        labels = torch.stack(views, 1)
         parts = []
-        for queries, table in groups:
-            queries = torch.arange(q.shape[2], device=q.device) if queries is None else queries
-            _, which = labels[queries].unique(dim=0, return_inverse=True)
-            parts += [(queries[which == n], table) for n in range(int(which.max()) + 1)]
+        for _, on_host, table in groups:
+            key = (id(on_host), *map(id, views))
+            if key not in self._known:
+                found = _split(
+                    torch.arange(q.shape[2]) if on_host is None else on_host.cpu(), torch.stack(views, 1).cpu()
+                )
+                # what is kept with it keeps the ids from being used again
+                self._known[key] = [(part.to(q.device), part) for part in found], (on_host, views)
+            parts += [(*part, table) for part in self._known[key][0]]
         return parts
 
     def _with_views(
-        self, b: int, queries: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None
+        self, b: int, on_host: Tensor | None, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return keys, values and mask `(1, …)` of one sample with its views, as these queries see them."""
         k, v = k.clone(), v.clone()
         for view in self._views.values():
             action = view.action
-            if action.sample != b or (action.seen_by is not None and not action.seen_by[queries[0]]):
+            if action.sample != b or (action.seen_by is not None and not action.seen_by[on_host[0]]):
                 continue
             if not action.appends:
                 for name, x in (("keys", k), ("values", v)):
@@ -196,24 +214,30 @@ class Patch(Site):
     def _part(
         self,
         out: Tensor,
+        samples: list[int],
         rows: Tensor,
         queries: Tensor | None,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        mask: Tensor | None,
+        part: tuple[Tensor, Tensor, Tensor, Tensor | None],
         tap: Tap | None,
         seen: dict[int, Attended],
     ) -> None:
-        """Write the attention of some samples and queries into `out`."""
-        q, k, v = qkv
+        """Write the attention of some samples and queries into `out`. rows: the samples as a tensor."""
+        q, k, v, mask = part
         if queries is not None:
             mask = None if mask is None else mask.expand(*mask.shape[:2], q.shape[2], -1)[:, :, queries]
             q = q.index_select(2, queries)
-        note = None if tap is None else lambda a: seen.update({int(b): _row(a, i) for i, b in enumerate(rows)})
-        part = attend(q, k, v, mask, note, queries)
+        note = None if tap is None else lambda a: seen.update({b: _row(a, i) for i, b in enumerate(samples)})
+        attended = attend(q, k, v, mask, note, queries)
         if queries is None:
-            out[rows] = part
+            out[rows] = attended
         else:
-            out[rows[:, None], :, queries[None]] = part.transpose(1, 2)
+            out[rows[:, None], :, queries[None]] = attended.transpose(1, 2)
+
+
+def _split(queries: Tensor, labels: Tensor) -> list[Tensor]:
+    """Return the queries in groups of equal labels, a row of `labels` for each token."""
+    _, which = labels[queries].unique(dim=0, return_inverse=True)
+    return [queries[which == n] for n in range(int(which.max()) + 1)]
 
 
 def _take(x: Tensor, tokens: Tensor, heads: Tensor | None) -> Tensor:
@@ -276,11 +300,13 @@ def _row(attended: Attended, i: int) -> Attended:
     return Attended(attended.q[i : i + 1], attended.k[i : i + 1], attended.lse[i : i + 1], None, None)
 
 
-def _merged(seen: dict[int, Attended], mask: Tensor | None, queries: Tensor | None, tokens: int) -> Attended:
+def _merged(
+    seen: dict[int, Attended], mask: Tensor | None, queries: Tensor | None, on_host: Tensor | None, tokens: int
+) -> Attended:
     """Return the calls of single samples as one: the keys of the sequence, the log-sum-exp over all keys."""
     calls = [seen[b] for b in sorted(seen)]
     q, lse = (torch.cat([getattr(call, name) for call in calls]) for name in ("q", "lse"))
     k = torch.cat([call.k[:, :, :tokens] for call in calls])
     if queries is not None and mask is not None:
         mask = mask.expand(*mask.shape[:2], tokens, -1)[:, :, queries]
-    return Attended(q, k, lse, mask, queries)
+    return Attended(q, k, lse, mask, on_host)

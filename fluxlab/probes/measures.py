@@ -61,7 +61,8 @@ def words(context: ProbeContext, words: str | list[str] = "all", direction: str 
     groups = [[torch.tensor(group) for _, group in sample] for sample in prompt_words]
     empty = torch.tensor([], dtype=torch.long)
     members = [union([*sample, *[empty] * (count - len(sample))], context) for sample in groups]
-    weights = [averaging_weights(member) for _, member in members]
+    weights = [averaging_weights(member).to(context.device) for _, member in members]
+    members = [(text, member.to(context.device)) for text, member in members]
     image = token_range(context, IMAGE)
     directions = ["image_to_word", "word_to_image"] if direction == "both" else [direction]
 
@@ -86,7 +87,8 @@ def regions(context: ProbeContext, regions: Mapping[str, Any]) -> Measure:
     """Attention from each region to each region: summed over keys, averaged over queries."""
     selected = {name: select_tokens(part, context, f"regions.{name}") for name, part in regions.items()}
     members = [union([part[b].index for part in selected.values()], context) for b in range(context.samples)]
-    weights = [averaging_weights(member) for _, member in members]
+    weights = [averaging_weights(member).to(context.device) for _, member in members]
+    members = [(both, member.to(context.device)) for both, member in members]
 
     def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
         both, member = members[b]
@@ -123,7 +125,8 @@ def quadrants(context: ProbeContext) -> Measure:
     others = [kind.index for i, kind in enumerate(kinds) if i != largest]
     rest, member = union(others, context)
     sequence = token_range(context)
-    average = averaging_weights(union([kind.index for kind in kinds], context)[1])
+    average = averaging_weights(union([kind.index for kind in kinds], context)[1]).to(context.device)
+    member = member.to(context.device)
 
     def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
         for p, which in attention_weights(attended, b, heads, sequence, rest):

@@ -45,7 +45,8 @@ class ProbeContext(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        return self.run.ids.device
+        """The device of the model. Requests are resolved on the host, and what `observe` needs is moved there once."""
+        return self.run.device or self.run.ids.device
 
     @property
     def averages_tokens(self) -> bool:
@@ -92,7 +93,8 @@ class Measure:
 def select_tokens(selection: Any, context: ProbeContext, key: str) -> list[Tokens]:
     """Return the selected tokens of each sample. Raises `UserError` with the path of `key` for an empty selection."""
     path = join(context.path, key)
-    return [tokens(resolve_tokens(selection, context.run, b, path)) for b in range(context.samples)]
+    selected = [resolve_tokens(selection, context.run, b, path).cpu() for b in range(context.samples)]
+    return [tokens(index, context.device) for index in selected]
 
 
 def select_image_tokens(selection: Any, context: ProbeContext, key: str) -> list[Tokens]:
@@ -107,23 +109,23 @@ def select_image_tokens(selection: Any, context: ProbeContext, key: str) -> list
 def token_range(context: ProbeContext, kind: int | None = None) -> Tokens:
     """Return all tokens of a kind (`TEXT`, `IMAGE`, …), or of the whole sequence."""
     ends = (0, context.layout.tokens) if kind is None else context.layout.range(kind)
-    return tokens(torch.arange(*ends, device=context.device))
+    return tokens(torch.arange(*ends), context.device)
 
 
 def grid_positions(context: ProbeContext) -> tuple[Tensor, Tensor]:
-    """Return row and column of each image token, `(N,)` in fp32."""
+    """Return row and column of each image token, `(N,)` in fp32, in main memory."""
     rows, cols = context.layout.grid
-    index = torch.arange(rows * cols, device=context.device)
+    index = torch.arange(rows * cols)
     return (index // cols).float(), (index % cols).float()
 
 
 def union(groups: Sequence[Tensor], context: ProbeContext) -> tuple[Tokens, Tensor]:
-    """Return the n tokens that are in any of m groups, and their membership: 0 or 1, `(n, m)`."""
-    member = torch.zeros(context.layout.tokens, len(groups), dtype=torch.float32, device=context.device)
+    """Return the n tokens that are in any of m groups, and their membership: 0 or 1, `(n, m)`, in main memory."""
+    member = torch.zeros(context.layout.tokens, len(groups), dtype=torch.float32)
     for g, group in enumerate(groups):
         member[group, g] = 1
     index = member.any(1).nonzero()[:, 0]
-    return tokens(index), member[index]
+    return tokens(index, context.device), member[index]
 
 
 def averaging_weights(member: Tensor) -> Tensor:

@@ -72,20 +72,21 @@ def distance(context: ProbeContext, tokens: Any = "image") -> Measure:
     """
     queries = select_image_tokens(tokens, context, "tokens")
     image, (rows, cols) = token_range(context, IMAGE), context.layout.grid
-    row, col = grid_positions(context)
-    first = int(image.index[0])
+    places = [one.index - int(image.index[0]) for one in queries]
+    moved = lambda *parts: tuple(part.to(context.device) for part in parts)  # noqa: E731
+    row, col = moved(*grid_positions(context))
+    own = [(*moved(place // cols, place % cols, cols - 1 - place % cols),) for place in places]
 
     def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
-        count = len(queries[b])
-        own_row, own_col = row[queries[b].index - first], col[queries[b].index - first]
+        count, (own_row, own_col, from_right) = len(queries[b]), own[b]
         for p, which in attention_weights(attended, b, heads, queries[b], image):
             down = row - take(own_row, 0, which)[:, None]
             right = col - take(own_col, 0, which)[:, None]
             parts = [torch.einsum("hqk,qk->hq", p, part.to(p)) for part in (down, right, torch.hypot(down, right))]
             mean = torch.stack(parts, -1) / p.sum(-1, keepdim=True)
             add("offset", *per_query(which, mean, count, context))
-            index = take(queries[b].index - first, 0, which)
-            add("histogram", (), _by_offset(p, index, rows, cols) / count)
+            in_rows = (take(places[b], 0, which) // cols).bincount(minlength=rows).tolist()
+            add("histogram", (), _by_offset(p, in_rows, take(from_right, 0, which), rows, cols) / count)
 
     deltas = [(f"delta_{name}", list(range(1 - n, n))) for name, n in (("row", rows), ("col", cols))]
     histogram = named_axis(*deltas[0]) + named_axis(*deltas[1])
@@ -95,20 +96,22 @@ def distance(context: ProbeContext, tokens: Any = "image") -> Measure:
     return Measure({"offset": offset, "histogram": flat}, observe, "tokens, probability", scratch=2 * unfolded)
 
 
-def _by_offset(p: Tensor, index: Tensor, rows: int, cols: int) -> Tensor:
+def _by_offset(p: Tensor, in_rows: Sequence[int], from_right: Tensor, rows: int, cols: int) -> Tensor:
     """Sum attention weights over queries by offset (key - query).
 
-    p: `(h, n, rows·cols)`. index: raster index of each query, `(n,)`, ascending. Returns
-    `(h, 2·rows - 1, 2·cols - 1)`. The keys of a query at (r, c) form an image, which is added to the result at
-    (rows - 1 - r, cols - 1 - c). `fold` adds the images of one row of queries at once.
+    p: `(h, n, rows·cols)`, for n queries row by row. in_rows: the number of queries in each row. from_right: `(n,)`,
+    number of columns to the right of each. Returns `(h, 2·rows - 1, 2·cols - 1)`. The keys of a query at (r, c) form an
+    image, which is added to the result at (rows - 1 - r, cols - 1 - c). `fold` adds the images of one row of queries at
+    once.
     """
     total = p.new_zeros(p.shape[0], 2 * rows - 1, 2 * cols - 1)
-    for r in (index // cols).unique().tolist():
-        in_row = index // cols == r
-        images = p.new_zeros(p.shape[0], rows * cols, cols)
-        images[..., cols - 1 - index[in_row] % cols] = p[:, in_row].mT
-        folded = F.fold(images, (rows, 2 * cols - 1), (rows, cols))[:, 0]
-        total[:, rows - 1 - r : 2 * rows - 1 - r] += folded
+    parts = zip(p.split(list(in_rows), dim=1), from_right.split(list(in_rows)), strict=True)
+    for r, (in_row, places) in enumerate(parts):
+        if len(places):
+            images = p.new_zeros(p.shape[0], rows * cols, cols)
+            images[..., places] = in_row.mT
+            folded = F.fold(images, (rows, 2 * cols - 1), (rows, cols))[:, 0]
+            total[:, rows - 1 - r : 2 * rows - 1 - r] += folded
     return total
 
 
@@ -116,7 +119,7 @@ def _by_offset(p: Tensor, index: Tensor, rows: int, cols: int) -> Tensor:
 def peak(context: ProbeContext, tokens: Any = "image") -> Measure:
     """The image key with the largest attention weight of each query: its row, its column, and the weight."""
     queries, image = select_tokens(tokens, context, "tokens"), token_range(context, IMAGE)
-    row, col = grid_positions(context)
+    row, col = (part.to(context.device) for part in grid_positions(context))
 
     def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
         for p, which in attention_weights(attended, b, heads, queries[b], image):

@@ -1,6 +1,7 @@
 """`Probe`: gives the model a tap for each block that a capture requests, and collects the results."""
 
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,11 @@ from fluxlab.probes.arrays import Captured
 from fluxlab.probes.requests import Capture
 from fluxlab.probes.resolve import ResolvedRequest, check_budget, memory, resolve
 from fluxlab.probes.sites import at_site
+from fluxlab.probes.stream import Places
 from fluxlab.select.layout import Context
+
+MOST_WAITING = 64 << 20
+"""Bytes of values that may wait in main memory until the GPU has copied them and they are added."""
 
 
 class Probe:
@@ -30,7 +35,9 @@ class Probe:
         self.capture = Capture.from_config(capture)
         self._context: Context | None = None
         self._requests: list[ResolvedRequest] = []
+        self._heads: list[Tensor | None] = []
         self._values: list[dict[str, np.ndarray]] = []
+        self._incoming = _Incoming()
         self._taps: list[Tap] = []
         self._step = 0
         self._missing_steps: set[int] = set()
@@ -45,7 +52,8 @@ class Probe:
         resolved = resolve(self.capture, context, samples)
         check_budget(memory(resolved, context), self.capture.max_mb)
         self._context, self._requests = context, resolved
-        self._values = [request.empty() for request in resolved]
+        self._heads = [request.heads_on(context) for request in resolved]
+        self._values, self._incoming = [request.empty() for request in resolved], _Incoming()
         self._taps = [self._tap(block) for block in range(context.blocks)]
         self._missing_steps = {step for request in resolved for step in request.steps}
 
@@ -77,11 +85,12 @@ class Probe:
 
     def _observer(self, block: int, tables: tuple) -> Callable[[str, Tensor], None]:
         def observe(name: str, x: Tensor) -> None:
-            for request, values in zip(self._requests, self._values, strict=True):
+            for request, heads, values in zip(self._requests, self._heads, self._values, strict=True):
                 if request.measure.site == name and self._step in request.steps and block in request.blocks:
                     self._check_samples(request, len(x))
                     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-                        _record(request, values, self._step, block, x, tables[name == "keys"])
+                        table = tables[name == "keys"]
+                        _record(request, heads, values, self._incoming, self._step, block, x, table)
 
         return observe
 
@@ -92,10 +101,10 @@ class Probe:
     def _tap(self, block: int) -> Tap:
         def record(attended: Attended) -> None:
             with torch.no_grad(), torch.autocast(attended.q.device.type, enabled=False):
-                for request, values in zip(self._requests, self._values, strict=True):
+                for request, heads, values in zip(self._requests, self._heads, self._values, strict=True):
                     self._check_samples(request, len(attended.q))
                     if not request.measure.site and self._step in request.steps and block in request.blocks:
-                        _record(request, values, self._step, block, attended)
+                        _record(request, heads, values, self._incoming, self._step, block, attended)
 
         # A compiled model breaks its graph at a tap. Without one, the large import of torch._dynamo is not needed.
         return torch.compiler.disable(record) if "torch._dynamo" in sys.modules else record
@@ -108,6 +117,7 @@ class Probe:
         """
         if self._context is None or self._missing_steps:
             raise UserError("probe.arrays: nothing captured yet, or the run did not complete; call generate(probe=…)")
+        self._incoming.finish()
         pairs = zip(self._requests, self._values, strict=True)
         return {
             request.output_name(output): request.label(output, values[output], self._context)
@@ -118,27 +128,58 @@ class Probe:
 
 def _record(
     request: ResolvedRequest,
+    heads: Tensor | None,
     values: dict[str, np.ndarray],
+    incoming: "_Incoming",
     step: int,
     block: int,
     seen: Attended | Tensor,
     table: Rotary | None = None,
 ) -> None:
     """Add one kernel call, or the activations `(B, …)` of a site, to the results of a request."""
-    average = request.request.average
+    average, measure = request.request.average, request.measure
     s = 0 if "steps" in average else request.steps.index(step)
     n = 0 if "blocks" in average else request.blocks.index(block)
-    heads, measure = None, request.measure
-    x = seen if measure.site else seen.q
-    if measure.has_heads and len(request.heads) < x.shape[1]:
-        heads = torch.tensor(request.heads, device=x.device)
     for b in range(request.samples):
 
         def add(output: str, index: tuple, value: Tensor, b: int = b) -> None:
             if "heads" in average:
                 value = value.sum(0, keepdim=True)
             target = torch.from_numpy(values[output][b, s, n])
-            where = tuple(i.to("cpu") if isinstance(i, Tensor) else i for i in (slice(None), *index))
-            target[where] += (value * request.weight).to("cpu", torch.float32)
+            where = tuple(_on_host(i) for i in (slice(None), *index))
+            incoming.add(target, where, (value * request.weight).to(torch.float32))
 
         measure.observe(at_site(measure, seen, b, heads, table) if measure.site else seen, b, heads, add)
+
+
+def _on_host(index: Any) -> Any:
+    if isinstance(index, Places):
+        return index.on_host
+    return index.to("cpu") if isinstance(index, Tensor) else index
+
+
+class _Incoming:
+    """Adds values to arrays in main memory, in order. Values on a GPU are added while it computes the next blocks."""
+
+    def __init__(self):
+        self._waiting: deque[tuple[torch.cuda.Event, Tensor, tuple, Tensor]] = deque()
+        self._bytes = 0
+
+    def add(self, target: Tensor, where: tuple, value: Tensor) -> None:
+        if value.device.type != "cuda":
+            target[where] += value.to("cpu")
+            return
+        copied = value.to("cpu", non_blocking=True)  # into pinned memory
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((event, target, where, copied))
+        self._bytes += copied.nbytes
+        self.finish(MOST_WAITING)
+
+    def finish(self, most: int = 0) -> None:
+        """Add the oldest values until at most `most` bytes wait."""
+        while self._waiting and self._bytes > most:
+            event, target, where, copied = self._waiting.popleft()
+            event.synchronize()
+            target[where] += copied
+            self._bytes -= copied.nbytes

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fluxlab.errors import UserError, join
 from fluxlab.probes.arrays import Captured
@@ -47,6 +49,12 @@ class ResolvedRequest:
     def bytes(self) -> int:
         """Size of the results in fp32."""
         return sum(4 * math.prod((*self.shape, *axes.shape)) for axes in self.measure.outputs.values())
+
+    def heads_on(self, context: Context) -> Tensor | None:
+        """Return the heads as integers on the device of the model, None for all of them."""
+        device = context.device or context.ids.device
+        whole = len(self.heads) == context.heads or not self.measure.has_heads
+        return None if whole else torch.tensor(self.heads).to(device)
 
     def output_name(self, output: str) -> str:
         return f"{self.request.name}.{output}" if output else self.request.name
@@ -115,7 +123,7 @@ def memory(resolved: Sequence[ResolvedRequest], context: Context) -> dict[str, i
     if resolved:  # a chunk of attention weights; q and k of one sample in fp32, or copied by head; the largest scratch
         turned = 2 * 4 * context.layout.tokens * sum(context.axes_dim) * context.heads
         scratch = max(one.measure.scratch for one in resolved)
-        working = chunk_bytes(context.ids.device) + turned + scratch
+        working = chunk_bytes(context.device or context.ids.device) + turned + scratch
     return {**{one.request.name: one.bytes for one in resolved}, WORKING: working}
 
 

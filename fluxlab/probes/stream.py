@@ -2,15 +2,32 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fluxlab.model.attention import Attended
 
-Indexer = slice | Tensor
-"""Positions in a sequence: a slice if they are consecutive (no copy is needed then), else integers `(n,)`."""
+
+class Places:
+    """Positions in a sequence, in any order: the same integers `(n,)` in main memory and on the device of the model."""
+
+    def __init__(self, on_host: Tensor, on_device: Tensor):
+        self.on_host, self.on_device = on_host, on_device
+
+    def __len__(self) -> int:
+        return len(self.on_host)
+
+    def part(self, start: int, stop: int) -> "Places":
+        return Places(self.on_host[start:stop], self.on_device[start:stop])
+
+    def on(self, device: torch.device) -> Tensor:
+        return self.on_host if device.type == "cpu" else self.on_device
+
+
+Indexer = slice | Places
+"""Positions in a sequence: a slice if they are consecutive, since no copy is needed then, else `Places`."""
 
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 """Size of a chunk of attention weights: fits a cache on a CPU, and is large enough to occupy a GPU."""
@@ -20,34 +37,56 @@ def chunk_bytes(device: torch.device) -> int:
     return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
 
 
-class Tokens(NamedTuple):
-    """Tokens of a sequence: integers `(n,)`, and the same as an `Indexer`."""
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Tokens of a sequence: integers `(n,)` in main memory, the same as an `Indexer`, and the device of the model."""
 
     index: Tensor
     indexer: Indexer
+    device: torch.device
+    _located: dict[int, tuple[Tensor, Indexer, Indexer]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.index)
 
+    def located(self, queries: Tensor) -> tuple[Indexer, Indexer]:
+        """Return what `locate` does. It is found once for each group of queries, and moved to the device once."""
+        if id(queries) not in self._located:
+            if len(self._located) >= MOST_GROUPS:
+                self._located.clear()
+            on_host = queries.cpu()
+            row = torch.full((int(torch.cat((self.index, on_host)).max()) + 1,), -1)
+            row[on_host] = torch.arange(len(on_host))
+            row = row[self.index]
+            which = (row >= 0).nonzero()[:, 0]
+            found = to_indexer(row[which], self.device), to_indexer(which, self.device)
+            self._located[id(queries)] = queries, *found  # keeps `queries`, so that no other tensor gets its id
+        return self._located[id(queries)][1:]
 
-def tokens(index: Tensor) -> Tokens:
-    return Tokens(index, to_indexer(index))
+
+MOST_GROUPS = 16
+"""Groups of queries that `Tokens` remembers. A program has a few, which change when a strength changes."""
 
 
-def to_indexer(index: Tensor) -> Indexer:
-    """Return a slice if the integers `(n,)` are consecutive, else the integers."""
+def tokens(index: Tensor, device: torch.device | str = "cpu") -> Tokens:
+    """Return tokens with the integers `index`, which are in main memory, for a model on `device`."""
+    return Tokens(index, to_indexer(index, device), torch.device(device))
+
+
+def to_indexer(index: Tensor, device: torch.device | str) -> Indexer:
+    """Return a slice if the integers `(n,)` are consecutive, else the integers, moved to `device` too."""
     if len(index) and bool((index.diff() == 1).all()):
         return slice(int(index[0]), int(index[-1]) + 1)
-    return index
+    return Places(index, index.to(device))
 
 
-def take(x: Tensor, dim: int, indexer: Indexer | None) -> Tensor:
+def take(x: Tensor, dim: int, indexer: Indexer | Tensor | None) -> Tensor:
     """Return entries of x along a dimension; all of them for None."""
     if indexer is None:
         return x
     if isinstance(indexer, slice):
         return x.narrow(dim, indexer.start, indexer.stop - indexer.start)
-    return x.index_select(dim, indexer)
+    return x.index_select(dim, indexer.on(x.device) if isinstance(indexer, Places) else indexer)
 
 
 def locate(wanted: Tokens, queries: Tensor | None) -> tuple[Indexer, Indexer]:
@@ -56,14 +95,7 @@ def locate(wanted: Tokens, queries: Tensor | None) -> tuple[Indexer, Indexer]:
     Returns their rows in the call, and which of the wanted tokens they are. queries: the position in the sequence of
     each row of the call; None if the call has the whole sequence in order.
     """
-    if queries is None:
-        return wanted.indexer, slice(0, len(wanted))
-    length = int(torch.cat((wanted.index, queries)).max()) + 1
-    row = torch.full((length,), -1, device=queries.device)
-    row[queries] = torch.arange(len(queries), device=queries.device)
-    row = row[wanted.index]
-    which = (row >= 0).nonzero()[:, 0]
-    return to_indexer(row[which]), to_indexer(which)
+    return (wanted.indexer, slice(0, len(wanted))) if queries is None else wanted.located(queries)
 
 
 def attention_weights(
@@ -114,4 +146,4 @@ def _count(indexer: Indexer) -> int:
 def _part(indexer: Indexer, start: int, stop: int) -> Indexer:
     if isinstance(indexer, slice):
         return slice(indexer.start + start, indexer.start + stop)
-    return indexer[start:stop]
+    return indexer.part(start, stop)

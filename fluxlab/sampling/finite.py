@@ -18,6 +18,9 @@ def finite_samples(x: Tensor) -> list[bool]:
 class FiniteCheck:
     """Records which samples of a batch become non-finite, and when. Samples of a batch do not affect each other.
 
+    On the CPU each step is checked at once. Another device would have to finish the step first: there the checks are
+    read together, by `finish`.
+
     names: one name per sample for the error message. steps: the number of sampling steps. dtype: of the model.
     cause: returns for a sample that failed in the first step what came before it and was not finite, or None.
     """
@@ -28,9 +31,13 @@ class FiniteCheck:
         self.names, self.total, self.dtype, self.cause = names, steps, dtype, cause
         self.steps: dict[int, int | None] = {}
         self.reasons: dict[int, str] = {}
+        self._unread: list[tuple[Tensor, int | None, str]] = []
 
     def latents(self, step: int, x: Tensor) -> None:
-        """Check the latents `(B, N, C)` after `step`, counted from 0. Raises `NonFiniteError` if no sample is left."""
+        """Check the latents `(B, N, C)` after `step`, counted from 0.
+
+        Raises `NonFiniteError` if no sample is left, on another device than the CPU not before `finish`.
+        """
         self._record(x, step, f"its latents are not finite after step {step + 1} of {self.total}")
         if len(self.steps) == len(self.names):
             raise self.error(None)
@@ -55,11 +62,26 @@ class FiniteCheck:
         """Check decoded images `(B, 3, H, W)`."""
         self._record(images, None, "its latents are finite, but the autoencoder decodes them to NaN or infinity")
 
+    def finish(self, results: Sequence[Any] | None) -> None:
+        """Raise `NonFiniteError` if a sample was not finite. `results` are those of the whole batch."""
+        if self._unread:
+            flags = torch.stack([flag for flag, _, _ in self._unread]).cpu().tolist()
+            for wrong, (_, step, reason) in zip(flags, self._unread, strict=True):
+                self._note(wrong, step, reason)
+            self._unread.clear()
+        if self.steps:
+            raise self.error(results)
+
     def _record(self, x: Tensor, step: int | None, reason: str) -> None:
-        for i, finite in enumerate(finite_samples(x)):
-            if not finite and i not in self.steps:
-                earlier = self.cause(i) if step == 0 and self.cause else None
-                self.steps[i], self.reasons[i] = step, earlier or reason
+        if x.device.type == "cpu":
+            self._note([not finite for finite in finite_samples(x)], step, reason)
+        else:
+            self._unread.append((x.isfinite().logical_not().flatten(1).any(dim=1), step, reason))
+
+    def _note(self, wrong: Sequence[bool], step: int | None, reason: str) -> None:
+        for i in (i for i, one in enumerate(wrong) if one and i not in self.steps):
+            earlier = self.cause(i) if step == 0 and self.cause else None
+            self.steps[i], self.reasons[i] = step, earlier or reason
 
     def error(self, results: Sequence[Any] | None) -> NonFiniteError:
         """Return the error for the recorded samples. `results` are those of the whole batch."""

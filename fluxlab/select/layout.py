@@ -94,6 +94,7 @@ class Context:
     does nothing.
     trained, trained_text: the grid (rows, cols) and the number of text tokens that the model was trained on. The
     defaults are FLUX.1's.
+    device: of the model, where probes compute. None: that of `ids`. Programs are resolved where `ids` are.
     """
 
     ids: Tensor
@@ -108,6 +109,7 @@ class Context:
     trained: tuple[int, int] = (64, 64)
     trained_text: int = 512
     mlp_ratio: float = 4.0
+    device: torch.device | None = None
 
     @property
     def blocks(self) -> int:
