@@ -176,6 +176,7 @@ class _Incoming:
         self._bytes += copied.nbytes
         self.finish(MOST_WAITING)
 
+    @torch.inference_mode()  # the targets were made in this mode, and `arrays` is read outside of it
     def finish(self, most: int = 0) -> None:
         """Add the oldest values until at most `most` bytes wait."""
         while self._waiting and self._bytes > most:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from fluxlab.probes import (
 )
 from fluxlab.probes.measures import parse_regions
 from fluxlab.probes.outputs import select_tokens, token_axes
+from fluxlab.probes.recorder import _Incoming
 from fluxlab.sampling import image_ids, text_ids
 from fluxlab.select.tokens import parse_tokens
 from tests import tiny
@@ -558,3 +560,14 @@ def test_generate_takes_a_probe_only(tmp_path):
     pipe.generate(**call, probe=probe)
     assert probe.arrays["words"].labels("word") == ["a", "cat"]
     assert probe.arrays["words"].values.shape == (1, 1, 4, 1, 2, 4, 6)
+
+
+def test_values_that_wait_for_a_device_can_be_added_after_the_run():
+    """A run computes in inference mode; `probe.arrays` is read outside of it."""
+    sums, incoming = np.zeros(3, np.float32), _Incoming()
+    with torch.inference_mode():
+        target, copied = torch.from_numpy(sums), torch.tensor([1.0, 2.0])
+        incoming._waiting.append((SimpleNamespace(synchronize=lambda: None), target, (slice(1, None),), copied))
+        incoming._bytes = copied.nbytes
+    incoming.finish()
+    assert sums.tolist() == [0, 1, 2]
