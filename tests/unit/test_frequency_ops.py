@@ -428,7 +428,7 @@ def test_the_trained_extent_is_the_models():
     """The embedded model was trained on 16 × 16 tokens: 24 × 16 are 1.5 times its rows."""
     row = find_row("tiny")
     pipe = pipeline_without_weights(row, stored(row), None, torch.device("cpu"))
-    context = pipe.context(None, 24, (24, 16), (1.0, 0.0), torch.device("cpu"))
+    context = pipe.context(None, 24, (24, 16), (1.0, 0.0))
     assert (context.trained, context.trained_text) == ((16, 16), 24)
     waves = compile_programs([Program.from_config({"a": {"op": "pi"}})], context).waves()
     index, rows = (width // 2 for width in context.axes_dim[:2])

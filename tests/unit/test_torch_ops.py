@@ -61,6 +61,6 @@ def test_interpolation_in_place():
 
 def test_private_operators_are_called_in_one_file_only():
     root = Path(fluxlab.__file__).parent
-    private = re.compile(r"torch\._(?!dynamo)|torch\.ops\.|\b_scaled_dot_product")
+    private = re.compile(r"torch\._(?!dynamo|_version__)|torch\.ops\.|\b_scaled_dot_product")
     files = [str(file.relative_to(root)) for file in root.rglob("*.py") if private.search(file.read_text())]
     assert files == ["model/torch_ops.py"]
