@@ -5,7 +5,7 @@ python -m benchmarks.gpu [--budget 600] [--out FOLDER] [--parts forward maps ...
 Nothing is downloaded: FLUX.1 dev gets random weights that are made on the card. Each part runs in a process of its own
 and gets a share of the budget; a part that fails or runs out of time is reported, and the next one starts. Prints one
 table, and writes it with the card and the versions to FOLDER/gpu-<date>-<card>.json after each row. Exits with 0 if
-every part has run, 1 if one failed or ran out of time, 2 if there is no such device. `--tiny` tries the command out.
+every part has run, 1 if one failed or ran out of time, 2 if there is no such device. `--tiny` uses small sizes.
 """
 
 import argparse

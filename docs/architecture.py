@@ -125,7 +125,8 @@ def draw(imported: Mapping[str, Sequence[str]], file: Path) -> None:
 
     level, column = levels(imported), columns(imported)
     height = max(level.values()) + 1
-    figure = Figure(figsize=(8, 0.62 * height))
+    width = max(column.values()) - min(column.values()) + 1.4
+    figure = Figure(figsize=(max(8, 0.65 * width), 0.62 * height))  # the longest name needs 0.9 inches
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     axes.set(xlim=(min(column.values()) - 0.7, max(column.values()) + 0.7), ylim=(-0.5, height - 0.5))

@@ -204,7 +204,7 @@ class StoredEncoders(TextEncoders):
     def _hand_out(self) -> "tuple[CLIPTextModel, T5EncoderModel]":
         if not self._handed_out:
             if self._blockwise:
-                self._modules = None  # whoever asks for a network gets all of it, on the device
+                self._modules = None  # a caller that asks for a network gets all of it, on the device
             modules = self._load(whole=True)
             self._handed_out = True
             self._kept.clear()

@@ -102,3 +102,10 @@ def diffusers_pipeline(
 def save(folder: Path, **options) -> Path:
     diffusers_pipeline(**options).save_pretrained(folder)
     return folder
+
+
+def run_of(model) -> list[str]:
+    """Return the arguments of a small run of a saved model: 2 prompts × 2 seeds at 16 × 24 pixels."""
+    prompts = ["a cat", "a red dog"]
+    local = ["model=local", f"model.path={model}", "model.max_sequence_length=16"]
+    return ["+exp=hello", *local, "tracking=none", "height=16", "width=24", "seeds=2", f"prompts={prompts}"]

@@ -136,7 +136,7 @@ class Handle:
 
     def end(self) -> None:
         """End the worker at once."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # it may have died already, or Ray may be shutting down
             self._ray.kill(self._actor)
 
 

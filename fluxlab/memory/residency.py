@@ -217,7 +217,7 @@ class Residency:
             _set(self.blocks[block], name, parameter)
 
     def _take_away(self, block: int) -> None:
-        """Leave tensors of the right shape without values: whoever computes with them gets an error."""
+        """Leave tensors of the right shape without values. Computing with them raises an error."""
         for weight in self.source.units[block].weights:
             _set(self.blocks[block], weight.name, _empty(weight.shape, self.dtype))
 

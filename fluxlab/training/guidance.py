@@ -81,7 +81,7 @@ def distill(
         return (weights * error).sum() / weights.sum(), error.detach().mean()
 
     parameters, averages = list(nets.parameters()), list(average.parameters())
-    update = update_for(device, loss_of, parameters, averages, chosen, recipe.clip)
+    update = update_for(device)(loss_of, parameters, averages, chosen, recipe.clip)
     progress = Progress("guidance", recipe.guidance_steps, start)
     steps = range(recipe.steps + start, recipe.steps + recipe.guidance_steps)
     for step, (pool, batch) in enumerate(batches.stream(steps, device, workers), start):

@@ -195,8 +195,7 @@ def train_transformer(
     )
     batches, tables = supply(recipe, pools, text, nets.transformer.params, device)
     parameters, averages = list(nets.parameters()), list(average.parameters())
-    update = update_for(
-        device,
+    update = update_for(device)(
         lambda batch, size: flow_loss(nets, batch, tables[size]),
         parameters,
         averages,

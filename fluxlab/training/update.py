@@ -20,7 +20,8 @@ Loss = Callable[[Batch, tuple[int, int]], tuple[Tensor, Tensor]]
 class Update:
     """Updates `parameters` and their moving `averages` in place.
 
-    The optimizers' parameter groups hold their full learning rate as `base_lr`.
+    loss: see `Loss`. optimizers: their parameter groups hold the full learning rate as `base_lr`. clip: the largest
+    norm of the gradient of all parameters; a larger gradient is scaled down to it.
     """
 
     def __init__(
@@ -69,9 +70,16 @@ class GraphedUpdate(Update):
     step: the updates of AdamW and Muon, weight decay included, are proportional to the learning rate.
     """
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        device = self.parameters[0].device
+    def __init__(
+        self,
+        loss: Loss,
+        parameters: list[Tensor],
+        averages: list[Tensor],
+        optimizers: list[torch.optim.Optimizer],
+        clip: float,
+    ):
+        super().__init__(loss, parameters, averages, optimizers, clip)
+        device = parameters[0].device
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
         self.rates = torch.zeros(2, device=device)  # share of the learning rates, weight of the average's newest part
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, tuple[Tensor, ...]] | None] = {}
@@ -122,6 +130,6 @@ class GraphedUpdate(Update):
         caller.wait_stream(self.stream)
 
 
-def update_for(device: str, *arguments) -> Update:
-    """Return the `Update` or `GraphedUpdate` for a device."""
-    return (GraphedUpdate if torch.device(device).type == "cuda" else Update)(*arguments)
+def update_for(device: str) -> type[Update]:
+    """Return the class of updates for a device: `GraphedUpdate` on CUDA, else `Update`."""
+    return GraphedUpdate if torch.device(device).type == "cuda" else Update

@@ -32,7 +32,7 @@ def test_readme():
 
 
 def test_from_python(folder):
-    pytest.importorskip("xarray")
+    pytest.importorskip("xarray", reason="the page needs the extra probes: pip install fluxlab[probes]")
     names = run_blocks(ROOT / "docs" / "from-python.md")
     assert Image.open(folder / "cat.png").tobytes() == names["images"][0].tobytes()
     assert names["unchanged"].tobytes() != names["edited"].tobytes()

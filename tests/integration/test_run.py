@@ -30,16 +30,8 @@ def model(tmp_path_factory):
 def arguments(model, out, *more):
     """Return the arguments of a run of 3 variants × 2 prompts × 2 seeds, three cells per batch."""
     return [
-        "+exp=hello",
-        "model=local",
-        f"model.path={model}",
-        "model.max_sequence_length=16",
-        "tracking=none",
-        "height=16",
-        "width=24",
+        *tiny.run_of(model),
         "steps=2",
-        "seeds=2",
-        "prompts=['a cat','a red dog']",
         "batch_tokens=120",
         "+variants.half={a: {op: scale, factor: 0.5}}",
         "+variants.moved={a: {op: offset, by: 3}}",

@@ -30,16 +30,8 @@ def model(tmp_path_factory):
 def arguments(model, out, *more):
     """Return the arguments of a run of 2 variants × 2 prompts × 2 seeds and 2 controls, two cells per batch."""
     return [
-        "+exp=hello",
-        "model=local",
-        f"model.path={model}",
-        "model.max_sequence_length=16",
-        "tracking=none",
-        "height=16",
-        "width=24",
+        *tiny.run_of(model),
         "steps=1",
-        "seeds=2",
-        "prompts=['a cat','a red dog']",
         "batch_tokens=80",
         "threads=1",
         "+variants.half={a: {op: scale, factor: 0.5}}",
@@ -106,10 +98,9 @@ def test_shards_in_their_own_folders_are_merged(model, inline, tmp_path, capsys)
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+@pytest.mark.parametrize("inline", ["none"], indirect=True)
 def test_a_shard_is_resumed_bit_for_bit(model, inline, tmp_path, monkeypatch):
-    expected, capture = inline
-    if capture != "none":
-        pytest.skip("tested without a capture")
+    expected, _ = inline
     out = tmp_path / "run"
     shutil.copytree(expected, out)
     lost = sorted(out.glob("cells/*.png"))[::3]
@@ -125,10 +116,9 @@ def test_a_shard_is_resumed_bit_for_bit(model, inline, tmp_path, monkeypatch):
     assert contents(out) == contents(expected)
 
 
+@pytest.mark.parametrize("inline", ["none"], indirect=True)
 def test_other_experiments_are_not_merged(model, inline, tmp_path, capsys):
-    first, capture = inline
-    if capture != "none":
-        pytest.skip("tested without a capture")
+    first, _ = inline
     for more, message in (
         (["seeds=[4]"], "seeds is [0, 1] and [4]"),
         (["steps=2"], "steps is 1 and 2"),

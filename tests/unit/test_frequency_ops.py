@@ -166,7 +166,7 @@ def same_as_unchanged(program, t=1.0, grid=(40, 64), **more):
 def test_nothing_changes_up_to_the_trained_size(name):
     edit = {"op": "imax"} if name == "imax" else METHODS[name][0]
     assert same_as_unchanged({"a": edit})
-    shifted = {"a": {"op": "offset", "by": 100}, "b": edit}  # a shift is no larger image
+    shifted = {"a": {"op": "offset", "by": 100}, "b": edit}  # shifting the ids does not make the image larger
     plain = tables({"a": shifted["a"]}, 40, 64, TEXT)
     assert all(torch.equal(a, b) for a, b in zip(tables(shifted, 40, 64, TEXT), plain, strict=True))
 

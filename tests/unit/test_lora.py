@@ -1,4 +1,4 @@
-"""LoRAs: what is merged, what stays mapped, what is refused, and how models with LoRAs are told apart."""
+"""LoRAs: what is merged, what stays mapped, what is refused, and how a LoRA changes a model's fingerprint."""
 
 import re
 from dataclasses import replace

@@ -71,7 +71,7 @@ def test_24_gb_without_quantisation_leaves_a_gigabyte():
     assert plan.streamed == ()
     assert plan.peak_bytes <= 23e9
     assert plan.parts["resident"] == pytest.approx(17.2e9, rel=0.005)
-    assert plan.text == "first"  # the encoders do not fit beside it
+    assert plan.text == "first"  # the encoders and the transformer do not fit together
 
 
 def test_12_gb_streams_and_8_gb_streams_float8():
