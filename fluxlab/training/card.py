@@ -30,8 +30,8 @@ anywhere, and a program can check what is in its images.
 | command | `{command}` |
 | commit | `{commit}` |
 | data | drawn by `fluxlab.scenes`; one in eight combinations of colour, thing and word is held out |
-| training | {steps} steps of flow matching, {samples} samples{guidance} |
-| optimizers | Muon on the blocks' matrices, AdamW on the rest; EMA |
+| training | {training} |
+{start}| optimizers | Muon on the blocks' matrices, AdamW on the rest; EMA |
 | weights | bf16 safetensors, {megabytes:.1f} MB; sha256 of every file in `manifest.json` |
 | licence | Apache-2.0 |
 
@@ -82,6 +82,22 @@ def _row(scores: dict, names: Sequence[str]) -> list[str]:
     return [shown(scores[name], name) for name in names]
 
 
+def _stages(training: dict) -> str:
+    """Describe the second and third stage of a run."""
+    samples = f"{training['samples']:,}"
+    return f"{training['steps']} steps of flow matching, {samples} samples{_guidance(training.get('guidance'))}"
+
+
+def _start(start: dict | None) -> str:
+    """Return the row about the model that a run continues; an empty string for a run from nothing."""
+    if not start:
+        return ""
+    made = (
+        f", made by `{start['command']}` at commit `{start['commit']}`: {_stages(start)}" if "command" in start else ""
+    )
+    return f"| continues | the model `{start['digest']}`{made} |\n"
+
+
 def _guidance(stage: dict | None) -> str:
     """Describe the third stage; an empty string for a run without it."""
     if not stage or not stage["steps"]:
@@ -105,10 +121,11 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def curve_points(file: Path, count: int = 8) -> list[tuple[int, float]]:
-    """Read `curve.csv`. Return evenly spaced pairs (step, mean plain loss of the 50 steps up to it)."""
+    """Read `curve.csv`. Return at most `count` evenly spaced pairs (step, mean plain loss of the 50
+    steps up to it)."""
     with open(file, newline="") as handle:
         losses = [float(row["plain_loss"]) for row in csv.DictReader(handle)]
-    stops = [round(len(losses) * (i + 1) / count) for i in range(count)]
+    stops = sorted({max(1, round(len(losses) * (i + 1) / count)) for i in range(count)})
     return [(stop, sum(losses[max(0, stop - 50) : stop]) / len(losses[max(0, stop - 50) : stop])) for stop in stops]
 
 
@@ -137,9 +154,8 @@ def card(results: dict, training: dict, folder: Path) -> str:
         z=vae["latent_channels"],
         command=training["command"],
         commit=training["commit"],
-        steps=training["steps"],
-        samples=f"{training['samples']:,}",
-        guidance=_guidance(training.get("guidance")),
+        training=_stages(training),
+        start=_start(training.get("start")),
         megabytes=size / 1e6,
         curve=_table(
             ["step", *(str(step) for step, _ in training["curve"])],

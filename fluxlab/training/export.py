@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.checkpoints.manifest import write_manifest
+from fluxlab.config import find_row
 from fluxlab.experiment.versions import commit
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
@@ -24,7 +26,8 @@ def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
     """
     notes = run / "notes.txt"
     early = round(recipe.early * recipe.steps)
-    return {
+    started = {"start": _start(recipe.start)} if recipe.start else {}
+    return started | {
         "command": " ".join(["python -m fluxlab.train", *arguments]),
         "commit": commit(),
         "seed": recipe.seed,
@@ -35,6 +38,14 @@ def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
         "notes": notes.read_text().splitlines() if notes.is_file() else [],
         "words": len(VOCABULARY),
     }
+
+
+def _start(name: str) -> dict:
+    """Return the facts about the model that a run continues: those of its own training, and its digest."""
+    row = find_row(name)
+    file = Path(row.path) / "training.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    return {"digest": fingerprint(row)[:12], **known}
 
 
 def export(pipe: Pipeline, folder: Path, training: dict) -> Path:

@@ -42,6 +42,9 @@ class Recipe:
     `t_mean` maps a step to the mean of the logit of the times from there on; `shift` is the sampler's μ. Flat images
     emerge from noise early, so that the text matters most at times above 0.8.
 
+    `start` is the folder of a trained model to continue from: the autoencoder is kept, and the transformer and the text
+    encoders start from its weights. Null: start from nothing.
+
     Afterwards true guidance by `guidance` is distilled into one forward for `guidance_steps` steps (0: never) of
     `guidance_batch` scenes, at a share `guidance_rate` of the learning rates.
     """
@@ -50,6 +53,7 @@ class Recipe:
     out: str | None = None
     device: str | None = None
     tracker: str = "wandb"
+    start: str | None = None
     seed: int = 0
     threads: int | None = None
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)

@@ -10,6 +10,7 @@ import torch
 
 from fluxlab import sampling, scenes
 from fluxlab.errors import UserError
+from fluxlab.loading import load_pipeline
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams, Rotary
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
@@ -61,9 +62,10 @@ def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(recipe.tracker, folder, asdict(recipe))
     try:
-        model = train_autoencoder(recipe, folder, device, tracker)
+        given = load_pipeline(recipe.start, torch.float32, device, cache="none") if recipe.start else None
+        model = given.autoencoder if given else train_autoencoder(recipe, folder, device, tracker)
         pools = load_pools(recipe, folder, model, device)
-        pipe = train_transformer(recipe, folder, device, model, pools, tracker)
+        pipe = train_transformer(recipe, folder, device, model, pools, tracker, given)
         if recipe.guidance_steps:
             batches, tables = supply(recipe, pools, pipe.text, pipe.transformer.params, device)
             distill(recipe, folder, device, pipe, batches, tables, tracker.log, workers_for(recipe, device))
@@ -167,11 +169,26 @@ def new_nets(recipe: Recipe) -> tuple[Nets, TextEncoders]:
 
 
 def train_transformer(
-    recipe: Recipe, folder: Path, device: str, model: AutoEncoder, pools: list[Pool], tracker: Tracker
+    recipe: Recipe,
+    folder: Path,
+    device: str,
+    model: AutoEncoder,
+    pools: list[Pool],
+    tracker: Tracker,
+    given: Pipeline | None = None,
 ) -> Pipeline:
-    """Run or resume the second stage from `state.safetensors` in the folder."""
+    """Run or resume the second stage from `state.safetensors` in the folder. A new run starts from the weights of
+    `given`, if there is one.
+    """
     nets, text = new_nets(recipe)
     nets.to(device)
+    if given:
+        try:
+            load_parameters("", nets, parameter_tensors("", Nets(given.transformer, given.text)))
+        except UserError as error:
+            raise UserError(
+                f"start={recipe.start}: its networks are not those of the recipe; set sizes as they are there"
+            ) from error
     average = copy.deepcopy(nets).eval().requires_grad_(False)
     chosen = optimizers(nets, muon_lr=recipe.lr, adam_lr=recipe.adam_lr, text_lr=recipe.text_lr)
     file, start, curve = folder / "state.safetensors", 0, []

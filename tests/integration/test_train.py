@@ -101,6 +101,24 @@ def test_the_export_s_weights_are_the_average_in_bf16(undisturbed):
     assert not torch.equal(average, taught_by)
 
 
+def test_a_run_continues_another_model(undisturbed, tmp_path, capsys):
+    begun = undisturbed / "pipeline"
+    slow = ["lr=1e-7", "adam_lr=1e-7", "text_lr=1e-7", "guidance_steps=0", "steps=2"]
+    assert main([*MICRO, *slow, f"start={begun}", f"out={tmp_path / 'on'}"]) == 0
+    assert not (tmp_path / "on" / "autoencoder.safetensors").exists()
+    old, new = (load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+                for folder in (begun, tmp_path / "on" / "pipeline"))  # fmt: skip
+    assert all(torch.allclose(old[name].float(), new[name].float(), atol=1e-3, rtol=1e-2) for name in old)
+    file = "vae/diffusion_pytorch_model.safetensors"
+    assert (begun / file).read_bytes() == (tmp_path / "on" / "pipeline" / file).read_bytes()
+    facts = json.loads((tmp_path / "on" / "pipeline" / "training.json").read_text())
+    assert facts["start"]["steps"] == 8
+    assert len(facts["start"]["digest"]) == 12
+    capsys.readouterr()
+    assert main([*MICRO, f"start={begun}", f"out={tmp_path / 'wide'}", "hidden_size=128"]) == 2
+    assert f"start={begun}: its networks are not those of the recipe" in capsys.readouterr().err
+
+
 def test_a_flipped_bit_in_an_exported_folder_is_named(undisturbed, tmp_path):
     copy = shutil.copytree(undisturbed / "pipeline", tmp_path / "pipeline")
     file = copy / "vae" / "diffusion_pytorch_model.safetensors"
