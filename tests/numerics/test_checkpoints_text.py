@@ -232,7 +232,8 @@ def test_the_names_of_clip_before_and_after_transformers_5_6(folder, prefix):
     file = folder / "text_encoder" / "model.safetensors"
     expected = load_text_encoders(folder)[1]
     state = {prefix + name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
-    save_file(state, file)
+    save_file(state, file.with_suffix(".renamed"))  # not in place: `expected` may be mapped from the file
+    file.with_suffix(".renamed").replace(file)
     loaded = load_text_encoders(folder)[1].state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.state_dict().items())
 

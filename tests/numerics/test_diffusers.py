@@ -90,9 +90,9 @@ def test_latents_and_images(ours, theirs, size, steps, guidance):
 
 
 def test_true_guidance(ours, theirs):
-    image = diffusers_images(theirs, PROMPTS[0], 3, 32, 32, 4, negative_prompt="a dog", true_cfg_scale=3.0)[0]
+    image = diffusers_images(theirs, PROMPTS[0], 3, 32, 32, 4, negative_prompt="a dog", true_cfg_scale=6.0)[0]
     common = {"steps": 4, "max_sequence_length": LENGTH}
-    (ours_image,) = ours.generate(PROMPTS[0], 3, height=32, width=32, true_cfg=3.0, negative_prompts="a dog", **common)
+    (ours_image,) = ours.generate(PROMPTS[0], 3, height=32, width=32, true_cfg=6.0, negative_prompts="a dog", **common)
     (without,) = ours.generate(PROMPTS[0], 3, height=32, width=32, **common)
     assert pixel_gap(ours_image, image) <= 1
     assert pixel_gap(without, image) > 10
