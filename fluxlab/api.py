@@ -161,11 +161,13 @@ def complete_store(
     engine: Mapping[str, Any],
     shard: Shard | None = None,
     cache: "str | PathLike[str] | None" = None,
+    verify: bool = False,
 ) -> "Filled":
     """Complete the store at `out`: images, then tables, then the grid and the page. `command` is shown in the page.
 
     Files that are complete are not written again. Returns what was computed; `Filled.check` raises for images with NaN.
     With a shard, only its images are computed; the rest follows if no other shard is running and nothing is missing.
+    verify: read every file to tell whether it is complete, also those that are unchanged by size and time.
     """
     from fluxlab import engines
     from fluxlab.experiment import captures, effects
@@ -175,7 +177,7 @@ def complete_store(
     from fluxlab.report.wandb import tracking as tracker
 
     settings = tracker.checked(tracking)
-    with open_store(out, shard) as store:
+    with open_store(out, shard, verify) as store:
         sealed = (*products(), INDEX) if experiment.capture else products()
         finished = store.record.get("request") == experiment.request() and store.sealed(sealed)
         finished = finished and not measure and effects.measured(experiment, store)

@@ -67,6 +67,7 @@ class RunConfig(_SamplingConfig):
     shard: str | None = None
     plan: bool = False
     measure: bool = False
+    verify: bool = False
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -237,6 +238,7 @@ def run(config: RunConfig, command: str) -> None:
         engine=config.engine,
         shard=shard,
         cache=config.cache,
+        verify=config.verify,
     )
     if not filled.measured:
         return filled.check()

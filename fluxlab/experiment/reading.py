@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxlab.errors import UserError
-from fluxlab.experiment.store import CELLS, EXPERIMENT, changed, read_experiment
+from fluxlab.experiment.manifest import Manifest
+from fluxlab.experiment.store import CELLS, EXPERIMENT, read_experiment
 from fluxlab.images import open_image
 from fluxlab.measure import summary
 from fluxlab.measure.summary import Effect
@@ -145,8 +146,9 @@ def read_store(path: "str | PathLike[str]", check: bool = True) -> Run:
     tables = [read_table(path / name) for name in names]
     if check:
         captured = (INDEX,) if (path / INDEX).exists() else ()
+        manifest = Manifest(path)
         for name in (EXPERIMENT, *names, *captured):
-            problem = changed(path, name)
+            problem = manifest.changed(name)
             if problem:
                 raise UserError(f"{path / name}: {problem}; run the command of this store again")
     metrics, references, rows = tables

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ import yaml
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import REQUIRED, Cell, Settings
 from fluxlab.experiment.locks import FolderLock, is_lock, locked, make_folder, running_shards
+from fluxlab.experiment.manifest import MANIFEST, NOT_AS_LISTED, Manifest
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import SCHEMA, Experiment
 from fluxlab.files import sha256_of, sweep, write_atomic
@@ -35,9 +37,7 @@ from fluxlab.probes import write as write_arrays
 if TYPE_CHECKING:
     from PIL import Image
 
-NOT_AS_LISTED = "it is not the file that manifest.jsonl lists"
-
-EXPERIMENT, MANIFEST = "experiment.yaml", "manifest.jsonl"
+EXPERIMENT = "experiment.yaml"
 CELLS, REFERENCES, ATTENTION = "cells", "references", "attention"
 TRACKERS = ("wandb",)
 """Folders that trackers write into; they are not part of the manifest."""
@@ -46,8 +46,9 @@ TRACKERS = ("wandb",)
 class Store:
     """A run folder, open for one process. Made by `open_store`."""
 
-    def __init__(self, path: Path, lock: FolderLock | None = None):
-        self.path, self.lock = path, lock
+    def __init__(self, path: Path, lock: FolderLock | None = None, verify: bool = False):
+        """verify: read every file to tell whether it is complete, also those that are as old as the manifest says."""
+        self.path, self.lock, self.verify = path, lock, verify
         self.read()
 
     def read(self) -> None:
@@ -66,7 +67,12 @@ class Store:
     @property
     def damaged(self) -> bool:
         """Whether experiment.yaml cannot be read, or is not the file that the manifest lists."""
-        return bool(self.name) and (not self.record or changed(self.path, EXPERIMENT) == NOT_AS_LISTED)
+        return bool(self.name) and (not self.record or self.manifest.changed(EXPERIMENT) == NOT_AS_LISTED)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """The manifest as it was when the store was opened, or sealed."""
+        return Manifest(self.path)
 
     def settings(self) -> Settings | None:
         """Return the settings that the images were computed with; None for a new store."""
@@ -98,7 +104,12 @@ class Store:
         return self.path / folder / f"{key}.png"
 
     def has(self, cell: Cell, folder: str = CELLS) -> bool:
-        """Return whether the image of a cell is complete."""
+        """Return whether the image of a cell is complete. It is not read if it is unchanged since the manifest."""
+        names = [f"{folder}/{cell.key}.json", f"{folder}/{cell.key}.png"]
+        if not self.verify and all(map(self.manifest.unchanged, names)):
+            return True
+        if self.verify and any(self.manifest.changed(name) == NOT_AS_LISTED for name in names):
+            return False
         file = self.png(cell.key, folder)
         try:
             notes = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
@@ -133,8 +144,11 @@ class Store:
         return self.path / ATTENTION / captures / f"{key}.safetensors"
 
     def has_arrays(self, cell: Cell, captures: str) -> bool:
-        """Return whether the attention arrays of a cell are complete."""
-        return is_complete(self.arrays(cell.key, captures))
+        """Return whether the attention arrays of a cell are complete, and with `verify`, as the manifest lists them."""
+        name = f"{ATTENTION}/{captures}/{cell.key}.safetensors"
+        if not self.verify and self.manifest.unchanged(name):
+            return True
+        return is_complete(self.path / name) and not (self.verify and self.manifest.changed(name) == NOT_AS_LISTED)
 
     def put_arrays(self, cell: Cell, captures: str, arrays: Mapping[str, Captured]) -> None:
         """Write the attention arrays of a cell. Complete ones are left as they are."""
@@ -178,32 +192,13 @@ class Store:
         """Write the manifest: one line per file, sorted by name."""
         tops = [p for p in self.path.iterdir() if p.name not in (MANIFEST, *TRACKERS) and not is_lock(p.name)]
         files = sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file())
-        lines = [
-            json.dumps({"file": p.relative_to(self.path).as_posix(), "bytes": p.stat().st_size, "sha256": sha256_of(p)})
-            for p in files
-        ]
-        self.write(MANIFEST, "".join(line + "\n" for line in lines))
+        names = [p.relative_to(self.path).as_posix() for p in files]
+        self.write(MANIFEST, "".join(self.manifest.lines(names, self.verify)))
+        del self.manifest
 
     def sealed(self, names: Collection[str]) -> bool:
         """Return whether experiment.yaml and the files `names` are those that the manifest lists."""
-        return not any(changed(self.path, name) for name in (EXPERIMENT, *names))
-
-
-def changed(path: Path, name: str) -> str:
-    """Return how a file of a store differs from the manifest, in words; "" if it does not."""
-    try:
-        lines = [json.loads(line) for line in (path / MANIFEST).read_text(encoding="utf-8").splitlines()]
-        hashes = {line["file"]: line["sha256"] for line in lines}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{MANIFEST} is damaged"
-    try:
-        if name not in hashes:
-            return f"{MANIFEST} does not list it"
-        return "" if hashes[name] == sha256_of(path / name) else NOT_AS_LISTED
-    except FileNotFoundError:
-        return "it is missing"
+        return not any(self.manifest.changed(name) for name in (EXPERIMENT, *names))
 
 
 def find_store(path: Path) -> Store | None:
@@ -227,10 +222,10 @@ def find_store(path: Path) -> Store | None:
 
 
 @contextmanager
-def open_store(path: Path, shard: Shard | None = None) -> Iterator[Store]:
+def open_store(path: Path, shard: Shard | None = None, verify: bool = False) -> Iterator[Store]:
     """Open the store at `path`, locked while the block runs. A new folder is created, and removed if it stays empty.
 
-    shard: open it for a shard, next to which other shards may have it open.
+    shard: open it for a shard, next to which other shards may have it open. verify: see `Store`.
 
     Raises `UserError` for a folder with other things in it, a store of another schema, one that another process has
     open, and one that cannot be written.
@@ -243,7 +238,7 @@ def open_store(path: Path, shard: Shard | None = None) -> Iterator[Store]:
             entered = True
             if lock.alone:
                 sweep(path)
-            yield Store(path, lock)
+            yield Store(path, lock, verify)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG):
             raise
