@@ -98,9 +98,10 @@ class Worker:
 
         def work() -> bool:
             from fluxlab.experiment.settings import check_kernel
+            from fluxlab.experiment.store import Store
 
             self.experiment, self.settings = experiment, settings
-            self.store = Path(store) if (Path(store) / token).is_file() else None
+            self.store = Store(Path(store)) if (Path(store) / token).is_file() else None
             check_kernel(self._inline().loaded(experiment, settings), settings)
             return self.store is not None
 
@@ -113,7 +114,7 @@ class Worker:
             from fluxlab.experiment.store import Store
 
             if self.store is not None:
-                return self._run(batch, Store(self.store)), {}
+                return self._run(batch, self.store), {}
             with tempfile.TemporaryDirectory(prefix="fluxlab-") as scratch:
                 failures = self._run(batch, Store(Path(scratch)))
                 files = [file for file in sorted(Path(scratch).rglob("*")) if file.is_file()]

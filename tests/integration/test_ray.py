@@ -16,6 +16,7 @@ from fluxlab import engines
 from fluxlab import run as command_line
 from fluxlab.experiment import runner
 from fluxlab.experiment.reading import read_store
+from fluxlab.positions import registry
 from tests import tiny
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
@@ -59,6 +60,11 @@ def folder(tmp_path_factory):
     sys.path.insert(0, str(path))
     yield path
     sys.path.remove(str(path))
+
+
+@pytest.fixture(autouse=True)
+def no_plugins_of_other_tests(monkeypatch):
+    monkeypatch.setattr(registry, "_plugins", {})
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +157,7 @@ def test_a_killed_worker_is_replaced(cluster, model, inline, tmp_path):
     assert killed
     assert contents(out) == contents(expected)
     assert not list(out.rglob("*.part"))
-    assert workers() == [] or all(p.status() == psutil.STATUS_ZOMBIE for p in workers()) or _gone(workers())
-
-
-def _gone(processes):
-    return not psutil.wait_procs(processes, timeout=10)[1]
+    assert not psutil.wait_procs(workers(), timeout=10)[1]  # none is left when the run has ended
 
 
 def test_workers_without_the_folder_send_files(cluster, model, inline, tmp_path, monkeypatch):
@@ -168,7 +170,9 @@ def test_workers_without_the_folder_send_files(cluster, model, inline, tmp_path,
     assert contents(out) == contents(expected)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)]
+)
 def test_an_interrupted_run_is_continued(cluster, model, inline, tmp_path, capsys, number, code):
     expected, capture = inline
     if capture != "none":
@@ -214,7 +218,7 @@ def failed(capsys, model, out, *more):
 
 
 def test_another_model_in_a_worker(cluster, model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fluxlab.api.fingerprint", lambda row: "0" * 64)
+    monkeypatch.setattr("fluxlab.api.fingerprint", lambda *given: "0" * 64)
     assert "has other files in" in failed(capsys, model, tmp_path / "run")
 
 
@@ -227,7 +231,11 @@ def test_a_worker_that_cannot_load(cluster, model, tmp_path, monkeypatch, capsys
 
 def test_a_worker_that_cannot_import(cluster, model, tmp_path, monkeypatch, capsys):
     module = types.ModuleType("ghost_worker")
-    module.Worker = type("Worker", (), {"__module__": "ghost_worker", "open": lambda self, *given: None})
+    module.Worker = type(
+        "Worker",
+        (),
+        {"__module__": "ghost_worker", "__init__": lambda self, *given: None, "open": lambda self, *given: None},
+    )
     monkeypatch.setitem(sys.modules, "ghost_worker", module)
     monkeypatch.setattr("fluxlab.engines.cluster.Worker", module.Worker)
     message = failed(capsys, model, tmp_path / "run")
@@ -256,7 +264,7 @@ def test_only_this_machine_and_this_run_can_reach_ray(cluster):
     code = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False)"
     without = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     other = subprocess.run(
-        [sys.executable, "-c", code, address], env=without, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code, address], env=without, capture_output=True, text=True, timeout=300, check=False
     )
     assert other.returncode != 0
     assert "nauthenticated" in other.stderr or "token" in other.stderr
