@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import fluxlab
+from fluxlab import files
 from fluxlab.experiment import locks
 from fluxlab.experiment.reading import read_run, read_store
 from fluxlab.experiment.store import open_store
@@ -222,3 +223,47 @@ def test_a_modified_checkout_is_marked(tmp_path, monkeypatch):
     assert len(clean) == 40
     (package / "__init__.py").write_text("changed = True\n")
     assert commit() == f"{clean}-dirty"
+
+
+# ---- what is read again
+
+
+def test_a_file_is_read_again_if_its_size_or_time_changed(store, monkeypatch):
+    from fluxlab.experiment import manifest
+    from fluxlab.experiment import store as store_module
+    from fluxlab.experiment.cells import cells
+    from fluxlab.experiment.spec import from_request
+
+    def hashed(verify=False):
+        """Return (files that were hashed, keys of complete cells)."""
+        read = []
+        for module in (manifest, store_module):
+            monkeypatch.setattr(module, "sha256_of", lambda file: (read.append(file.name), files.sha256_of(file))[1])
+        with open_store(store, verify=verify) as opened:
+            asked, how = from_request(opened.record["request"]), opened.settings()
+            complete = {c.key for c in cells(asked, how) if opened.has(c) and opened.has_arrays(c, asked.captures)}
+        return set(read), complete
+
+    every = stores.every_key(store)
+    sealed = (store / "manifest.jsonl").stat().st_mtime_ns
+    for file in store.rglob("*"):
+        if file.name != "manifest.jsonl":
+            os.utime(file, ns=(sealed - 10**9, sealed - 10**9))
+    assert hashed() == (set(), every)
+    read, complete = hashed(verify=True)
+    assert {f"{key}.png" for key in every} <= read
+    assert complete == every
+
+    image = min((store / "cells").glob("*.png"))
+    content, arrays = image.read_bytes(), min(store.glob("attention/*/*.safetensors"))
+    image.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # newer, and as large as before
+    assert hashed() == ({image.name}, every - {image.stem})
+    os.utime(image, ns=(sealed - 10**9, sealed - 10**9))  # a damage that leaves no trace but in the content
+    assert hashed() == (set(), every)
+    assert hashed(verify=True)[1] == every - {image.stem}
+    image.write_bytes(content)
+    assert hashed() == ({image.name}, every)
+    flipped = bytearray(arrays.read_bytes())
+    flipped[-1] ^= 1
+    arrays.write_bytes(flipped)
+    assert hashed(verify=True)[1] == every - {arrays.stem}
