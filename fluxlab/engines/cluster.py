@@ -47,7 +47,7 @@ class Cluster:
             raise
 
     def _start(self, address: str | None, workers: int | None) -> None:
-        if address is None and "ray" not in sys.modules:
+        if address is None:
             self._stack.enter_context(_environment(_ENVIRONMENT))
         import ray
 
