@@ -16,13 +16,12 @@ from fluxlab.checkpoints.files import (
     weight_files,
 )
 from fluxlab.checkpoints.hub import fetch, is_hub_id
-from fluxlab.checkpoints.params import AUTOENCODER_CLASS, TRANSFORMER_CLASS, check_class
+from fluxlab.checkpoints.params import CLASSES, check_class
 from fluxlab.checkpoints.recognise import NETWORKS, recognise
 
 STEM = "diffusion_pytorch_model"
 FOLDERS = {"transformer": "transformer", "autoencoder": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 """Of the networks in a Diffusers pipeline folder."""
-CLASSES = {"transformer": TRANSFORMER_CLASS, "autoencoder": AUTOENCODER_CLASS}
 TITLES = {"transformer": "transformer", "autoencoder": "autoencoder", "clip": "CLIP text encoder", "t5": "T5 encoder"}
 _LOADERS = {"clip": "load_text_encoders", "t5": "load_text_encoders"}
 _SIZES_FROM_SHAPES = "flux1-….safetensors, ae.safetensors, clip_l.safetensors, t5xxl_….safetensors"
@@ -65,10 +64,10 @@ def find(path: "str | PathLike[str]", variant: str | None = None) -> Found:
         return Found(next((p for p in ("transformer", "autoencoder") if p in parts), "text"), root, parts)
     if (root / "config.json").is_file() and not (root / "model_index.json").is_file():
         name = read_json(root / "config.json").get("_class_name")
-        for part, class_name in CLASSES.items():
-            if name == class_name:
+        for part, classes in CLASSES.items():
+            if name in classes.values():
                 return Found(part, root, frozenset([part]))
-        check_class({"_class_name": name}, TRANSFORMER_CLASS, root / "config.json")
+        check_class({"_class_name": name}, "transformer", root / "config.json")
     if (root / "transformer" / "config.json").is_file():
         return Found("pipeline", root, frozenset(NETWORKS))
     if not (root / "model_index.json").is_file() and (files := originals(root)):
@@ -84,7 +83,7 @@ def find_network(path: "str | PathLike[str]", part: str, variant: str | None = N
     for folder in (root / FOLDERS[part], root):
         if (folder / "config.json").is_file():
             config = folder / "config.json"
-            check_class(read_json(config), CLASSES[part], config)
+            check_class(read_json(config), part, config)
             return NetworkFiles(folder, weight_files(folder, STEM, variant), config)
     if (root / FOLDERS[part]).is_dir():
         raise CheckpointError(f"{root / FOLDERS[part]}: no config.json next to its weights; download or copy it again")
@@ -172,7 +171,7 @@ def _single_file(file: Path, part: str) -> NetworkFiles:
     held, config = networks(file), file.parent / "config.json"
     _refuse_shard(file)
     if part in held and file.name.startswith(STEM) and config.is_file():
-        check_class(read_json(config), CLASSES[part], config)
+        check_class(read_json(config), part, config)
         return NetworkFiles(file, [file], config)
     if part not in held:
         raise no_network(file, part, held)

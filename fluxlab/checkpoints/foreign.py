@@ -60,16 +60,6 @@ _SIGNS = (
         _FLUX1,
     ),
     _Sign(
-        r"(?:^|\.)(?:(?:double|single)_stream_modulation(?:_img|_txt)?\.|time_guidance_embed\.)",
-        "FLUX.2, which has another architecture than FLUX.1 and is not supported yet",
-        _FLUX1,
-    ),
-    _Sign(
-        r"(?:^|\.)bn\.running_(?:mean|var)$",
-        "FLUX.2's autoencoder, which FLUX.1 cannot use",
-        "pass FLUX.1's ae.safetensors",
-    ),
-    _Sign(
         r"(?:^|\.)transformer_blocks\.\d+\.(?:img|txt)_(?:mod|mlp)\.|(?:^|\.)txt_norm\.weight$",
         "Qwen-Image's transformer, not FLUX.1's",
         _FLUX1,
@@ -118,6 +108,8 @@ _SIGNS = (
 def check_foreign(shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
     """Raise `CheckpointError`, of one line, for a file of a known kind that is not part of FLUX.1."""
     names = [name for name in shapes if not re.search(r"(?:^|\.)(?:vision_model|visual_projection|visual)\.", name)]
+    if any(name.endswith("bn.running_mean") for name in names):  # FLUX.2's autoencoder has these too
+        names = [name for name in names if not re.search(r"(?:^|\.)(?:post_)?quant_conv\.", name)]
     for sign in _SIGNS:
         if any(re.search(sign.name, name) for name in names):
             raise CheckpointError(f"{where}: {sign.what}; {sign.remedy}")

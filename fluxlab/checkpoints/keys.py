@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fluxlab.model import AutoEncoderParams, FluxParams
+from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, FluxParams
 
 Rows = tuple[int, int] | None
 """First row and the one after the last, along dimension 0. None means all rows."""
@@ -48,6 +48,9 @@ def their_shapes(pieces: Iterable[Piece], ours: dict[str, tuple[int, ...]]) -> d
     """Return the shapes of Diffusers' tensors, given those of ours."""
     shapes: dict[str, tuple[int, ...]] = {}
     for piece in pieces:
+        if not ours[piece.ours]:  # a number, such as a batch norm's counter
+            shapes[piece.theirs] = ()
+            continue
         rows, *rest = ours[piece.ours]
         if piece.our_rows:
             rows = piece.our_rows[1] - piece.our_rows[0]
@@ -88,24 +91,29 @@ def transformer_pieces(p: FluxParams) -> list[Piece]:
                 f"{ours}.txt_mlp.2": f"{theirs}.ff_context.net.2",
             }
         )
-        pieces += _norms(f"{ours}.img_attn.norm", f"{theirs}.attn.norm_q", f"{theirs}.attn.norm_k")
-        pieces += _norms(f"{ours}.txt_attn.norm", f"{theirs}.attn.norm_added_q", f"{theirs}.attn.norm_added_k")
+        pieces += norms(f"{ours}.img_attn.norm", f"{theirs}.attn.norm_q", f"{theirs}.attn.norm_k")
+        pieces += norms(f"{ours}.txt_attn.norm", f"{theirs}.attn.norm_added_q", f"{theirs}.attn.norm_added_k")
         for stream, names in (("img", "to_{}"), ("txt", "add_{}_proj")):
             parts = {f"{theirs}.attn.{names.format(c)}": d for c in "qkv"}
-            pieces += _fused(f"{ours}.{stream}_attn.qkv", parts, bias=p.qkv_bias)
+            pieces += fused(f"{ours}.{stream}_attn.qkv", parts, bias=p.qkv_bias)
 
     for i in range(p.depth_single_blocks):
         ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
         # linear2's columns are (attention, MLP) on both sides
         pieces += _layers({f"{ours}.modulation.lin": f"{theirs}.norm.linear", f"{ours}.linear2": f"{theirs}.proj_out"})
-        pieces += _norms(f"{ours}.norm", f"{theirs}.attn.norm_q", f"{theirs}.attn.norm_k")
+        pieces += norms(f"{ours}.norm", f"{theirs}.attn.norm_q", f"{theirs}.attn.norm_k")
         parts = {f"{theirs}.attn.to_{c}": d for c in "qkv"}
-        pieces += _fused(f"{ours}.linear1", {**parts, f"{theirs}.proj_mlp": mlp}, bias=True)
+        pieces += fused(f"{ours}.linear1", {**parts, f"{theirs}.proj_mlp": mlp}, bias=True)
     return pieces
 
 
 def autoencoder_pieces(p: AutoEncoderParams) -> list[Piece]:
     """Return how the tensors of BFL's autoencoder and of Diffusers' `AutoencoderKL` correspond."""
+    return autoencoder_levels(p)
+
+
+def autoencoder_levels(p: AutoEncoderParams | AutoEncoder2Params) -> list[Piece]:
+    """Return how the levels of an encoder and a decoder correspond."""
     levels, pieces = len(p.ch_mult), []
     for side in ("encoder", "decoder"):
         ours, theirs = f"{side}.mid", f"{side}.mid_block"
@@ -155,11 +163,11 @@ def _layers(names: dict[str, str]) -> list[Piece]:
     return [Piece(f"{o}.{kind}", f"{t}.{kind}") for o, t in names.items() for kind in ("weight", "bias")]
 
 
-def _norms(ours: str, query: str, key: str) -> list[Piece]:
+def norms(ours: str, query: str, key: str) -> list[Piece]:
     return [Piece(f"{ours}.query_norm.scale", f"{query}.weight"), Piece(f"{ours}.key_norm.scale", f"{key}.weight")]
 
 
-def _fused(ours: str, parts: dict[str, int], bias: bool) -> list[Piece]:
+def fused(ours: str, parts: dict[str, int], bias: bool) -> list[Piece]:
     pieces, row = [], 0
     for theirs, rows in parts.items():
         for kind in ("weight", "bias")[: 1 + bias]:

@@ -8,9 +8,15 @@ from typing import Any
 
 from fluxlab.checkpoints.errors import CheckpointError, quantised
 from fluxlab.errors import UserError
-from fluxlab.model import AutoEncoderParams, FluxParams
+from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
 
-TRANSFORMER_CLASS, AUTOENCODER_CLASS = "FluxTransformer2DModel", "AutoencoderKL"
+CLASSES = {
+    "transformer": {"flux1": "FluxTransformer2DModel", "flux2": "Flux2Transformer2DModel"},
+    "autoencoder": {"flux1": "AutoencoderKL", "flux2": "AutoencoderKLFlux2"},
+}
+"""Diffusers' classes of a network, by family."""
+
+TRANSFORMER_CLASS, AUTOENCODER_CLASS = CLASSES["transformer"]["flux1"], CLASSES["autoencoder"]["flux1"]
 METADATA_KEY = "fluxlab_params"
 
 # Diffusers' defaults: a config.json may omit values that equal them
@@ -51,8 +57,8 @@ _AUTOENCODER = {
 
 def transformer_params(config: Mapping[str, Any], where: Path) -> FluxParams:
     """Return the sizes in a Diffusers config. Raises `CheckpointError` naming a key that FLUX.1 does not have."""
-    c = _complete(config, _TRANSFORMER, where)
-    _require(c, where, "FLUX.1's transformer", patch_size=1)
+    c = complete(config, _TRANSFORMER, where)
+    require(c, where, "FLUX.1's transformer", patch_size=1)
     with Naming(where):
         return FluxParams(
             in_channels=c["in_channels"],
@@ -96,47 +102,64 @@ def transformer_config(p: FluxParams) -> dict[str, Any]:
 
 def autoencoder_params(config: Mapping[str, Any], where: Path) -> AutoEncoderParams:
     """Return the sizes in a Diffusers config. Raises `CheckpointError` naming a key that FLUX.1 does not have."""
-    c = _complete(config, _AUTOENCODER, where)
-    widths, levels = c["block_out_channels"], len(c["block_out_channels"])
-    if not widths or any(width < 1 or width % widths[0] for width in widths):
-        raise CheckpointError(f"{where}: block_out_channels {widths}: each must be a multiple of the first")
-    _require(
-        c,
-        where,
-        "FLUX.1's autoencoder",
-        down_block_types=["DownEncoderBlock2D"] * levels,
-        up_block_types=["UpDecoderBlock2D"] * levels,
-        act_fn="silu",
-        norm_num_groups=32,
-        latents_mean=None,
-        latents_std=None,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=True,
-    )
-    size = c["sample_size"]
+    c = complete(config, _AUTOENCODER, where)
+    fixed = {"latents_mean": None, "latents_std": None, "use_quant_conv": False, "use_post_quant_conv": False}
     with Naming(where):
         return AutoEncoderParams(
-            resolution=size if isinstance(size, int) else max(size),
-            in_channels=c["in_channels"],
-            ch=widths[0],
-            out_ch=c["out_channels"],
-            ch_mult=tuple(width // widths[0] for width in widths),
-            num_res_blocks=c["layers_per_block"],
-            z_channels=c["latent_channels"],
+            **level_sizes(c, where, "FLUX.1's autoencoder", **fixed),
             scale_factor=c["scaling_factor"],
             shift_factor=c["shift_factor"] or 0.0,
         )
 
 
+def level_sizes(c: Mapping[str, Any], where: Path, what: str, **fixed: Any) -> dict[str, Any]:
+    """Return the sizes that both autoencoders have. fixed: settings that can have one value only."""
+    widths, levels = c["block_out_channels"], len(c["block_out_channels"])
+    if not widths or any(width < 1 or width % widths[0] for width in widths):
+        raise CheckpointError(f"{where}: block_out_channels {widths}: each must be a multiple of the first")
+    require(
+        c,
+        where,
+        what,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        act_fn="silu",
+        norm_num_groups=32,
+        mid_block_add_attention=True,
+        **fixed,
+    )
+    size = c["sample_size"]
+    return {
+        "resolution": size if isinstance(size, int) else max(size),
+        "in_channels": c["in_channels"],
+        "ch": widths[0],
+        "out_ch": c["out_channels"],
+        "ch_mult": tuple(width // widths[0] for width in widths),
+        "num_res_blocks": c["layers_per_block"],
+        "z_channels": c["latent_channels"],
+    }
+
+
 def autoencoder_config(p: AutoEncoderParams) -> dict[str, Any]:
     """Return the Diffusers config.json of `p`. Raises `CheckpointError` for sizes that Diffusers does not have."""
+    return {
+        **level_config(p, AUTOENCODER_CLASS),
+        "scaling_factor": p.scale_factor,
+        "shift_factor": p.shift_factor,
+        "force_upcast": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+def level_config(p: AutoEncoderParams | AutoEncoder2Params, class_name: str) -> dict[str, Any]:
+    """Return the settings that both autoencoders have."""
     if p.ch_mult[0] != 1:
         raise CheckpointError(
-            f"ch_mult {p.ch_mult}: Diffusers' {AUTOENCODER_CLASS} must begin with 1\nSave with layout='bfl'."
+            f"ch_mult {p.ch_mult}: Diffusers' {class_name} must begin with 1\nSave with layout='bfl'."
         )
     return {
-        "_class_name": AUTOENCODER_CLASS,
+        "_class_name": class_name,
         "in_channels": p.in_channels,
         "out_channels": p.out_ch,
         "down_block_types": ["DownEncoderBlock2D"] * len(p.ch_mult),
@@ -147,30 +170,30 @@ def autoencoder_config(p: AutoEncoderParams) -> dict[str, Any]:
         "latent_channels": p.z_channels,
         "norm_num_groups": 32,
         "sample_size": p.resolution,
-        "scaling_factor": p.scale_factor,
-        "shift_factor": p.shift_factor,
-        "force_upcast": True,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
         "mid_block_add_attention": True,
     }
 
 
-def check_class(config: Mapping[str, Any], expected: str, where: Path) -> None:
-    """Raise `CheckpointError` if a config.json belongs to another network, or to quantised weights."""
+def check_class(config: Mapping[str, Any], part: str, where: Path) -> str:
+    """Return the family of a config.json of `part`.
+
+    Raises `CheckpointError` if it belongs to another network, or to quantised weights.
+    """
     name = config.get("_class_name")
-    if name != expected:
-        other = {TRANSFORMER_CLASS: "load_transformer", AUTOENCODER_CLASS: "load_autoencoder"}.get(name)
+    families = {class_name: family for family, class_name in CLASSES[part].items()}
+    if name not in families:
+        other = next((f"load_{known}" for known, classes in CLASSES.items() if name in classes.values()), None)
         raise CheckpointError(
-            f"{where}: _class_name is {name!r}, expected {expected!r}\n"
-            + (f"{other} reads this one." if other else "Pass a FLUX.1 checkpoint.")
+            f"{where}: _class_name is {name!r}, expected {' or '.join(map(repr, families))}\n"
+            + (f"{other} reads this one." if other else "Pass a FLUX.1 or FLUX.2 checkpoint.")
         )
     if config.get("quantization_config"):
         method = config["quantization_config"]
         raise quantised(where, f"quantization_config {method.get('quant_method') if isinstance(method, dict) else ''}")
+    return families[name]
 
 
-def to_metadata(p: FluxParams | AutoEncoderParams) -> str:
+def to_metadata(p: FluxParams | Flux2Params | AutoEncoderParams | AutoEncoder2Params) -> str:
     """Return sizes as text for a file's metadata."""
     return json.dumps(asdict(p), sort_keys=True)
 
@@ -201,11 +224,14 @@ class Naming:
             raise CheckpointError(f"{self.where}: {error}") from None
 
 
-def _complete(config: Mapping[str, Any], defaults: Mapping[str, Any], where: Path) -> dict[str, Any]:
+def complete(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], where: Path, family: str = "FLUX.1"
+) -> dict[str, Any]:
+    """Return a config with defaults for what it leaves out. Raises `CheckpointError` for another or a wrong setting."""
     unknown = sorted(key for key in config if key not in defaults and not key.startswith("_"))
     if unknown:
         raise CheckpointError(
-            f"{where}: {unknown[0]!r} {config[unknown[0]]!r} is not a setting of FLUX.1\n"
+            f"{where}: {unknown[0]!r} {config[unknown[0]]!r} is not a setting of {family}\n"
             f"Expected: {', '.join(defaults)}"
         )
     values = dict(defaults) | {key: value for key, value in config.items() if key in defaults}
@@ -224,7 +250,8 @@ def _matches_default(value: Any, usual: Any) -> bool:
     return usual is None or (type(value) is type(usual) and (not isinstance(value, int) or value >= 0))
 
 
-def _require(config: Mapping[str, Any], where: Path, what: str, **required: Any) -> None:
+def require(config: Mapping[str, Any], where: Path, what: str, **required: Any) -> None:
+    """Raise `CheckpointError` unless the settings have these values."""
     for key, value in required.items():
         actual = list(config[key]) if isinstance(config[key], tuple) else config[key]
         if actual != value:

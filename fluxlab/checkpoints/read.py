@@ -13,8 +13,18 @@ from fluxlab.checkpoints.errors import CheckpointError, few, first_line
 from fluxlab.checkpoints.files import Entry
 from fluxlab.checkpoints.keys import Recipe, their_shapes, to_ours
 from fluxlab.checkpoints.memory import Scratch, check_device, check_fits
-from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, OpenNetwork, Part, open_network
-from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, OpenNetwork, Params, Part, open_network
+from fluxlab.checkpoints.recognise import is_counter
+from fluxlab.model import (
+    AutoEncoder,
+    AutoEncoder2,
+    AutoEncoder2Params,
+    AutoEncoderParams,
+    Flux,
+    Flux2,
+    Flux2Params,
+    FluxParams,
+)
 
 JOIN_IN_MEMORY = 64 * 2**20
 """Joined tensors of up to this many bytes are not worth a scratch file."""
@@ -26,10 +36,10 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     device: "str | torch.device" = "cpu",
     variant: str | None = None,
-    params: FluxParams | None = None,
+    params: FluxParams | Flux2Params | None = None,
     check_memory: bool = True,
-) -> Flux:
-    """Load FLUX.1's transformer from a Diffusers pipeline or transformer folder, a single file, or a hub id.
+) -> Flux | Flux2:
+    """Load a transformer of FLUX.1 or FLUX.2: a Diffusers pipeline or transformer folder, a single file, or a hub id.
 
     dtype: None means the dtype of most parameters in the files (float8 counts as bfloat16). On the CPU without a cast
     the weights stay mapped from the file; writing to them never changes it. variant: for files such as
@@ -49,10 +59,10 @@ def load_autoencoder(
     dtype: torch.dtype | None = None,
     device: "str | torch.device" = "cpu",
     variant: str | None = None,
-    params: AutoEncoderParams | None = None,
+    params: AutoEncoderParams | AutoEncoder2Params | None = None,
     check_memory: bool = True,
-) -> AutoEncoder:
-    """Load FLUX.1's autoencoder from a Diffusers pipeline or vae folder, a single file, or a hub id.
+) -> AutoEncoder | AutoEncoder2:
+    """Load an autoencoder of FLUX.1 or FLUX.2: a Diffusers pipeline or vae folder, a single file, or a hub id.
 
     Arguments and errors as for `load_transformer`. The latent scale and shift of a single file are FLUX.1's unless its
     metadata gives others.
@@ -80,7 +90,7 @@ def _load(
     dtype: torch.dtype | None,
     device: "str | torch.device",
     variant: str | None,
-    params: FluxParams | AutoEncoderParams | None,
+    params: Params | None,
     check_memory: bool,
 ) -> nn.Module:
     opened = open_weights(
@@ -117,7 +127,7 @@ def open_weights(
     dtype: torch.dtype | None,
     device: "str | torch.device",
     variant: str | None = None,
-    params: FluxParams | AutoEncoderParams | None = None,
+    params: Params | None = None,
     unread: bool = False,
 ) -> OpenWeights:
     """Open a network and check the names and shapes of its tensors. Arguments and errors as for `load_transformer`."""
@@ -128,7 +138,7 @@ def open_weights(
     model = _on_meta(part, net)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if net.layout == "diffusers":
-        pieces = part.pieces(net.params)
+        pieces = net.architecture.pieces(net.params)
         recipe, expected = to_ours(pieces), their_shapes(pieces, ours)
     else:
         recipe, expected = {name: [(name, None)] for name in ours}, ours
@@ -139,7 +149,7 @@ def open_weights(
 def _on_meta(part: Part, net: OpenNetwork) -> nn.Module:
     try:
         with torch.device("meta"):
-            return part.build(net.params)
+            return net.architecture.build(net.params)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
             f"{net.path}: no {part.name} can have these sizes: {net.params} ({first_line(error)})"
@@ -189,6 +199,9 @@ def _assemble(
     joined: dict[str, list[tuple[Entry, tuple[int, int] | None]]] = {}
     for name, parts in recipe.items():
         sources = [(entries[had], rows) for had, rows in parts]
+        if is_counter(name):
+            state[name] = sources[0][0].read().to(target.device)
+            continue
         kept = all(target.keeps(entry) for entry, _ in sources)
         if kept and len(parts) == 1:
             state[name] = sources[0][0].read().view(shapes[name])

@@ -10,6 +10,8 @@ from fluxlab.checkpoints.files import COMPUTE_DTYPES, FLOAT8, Entry
 from fluxlab.checkpoints.foreign import check_foreign
 
 NETWORKS = ("transformer", "autoencoder", "clip", "t5")
+FAMILIES = {"flux1": "FLUX.1", "flux2": "FLUX.2"}
+"""The families whose transformers and autoencoders are read, and their titles."""
 
 # Components that wrappers (torch.compile, FSDP, DDP, activation checkpointing) insert anywhere in a name.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -36,25 +38,28 @@ _LAYOUTS = (
         "bfl",
         r"double_blocks\.\d+\.(?:img|txt)_(?:attn|mlp|mod)\.|single_blocks\.\d+\.(?:linear[12]|modulation|norm)\."
         r"|vector_in\.in_layer\.",
-        r"(?:double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)\.",
+        r"(?:double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer"
+        r"|double_stream_modulation_(?:img|txt)|single_stream_modulation)\.",
     ),
     _layout(
         "transformer",
         "diffusers",
-        r"(?:single_)?transformer_blocks\.\d+\.|time_text_embed\.",
-        r"(?:(?:single_)?transformer_blocks|x_embedder|context_embedder|time_text_embed|norm_out|proj_out)\.",
+        r"(?:single_)?transformer_blocks\.\d+\.|time_text_embed\.|time_guidance_embed\.",
+        r"(?:(?:single_)?transformer_blocks|x_embedder|context_embedder|time_text_embed|norm_out|proj_out"
+        r"|time_guidance_embed|double_stream_modulation_(?:img|txt)|single_stream_modulation)\.",
     ),
     _layout(
         "autoencoder",
         "bfl",
         r"encoder\.down\.\d+\.|decoder\.up\.\d+\.|(?:en|de)coder\.mid\.(?:block|attn)_1\.",
-        r"(?:encoder|decoder)\.(?:down|up|mid|conv_in|conv_out|norm_out)\.",
+        r"(?:encoder|decoder)\.(?:down|up|mid|conv_in|conv_out|norm_out|quant_conv|post_quant_conv)\.|bn\.",
     ),
     _layout(
         "autoencoder",
         "diffusers",
         r"encoder\.down_blocks\.\d+\.|decoder\.up_blocks\.\d+\.|(?:en|de)coder\.mid_block\.",
-        r"(?:encoder|decoder)\.(?:down_blocks|up_blocks|mid_block|conv_in|conv_out|conv_norm_out)\.",
+        r"(?:encoder|decoder)\.(?:down_blocks|up_blocks|mid_block|conv_in|conv_out|conv_norm_out)\."
+        r"|(?:post_)?quant_conv\.|bn\.",
     ),
     _layout(
         "clip",
@@ -64,6 +69,11 @@ _LAYOUTS = (
         r"(?:text_model\.)?(?:embeddings|encoder|final_layer_norm)\.",
     ),
     _layout("t5", "transformers", r"encoder\.block\.\d+\.layer\.", r"(?:shared|encoder)\."),
+)
+
+# Tensors that only FLUX.2's networks have, in either layout.
+_FLUX2 = re.compile(
+    r"(?:double_stream_modulation_(?:img|txt)|single_stream_modulation|time_guidance_embed)\.|bn\.running_(?:mean|var)$"
 )
 
 # Tensors that inference does not use, by the network that they come with. Everything else unknown is an error.
@@ -87,6 +97,7 @@ _TIED = "encoder.embed_tokens.weight"  # T5's `shared.weight` under its second n
 class Network:
     """One network in a file. tensors: entries by the layout's own names, without any prefix."""
 
+    family: str
     layout: str
     prefix: str
     tensors: dict[str, Entry]
@@ -115,7 +126,8 @@ def recognise(entries: Mapping[str, Entry], where: Path) -> Contents:
         mine = {name: entry for name, entry in left.items() if _belongs(name, layout, prefix)}
         left = {name: entry for name, entry in left.items() if name not in mine}
         tensors = {name.removeprefix(prefix): entry for name, entry in mine.items()}
-        networks[layout.network] = Network(layout.name, prefix, _canonical(layout.network, tensors))
+        family = "flux2" if any(map(_FLUX2.match, tensors)) else "flux1"
+        networks[layout.network] = Network(family, layout.name, prefix, _canonical(layout.network, tensors))
     unknown = {name: entry for name, entry in left.items() if not _is_unused(name, networks)}
     used = {name: e for network in networks.values() for name, e in network.tensors.items()}
     check_quantised({**used, **unknown}, where)
@@ -124,10 +136,16 @@ def recognise(entries: Mapping[str, Entry], where: Path) -> Contents:
 
 def check_quantised(entries: Mapping[str, Entry], where: Path) -> None:
     """Raise `CheckpointError` if a tensor is stored as integers, or as a float that PyTorch cannot cast."""
-    odd = {name: e.stored for name, e in entries.items() if e.dtype not in (*COMPUTE_DTYPES.values(), *FLOAT8.values())}
+    readable = (*COMPUTE_DTYPES.values(), *FLOAT8.values())
+    odd = {name: e.stored for name, e in entries.items() if e.dtype not in readable and not is_counter(name)}
     if odd:
         kinds = "/".join(sorted(set(odd.values())))
         raise quantised(where, f"{len(odd)} tensors of {kinds}: {few(odd)}")
+
+
+def is_counter(name: str) -> bool:
+    """Return whether a tensor is a batch norm's count of training steps: a whole number, which nothing reads."""
+    return name.endswith("num_batches_tracked")
 
 
 def _unwrapped(entries: Mapping[str, Entry], where: Path) -> dict[str, Entry]:

@@ -4,10 +4,19 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.params import Naming
-from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoderParams, FluxParams
+from fluxlab.model import (
+    AUTOENCODERS,
+    TRANSFORMERS,
+    TRANSFORMERS2,
+    AutoEncoder2Params,
+    AutoEncoderParams,
+    Flux2Params,
+    FluxParams,
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -27,6 +36,10 @@ _RENAMED = [
         (r"^transformer_blocks\.(\d+)\.attn\.to_q\.", r"double_blocks.\1.img_attn.qkv."),
         (r"^transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.", r"double_blocks.\1.img_mlp.0."),
         (r"^transformer_blocks\.(\d+)\.ff_context\.net\.0\.proj\.", r"double_blocks.\1.txt_mlp.0."),
+        (r"^time_guidance_embed\.timestep_embedder\.linear_2\.", "time_in.out_layer."),
+        (r"^time_guidance_embed\.guidance_embedder\.linear_1\.", "guidance_in.in_layer."),
+        (r"^transformer_blocks\.(\d+)\.ff\.linear_out\.", r"double_blocks.\1.img_mlp.2."),
+        (r"^single_transformer_blocks\.(\d+)\.attn\.to_out\.", r"single_blocks.\1.linear2."),
         (r"^transformer_blocks\.", "double_blocks."),
         (r"^single_transformer_blocks\.(\d+)\.attn\.norm_q\.weight", r"single_blocks.\1.norm.query_norm.scale"),
         (r"^single_transformer_blocks\.(\d+)\.attn\.norm_k\.weight", r"single_blocks.\1.norm.key_norm.scale"),
@@ -89,10 +102,58 @@ def transformer_params_from_shapes(shapes: Shapes, where: Path) -> FluxParams:
     )
 
 
+def transformer2_params_from_shapes(shapes: Shapes, where: Path) -> Flux2Params:
+    """Return the sizes of a FLUX.2 transformer with BFL's names.
+
+    The heads' axes are four equal parts, and theta is 2000. A size that only missing tensors would give is FLUX.2
+    dev's: all missing tensors are then reported together.
+    """
+    dev, depth, singles = TRANSFORMERS2["flux2dev"], _count(shapes, "double_blocks"), _count(shapes, "single_blocks")
+    hidden = _size(shapes, *((f"{name}.weight", 0) for name in ("img_in", "txt_in", "time_in.out_layer")))
+    norms = (name for name in shapes if name.endswith(("query_norm.scale", "key_norm.scale")))
+    head = _size(shapes, *((name, 0) for name in norms))
+    if not hidden or not head or head % 8 or hidden % head:
+        raise CheckpointError(
+            f"{where}: the tensors' shapes do not say how heads share {hidden or 'the'} channels and four id axes "
+            f"(a head's width: {head or 'unknown'})\nPass params=Flux2Params(…)."
+        )
+    mlp = _size(shapes, *((f"double_blocks.{i}.img_mlp.2.weight", 1) for i in range(depth)))
+    joined = _size(shapes, *((f"single_blocks.{i}.linear2.weight", 1) for i in range(singles)))
+    with Naming(where):
+        return Flux2Params(
+            in_channels=_size(shapes, ("img_in.weight", 1)) or dev.in_channels,
+            out_channels=_size(shapes, ("final_layer.linear.weight", 0)) or dev.out_channels,
+            context_in_dim=_size(shapes, ("txt_in.weight", 1)) or dev.context_in_dim,
+            hidden_size=hidden,
+            mlp_ratio=_ratio(mlp or (joined or 4 * hidden) - hidden, hidden),
+            num_heads=hidden // head,
+            depth=depth,
+            depth_single_blocks=singles,
+            axes_dim=(head // 4,) * 4,
+            theta=dev.theta,
+            guidance_embed=any(name.startswith("guidance_in.") for name in shapes),
+        )
+
+
 def autoencoder_params_from_shapes(shapes: Shapes, where: Path) -> AutoEncoderParams:
     """Return the sizes of an autoencoder with BFL's names. The latents' scale and shift, which no tensor has, are
     FLUX.1's."""
-    flux1, levels = AUTOENCODERS["flux1"], range(_count(shapes, "encoder.down"))
+    flux1 = AUTOENCODERS["flux1"]
+    with Naming(where):
+        return AutoEncoderParams(
+            **_levels(shapes, where, flux1), scale_factor=flux1.scale_factor, shift_factor=flux1.shift_factor
+        )
+
+
+def autoencoder2_params_from_shapes(shapes: Shapes, where: Path) -> AutoEncoder2Params:
+    """Return the sizes of a FLUX.2 autoencoder with BFL's names."""
+    with Naming(where):
+        return AutoEncoder2Params(**_levels(shapes, where, AUTOENCODERS["flux2"]))
+
+
+def _levels(shapes: Shapes, where: Path, usual: AutoEncoderParams | AutoEncoder2Params) -> dict[str, Any]:
+    """Return the sizes that the tensors of an encoder and a decoder give. usual: for what they do not give."""
+    levels = range(_count(shapes, "encoder.down"))
     both = ("weight", "bias")
     ch = _size(shapes, *((f"encoder.conv_in.{kind}", 0) for kind in both))
     layers = [f"block.0.{layer}.{kind}" for layer in ("conv1", "norm2", "conv2") for kind in both]
@@ -101,21 +162,18 @@ def autoencoder_params_from_shapes(shapes: Shapes, where: Path) -> AutoEncoderPa
         raise CheckpointError(
             f"{where}: the tensors' shapes do not give the autoencoder's levels (channels: {ch or 'unknown'}, "
             f"then {', '.join(str(width or 'unknown') for width in widths) or 'none'})\n"
-            "Pass params=AutoEncoderParams(…)."
+            f"Pass params={type(usual).__name__}(…)."
         )
-    with Naming(where):
-        return AutoEncoderParams(
-            resolution=flux1.resolution,
-            in_channels=_size(shapes, ("encoder.conv_in.weight", 1)) or flux1.in_channels,
-            ch=ch,
-            out_ch=_size(shapes, *((f"decoder.conv_out.{kind}", 0) for kind in both)) or flux1.out_ch,
-            ch_mult=tuple(width // ch for width in widths),
-            num_res_blocks=max(_count(shapes, f"encoder.down.{i}.block") for i in levels),
-            z_channels=_size(shapes, ("decoder.conv_in.weight", 1))
-            or (_size(shapes, *((f"encoder.conv_out.{kind}", 0) for kind in both)) or 2 * flux1.z_channels) // 2,
-            scale_factor=flux1.scale_factor,
-            shift_factor=flux1.shift_factor,
-        )
+    return {
+        "resolution": usual.resolution,
+        "in_channels": _size(shapes, ("encoder.conv_in.weight", 1)) or usual.in_channels,
+        "ch": ch,
+        "out_ch": _size(shapes, *((f"decoder.conv_out.{kind}", 0) for kind in both)) or usual.out_ch,
+        "ch_mult": tuple(width // ch for width in widths),
+        "num_res_blocks": max(_count(shapes, f"encoder.down.{i}.block") for i in levels),
+        "z_channels": _size(shapes, ("decoder.conv_in.weight", 1))
+        or (_size(shapes, *((f"encoder.conv_out.{kind}", 0) for kind in both)) or 2 * usual.z_channels) // 2,
+    }
 
 
 def _size(shapes: Shapes, *dimensions: tuple[str, int]) -> int | None:

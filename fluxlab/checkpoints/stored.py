@@ -15,11 +15,12 @@ from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import Entry, weight_files
 from fluxlab.checkpoints.finding import STEM, Found, find, resolve
 from fluxlab.checkpoints.hub import is_hub_id
-from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, open_network
+from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, Params, architecture_of, family_of, open_network
+from fluxlab.checkpoints.recognise import is_counter
 from fluxlab.checkpoints.text import open_encoders
 from fluxlab.config import ModelRow, find_row, model_names
 from fluxlab.errors import UserError
-from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from fluxlab.model import AUTOENCODERS, TRANSFORMERS
 
 _PUBLISHED = {"clip": 123_060_480, "t5": 4_762_310_656}  # parameters of FLUX.1's
 _FOLDERS = {
@@ -42,7 +43,7 @@ class Stored:
     tensors: int
     parameters: Counter
     dtype: torch.dtype
-    params: FluxParams | AutoEncoderParams | None = None
+    params: Params | None = None
 
     def size(self) -> int:
         """Return the bytes of its tensors in the files. An all-in-one file holds other networks too."""
@@ -81,13 +82,18 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
 def part_paths(row: ModelRow, found: Found) -> dict[str, Any]:
     """Return where "autoencoder" and "text" are.
 
-    Raises `CheckpointError` if what was found at the row's path lacks one of them and the row does not name it.
+    Raises `CheckpointError` if what was found at the row's path lacks one of them and the row does not name it, and for
+    FLUX.2.
     """
     if "transformer" not in found.parts:
         parts = "text encoders" if found.kind == "text" else "an autoencoder"
         key = "text" if found.kind == "text" else "autoencoder"
         raise CheckpointError(
             f"{row.path}: {parts}, not a transformer; pass the transformer's file, and this one as {key}="
+        )
+    if family_of(found.path, row.variant) != "flux1":
+        raise CheckpointError(
+            f"{row.path}: FLUX.2, which cannot be sampled yet; checkpoints.load_transformer reads its transformer"
         )
     helps = {
         "autoencoder": "ae.safetensors or a Diffusers folder",
@@ -121,10 +127,10 @@ def published(row: ModelRow) -> dict[str, Stored]:
     }
 
 
-def on_meta(params: FluxParams | AutoEncoderParams) -> nn.Module:
+def on_meta(params: Params) -> nn.Module:
     """Return the network of these sizes, without weights."""
     with torch.device("meta"):
-        return Flux(params) if isinstance(params, FluxParams) else AutoEncoder(params)
+        return architecture_of(params).build(params)
 
 
 def local(path: str, part: str, variant: str | None) -> Path | None:
@@ -147,11 +153,10 @@ def local(path: str, part: str, variant: str | None) -> Path | None:
     return Path(cached).parent
 
 
-def _stored(
-    files: Iterable[Path], entries: Iterable[Entry], params: FluxParams | AutoEncoderParams | None = None
-) -> Stored:
+def _stored(files: Iterable[Path], entries: Iterable[Entry], params: Params | None = None) -> Stored:
     entries = list(entries)
     parameters: Counter = Counter()
     for entry in entries:
-        parameters[entry.dtype] += math.prod(entry.shape)
+        if not is_counter(entry.name):
+            parameters[entry.dtype] += math.prod(entry.shape)
     return Stored(tuple(files), len(entries), parameters, majority(entries), params)

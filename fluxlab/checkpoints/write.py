@@ -4,7 +4,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -16,20 +16,21 @@ from torch import Tensor, nn
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import COMPUTE_DTYPES
 from fluxlab.checkpoints.finding import STEM
-from fluxlab.checkpoints.keys import Piece, autoencoder_pieces, their_shapes, to_theirs, transformer_pieces
+from fluxlab.checkpoints.keys import Piece, their_shapes, to_theirs
 from fluxlab.checkpoints.memory import ALIGN, as_bytes
-from fluxlab.checkpoints.params import METADATA_KEY, autoencoder_config, to_metadata, transformer_config
+from fluxlab.checkpoints.networks import architecture_of
+from fluxlab.checkpoints.params import METADATA_KEY, to_metadata
 from fluxlab.files import sync
-from fluxlab.model import AutoEncoder, Flux
+from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2
 
 MAX_SHARD_SIZE = 10 * 10**9
-_NAMES = {dtype: name for name, dtype in COMPUTE_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in COMPUTE_DTYPES.items()} | {torch.int64: "I64"}  # of a batch norm's counter
 _Tensors = dict[str, tuple[torch.dtype, tuple[int, ...], list[Tensor]]]
 """For each tensor to write: its dtype, its shape, and the blocks of rows that form it."""
 
 
 def save_transformer(
-    model: Flux, path: "str | PathLike[str]", layout: str = "bfl", *, max_shard_size: int = MAX_SHARD_SIZE
+    model: Flux | Flux2, path: "str | PathLike[str]", layout: str = "bfl", *, max_shard_size: int = MAX_SHARD_SIZE
 ) -> None:
     """Write a transformer as one file of the original layout ("bfl") or as a "diffusers" folder.
 
@@ -38,24 +39,21 @@ def save_transformer(
     leaves what was there before. Raises `CheckpointError` for a path of the other layout, sizes that Diffusers does not
     have, and a full disk.
     """
-    _save(model, path, layout, max_shard_size, transformer_pieces, transformer_config)
+    _save(model, path, layout, max_shard_size)
 
 
 def save_autoencoder(
-    model: AutoEncoder, path: "str | PathLike[str]", layout: str = "bfl", *, max_shard_size: int = MAX_SHARD_SIZE
+    model: AutoEncoder | AutoEncoder2,
+    path: "str | PathLike[str]",
+    layout: str = "bfl",
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write an autoencoder, as `save_transformer` does. A pipeline has it in `vae/`."""
-    _save(model, path, layout, max_shard_size, autoencoder_pieces, autoencoder_config)
+    _save(model, path, layout, max_shard_size)
 
 
-def _save(
-    model: nn.Module,
-    path: "str | PathLike[str]",
-    layout: str,
-    max_shard_size: int,
-    pieces: Callable[[Any], list[Piece]],
-    config: Callable[[Any], dict[str, Any]],
-) -> None:
+def _save(model: nn.Module, path: "str | PathLike[str]", layout: str, max_shard_size: int) -> None:
     path = Path(path).expanduser()
     if layout not in ("bfl", "diffusers"):
         raise CheckpointError(f"layout {layout!r}: expected 'bfl' (one file) or 'diffusers' (a folder)")
@@ -75,9 +73,10 @@ def _save(
             with _atomic(path) as file:
                 _write_tensors(file, tensors, {METADATA_KEY: to_metadata(model.params)})
         else:
-            settings = config(model.params)
+            architecture = architecture_of(model.params)
+            settings = architecture.to_config(model.params)
             path.mkdir(parents=True, exist_ok=True)
-            _write_folder(path, _their_tensors(state, pieces(model.params)), settings, max_shard_size)
+            _write_folder(path, _their_tensors(state, architecture.pieces(model.params)), settings, max_shard_size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); nothing was replaced") from error
 

@@ -34,14 +34,18 @@ class AutoEncoderParams:
 
     def __post_init__(self):
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        bad = [self.ch * mult for mult in self.ch_mult if self.ch * mult % 32]
-        if bad or not self.ch_mult:
-            raise UserError(f"ch {self.ch} × ch_mult {self.ch_mult}: expected channels divisible by 32 on every level")
+        check_channels(self.ch, self.ch_mult)
 
     @property
     def factor(self) -> int:
         """Image pixels per latent pixel, along a side."""
         return 2 ** (len(self.ch_mult) - 1)
+
+
+def check_channels(ch: int, ch_mult: tuple[int, ...]) -> None:
+    """Raise `UserError` for channels that group norms cannot divide into 32 groups."""
+    if not ch_mult or any(ch * mult % 32 for mult in ch_mult):
+        raise UserError(f"ch {ch} × ch_mult {ch_mult}: expected channels divisible by 32 on every level")
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -170,7 +174,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], p.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.upsample(self.mid(self.conv_in(z)))
+        return self.upsample(self.start(z))
+
+    def start(self, z: Tensor) -> Tensor:
+        """Return the middle's output, for the whole image."""
+        return self.mid(self.conv_in(z))
 
     def upsample(self, h: Tensor) -> Tensor:
         """Return the image of the middle's output. A tiled decoder calls this once per tile."""
@@ -196,14 +204,18 @@ class AutoEncoder(nn.Module):
 
         Raises `UserError` if H or W is not divisible by `params.factor`.
         """
-        f = self.params.factor
-        if x.shape[-2] % f or x.shape[-1] % f:
-            raise UserError(f"image of {x.shape[-2]} × {x.shape[-1]} pixels: expected sides divisible by {f}")
+        z = self._posterior(x, generator, self.params.factor)
+        return (z - self.params.shift_factor) * self.params.scale_factor
+
+    def _posterior(self, x: Tensor, generator: torch.Generator | None, multiple: int) -> Tensor:
+        """Return the mean of the posterior, or a sample of it, before any scaling."""
+        if x.shape[-2] % multiple or x.shape[-1] % multiple:
+            raise UserError(f"image of {x.shape[-2]} × {x.shape[-1]} pixels: expected sides divisible by {multiple}")
         mean, logvar = self.encoder(x).chunk(2, dim=1)
-        if generator is not None:
-            noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
-            mean = mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.to(mean.device)
-        return (mean - self.params.shift_factor) * self.params.scale_factor
+        if generator is None:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=generator.device)
+        return mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.to(mean.device)
 
     def decode(
         self, z: Float[Tensor, "b z i j"], tile: int | Literal["auto"] | None = "auto"
@@ -215,9 +227,12 @@ class AutoEncoder(nn.Module):
         the whole image. Group norms see the statistics of a tile, so pixels change slightly. None never tiles. "auto"
         uses tiles of 64 if the whole image would need more than 4 GB. Raises `UserError` for a tile below 8.
         """
+        return self._image(z / self.params.scale_factor + self.params.shift_factor, tile)
+
+    def _image(self, z: Tensor, tile: int | Literal["auto"] | None) -> Tensor:
+        """Return the image of latents that are no longer scaled."""
         if tile == "auto":
             tile = 64 if self._decode_bytes(z) > 4e9 else None
-        z = z / self.params.scale_factor + self.params.shift_factor
         if tile is None:
             return self.decoder(z)
         if isinstance(tile, bool) or not isinstance(tile, int) or tile < 8:
@@ -232,7 +247,7 @@ class AutoEncoder(nn.Module):
 
     def _decode_tiled(self, z: Tensor, tile: int) -> Tensor:
         f, overlap = self.params.factor, tile // 4
-        h = self.decoder.mid(self.decoder.conv_in(z))
+        h = self.decoder.start(z)
         size = (h.shape[-2] * f, h.shape[-1] * f)
         image = h.new_zeros(1, self.params.out_ch, *size)
         total = h.new_zeros(1, 1, *size)

@@ -96,10 +96,10 @@ def timestep_embedding(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class MLPEmbedder(nn.Module):
-    def __init__(self, in_dim: int, hidden_dim: int):
+    def __init__(self, in_dim: int, hidden_dim: int, bias: bool = True):
         super().__init__()
-        self.in_layer = Linear(in_dim, hidden_dim)
-        self.out_layer = Linear(hidden_dim, hidden_dim)
+        self.in_layer = Linear(in_dim, hidden_dim, bias)
+        self.out_layer = Linear(hidden_dim, hidden_dim, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -124,12 +124,12 @@ class QKNorm(nn.Module):
 class SelfAttention(nn.Module):
     """The projections of one stream. The attention itself is joint, and part of the block."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, bias: bool = True):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(dim, dim * 3, bias=qkv_bias)
         self.norm = QKNorm(dim // num_heads)
-        self.proj = Linear(dim, dim)
+        self.proj = Linear(dim, dim, bias)
 
 
 class Affine(NamedTuple):
@@ -147,10 +147,10 @@ Modulations = tuple[Affine, ...]
 class Modulation(nn.Module):
     """adaLN parameters from `vec` `(B, D)`: two sets for a double block, one for a single block."""
 
-    def __init__(self, dim: int, double: bool):
+    def __init__(self, dim: int, double: bool, bias: bool = True):
         super().__init__()
         self.multiplier = 6 if double else 3
-        self.lin = Linear(dim, self.multiplier * dim)
+        self.lin = Linear(dim, self.multiplier * dim, bias)
 
     def forward(self, vec: Tensor) -> list[Affine]:
         parts = self.lin(F.silu(vec))[:, None, :].chunk(self.multiplier, dim=-1)
@@ -313,10 +313,10 @@ class SingleStreamBlock(nn.Module):
 class LastLayer(nn.Module):
     """adaLN, whose rows are (shift, scale), and the projection to packed patches."""
 
-    def __init__(self, hidden_size: int, out_channels: int):
+    def __init__(self, hidden_size: int, out_channels: int, bias: bool = True):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
+        self.linear = nn.Linear(hidden_size, out_channels, bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size, bias))
 
     def modulations(self, vec: Tensor) -> Modulations:
         """Return what `forward` takes in place of `vec` `(B, D)`. The final layer has no gate."""

@@ -200,9 +200,6 @@ def test_two_copies_of_a_network_are_refused(tmp_path, flux):
 
 FOREIGN = {
     "Chroma": ["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.in_proj.weight"],
-    "FLUX.2": ["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"],
-    "FLUX.2, which": ["transformer_blocks.0.attn.to_q.weight", "single_stream_modulation.linear.weight"],
-    "FLUX.2's autoencoder": ["encoder.down.0.block.0.conv1.weight", "bn.running_mean"],
     "Qwen-Image": ["transformer_blocks.0.img_mod.1.weight", "txt_norm.weight", "img_in.weight"],
     "a ControlNet": ["double_blocks.0.img_attn.qkv.weight", "controlnet_blocks.0.weight"],
     "Redux": ["redux_up.weight", "redux_down.weight"],
