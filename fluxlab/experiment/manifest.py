@@ -33,6 +33,11 @@ class Manifest:
         except (OSError, ValueError, KeyError, TypeError):
             self._entries, self.problem = {}, f"{MANIFEST} is damaged"
 
+    @property
+    def names(self) -> list[str]:
+        """The files that the manifest lists, relative to the folder."""
+        return list(self._entries)
+
     def unchanged(self, name: str) -> bool:
         """Return whether a file has the listed size and is older than the manifest. It is not read."""
         entry = self._entries.get(name)

@@ -2,7 +2,8 @@
 
 import csv
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -116,6 +117,12 @@ class Run:
     @cached_property
     def _array_files(self) -> dict[tuple[str, str, int], str]:
         return {(row["variant"], row["prompt"], row["seed"]): row["file"] for row in self.attention}
+
+    def only(self, prompts: Collection[str]) -> "Run":
+        """Return the run with only the cells of some prompts. The controls and the summary stay those of all cells."""
+        part = replace(self, metrics=[row for row in self.metrics if row["prompt"] in prompts])
+        part.__dict__["attention"] = [row for row in self.attention if row["prompt"] in prompts]
+        return part
 
     def describe(self, variant: str) -> str:
         """Return a variant's program in one line."""

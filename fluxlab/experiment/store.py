@@ -197,8 +197,12 @@ class Store:
         del self.manifest
 
     def sealed(self, names: Collection[str]) -> bool:
-        """Return whether experiment.yaml and the files `names` are those that the manifest lists."""
-        return not any(self.manifest.changed(name) for name in (EXPERIMENT, *names))
+        """Return whether experiment.yaml, the files `names`, and all drawn files are those that the manifest lists."""
+        listed = self.manifest.names
+        drawn = [n for n in listed if not (n.startswith((f"{CELLS}/", f"{REFERENCES}/")) or n.endswith(".safetensors"))]
+        if not self.verify:
+            drawn = [name for name in drawn if not self.manifest.unchanged(name)]
+        return not any(self.manifest.changed(name) for name in dict.fromkeys((EXPERIMENT, *names, *drawn)))
 
 
 def find_store(path: Path) -> Store | None:

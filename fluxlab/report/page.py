@@ -1,4 +1,7 @@
-"""`report.html`: one or several run folders as a page in one file, which loads nothing from anywhere."""
+"""`report.html`: one or several run folders as a page that loads nothing from anywhere.
+
+The images and cells of a large run are divided into several pages, see `fluxlab.report.parts`.
+"""
 
 import base64
 import hashlib
@@ -16,6 +19,7 @@ from fluxlab.experiment.reading import Run, read_store
 from fluxlab.measure.registry import about, shown_metrics
 from fluxlab.report.attention import page as attention_page
 from fluxlab.report.findings import cell_values, findings, metrics_with_values
+from fluxlab.report.parts import Part, divide, links
 from fluxlab.report.position_plot import position_plot
 from fluxlab.select.masks import compact
 
@@ -29,10 +33,18 @@ Row = dict[str, Any]
 def write_report(stores: "Sequence[Run | str | PathLike[str]]", file: "str | PathLike[str]") -> Path:
     """Write the page of one or several run folders, atomically. Returns the file.
 
-    The same folders give the same bytes. A file that already has them is not written, and no other file is. Raises
-    UserError if no folder is given, one is given twice, damaged or unfinished, or an image cannot be read.
+    If they have more than `parts.CELLS` cells, the page shows the first prompts and links to pages of the others, in
+    the folder `<name>-pages` next to it. The same folders give the same bytes. A file that already has them is not
+    written, and no other file is. Raises UserError if no folder is given, one is given twice, damaged or unfinished, or
+    an image cannot be read.
     """
-    return put(Path(file), render(stores).encode())
+    file, runs = Path(file), _read(stores)
+    parts = divide(runs, file.name)
+    if len(parts) > 1:
+        (file.parent / parts[1].file).parent.mkdir(exist_ok=True)
+    for n in reversed(range(len(parts))):  # the page with the links comes last
+        put(file.parent / parts[n].file, _render(runs, parts, n, BUDGET).encode())
+    return file
 
 
 def render(stores: "Sequence[Run | str | PathLike[str]]", budget: int = BUDGET) -> str:
@@ -40,12 +52,20 @@ def render(stores: "Sequence[Run | str | PathLike[str]]", budget: int = BUDGET) 
 
     Errors are those of `write_report`.
     """
+    runs = _read(stores)
+    return _render(runs, divide(runs, REPORT_FILE), 0, budget)
+
+
+def _render(whole: Sequence[Run], parts: Sequence[Part], n: int, budget: int) -> str:
+    """Return page n as HTML. Findings, programs and settings are on page 0 only."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    runs = _read(stores)
-    names = run_names(runs)
+    shown = parts[n].runs
+    runs = [run for _, run in shown]
+    names = run_names(whole)
+    titles = [names[i] for i, _ in shown]
     files = [run.image(row["variant"], row["prompt"], row["seed"]) for run in runs for row in run.metrics]
-    attention = attention_page.shown(runs, names)
+    attention = attention_page.shown(runs, titles, **({} if n == 0 else {"sheets": 0}))
     embedded = embed(files, max(budget // 4, budget - attention.bytes))
     scripts = [_template("report.js"), *([_template("attention.js")] if attention.data else [])]
     style = _template("report.css") + (_template("attention.css") if attention else "")
@@ -57,16 +77,20 @@ def render(stores: "Sequence[Run | str | PathLike[str]]", budget: int = BUDGET) 
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    metrics = metrics_with_values(runs)
+    metrics = metrics_with_values(whole)
+    title = whole[0].record["name"] if len(whole) == 1 else f"{len(whole)} runs"
     return environment.get_template("report.html.j2").render(
-        title=runs[0].record["name"] if len(runs) == 1 else f"{len(runs)} runs",
-        runs=[_run(i, name, run, embedded) for i, (name, run) in enumerate(zip(names, runs, strict=True))],
+        title=f"{title}, {parts[n].label}" if n else title,
+        pages=links(parts, n),
+        main=n == 0,
+        runs=[_run(i, names[i], run, embedded, n == 0) for i, run in shown],
+        several=len(whole) > 1,
         metrics=[{"name": name, **about(name)._asdict()} for name in metrics],
         shown=[name for name in metrics if name in shown_metrics()] or metrics,
-        findings=findings(runs, names, metrics),
+        findings=findings(whole, names, metrics) if n == 0 else [],
         cells=[
             {"run": name, **row, "values": cell_values(row, metrics)}
-            for name, run in zip(names, runs, strict=True)
+            for name, run in zip(titles, runs, strict=True)
             for row in run.metrics
         ],
         note=note(list(embedded.values())),
@@ -112,8 +136,8 @@ def _read(stores: "Sequence[Run | str | PathLike[str]]") -> list[Run]:
     return runs
 
 
-def _run(index: int, name: str, run: Run, embedded: dict[Path, Picture]) -> Row:
-    """Return what the template shows of one run."""
+def _run(index: int, name: str, run: Run, embedded: dict[Path, Picture], programs: bool) -> Row:
+    """Return what the template shows of one run; without `programs`, no position plots."""
     record, settings = run.record, run.record["settings"]
     prompts = list(dict.fromkeys(prompt for prompt, _ in run.places))
     seeds = list(dict.fromkeys(seed for _, seed in run.places))
@@ -138,7 +162,7 @@ def _run(index: int, name: str, run: Run, embedded: dict[Path, Picture]) -> Row:
                 "about": run.describe(variant),
                 "digest": record["variants"][variant]["digest"],
                 "yaml": program_yaml(variant, compact(record["variants"][variant]["program"], digests=True)),
-                "plot": position_plot(run, variant, prompts[0]),
+                "plot": position_plot(run, variant, prompts[0]) if programs else None,
                 "cells": [
                     {"prompt": prompt, "seed": seed, "picture": embedded.get(run.image(variant, prompt, seed))}
                     for prompt, seed in run.places

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,11 +19,12 @@ from PIL import Image, ImageColor
 import fluxlab.run
 from fluxlab.drawing import pictures
 from fluxlab.drawing.style import OKABE_ITO
-from fluxlab.experiment.reading import read_store
+from fluxlab.experiment.reading import Run, read_store
 from fluxlab.measure.summary import Effect
-from fluxlab.report import findings, page, position_plot
+from fluxlab.report import findings, page, parts, position_plot
 from fluxlab.report.__main__ import main
 from fluxlab.report.page import render, write_report
+from fluxlab.report.products import grid
 from tests.stores import make_store
 
 HOSTILE = '</script><script>document.title = "broken into"</script> & "a" <img src=x onerror=alert(1)>'
@@ -307,6 +309,54 @@ def test_several_stores_on_one_page(store, other):
     assert links <= set(ids)
     assert [attrs["data-run"] for _, attrs in tree.tags if "data-run" in attrs] == names
     assert len([1 for kind, _ in tree.tables if kind == "grid"]) == 2
+
+
+def test_a_large_run_is_divided_by_prompts(store, tmp_path, monkeypatch):
+    folder = shutil.copytree(store, tmp_path / "run")
+    whole = render([folder])
+    run = read_store(folder)
+    monkeypatch.setattr(parts, "CELLS", len(run.metrics) // 2)
+    file = write_report([folder], folder / "report.html")
+    other = folder / "report-pages" / "0002.html"
+    assert [path.name for path in (folder / "report-pages").iterdir()] == ["0002.html"]
+    pages = [path.read_text() for path in (file, other)]
+    found = [cells_of(html) for html in pages]
+    assert found[0] + found[1] != cells_of(whole)  # in the order of the page, variants before prompts
+    assert sorted(found[0] + found[1]) == sorted(cells_of(whole))
+    first, second = dict.fromkeys(prompt for prompt, _ in run.places)
+    assert {prompt for _, prompt, _ in found[0]} == {first}
+    assert {prompt for _, prompt, _ in found[1]} == {second}
+    assert 'href="report-pages/0002.html"' in pages[0]
+    assert 'href="../report.html"' in pages[1]
+    assert [html.count("<img src") for html in pages] == [6 + 3, 6]  # three position plots on the first page
+    assert ['<h2 id="findings-title"' in html for html in pages] == [True, False]
+    found = whole[whole.index('id="findings"') : whole.index('id="programs"')]
+    assert found in pages[0]  # of all cells
+    grid(run)
+    with Image.open(folder / "grid.png") as image:
+        assert image.width < 1500
+
+
+def cells_of(html):
+    """Return (variant, prompt, seed) of the rows of the table of cells."""
+    ((_, rows),) = [table for table in Tree(html).tables if "cells" in table[0]]
+    return [tuple(text.strip() for text in row[:3]) for row in rows[1:]]
+
+
+def test_groups_of_prompts():
+    def run(*counts):
+        rows = [{"variant": "a", "prompt": f"p{i}", "seed": seed} for i, n in enumerate(counts) for seed in range(n)]
+        return Run(Path(), {}, rows, [], [])
+
+    def sizes(*runs):
+        return [[len(part.metrics) for _, part in page.runs] for page in parts.divide(runs, "report.html")]
+
+    assert sizes(run(1000, 1000)) == [[2000]]
+    assert sizes(run(1000, 1000, 1)) == [[2000], [1]]
+    assert sizes(run(1500, 1000, 900)) == [[1500], [1900]]
+    assert sizes(run(2500, 1)) == [[2500], [1]]
+    assert sizes(run(900, 900), run(400)) == [[900, 400], [900]]
+    assert [page.label for page in parts.divide([run(999, 999, 1500)], "report.html")] == ["prompts 1 to 2", "prompt 3"]
 
 
 def test_runs_with_the_same_name_get_different_names(store, tmp_path):

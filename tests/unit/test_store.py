@@ -228,6 +228,20 @@ def test_a_modified_checkout_is_marked(tmp_path, monkeypatch):
 # ---- what is read again
 
 
+@pytest.mark.parametrize("verify", [False, True])
+def test_a_drawn_file_that_is_missing_or_damaged_is_noticed(store, verify):
+    page = store / "report-pages" / "0002.html"
+    page.parent.mkdir()
+    page.write_text("a page")
+    with open_store(store, verify=verify) as opened:
+        opened.seal()
+        assert opened.sealed(())
+        page.write_text("a cut")
+        assert not opened.sealed(())
+        page.unlink()
+        assert not opened.sealed(())
+
+
 def test_a_file_is_read_again_if_its_size_or_time_changed(store, monkeypatch):
     from fluxlab.experiment import manifest
     from fluxlab.experiment import store as store_module
