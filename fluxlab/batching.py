@@ -79,6 +79,17 @@ def check_channels(name: str, expected: int, latents: int) -> None:
         )
 
 
+def check_captured(probe: Probe, programs: Sequence[Program] | None) -> None:
+    """Raise `UserError` if a probe reads attention that is an average over several tables. Call it after `begin`."""
+    for program in programs or () if probe.reads_attention else ():
+        for edit in program.edits:
+            if edit.acts_on == "windows":
+                raise UserError(
+                    f"{edit.path}: {edit.op} has several tables, whose attention is averaged and has no single value; "
+                    f"leave the capture of {', '.join(probe.reads_attention)} out, or the edit"
+                )
+
+
 def token_grid(height: int, width: int, step: int) -> tuple[int, int]:
     """Return the token rows and columns of an image size in pixels. A token covers `step` × `step` pixels."""
     for key, pixels in (("height", height), ("width", width)):
@@ -204,4 +215,4 @@ class OnDevice:
             parts = [self._moved(part, dtype, before, memo) for part in x]
             moved = type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
             memo[id(x)] = moved._replace(on_host=x.queries) if isinstance(x, KeyGroups) else moved
-        return memo.get(id(x))
+        return memo.get(id(x), x)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from fluxlab import batching, sampling
 from fluxlab.errors import UserError
 from fluxlab.model import Rotary
-from fluxlab.model.attention import Attended, Tap
+from fluxlab.model.attention import Attended, Tap, score_factors
 from fluxlab.model.sites import Site
 from fluxlab.positions import Compiled, Context, Program, compile_programs
 from fluxlab.sampling import Sampling
@@ -209,6 +209,9 @@ def attention(word: Any, box: Any) -> Score:
             of_samples = []
             for b, queries in enumerate(rows):
                 logits = attended.q[b][:, queries] @ attended.k[b].mT / attended.q.shape[-1] ** 0.5
+                if attended.factors:
+                    own = [f._replace(factor=f.factor[queries]) for f in attended.factors[b]]
+                    logits = score_factors(logits, own, slice(None))
                 if attended.mask is not None:
                     mask = attended.mask[b if len(attended.mask) > 1 else 0]
                     logits = logits + (mask if mask.shape[1] == 1 else mask[:, queries])

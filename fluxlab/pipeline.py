@@ -260,6 +260,7 @@ class Pipeline(ModelParts):
         interventions = self._interventions(programs, prompts, length, grid, sigmas)
         if probe is not None:
             probe.begin(self.context(prompts, length, grid, sigmas), batch)
+            batching.check_captured(probe, programs)
 
         def conditioned(
             texts: Sequence[str],

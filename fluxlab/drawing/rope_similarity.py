@@ -8,6 +8,7 @@ from torch import Tensor
 from fluxlab.drawing.style import GREY, MARKS, OKABE_ITO, STYLE, style, title
 from fluxlab.model import Rotary, rotary_table
 from fluxlab.model.groups import KeyGroups
+from fluxlab.model.varied import Varied, plain_keys
 from fluxlab.positions.at_step import COL, INDEX, ROW, ProgramAtStep, token_groups
 from fluxlab.select.arguments import AXES
 from fluxlab.select.layout import IMAGE, REFERENCE
@@ -63,9 +64,12 @@ def _unchanged_tables(state: ProgramAtStep) -> Tables:
 
 
 def program_tables(state: ProgramAtStep) -> Tables:
-    """Return the tables of queries and keys after the program."""
+    """Return the tables of queries and keys after the program. Of several windows, those of the first."""
     rotary = state.compiled.at(state.context.sigmas[state.step]).rotary
-    return (rotary, rotary) if isinstance(rotary, Rotary) else rotary[state.block]
+    queries, keys = (rotary, rotary) if isinstance(rotary, Rotary) else rotary[state.block]
+    if isinstance(keys, Varied) and keys.variations[0].windows:
+        return keys.variations[0].windows[0]
+    return queries, plain_keys(keys)
 
 
 def similarity_by_distance(

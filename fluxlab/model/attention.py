@@ -1,7 +1,7 @@
 """Attention. Every block of the transformer calls `attend`, and nothing else computes attention."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,16 +15,40 @@ SCORE_BYTES = 4 << 20
 """Bytes of scores that `dense_attention` computes at a time. With a bf16 copy they fit the cache of two cores."""
 
 
+class ScoreFactor(NamedTuple):
+    """A factor of scores q·kᵀ/√d, before the mask.
+
+    factor: `(n, N)`. heads: `(H,)`, the share of it that acts in each head, from 0 to 1; None for all of it.
+    positive: whether it multiplies positive scores only.
+    """
+
+    factor: Tensor
+    heads: Tensor | None
+    positive: bool
+
+
+def score_factors(scores: Tensor, factors: Sequence[ScoreFactor], rows: slice) -> Tensor:
+    """Return scores `(H, r, N)`, those of some rows of a call, multiplied by the factors in order."""
+    for factor, heads, positive in factors:
+        by = factor[rows].to(scores)
+        if heads is not None:
+            by = 1 + heads.to(scores)[:, None, None] * (by - 1)
+        scores = torch.where(scores > 0, scores * by, scores) if positive else scores * by
+    return scores
+
+
 class Attended(NamedTuple):
     """What one call of a kernel computed with, in the precision that the kernel read.
 
-    p = exp(q·kᵀ/√d + mask - lse) are the probabilities that weighed the values, up to the kernel's rounding.
+    p = exp(f(q·kᵀ/√d) + mask - lse) are the probabilities that weighed the values, up to the kernel's rounding. f
+    multiplies scores by the sample's factors.
 
     q: `(B, H, n, d)`. k: `(B, H, N, d)`.
     lse: `(B, H, n)`, fp32 or fp64. The log-sum-exp of each query's scores, from the kernel.
     mask: additive, broadcasts to `(B, H, n, N)`, or None.
     queries: `(n,)`, in main memory if possible: the positions of these queries in the sequence. None for the whole
         sequence in order.
+    factors: those of each sample; None if no sample has any.
     """
 
     q: Tensor
@@ -32,6 +56,7 @@ class Attended(NamedTuple):
     lse: Tensor
     mask: Tensor | None
     queries: Tensor | None
+    factors: tuple[tuple[ScoreFactor, ...], ...] | None = None
 
 
 Tap = Callable[[Attended], None]

@@ -27,18 +27,6 @@ class KeyGroups(NamedTuple):
         return Rotary(torch.ones_like(cos), torch.zeros_like(cos))
 
 
-def joint_attention(
-    q: Tensor, k: Tensor, v: Tensor, keys: Rotary | KeyGroups, mask: Tensor | None, tap: Tap | None = None
-) -> Tensor:
-    """Return a block's attention, in one call if all queries see the same keys, otherwise in one call per group.
-
-    k is rotated already in the first case, and not yet in the second.
-    """
-    if isinstance(keys, KeyGroups):
-        return attend_in_groups(q, k, v, keys, mask, tap)
-    return attend(q, k, v, mask, tap)
-
-
 def attend_in_groups(
     q: Tensor, k: Tensor, v: Tensor, groups: KeyGroups, mask: Tensor | None = None, tap: Tap | None = None
 ) -> Tensor:

@@ -11,6 +11,7 @@ from fluxlab.model.attention import additive_mask
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.layers import BlockTables
 from fluxlab.model.rope import Rotary, check_ids, rotary_table
+from fluxlab.model.varied import Varied, plain_keys
 
 
 class TransformerSizes(Protocol):
@@ -93,6 +94,8 @@ def _check_tables(
     """Raise `UserError` for a table that does not fit this model and input."""
     width = p.hidden_size // p.num_heads // 2
     sides = [side for pair in pairs for side in (pair if isinstance(pair, tuple) else (pair,))]
+    windows = [w for side in sides if isinstance(side, Varied) for v in side.variations for w in v.windows]
+    sides = [plain_keys(side) for side in (*sides, *(side for window in windows for side in window))]
     for table in [t for side in sides for t in (side.tables if isinstance(side, KeyGroups) else (side,))]:
         if not isinstance(table, Rotary):
             raise UserError(f"rotary holds a {type(table).__name__}: expected a Rotary, or a pair of them per block")

@@ -13,13 +13,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fluxlab.model.attention import Tap, empty_token_major
-from fluxlab.model.groups import KeyGroups, joint_attention
+from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 from fluxlab.model.sites import Site, at
 from fluxlab.model.torch_ops import ONEDNN_DTYPES, onednn_linear
+from fluxlab.model.varied import Keys, joint_attention, plain_keys
 
-BlockTables = tuple[Rotary, Rotary | KeyGroups]
-"""The rotary tables of one block: for the queries, and for the keys (one table, or one per group of queries)."""
+BlockTables = tuple[Rotary, Keys]
+"""The rotary tables of one block: for the queries, and for the keys (one table, or one per group of queries).
+
+`Varied` keys also say how some samples of the batch attend."""
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -180,7 +183,8 @@ def query_key_value(
     q and k are normalised and rotated. They are in the dtype of the tables, which is fp32 unless the model is fp64.
     Keys that groups of queries see at different positions are rotated later, by each group.
     """
-    q_table, k_table = tables[0], tables[1].identity if isinstance(tables[1], KeyGroups) else tables[1]
+    q_table, k_table = tables[0], plain_keys(tables[1])
+    k_table = k_table.identity if isinstance(k_table, KeyGroups) else k_table
     joint = qkvs[0] if len(qkvs) == 1 else torch.cat(list(qkvs), dim=1)
     lengths = [qkv.shape[1] for qkv in qkvs]
     q, k, v = rearrange(joint, "B N (K H D) -> K B H N D", K=3, H=num_heads)
@@ -215,7 +219,7 @@ def block_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    keys: Rotary | KeyGroups,
+    keys: Keys,
     mask: Tensor | None,
     tap: Tap | None,
     site: Site | None,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxlab.model.groups import joint_attention
 from fluxlab.model.rope import Rotary, apply_rotary
+from fluxlab.model.varied import joint_attention
 
 SITES = ("input", "queries", "keys", "values", "attention", "mlp", "residual")
 """The sites of a block, in the order in which it reaches them. All cover text, then image.

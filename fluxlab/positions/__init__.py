@@ -1,6 +1,6 @@
 """What to do to position ids and where: ops, edits and programs (docs/programs.md). Contains no networks."""
 
-from fluxlab.positions import activation_ops, attention_ops, frequency_ops, ops, placement_ops
+from fluxlab.positions import activation_ops, attention_ops, frequency_ops, ops, placement_ops, score_ops, window_ops
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
 from fluxlab.positions.interventions import (
     Interventions,
@@ -53,10 +53,12 @@ __all__ = [
     "ops",
     "ops_table",
     "placement_ops",
+    "score_ops",
     "shifted",
     "sources_of",
     "split_resample",
     "tables",
     "where_table",
+    "window_ops",
     "with_sources",
 ]

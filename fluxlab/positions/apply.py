@@ -1,78 +1,26 @@
 """The edits of one sample: resolved against a context, then applied to its ids."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fluxlab.errors import UserError, join, show
-from fluxlab.positions.registry import Op, bugs_named, find_op
+from fluxlab.errors import UserError, join
+from fluxlab.positions.calling import call, check_finite, check_type, head_factor, score_factor
+from fluxlab.positions.registry import find_op
+from fluxlab.positions.resolved import Resolved
 from fluxlab.positions.waves import Waves, spectrum, unchanged
 from fluxlab.select.arguments import AXES
-from fluxlab.select.layout import Context, Scope, token_name
+from fluxlab.select.layout import Context
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
-from fluxlab.select.where import resolve_blocks, resolve_heads, resolve_steps, strength_at
+from fluxlab.select.where import resolve_blocks, resolve_heads, resolve_steps
 
 if TYPE_CHECKING:
     from fluxlab.positions.edit import Edit
-
-
-@dataclass(frozen=True, eq=False)
-class Resolved:
-    """An edit with all its choices as numbers. seen_by: boolean `(N,)`, axes: boolean `(A,)`; None means all."""
-
-    op: Op
-    given: Mapping[str, Any]
-    arguments: dict[str, Any]
-    scope: Scope
-    tokens: Tensor
-    axes: Tensor | None
-    steps: tuple[bool, ...]
-    blocks: frozenset[int]
-    heads: frozenset[int] | None
-    side: str
-    seen_by: Tensor | None
-    strength: float | list
-    path: str
-    context: Context
-
-    @property
-    def acts_on(self) -> str:
-        return self.op.acts_on
-
-    def strength_at(self, step: int, t: float) -> float:
-        return strength_at(self.strength, t) if self.steps[step] and len(self.tokens) else 0.0
-
-    def state_at(self, step: int, t: float) -> tuple[float, float | None]:
-        """Return all that the edit depends on at a step: its strength, and t if its op depends on the noise level."""
-        strength = self.strength_at(step, t)
-        return strength, t if self.op.timed and strength > 0 else None
-
-    def in_head(self, head: int | None) -> bool:
-        return head is None or self.heads is None or head in self.heads
-
-    def strength_in(self, step: int, t: float, block: int, head: int | None) -> float:
-        """Return the strength in one block and head."""
-        return self.strength_at(step, t) if block in self.blocks and self.in_head(head) else 0.0
-
-    def touches(self, side: str, head: int | None = None) -> bool:
-        """Return whether it changes the table of a side (and head): `temperature` that of queries, `mask` none."""
-        sides = {"attention": (), "activations": (), "size": ()}.get(self.acts_on, ("queries", "keys"))
-        if self.acts_on == "scale":  # once per score: a factor of the queries, unless keys are meant
-            sides = ("keys",) if self.side == "keys" else ("queries",)
-        return side in sides and self.side in ("both", side) and self.in_head(head)
-
-    def is_seen_by(self, query: int | None) -> bool:
-        return query is None or self.seen_by is None or bool(self.seen_by[query])
-
-    @property
-    def described(self) -> str:
-        """Op, arguments and tokens, for error messages."""
-        arguments = ", ".join(f"{key} {show(value)}" for key, value in self.given.items() if value is not None)
-        return f"op {self.op.name}{' with ' if arguments else ''}{arguments} on {len(self.tokens)} tokens"
 
 
 def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
@@ -89,10 +37,16 @@ def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
     device = context.ids.device
     selections = {key: selected(v, key) for key, v in edit.arguments.items() if op.types[key] is parse_tokens and v}
     arguments = {op.names[key]: value for key, value in {**edit.arguments, **selections}.items()}
-    if op.acts_on == "attention":
+    if op.acts_on == "scores":  # queries and keys are image tokens unless said otherwise
+        names = [op.names[key] for key in ("from", "to")]
+        arguments |= {name: selected("image", "from") for name in names if arguments[name] is None}
+        selections = {name: arguments[name] for name in names}
+    if op.acts_on in ("attention", "scores"):
         ends = torch.stack(list(selections.values()))
         # without one of its ends, such as a word that a negative prompt lacks, the edit does nothing
         tokens = (ends.any(0) & ends.any(1).all()).nonzero()[:, 0]
+    elif op.acts_on == "heads":
+        tokens = torch.arange(context.layout.tokens, device=context.ids.device)
     else:
         tokens = resolve_tokens(where["tokens"], context, sample, join(edit.path, "tokens"))
     named = None if where["axes"] == "all" else where["axes"]
@@ -122,12 +76,13 @@ Now = tuple[int, float, float | None]
 class Placed:
     """ids `(N, A)`, with dropped rotation as position 0, and the factor of each row of the table, `(N,)` or None.
 
-    waves: frequencies and gains, None if they are the model's own.
+    waves: frequencies and gains, None if they are the model's own. windows: number of windows, of which this is one.
     """
 
     ids: Tensor
     scales: Tensor | None
     waves: Waves | None = None
+    windows: int = 1
 
     def equals(self, other: "Placed") -> bool:
         """Return whether values are equal. False if a gradient flows through one of them."""
@@ -159,13 +114,19 @@ class Placed:
         return score if self.scales is None else self.scales * score
 
 
-def apply_edits(ids: Tensor, edits: Sequence[Resolved], now: Sequence[Now]) -> Placed:
-    """Apply edits in order. An angle is id · ω, so a share of the angle is that share of the id."""
+def apply_edits(ids: Tensor, edits: Sequence[Resolved], now: Sequence[Now], window: int = 0) -> Placed:
+    """Apply edits in order. An angle is id · ω, so a share of the angle is that share of the id.
+
+    window: which of the positions that `windows` gives.
+    """
     shares = scales = waves = None
+    count = 1
     for n, strength, t in now:
         edit = edits[n]
         if edit.acts_on == "ids":
             ids = _changed(ids, edit, strength)
+        elif edit.acts_on == "windows":
+            ids, count = _window(ids, edit, strength, window)
         elif edit.acts_on == "rotation":
             shares = _changed(torch.ones_like(ids) if shares is None else shares, edit, strength, is_factor=True)
         elif edit.acts_on == "scale":
@@ -175,13 +136,26 @@ def apply_edits(ids: Tensor, edits: Sequence[Resolved], now: Sequence[Now]) -> P
             waves = _changed_waves(before, ids, edit, strength, edit.context.sigmas[0] if t is None else t)
     if scales is not None and not scales.requires_grad and (scales == 1).all():
         scales = None
-    return Placed(ids if shares is None else ids * shares, scales, _own_or_none(waves, edits))
+    return Placed(ids if shares is None else ids * shares, scales, _own_or_none(waves, edits), count)
+
+
+def _window(ids: Tensor, edit: Resolved, strength: float, window: int) -> tuple[Tensor, int]:
+    """Return the positions of one window `(N, A)`, and the number of windows."""
+    start = ids[edit.tokens]
+    every = call(edit, start, edit.scope, edit.context.trained)
+    if not isinstance(every, Tensor) or every.shape[1:] != start.shape or every.dtype != start.dtype or not len(every):
+        got = f"{tuple(every.shape)} {every.dtype}" if isinstance(every, Tensor) else type(every).__name__
+        raise TypeError(
+            f"{edit.path}: op {edit.op.name} ({edit.op.source}) returned {got}, expected (windows, "
+            f"{', '.join(map(str, start.shape))}) {start.dtype}"
+        )
+    return _placed_at(ids, start, every[window], edit, strength), len(every)
 
 
 def _changed_waves(before: Waves, ids: Tensor, edit: Resolved, strength: float, t: float) -> Waves:
     """Return `before` with the op's result at the edit's tokens and axes."""
     seen = spectrum(ids, edit.context, edit.axes, t)
-    after = _call(edit, before, seen)
+    after = call(edit, before, seen)
     if not isinstance(after, Waves):
         raise TypeError(f"{edit.path}: op {edit.op.name} ({edit.op.source}) returned {type(after).__name__}, not Waves")
     mixed = []
@@ -217,45 +191,21 @@ def _own_or_none(waves: Waves | None, edits: Sequence[Resolved]) -> Waves | None
 def _changed(before: Tensor, edit: Resolved, strength: float, is_factor: bool = False) -> Tensor:
     """Return `before` with the op's result at its tokens and axes. `is_factor`: the op returns a factor of them."""
     start = before[edit.tokens]
-    after = _call(edit, torch.ones_like(start) if is_factor else start, edit.scope)
-    _check_type(edit, after, start.shape, start.dtype)
+    after = call(edit, torch.ones_like(start) if is_factor else start, edit.scope)
+    check_type(edit, after, start.shape, start.dtype)
     if is_factor:
         after = start * after
+    return _placed_at(before, start, after, edit, strength)
+
+
+def _placed_at(before: Tensor, start: Tensor, after: Tensor, edit: Resolved, strength: float) -> Tensor:
+    """Return `before` with a share of the way from `start` to `after` at the edit's tokens and axes."""
     if strength < 1:
         after = start + strength * (after - start)
     if edit.axes is not None:
         after = torch.where(edit.axes, after, start)
-    _check_finite(edit, after)
+    check_finite(edit, after)
     return before.index_copy(0, edit.tokens, after)
-
-
-def _call(edit: Resolved, *first: Any) -> Any:
-    """Call the op. Its own exceptions keep their traceback, with a note that says which edit failed."""
-    with bugs_named(f"in {edit.described}, edit {edit.path}"):
-        try:
-            return edit.op.function(*first, **edit.arguments)
-        except UserError as error:
-            raise UserError(f"{edit.path}.{error}") from None
-
-
-def _check_type(edit: Resolved, result: Any, shape: torch.Size, dtype: torch.dtype) -> None:
-    """Raise TypeError, since it is a bug of the op, for a result of another shape or dtype."""
-    if isinstance(result, Tensor) and result.shape == shape and result.dtype == dtype:
-        return
-    got = f"{tuple(result.shape)} {result.dtype}" if isinstance(result, Tensor) else type(result).__name__
-    raise TypeError(
-        f"{edit.path}: op {edit.op.name} ({edit.op.source}) returned {got}, expected a tensor {tuple(shape)} {dtype}"
-    )
-
-
-def _check_finite(edit: Resolved, result: Tensor) -> None:
-    finite = torch.isfinite(result.detach()).reshape(len(result), -1).all(1)
-    if not finite.all():
-        wrong = (~finite).nonzero()[:, 0].tolist()
-        raise UserError(
-            f"{edit.path}: {edit.described} gave NaN or inf for {len(wrong)} of them, first for "
-            f"{token_name(edit.scope, wrong[0])}"
-        )
 
 
 def blocked(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tensor:
@@ -266,8 +216,8 @@ def blocked(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tenso
     bias = ids.new_zeros(len(ids), len(ids))
     for n, strength, _ in now:
         edit = edits[n]
-        forbidden = _call(edit)
-        _check_type(edit, forbidden, bias.shape, torch.bool)
+        forbidden = call(edit)
+        check_type(edit, forbidden, bias.shape, torch.bool)
         weight = math.log1p(-strength) if strength < 1 else -math.inf  # in fp64: see docs/numerics.md, "Processors"
         bias = torch.where(forbidden, bias + weight, bias)
         if torch.isneginf(bias).all(1).any():
@@ -280,6 +230,14 @@ def try_out(edits: Sequence[Resolved], ids: Tensor, context: Context) -> None:
     for n, edit in enumerate(edits):
         if len(edit.tokens):
             apply_edits(ids.detach(), edits, [(n, 1.0, None)])
+            if edit.acts_on == "scores":
+                score_factor(edit, 1.0, ids.detach(), ids.detach())
+            elif edit.acts_on == "heads":
+                head_factor(edit, ids.new_ones(context.heads))
+    windows = [edit for edit in edits if edit.acts_on == "windows"]
+    for first, second in itertools.combinations(windows, 2):
+        if first.blocks & second.blocks and any(a and b for a, b in zip(first.steps, second.steps, strict=True)):
+            raise UserError(f"{second.path}: a second edit of windows in the same step and block as {first.path}")
     masks = [n for n, edit in enumerate(edits) if edit.acts_on == "attention"]
     heads = range(context.heads) if any(edits[n].heads is not None for n in masks) else (None,)
     at_full_strength = {

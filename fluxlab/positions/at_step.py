@@ -128,7 +128,8 @@ def program_at_step(
 
     def acting(s: int, b: int, h: int, shown: str) -> list[Resolved]:
         at_work = [edit for edit in edits if edit.strength_in(s, context.sigmas[s], b, h) > 0]
-        return [edit for edit in at_work if edit.touches(shown, h) or edit.acts_on == "attention"]
+        scores = ("attention", "scores", "heads")
+        return [edit for edit in at_work if edit.touches(shown, h) or edit.acts_on in scores]
 
     first = next(
         (spot for spot in itertools.product(*options) if acting(*spot)), tuple(values[0] for values in options)
@@ -150,6 +151,9 @@ def program_at_step(
     if query is not None:
         name, _, start, _ = next(group for group in token_groups(context.layout) if group[2] <= query < group[3])
         labels["query"] = f"as {name} token {query - start} sees them"
+    windows = compiled.windows(context.sigmas[s], b)
+    if windows > 1:
+        labels["windows"] = f"the first of {windows} windows"
     if program and torch.equal(after, before):
         labels["same"] = "positions unchanged"
     waves, own = compiled.waves(context.sigmas[s], b, shown, h, query=query), unchanged(context)

@@ -1,6 +1,6 @@
 """Programs compiled to rotary tables and masks. Equal tables are one tensor, built once and shared."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,14 +9,23 @@ from torch import Tensor
 from fluxlab.errors import UserError
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary, rotary_table
-from fluxlab.positions.apply import Now, Placed, Resolved, apply_edits, blocked, resolve, try_out
+from fluxlab.model.varied import Keys, Variation, Varied
+from fluxlab.positions.apply import (
+    Now,
+    Placed,
+    Resolved,
+    apply_edits,
+    blocked,
+    resolve,
+    try_out,
+)
+from fluxlab.positions.joining import Cache, join, join_masks, query_groups, same
+from fluxlab.positions.variations import has_variation, make_variation
 from fluxlab.positions.waves import Waves, unchanged
 from fluxlab.select.layout import Context
 
 if TYPE_CHECKING:
     from fluxlab.positions.program import Program
-
-Keys = Rotary | KeyGroups
 
 
 class Placement(NamedTuple):
@@ -28,26 +37,6 @@ class Placement(NamedTuple):
 
     rotary: Rotary | list[tuple[Rotary, Keys]]
     mask: list[Tensor | None] | None
-
-
-class _Cache:
-    """Values by key. A value that is not used between two calls of `next_step` is dropped."""
-
-    def __init__(self):
-        self._current: dict[Any, Any] = {}
-        self._previous: dict[Any, Any] = {}
-
-    def next_step(self) -> None:
-        self._current, self._previous = {}, self._current
-
-    def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._current:
-            self._current[key] = self._previous[key] if key in self._previous else make()
-        return self._current[key]
-
-    def values(self, group: str) -> list:
-        """Return the values whose key starts with `group`."""
-        return [value for part in (self._current, self._previous) for key, value in part.items() if key[0] == group]
 
 
 class Compiled:
@@ -62,7 +51,7 @@ class Compiled:
         self._context = context
         self._state: tuple | None = None
         self._placement: Placement | None = None
-        self._cache = _Cache()
+        self._cache = Cache()
 
     def step(self, t: float) -> int:
         """Return the step whose σ is t, or whose interval contains t."""
@@ -112,6 +101,12 @@ class Compiled:
         placed = self._whole(t, block, side, head, sample, query)
         return unchanged(self._context) if placed.waves is None else placed.waves
 
+    def windows(self, t: float = 1.0, block: int = 0, sample: int = 0) -> int:
+        """Return over how many tables the attention of a block is averaged. The methods above describe the first."""
+        self.at(t)
+        which = self._of[sample]
+        return self._placed(which, self._active(block)[which]).windows
+
     def side_table(
         self, t: float, side: str, block: int = 0, head: int = 0, sample: int = 0, query: int | None = None
     ) -> Rotary:
@@ -144,28 +139,56 @@ class Compiled:
         for block in range(self._context.blocks):
             active = self._active(block)
             if active not in pairs:
-                pairs[active] = (self._queries(active), self._keys(active)), self._mask(active)
+                pairs[active] = (self._table("queries", active, None), self._varied(active)), self._mask(active)
             blocks.append(pairs[active])
         tables, masks = [pair for pair, _ in blocks], [mask for _, mask in blocks]
         first = tables[0][0]
         single = all(queries is first and keys is first for queries, keys in tables)
         return Placement(first if single else tables, masks if any(mask is not None for mask in masks) else None)
 
-    def _queries(self, active: tuple) -> Rotary:
-        return self._table("queries", active, None)
+    def _varied(self, active: tuple) -> Keys:
+        """Return the keys' tables, with the variations of the samples that have any."""
+        keys = self._keys(active)
+        made = [self._variation(which, now) for which, now in enumerate(active)]
+        if not any(made):
+            return keys
+        chosen = [(b, made[which]) for b, which in enumerate(self._of) if made[which]]
+        key = ("varied", id(keys), *((b, id(variation)) for b, variation in chosen))
+        make = lambda: Varied(keys, tuple(variation._replace(sample=b) for b, variation in chosen))  # noqa: E731
+        return self._cache.get(key, make)
 
-    def _keys(self, active: tuple) -> Keys:
+    def _variation(self, which: int, now: tuple[int, ...]) -> Variation | None:
+        """Return how one sample attends in a block, None if one call of a kernel does."""
+        edits, state = self._samples[which], self._state[which]
+        if not has_variation([edits[n] for n in now]):
+            return None
+
+        def table(side: str, query: int | None, window: int) -> Rotary:
+            return join([self._row(side, which, now, query, window)])
+
+        def ids(side: str, query: int | None, before: int) -> Tensor:
+            chosen = [n for n in now if n < before and edits[n].touches(side) and edits[n].is_seen_by(query)]
+            return self._placed(which, tuple(n for n in chosen if edits[n].acts_on != "windows")).ids
+
+        count = self._placed(which, now).windows if self._has_windows(which, now) else 0
+        acting = [(n, edits[n], state[n][0]) for n in now]
+        key = ("variation", which, self._now(which, now))
+        return self._cache.get(key, lambda: make_variation(acting, count, self._context.heads, table, ids))
+
+    def _has_windows(self, which: int, now: tuple[int, ...]) -> bool:
+        return any(self._samples[which][n].acts_on == "windows" for n in now)
+
+    def _keys(self, active: tuple) -> Rotary | KeyGroups:
         """Return one table, or one for each group of queries that see the same keys."""
         limited = [
-            edits[n].seen_by
-            for edits, now in zip(self._samples, active, strict=True)
+            edits[n]
+            for which, (edits, now) in enumerate(zip(self._samples, active, strict=True))
             for n in now
-            if edits[n].touches("keys") and edits[n].seen_by is not None
+            if not self._has_windows(which, now)
         ]
-        if not limited:
+        queries = query_groups(limited)
+        if len(queries) == 1:
             return self._table("keys", active, None)
-        _, group = torch.stack(limited, 1).unique(dim=0, return_inverse=True)
-        queries = [(group == g).nonzero()[:, 0] for g in range(int(group.max()) + 1)]
         tables = [self._table("keys", active, int(members[0])) for members in queries]
         if all(table is tables[0] for table in tables):
             return tables[0]
@@ -173,38 +196,53 @@ class Compiled:
         return self._cache.get(key, lambda: KeyGroups(tuple(queries), tuple(tables)))
 
     def _table(self, side: str, active: tuple, query: int | None) -> Rotary:
-        """Return the batch's table `(B or 1, H or 1, N, d/2)` of one side, as the token `query` sees it."""
-        rows = []
-        for which, now in enumerate(active):
-            edits = self._samples[which]
-            now = [n for n in now if edits[n].touches(side) and edits[n].is_seen_by(query)]
-            by_head = any(edits[n].heads is not None for n in now)
-            heads = range(self._context.heads) if by_head else (0,)
-            rows.append(
-                [self._head_table(which, tuple(n for n in now if edits[n].touches(side, h)), side) for h in heads]
-            )
-        rows = [row[:1] if all(table is row[0] for table in row) else row for row in rows]
+        """Return the batch's table `(B or 1, H or 1, N, d/2)` of one side, as the token `query` sees it.
+
+        Samples with windows are not rotated by it.
+        """
+        rows = [
+            [self._no_rotation(which)] if self._has_windows(which, now) else self._row(side, which, now, query)
+            for which, now in enumerate(active)
+        ]
         rows = [rows[which] for which in self._of]
-        if all(_same(row, rows[0]) for row in rows):
+        if all(same(row, rows[0]) for row in rows):
             rows = rows[:1]
         if len(rows) == 1 and len(rows[0]) == 1:
             return rows[0][0]
         key = tuple(tuple(id(table) for table in row) for row in rows)
-        return self._cache.get(("joined", key), lambda: _join(rows))
+        return self._cache.get(("joined", key), lambda: join(rows))
+
+    def _row(self, side: str, which: int, now: Sequence[int], query: int | None, window: int = 0) -> list[Rotary]:
+        """Return one sample's tables `(1, 1, N, d/2)` of one side: one for each head, or one for all."""
+        edits = self._samples[which]
+        now = [n for n in now if edits[n].touches(side) and edits[n].is_seen_by(query)]
+        by_head = any(edits[n].heads is not None for n in now)
+        heads = range(self._context.heads) if by_head else (0,)
+        row = [self._head_table(which, tuple(n for n in now if edits[n].touches(side, h)), side, window) for h in heads]
+        return row[:1] if all(table is row[0] for table in row) else row
+
+    def _no_rotation(self, which: int) -> Rotary:
+        def make() -> Rotary:
+            ones = torch.ones_like(self._head_table(which, (), "keys").cos)
+            return Rotary(ones, torch.zeros_like(ones))
+
+        return self._cache.get(("unrotated", which), make)
 
     def _now(self, which: int, edits: tuple[int, ...]) -> tuple[Now, ...]:
         return tuple((n, *self._state[which][n]) for n in edits)
 
-    def _placed(self, which: int, edits: tuple[int, ...]) -> Placed:
+    def _placed(self, which: int, edits: tuple[int, ...], window: int = 0) -> Placed:
         now = self._now(which, edits)
-        return self._cache.get(("ids", which, now), lambda: apply_edits(self._ids[which], self._samples[which], now))
+        make = lambda: apply_edits(self._ids[which], self._samples[which], now, window)  # noqa: E731
+        return self._cache.get(("ids", which, now, window), make)
 
-    def _head_table(self, which: int, edits: tuple[int, ...], side: str) -> Rotary:
+    def _head_table(self, which: int, edits: tuple[int, ...], side: str, window: int = 0) -> Rotary:
         """Return the table `(1, 1, N, d/2)` of some edits of one sample. Equal ids and waves share one."""
-        placed = self._placed(which, edits)
+        window = window if self._has_windows(which, edits) else 0
+        placed = self._placed(which, edits, window)
         if side == "keys":
             placed = placed.without_score()
-        key = ("table", which, self._now(which, edits), placed.has_score)
+        key = ("table", which, self._now(which, edits), placed.has_score, window)
         return self._cache.get(key, lambda: self._shared(placed))[1]
 
     def _shared(self, placed: Placed) -> tuple[Placed, Rotary]:
@@ -229,10 +267,10 @@ class Compiled:
         if all(part is None for row in rows for part in row):
             return None
         rows = [rows[which] for which in self._of]
-        if all(_same(row, rows[0]) for row in rows):
+        if all(same(row, rows[0]) for row in rows):
             rows = rows[:1]
         key = ("mask", tuple(tuple(id(part) for part in row) for row in rows))
-        return self._cache.get(key, lambda: _join_masks(rows, self._ids[0]))
+        return self._cache.get(key, lambda: join_masks(rows, self._ids[0]))
 
     def _blocked(self, which: int, edits: tuple[int, ...]) -> Tensor | None:
         now = self._now(which, edits)
@@ -240,26 +278,6 @@ class Compiled:
             return None
         make = lambda: blocked(self._samples[which], now, self._ids[which])  # noqa: E731
         return self._cache.get(("blocked", which, now), make)
-
-
-def _same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _join(rows: list[list[Rotary]]) -> Rotary:
-    heads = max(len(row) for row in rows)
-    parts = []
-    for part in (0, 1):
-        joined = [torch.cat([table[part] for table in row], 1).expand(-1, heads, -1, -1) for row in rows]
-        parts.append(torch.cat(joined, 0))
-    return Rotary(*parts)
-
-
-def _join_masks(rows: list[list[Tensor | None]], like: Tensor) -> Tensor:
-    heads = max(len(row) for row in rows)
-    zeros = like.new_zeros(len(like), len(like))
-    joined = [torch.stack([zeros if part is None else part for part in row]).expand(heads, -1, -1) for row in rows]
-    return torch.stack(joined)
 
 
 def compile_programs(programs: "Sequence[Program]", context: Context) -> Compiled:

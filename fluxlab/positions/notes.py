@@ -105,6 +105,13 @@ def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
         if edit.acts_on in ("size", "activations"):
             idle.add(n)
             continue
+        if edit.acts_on in ("scores", "heads"):
+            idle.add(n)  # no table has them
+            if not len(edit.tokens):
+                yield Note(edit.path, "changes nothing: this prompt has none of its tokens")
+            elif _factors(edit) <= {1}:
+                yield Note(edit.path, "changes nothing: its factor is 1")
+            continue
         if edit.acts_on == "attention":
             if not len(edit.tokens):
                 yield Note(edit.path, "changes nothing: this prompt has none of its tokens")
@@ -140,8 +147,15 @@ def _reason(edit: Resolved) -> str:
     )
 
 
+def _factors(edit: Resolved) -> set[float]:
+    """Return the factors of an edit of scores."""
+    return {edit.given[key] for key in ("factor", "to") if isinstance(edit.given.get(key), float)}
+
+
 def _measures(edit: Resolved) -> bool:
-    """Return whether a frequency op takes its factor from the size of the image."""
+    """Return whether an op takes its factor from the size of the image."""
+    if edit.acts_on == "windows":
+        return edit.given.get("size") is None
     return edit.acts_on == "frequencies" and edit.given.get("factor", edit.given.get("length", 1)) is None
 
 

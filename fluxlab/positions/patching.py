@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxlab.errors import UserError
-from fluxlab.model.attention import Attended, Tap, attend, empty_token_major
-from fluxlab.model.groups import KeyGroups, joint_attention
+from fluxlab.model.attention import Tap
+from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary, apply_rotary
 from fluxlab.model.sites import Site, unrotate
+from fluxlab.model.varied import Keys, Varied, attend_varied, joint_attention, plain_keys
 
 ROTATED = ("queries", "keys")
 
@@ -66,10 +68,13 @@ class Patch(Site):
     def __init__(
         self,
         actions: Sequence[Action],
-        tables: tuple[Rotary, Rotary | KeyGroups],
+        tables: tuple[Rotary, Keys],
         groups: dict[Any, Any] | None = None,
     ):
-        self._actions, self._tables, self._known = actions, tables, {} if groups is None else groups
+        self._actions, self._known = actions, {} if groups is None else groups
+        self._tables = tables[0], plain_keys(tables[1])
+        variations = tables[1].variations if isinstance(tables[1], Varied) else ()
+        self._windowed = {variation.sample for variation in variations if variation.windows}
         self._theirs = {id(action): action.theirs for action in actions}
         self._views: dict[int, View] = {}
 
@@ -103,6 +108,11 @@ class Patch(Site):
 
     def _rotated(self, name: str, x: Tensor, theirs: Tensor, action: Action) -> Tensor:
         """Return the source's queries or keys `(h, n, d)`, rotated as the edit says."""
+        if self._windowed & {action.sample, action.source}:
+            raise UserError(
+                f"{action.path}.what: {name} have several positions in a block with windows; leave them out, or use "
+                "other blocks"
+            )
         before = action.arguments["rotation"] == "before"
         grouped = name == "keys" and isinstance(self._tables[1], KeyGroups)  # then keys are rotated later
         # appended keys are not rotated later
@@ -138,33 +148,23 @@ class Patch(Site):
                 )
                 self._theirs[id(action)] = action.theirs[(own @ other.T).argmax(1)]
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Rotary | KeyGroups, mask: Tensor | None, tap: Tap | None
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, keys: Keys, mask: Tensor | None, tap: Tap | None) -> Tensor:
         """Return the block's attention, in which some samples have further keys, or other keys for some queries.
 
-        Each of these samples is a kernel call of its own, so that the others need no further keys or mask. `tap` is
-        given the keys of the sequence, with the log-sum-exp over all keys.
+        Each of these samples is a kernel call of its own, so that the others need no further keys or mask.
         """
         if not self._views:
             return joint_attention(q, k, v, keys, mask, tap)
-        out = empty_token_major(q, v.dtype)
-        special = sorted({view.action.sample for view in self._views.values()})
-        others = [b for b in range(len(q)) if b not in special]
-        for queries, on_host, table in self._groups(keys, q):
-            turned = k if table is None else apply_rotary(k, table)
-            seen: dict[int, Attended] = {}
-            if others:
-                rows = torch.tensor(others, device=q.device)
-                part = (q[rows], turned[rows], v[rows], _of(mask, rows))
-                self._part(out, others, rows, queries, part, tap, seen)
-            for b in special:
-                rows = torch.tensor([b], device=q.device)
-                part = (q[rows], *self._with_views(b, on_host, turned[rows], v[rows], _of(mask, rows)))
-                self._part(out, [b], rows, queries, part, tap, seen)
-            if tap is not None:
-                tap(_merged(seen, mask, queries, on_host, turned.shape[2]))
-        return out
+        varied = keys if isinstance(keys, Varied) else Varied(keys, ())
+        own = {variation.sample for variation in varied.variations}
+        for action in (view.action for view in self._views.values()):
+            if action.sample in own:
+                raise UserError(
+                    f"{action.path}: mode: append and seen_by are not possible in a block and program with windows, "
+                    "distance or concentrate; use other blocks"
+                )
+        changes = {view.action.sample: partial(self._with_views, view.action.sample) for view in self._views.values()}
+        return attend_varied(q, k, v, varied, mask, tap, self._groups(varied.keys, q), changes)
 
     def _groups(self, keys: Rotary | KeyGroups, q: Tensor) -> list[tuple[Tensor | None, Tensor | None, Rotary | None]]:
         """Return the queries that see the same keys, on the device and in main memory, with the table of keys that are
@@ -210,28 +210,6 @@ class Patch(Site):
             )
             mask = _extended(mask, v, before, action)
         return k, v, mask
-
-    def _part(
-        self,
-        out: Tensor,
-        samples: list[int],
-        rows: Tensor,
-        queries: Tensor | None,
-        part: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        tap: Tap | None,
-        seen: dict[int, Attended],
-    ) -> None:
-        """Write the attention of some samples and queries into `out`. rows: the samples as a tensor."""
-        q, k, v, mask = part
-        if queries is not None:
-            mask = None if mask is None else mask.expand(*mask.shape[:2], q.shape[2], -1)[:, :, queries]
-            q = q.index_select(2, queries)
-        note = None if tap is None else lambda a: seen.update({b: _row(a, i) for i, b in enumerate(samples)})
-        attended = attend(q, k, v, mask, note, queries)
-        if queries is None:
-            out[rows] = attended
-        else:
-            out[rows[:, None], :, queries[None]] = attended.transpose(1, 2)
 
 
 def _split(queries: Tensor, labels: Tensor) -> list[Tensor]:
@@ -290,23 +268,3 @@ def _extended(mask: Tensor | None, v: Tensor, before: int, action: Action) -> Te
     mask = v.new_zeros(1, 1, 1, before) if mask is None else mask
     heads, rows = max(mask.shape[1], columns.shape[1]), mask.shape[2]
     return torch.cat([part.expand(1, heads, rows, -1) for part in (mask, columns)], 3)
-
-
-def _of(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    return mask if mask is None or len(mask) == 1 else mask[rows]
-
-
-def _row(attended: Attended, i: int) -> Attended:
-    return Attended(attended.q[i : i + 1], attended.k[i : i + 1], attended.lse[i : i + 1], None, None)
-
-
-def _merged(
-    seen: dict[int, Attended], mask: Tensor | None, queries: Tensor | None, on_host: Tensor | None, tokens: int
-) -> Attended:
-    """Return the calls of single samples as one: the keys of the sequence, the log-sum-exp over all keys."""
-    calls = [seen[b] for b in sorted(seen)]
-    q, lse = (torch.cat([getattr(call, name) for call in calls]) for name in ("q", "lse"))
-    k = torch.cat([call.k[:, :, :tokens] for call in calls])
-    if queries is not None and mask is not None:
-        mask = mask.expand(*mask.shape[:2], tokens, -1)[:, :, queries]
-    return Attended(q, k, lse, mask, on_host)

@@ -81,7 +81,8 @@ class Program:
     @property
     def depends_on_training(self) -> bool:
         """Whether the program depends on the size that the model was trained on."""
-        return any(find_op(edit.op, edit.path).acts_on in ("frequencies", "size") for edit in self.edits)
+        kinds = ("frequencies", "size", "windows", "scores")
+        return any(find_op(edit.op, edit.path).acts_on in kinds for edit in self.edits)
 
     def describe(self) -> str:
         """Return the program in one readable line."""

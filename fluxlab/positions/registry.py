@@ -19,6 +19,9 @@ ACTS_ON = {
     "scale": ("tokens", "steps", "blocks", "heads", "side", "seen_by", "strength"),
     "attention": ("steps", "blocks", "heads", "strength"),
     "frequencies": WHERE,
+    "windows": WHERE,
+    "scores": ("axes", "steps", "blocks", "heads", "strength"),
+    "heads": ("steps", "blocks", "heads", "strength"),
     "activations": ("tokens", "steps", "blocks", "heads", "seen_by", "strength"),
     "size": (),
 }

@@ -57,6 +57,11 @@ class Probe:
         self._taps = [self._tap(block) for block in range(context.blocks)]
         self._missing_steps = {step for request in resolved for step in request.steps}
 
+    @property
+    def reads_attention(self) -> list[str]:
+        """The requests that read attention, or queries and keys as it reads them, after `begin`."""
+        return [r.request.name for r in self._requests if r.measure.site in ("", "queries", "keys")]
+
     def taps(self, step: int) -> list[Tap | None] | None:
         """Return `taps` for one `Flux.forward`: one per block, None for a block whose attention is not requested.
 

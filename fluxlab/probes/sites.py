@@ -9,6 +9,7 @@ from fluxlab.errors import UserError, join
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary
 from fluxlab.model.sites import OF_HEADS, SITES, unrotate
+from fluxlab.model.varied import Keys, Varied, plain_keys
 from fluxlab.probes.outputs import Add, Measure, ProbeContext, named_axis, select_tokens, token_axes
 from fluxlab.probes.registry import AVERAGES, probe
 from fluxlab.probes.stream import take
@@ -57,7 +58,7 @@ def channels(site: str, context: ProbeContext) -> int:
     return width if all(double) else inner
 
 
-def at_site(measure: Measure, x: Tensor, b: int, heads: Tensor | None, keys: Rotary | KeyGroups) -> Tensor:
+def at_site(measure: Measure, x: Tensor, b: int, heads: Tensor | None, keys: Keys) -> Tensor:
     """Return the activations `(heads or 1, N, C)` of sample b, in fp32 or fp64, as the request wants them.
 
     keys: the block's table of the queries or the keys.
@@ -66,6 +67,9 @@ def at_site(measure: Measure, x: Tensor, b: int, heads: Tensor | None, keys: Rot
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if measure.site not in ("queries", "keys"):
         return take(x, 0, heads)
+    if isinstance(keys, Varied) and any(v.sample == b and v.windows for v in keys.variations):
+        raise UserError(f"capture: {measure.site} have several positions with the op windows; leave one out")
+    keys = plain_keys(keys)
     groups = measure.site == "keys" and isinstance(keys, KeyGroups)
     if measure.unrotated and not groups:
         x = unrotate(x, of_sample(keys, b))

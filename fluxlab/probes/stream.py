@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fluxlab.model.attention import Attended
+from fluxlab.model.attention import Attended, ScoreFactor, score_factors
 
 
 class Places:
@@ -101,7 +101,7 @@ def locate(wanted: Tokens, queries: Tensor | None) -> tuple[Indexer, Indexer]:
 def attention_weights(
     attended: Attended, sample: int, heads: Tensor | None, queries: Tokens, keys: Tokens
 ) -> Iterator[tuple[Tensor, Indexer]]:
-    """Yield chunks of p = exp(q·kᵀ/√d + mask - lse) of one sample, for n queries and m keys.
+    """Yield chunks of p = exp(f(q·kᵀ/√d) + mask - lse) of one sample, for n queries and m keys.
 
     Yields (p, which): p `(heads, chunk, m)` in fp32, or in fp64 for an fp64 model, and which of the n queries it
     belongs to. p is overwritten by the next chunk. Queries that the kernel call does not contain are skipped.
@@ -123,8 +123,20 @@ def attention_weights(
         bias = -take(lse, 1, chunk)[..., None]
         if attended.mask is not None:
             bias = bias + _mask_part(attended.mask, sample, heads, chunk, keys.indexer)
-        torch.baddbmm(bias.to(exact).expand_as(p), take(q, 1, chunk).to(exact), k, alpha=1 / math.sqrt(d), out=p)
+        factors = attended.factors[sample] if attended.factors else ()
+        if factors:
+            torch.baddbmm(p, take(q, 1, chunk).to(exact), k, beta=0, alpha=1 / math.sqrt(d), out=p)
+            p.copy_(score_factors(p, [_factor_part(f, heads, chunk, keys.indexer) for f in factors], slice(None)))
+            p.add_(bias.to(exact))
+        else:
+            torch.baddbmm(bias.to(exact).expand_as(p), take(q, 1, chunk).to(exact), k, alpha=1 / math.sqrt(d), out=p)
         yield p.exp_(), _part(which, i, stop)
+
+
+def _factor_part(factor: ScoreFactor, heads: Tensor | None, rows: Indexer, cols: Indexer) -> ScoreFactor:
+    """Return a factor of scores for some rows of a call, some keys and some heads."""
+    by = take(take(factor.factor, 0, rows), 1, cols)
+    return ScoreFactor(by, None if factor.heads is None else take(factor.heads, 0, heads), factor.positive)
 
 
 def _mask_part(mask: Tensor, sample: int, heads: Tensor | None, rows: Indexer, cols: Indexer) -> Tensor:

@@ -170,6 +170,21 @@ def positive_per_axis(value: Any, path: str) -> list[float | None]:
     return numbers
 
 
+def not_negative_per_axis(value: Any, path: str) -> list[float | None]:
+    """a number, 0 or more, [row, col], [index, row, col] or {row: 2}"""
+    numbers = per_axis(value, path)
+    if any(n is not None and n < 0 for n in numbers):
+        raise wrong(path, value, "numbers from 0")
+    return numbers
+
+
+def positive_integer(value: Any, path: str) -> int:
+    """a whole number, 1 or more"""
+    if integer(value, path, "a whole number, 1 or more") < 1:
+        raise wrong(path, value, "a whole number, 1 or more")
+    return int(value)
+
+
 def box(value: Any, path: str) -> list[float]:
     """[top, left, bottom, right], the bottom and right edges excluded"""
     if not is_list(value) or len(value) != 4:

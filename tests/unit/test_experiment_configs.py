@@ -13,12 +13,21 @@ from fluxlab import sampling, scenes
 from fluxlab.compose import compose
 from fluxlab.config import config_folder
 from fluxlab.experiment.each import expanded
-from fluxlab.positions import Context, Layout, Program, Prompt, compile_programs, split_resample
+from fluxlab.model.varied import Varied
+from fluxlab.positions import Compiled, Context, Layout, Program, Prompt, compile_programs, split_resample
 from fluxlab.positions.waves import unchanged
 from fluxlab.run import RunConfig
 
 NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
-PRESETS = ["extrapolate", "extrapolate_2x", "freeflux_probe", "frequencies", "layouts", "text_attention"]
+PRESETS = [
+    "extrapolate",
+    "extrapolate_2x",
+    "extrapolate_attention",
+    "freeflux_probe",
+    "frequencies",
+    "layouts",
+    "text_attention",
+]
 STUDIES = [name for name in NAMES if name != "hello"]
 UNCHANGED = {("dose_response", "x1"), ("zero", "text")}  # controls with the ids of the baseline
 
@@ -39,6 +48,12 @@ def experiment(name: str) -> RunConfig:
 def programs(config: RunConfig) -> dict[str, Program]:
     variants = expanded(config.variants, 6)  # the blocks of the embedded model
     return {name: Program.from_config(edits, f"variants.{name}") for name, edits in variants.items()}
+
+
+def varies(compiled: Compiled, sigma: float) -> bool:
+    """Return whether scores are multiplied, or attention is averaged over windows."""
+    rotary = compiled.at(sigma).rotary
+    return isinstance(rotary, list) and any(isinstance(keys, Varied) for _, keys in rotary)
 
 
 def count_images(config: RunConfig) -> int:
@@ -138,6 +153,7 @@ def test_programs_fit_both_models_and_move_something(name):
                 not torch.equal(compiled.ids(sigma, block, side), tiny.ids[0])
                 or not compiled.waves(sigma, block, side).equals(unchanged(tiny))
                 or compiled.at(sigma).mask is not None
+                or varies(compiled, sigma)
                 or not torch.equal(compiled.side_table(sigma, side, block, query=30).cos, own[side])
                 for sigma in tiny.sigmas[:-1:5]  # of each quarter
                 for block in range(tiny.blocks)

@@ -418,7 +418,7 @@ def test_key_groups():
 
 BAD = [
     # (edit, path after variants.half, value shown, accepted, nearest)
-    ({"a": {"op": "scael", "factor": 2}}, "a.op", "'scael'", "one of ablate, band, centre, drop", "scale"),
+    ({"a": {"op": "scael", "factor": 2}}, "a.op", "'scael'", "one of ablate, band, centre, concentrate", "scale"),
     ({"a": {"factor": 2}}, "a.op", "missing", "one of ablate, band, centre", None),
     ({"a": {"op": 3}}, "a.op", "3", "one of ablate, band, centre", None),
     ({"a": {"op": "scale", "facter": 2}}, "a.facter", "2", "factor, origin, tokens", "factor"),
