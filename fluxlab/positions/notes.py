@@ -140,7 +140,8 @@ def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
 def _reason(edit: Resolved) -> str:
     if _measures(edit):
         rows, cols = edit.context.trained
-        return f": its factor is 1, since the image is not larger than the {rows} × {cols} tokens of training"
+        what = "size" if edit.acts_on == "windows" else "factor"
+        return f": its {what} is 1, since the image is not larger than the {rows} × {cols} tokens of training"
     factor = edit.given.get("factor")
     return (
         ": its factor is 1" if factor is not None and set(factor if is_list(factor) else [factor]) <= {1, None} else ""
@@ -173,11 +174,9 @@ def _measured_early(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
             continue
         for state, acts in views:
             if n in acts:
+                moving = [m for m in acts if edits[m].acts_on not in ("rotation", "windows")]
                 at, end = (
-                    _extent(
-                        views.placed(state, [m for m in acts if m <= last and edits[m].acts_on != "rotation"]).ids,
-                        views.context,
-                    )
+                    _extent(views.placed(state, [m for m in moving if m <= last]).ids, views.context)
                     for last in (n, len(edits))
                 )
                 if not torch.equal(at, end):

@@ -48,6 +48,9 @@ FOUND = [
     ([{"op": "dype"}], {}, "a: changes nothing: its factor is 1, since the image is not larger than the 8 × 8 tokens"),
     ([{"op": "imax"}], {}, "a: changes nothing: its factor is 1, since the image is not larger"),
     ([{"op": "riflex"}], {}, "a: changes nothing: its factor is 1, since the image is not larger"),
+    ([{"op": "windows"}], {}, "a: changes nothing: its size is 1, since the image is not larger than the 8 × 8 tokens"),
+    ([{"op": "distance", "factor": 1}], {}, "a: changes nothing: its factor is 1"),
+    ([{"op": "concentrate", "factor": 1, "to": 1}], {}, "a: changes nothing: its factor is 1"),
     ([{"op": "mask", "from": "text", "to": "all", "rule": "only"}], {}, "a: changes nothing: no query selected"),
     ([by(1), {"op": "set", "value": [0, 2, 2]}], {}, "a: has no effect: a later edit overwrites what it changes"),
     ([by(3), by(-3)], {}, "a: has no effect: b undoes it"),
@@ -85,6 +88,12 @@ QUIET = [
 @pytest.mark.parametrize("edits", QUIET)
 def test_usual_programs_have_no_notes(edits):
     assert notes(*edits) == []
+
+
+def test_factors_of_scores_and_windows_are_no_change_of_extent():
+    assert notes({"op": "distance", "factor": 2}, {"op": "concentrate"}) == []
+    (found,) = notes({"op": "ntk"}, {"op": "windows"}, grid=(16, 16))
+    assert SHARE in found
 
 
 def test_dropped_rotation_is_no_smaller_image():
