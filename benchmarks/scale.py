@@ -1,25 +1,29 @@
-"""What a large store costs: seconds per stage at 1,000, 10,000 and 100,000 cells, and the peak of memory.
+"""What a large store costs: seconds and peak of memory per stage, at 1,000, 10,000 and 100,000 synthetic cells.
 
-    python benchmarks/scale.py                      # 1,000 cells, a minute on 2 CPU cores
-    python benchmarks/scale.py --cells 1000 10000   # about 10 minutes
+    python benchmarks/scale.py                             # 1,000 cells, a minute on 2 CPU cores
+    python benchmarks/scale.py --cells 1000 10000 100000   # about an hour
+    python benchmarks/scale.py --cells 1000 10000 100000 --json benchmarks/results/scale-<date>.json
 
 The cells are 25 variants × prompts × 4 seeds. Their images are made without a model: noise of 16 × 16 pixels. Stages:
-list (cells and their keys), write (images and JSON), check (which cells are complete, every file read), measure, draw
-(grid and page), seal (hash every file), resume (the run's own command on the finished store, in a process of its own,
-with imports), check again (by size and time). Each size runs in a process of its own. Times are linear if the
-microseconds per cell are equal in all rows.
+list (cells, keys and batches), write (images and JSON, without waiting for the disk), check (which cells are complete,
+every file read), plan (what `plan=true` prints), measure, draw (grid and pages), seal (hash every file), check again
+(by size and time), resume (the run's own command on the finished store, in a process of its own, with imports).
+
+Each size runs in a process of its own. A stage is linear if its microseconds per cell are equal at all sizes. MB are
+the peak of the process up to the end of the stage, so that only the first stage that needs more memory shows it.
 """
 
 import argparse
 import hashlib
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -28,6 +32,7 @@ import fluxlab
 from fluxlab.engines import Inline
 from fluxlab.experiment import effects, runner
 from fluxlab.experiment.cells import Settings
+from fluxlab.experiment.plan import plan
 from fluxlab.experiment.reading import read_store
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store, open_store
@@ -63,48 +68,82 @@ def write(experiment: Experiment, settings: Settings, store: Store) -> None:
             store.put(cell, Image.fromarray(pixels), {"height": SIDE, "width": SIDE}, batch.folder)
 
 
-def stages(cells: int, folder: Path, only_check: bool) -> dict[str, float]:
-    """Return the seconds of every stage, and the peak of memory in MB as `memory`."""
-    seconds: dict[str, float] = {}
+def stages(cells: int, folder: Path, only_check: bool) -> dict[str, dict[str, float]]:
+    """Return what every stage took: `seconds`, and as `mb` the peak of memory until its end."""
+    taken: dict[str, dict[str, float]] = {}
 
     def timed(name: str, work: Callable):
         start = time.perf_counter()
         result = work()
-        seconds[name] = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        taken[name] = {"seconds": round(seconds, 3), "mb": _peak("self")}
         return result
 
-    experiment = experiment_of(cells)
+    experiment = timed("start", lambda: experiment_of(cells))
     settings = Inline(load_row).settle(experiment, None, None, 1)
 
     def complete(store: Store) -> bool:
         batches = runner.every_batch(experiment, settings)
         return all(runner.is_done(store, experiment, cell, batch.folder) for batch in batches for cell in batch.cells)
 
+    def drawn(out: Path) -> None:
+        run = read_store(out, check=False)
+        grid(run)
+        page(run)
+
     timed("list", lambda: runner.every_batch(experiment, settings))
     out = folder / "run"
     with open_store(out) as store:
         store.write_experiment(experiment, settings, versions(), "benchmarks/scale.py")
-        timed("write", lambda: write(experiment, settings, store))
+        with mock.patch("fluxlab.files.os.fsync"):  # 4 waits for the disk per cell, which a run spreads over days
+            timed("write", lambda: write(experiment, settings, store))
         assert timed("check", lambda: complete(store))
         if not only_check:
+            timed("plan", lambda: plan(experiment, out))
             timed("measure", lambda: effects.measure(experiment, settings, store))
-            run = read_store(out, check=False)
-            timed("draw", lambda: (grid(run), page(run)))
+            timed("draw", lambda: drawn(out))
         timed("seal", store.seal)
     with open_store(out) as store:
         assert timed("check again", lambda: complete(store))
     if not only_check:
         command = [sys.executable, "-m", "fluxlab.run", *overrides(cells), f"out={out}"]
-        timed("resume", lambda: subprocess.run(command, check=True, stdout=subprocess.DEVNULL))
-        seconds["page, MB"] = (out / "report.html").stat().st_size / 1e6
-    seconds["memory, MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    return seconds
+        before = os.stat(out / "manifest.jsonl").st_mtime_ns
+        taken["resume"] = _of_process(command)
+        assert os.stat(out / "manifest.jsonl").st_mtime_ns == before  # nothing was missing
+        pages = [out / "report.html", *out.glob("report-pages/*.html")]
+        taken["pages"] = {"number": len(pages), "largest_mb": round(max(p.stat().st_size for p in pages) / 1e6, 1)}
+    return taken
+
+
+def _peak(process: int | str) -> int:
+    """Return the most memory that a process has had, in MB; 0 for one that has ended."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) // 1000 for line in lines if line.startswith("VmHWM")), 0)
+
+
+def _of_process(command: list[str]) -> dict[str, float]:
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        peak = max(peak, _peak(process.pid))
+        time.sleep(0.02)
+    assert process.returncode == 0
+    return {"seconds": round(time.perf_counter() - start, 3), "mb": peak}
+
+
+def shown(name: str, values: dict[str, float], cells: int) -> str:
+    """Return a line about a stage."""
+    if "seconds" not in values:
+        return f"  {name:<12} {values['number']} of up to {values['largest_mb']} MB"
+    each = 1e6 * values["seconds"] / cells
+    return f"  {name:<12} {values['seconds']:8.2f} s {each:10.0f} µs per cell {values['mb']:8.0f} MB"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, nargs="+", default=[1000], help="multiples of 100")
     parser.add_argument("--only-check", action="store_true", help="leave out measuring, drawing and the resumed run")
+    parser.add_argument("--json", type=Path, help="write the results to this file too")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -112,14 +151,17 @@ def main() -> int:
             print(json.dumps(stages(arguments.one, Path(folder), arguments.only_check)))
         return 0
     print(f"fluxlab {fluxlab.__version__}")
+    results = {}
     for cells in arguments.cells:
         command = [sys.executable, __file__, "--one", str(cells), *(["--only-check"] if arguments.only_check else [])]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-        parts = json.loads(lines[-1])
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        results[cells] = json.loads(lines[-1])
         print(f"{cells:,} cells")
-        for name, value in parts.items():
-            each = "" if "MB" in name else f"{1e6 * value / cells:10.0f} µs per cell"
-            print(f"  {name:<12} {value:8.2f}{'' if 'MB' in name else ' s'}{each}", flush=True)
+        for name, values in results[cells].items():
+            print(shown(name, values, cells), flush=True)
+        if arguments.json:
+            facts = {"fluxlab": fluxlab.__version__, "processors": os.cpu_count(), "python": sys.version.split()[0]}
+            arguments.json.write_text(json.dumps({**facts, "cells": results}, indent=1) + "\n")
     return 0
 
 

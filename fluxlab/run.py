@@ -208,6 +208,7 @@ def run(config: RunConfig, command: str) -> None:
 
     Raises NonFiniteError, after everything else is finished, if an image has NaN or infinite values.
     """
+    from fluxlab import engines
     from fluxlab.api import complete_store, products
     from fluxlab.experiment import captures, effects
     from fluxlab.experiment.costs import number
@@ -215,6 +216,7 @@ def run(config: RunConfig, command: str) -> None:
     from fluxlab.experiment.store import find_store
 
     shard = read_shard(config.shard)
+    engines.checked(config.engine)
     experiment = read(config)
     out = out_folder(config, experiment)
     if config.plan:

@@ -63,7 +63,8 @@ class FolderLock:
         if self._shard is None:
             return True
         with self.guard():
-            if not complete() or running_shards(self._path, self._shard):
+            # `complete` looks at every image: only the last shard does, others would wait for the guard meanwhile
+            if running_shards(self._path, self._shard) or not complete():
                 return False
             try:
                 lock = _acquire(self._path, LOCK)

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -118,11 +118,17 @@ class Run:
     def _array_files(self) -> dict[tuple[str, str, int], str]:
         return {(row["variant"], row["prompt"], row["seed"]): row["file"] for row in self.attention}
 
-    def only(self, prompts: Collection[str]) -> "Run":
-        """Return the run with only the cells of some prompts. The controls and the summary stay those of all cells."""
-        part = replace(self, metrics=[row for row in self.metrics if row["prompt"] in prompts])
-        part.__dict__["attention"] = [row for row in self.attention if row["prompt"] in prompts]
-        return part
+    def divided(self, groups: Sequence[Collection[tuple[str, int]]]) -> "list[Run]":
+        """Return one run per group of (prompt, seed) with only its cells. Controls and summary stay those of all."""
+        group = {place: n for n, places in enumerate(groups) for place in places}
+        parts = [replace(self, metrics=[]) for _ in groups]
+        for row in self.metrics:
+            parts[group[row["prompt"], row["seed"]]].metrics.append(row)
+        for part in parts:
+            part.__dict__["attention"] = []
+        for row in self.attention:
+            parts[group[row["prompt"], row["seed"]]].attention.append(row)
+        return parts
 
     def describe(self, variant: str) -> str:
         """Return a variant's program in one line."""

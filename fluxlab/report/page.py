@@ -19,7 +19,7 @@ from fluxlab.experiment.reading import Run, read_store
 from fluxlab.measure.registry import about, shown_metrics
 from fluxlab.report.attention import page as attention_page
 from fluxlab.report.findings import cell_values, findings, metrics_with_values
-from fluxlab.report.parts import Part, divide, links
+from fluxlab.report.parts import Part, divide, folder, links
 from fluxlab.report.position_plot import position_plot
 from fluxlab.select.masks import compact
 
@@ -34,16 +34,23 @@ def write_report(stores: "Sequence[Run | str | PathLike[str]]", file: "str | Pat
     """Write the page of one or several run folders, atomically. Returns the file.
 
     If they have more than `parts.CELLS` cells, the page shows the first prompts and links to pages of the others, in
-    the folder `<name>-pages` next to it. The same folders give the same bytes. A file that already has them is not
-    written, and no other file is. Raises UserError if no folder is given, one is given twice, damaged or unfinished, or
-    an image cannot be read.
+    the folder `<name>-pages` next to it. Pages that a larger run left there are removed. The same folders give the same
+    bytes. A file that already has them is not written, and no other file is. Raises UserError if no folder is given,
+    one is given twice, damaged or unfinished, or an image cannot be read.
     """
     file, runs = Path(file), _read(stores)
     parts = divide(runs, file.name)
+    others = file.parent / folder(file.name)
     if len(parts) > 1:
-        (file.parent / parts[1].file).parent.mkdir(exist_ok=True)
+        others.mkdir(exist_ok=True)
     for n in reversed(range(len(parts))):  # the page with the links comes last
         put(file.parent / parts[n].file, _render(runs, parts, n, BUDGET).encode())
+    current = {part.file for part in parts}
+    for old in others.glob("[0-9]*.html"):
+        if f"{others.name}/{old.name}" not in current:
+            old.unlink()
+    if len(parts) == 1 and others.is_dir() and not any(others.iterdir()):
+        others.rmdir()
     return file
 
 

@@ -281,7 +281,10 @@ def _joins(cluster, environment):
 
 def test_ray_is_not_installed(model, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    assert failed(capsys, model, tmp_path / "run") == 'engine=ray: Ray is not installed; pip install "fluxlab[ray]"\n'
+    for more in ((), ("plan=true",)):
+        assert command_line.main(arguments(model, tmp_path / "run", *RAY, *more)) == 2
+        printed = capsys.readouterr()
+        assert printed.out + printed.err == 'engine=ray: Ray is not installed; pip install "fluxlab[ray]"\n'
 
 
 @pytest.mark.parametrize(

@@ -335,6 +335,10 @@ def test_a_large_run_is_divided_by_prompts(store, tmp_path, monkeypatch):
     grid(run)
     with Image.open(folder / "grid.png") as image:
         assert image.width < 1500
+    monkeypatch.setattr(parts, "CELLS", len(run.metrics))
+    write_report([folder], folder / "report.html")
+    assert file.read_text() == whole
+    assert not other.parent.exists()  # a page that is not linked any more
 
 
 def cells_of(html):
@@ -354,9 +358,16 @@ def test_groups_of_prompts():
     assert sizes(run(1000, 1000)) == [[2000]]
     assert sizes(run(1000, 1000, 1)) == [[2000], [1]]
     assert sizes(run(1500, 1000, 900)) == [[1500], [1900]]
-    assert sizes(run(2500, 1)) == [[2500], [1]]
+    assert sizes(run(2500, 1)) == [[2000], [501]]
     assert sizes(run(900, 900), run(400)) == [[900, 400], [900]]
-    assert [page.label for page in parts.divide([run(999, 999, 1500)], "report.html")] == ["prompts 1 to 2", "prompt 3"]
+
+    def labels(*counts):
+        return [page.label for page in parts.divide([run(*counts)], "report.html")]
+
+    assert labels(999, 999, 1500) == ["prompts 1 to 2", "prompt 3"]
+    middle = [f"prompt 2, seeds {seeds}" for seeds in ("0 to 1999", "2000 to 3999")]
+    assert labels(7, 4100, 8) == ["prompt 1", *middle, "prompts 2 to 3"]
+    assert labels(4001)[-1] == "prompt 1, seed 4000"
 
 
 def test_runs_with_the_same_name_get_different_names(store, tmp_path):

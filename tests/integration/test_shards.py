@@ -185,7 +185,7 @@ def test_shards_run_together_and_a_run_alone(tmp_path, capsys):
             ):
                 with pytest.raises(ValueError, match=message), open_store(out, shard):
                     raise AssertionError("at the same time")
-            assert not first.lock.take_over(lambda: True)
+            assert not first.lock.take_over(lambda: pytest.fail("looked at every image while another shard runs"))
         assert not first.lock.take_over(lambda: False)
         assert first.lock.take_over(lambda: True)
         with pytest.raises(ValueError, match="another process is running"), open_store(out, Shard(1, 3)):
