@@ -1,6 +1,6 @@
 """Check the inputs of a batch and give them equal lengths: prompts, seeds, programs, sizes, images. No weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -159,6 +159,24 @@ def start(
     return latents.float().expand(batch, -1, -1)
 
 
+def starts(batch: Mapping[str, Any]) -> list[Hashable]:
+    """Return for each sample of `zipped` columns what its noise and conditioning depend on but for its program."""
+    columns = [batch["prompts"], batch["seeds"], batch["negative_prompts"], batch["references"]]
+    given = [column for column in columns if column is not None]
+    return [tuple(_identity(part) for part in parts) for parts in zip(*given, strict=True)]
+
+
+def _identity(part: Any) -> Hashable:
+    return tuple(map(id, part)) if isinstance(part, list) else part
+
+
+def rows(x: Tensor | None, samples: Sequence[int]) -> Tensor | None:
+    """Return the rows of `samples`, of a tensor with one row per sample. All of them in order are x itself."""
+    if x is None or tuple(samples) == tuple(range(len(x))):
+        return x
+    return x[torch.tensor(samples).to(x.device)]
+
+
 def block_sites(
     interventions: Interventions | None, probe: Probe | None, step: int, t: float, rotary: Any, blocks: int
 ) -> list[Site | None] | None:
@@ -192,9 +210,9 @@ class OnDevice:
     def step(self, t: float) -> int:
         return self._compiled.step(t)
 
-    def at(self, t: float) -> Placement:
-        """Return what `Compiled.at(t)` returns, on the device. What the step before used too is not moved again."""
-        placement = self._compiled.at(t)
+    def at(self, t: float, samples: Sequence[int] | None = None) -> Placement:
+        """Return what `Compiled.at` returns, on the device. What the step before used too is not moved again."""
+        placement = self._compiled.at(t, samples)
         if self._device.type == "cpu":
             return placement
         if self._last is None or self._last[0] is not placement:

@@ -144,11 +144,12 @@ class ModelParts:
         return images
 
     def _decode(
-        self, x: Tensor, rows: int, cols: int, output: str, finite: FiniteCheck
+        self, x: Tensor, rows: int, cols: int, output: str, finite: FiniteCheck, at_once: int | None = None
     ) -> "list[Image.Image] | Tensor":
+        """Return the images, decoded `at_once` at a time. None means all."""
         weight = self.autoencoder.decoder.conv_in.weight
         z = sampling.unpack(x, rows, cols).to(weight.device, weight.dtype)
-        images = self.autoencoder.decode(z).float() / 2 + 0.5
+        images = torch.cat([self.autoencoder.decode(part).float() / 2 + 0.5 for part in z.split(at_once or len(z))])
         finite.images(images)
         images = images.clamp(0, 1)
         return (

@@ -1,6 +1,6 @@
 """The pipeline: prompts and seeds to images, and images back to noise."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -116,10 +116,14 @@ class Pipeline(ModelParts):
         on_step: sampling.OnStep | None = None,
         probe: Probe | None = None,
         progress: bool = False,
+        share: bool = True,
+        at_once: int | None = None,
     ) -> "list[Image.Image] | Tensor":
         """Return the images of `generate`, with its settings as one object.
 
-        `negative_prompts`, one per sample, replace `settings.negative_prompt`.
+        negative_prompts: one per sample, in place of `settings.negative_prompt`. share: compute samples of one prompt
+        and seed once as long as their programs act alike. With an `on_step`, which may change a sample, nothing is
+        shared. at_once: the number of samples in one forward, and in one call of the decoder; None means all.
         """
         if output not in OUTPUTS:
             raise UserError(f"output={output!r}: expected {', '.join(OUTPUTS)}")
@@ -141,6 +145,7 @@ class Pipeline(ModelParts):
                 keys = ("prompts", "seeds", "negative_prompts", "references")
                 texts, seeds, negatives, images = (refs.pick(batch[key], chosen) for key in keys)
                 more = {"negative_prompts": negatives, "references": images, "progress": progress}
+                more |= {"share": share, "at_once": at_once}
                 return self.sample(texts, seeds, programs, settings, **more)
 
             return resampled(batch["programs"], settings, part)
@@ -150,7 +155,16 @@ class Pipeline(ModelParts):
         shape = len(batch["prompts"]), 4 * self.autoencoder.params.z_channels
         x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype).to(self.device)
         velocity = self._velocity(
-            batch["prompts"], batch["negative_prompts"], batch["programs"], settings, (rows, cols), sigmas, probe, extra
+            batch["prompts"],
+            batch["negative_prompts"],
+            batch["programs"],
+            settings,
+            (rows, cols),
+            sigmas,
+            probe,
+            extra,
+            batching.starts(batch) if share and latents is None and on_step is None else None,
+            at_once,
         )
         names = sampling.sample_names(batch["prompts"], batch["seeds"] if latents is None else None)
         finite = FiniteCheck(
@@ -158,7 +172,7 @@ class Pipeline(ModelParts):
         )
         with Progress("sampling", settings.steps) if progress else nullcontext() as bar:
             x = sampling.euler(velocity, x, sigmas, finite.watch(on_step, bar))
-        images = x if output == "latent" else self._decode(x, rows, cols, output, finite)
+        images = x if output == "latent" else self._decode(x, rows, cols, output, finite, at_once)
         finite.finish(images)
         return images
 
@@ -236,8 +250,15 @@ class Pipeline(ModelParts):
         sigmas: Sequence[float],
         probe: Probe | None = None,
         references: Sequence[refs.References] | None = None,
+        starts: Sequence[Hashable] | None = None,
+        at_once: int | None = None,
     ) -> sampling.Velocity:
-        """Return the velocity field of a batch, a function of x and t. Everything else is computed here, once."""
+        """Return the velocity field of a batch, a function of x and t. Everything else is computed here, once.
+
+        starts: for each sample, its noise and what conditions it. Samples with equal ones share the steps before their
+        programs part (`sampling.shared_rows`). at_once: the number of samples in one forward. With edits of activations
+        all samples are in one forward, and nothing is shared.
+        """
         groups = refs.layouts(references)
         if len(groups) > 1:
             refs.check_uniform(probe, any(map(positions.sources_of, programs or ())))
@@ -245,7 +266,14 @@ class Pipeline(ModelParts):
             return refs.split(
                 groups,
                 lambda group: self._velocity(
-                    *(refs.pick(c, group) for c in columns), settings, grid, sigmas, None, refs.pick(references, group)
+                    *(refs.pick(c, group) for c in columns),
+                    settings,
+                    grid,
+                    sigmas,
+                    None,
+                    refs.pick(references, group),
+                    refs.pick(starts, group),
+                    at_once,
                 ),
             )
         grid, behind = refs.joined(grid, references)
@@ -261,6 +289,10 @@ class Pipeline(ModelParts):
         if probe is not None:
             probe.begin(self.context(prompts, length, grid, sigmas), batch)
             batching.check_captured(probe, programs)
+        steps = [sampling.own_rows(batch)] * (len(sigmas) - 1)
+        if starts is not None and interventions is None:
+            acting = {program: positions.actions(program, sigmas) for program in programs or [Program()]}
+            steps = sampling.shared_rows(starts, [acting[program] for program in programs or [Program()] * batch])
 
         def conditioned(
             texts: Sequence[str],
@@ -271,16 +303,26 @@ class Pipeline(ModelParts):
             encoded = [self.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
             txt, y = (torch.cat(parts) for parts in zip(*encoded, strict=True))
 
-            def velocity(x: Tensor, t: float) -> Tensor:
-                times = sampling.round_timesteps(_filled(batch, t, self.device), rounding)
-                rotary, mask = compiled.at(t)
+            def forward(x: Tensor, t: float, samples: Sequence[int], taps: Sequence | None) -> Tensor:
+                times = sampling.round_timesteps(_filled(len(samples), t, self.device), rounding)
+                rotary, mask = compiled.at(t, samples)
                 step, p = compiled.step(t), self.transformer.params
-                taps = None if probe is None else probe.taps(step)
                 sites = batching.block_sites(interventions, probe, step, t, rotary, p.depth + p.depth_single_blocks)
                 tables = {"rotary": rotary, "mask": mask, "taps": taps, "sites": sites}
-                img = refs.behind(x.to(self.dtype), behind)
-                v = self.transformer(img, None, txt, None, times, y, guidance, **tables)
+                parts = (refs.behind(x.to(self.dtype), behind), txt, y, guidance)
+                img, texts, pooled, strength = (batching.rows(part, samples) for part in parts)
+                v = self.transformer(img, None, texts, None, times, pooled, strength, **tables)
                 return (v if interventions is None else interventions.velocity(step, t, v))[:, : x.shape[1]]
+
+            def velocity(x: Tensor, t: float) -> Tensor:
+                step = compiled.step(t)
+                taps = None if probe is None else probe.taps(step)
+                parts = []
+                for samples, of in steps[step].parts(at_once if interventions is None else None):
+                    if probe is not None:
+                        probe.serve(of)
+                    parts.append(forward(x, t, samples, taps))
+                return batching.rows(torch.cat(parts), steps[step].of)
 
             return velocity
 

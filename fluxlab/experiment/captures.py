@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fluxlab.errors import UserError
-from fluxlab.experiment.cells import Cell, Settings, batches, cells
+from fluxlab.experiment.cells import Cell, Settings, at_once, batches, cells
 from fluxlab.experiment.reference_images import sizes
 from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import Experiment
@@ -47,9 +47,11 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: boo
     every_cell = cells(experiment, settings)
     message = _first_error(check_prompts, every_cell, settings)
     if message:
-        largest = len(batches(every_cell, settings)[0])
-        smaller = (replace(settings, batch_tokens=size * settings.tokens) for size in range(largest - 1, 0, -1))
-        fits = next(s.batch_tokens for s in smaller if not _first_error(check_prompts, every_cell, s))
+        counts = range(at_once(settings, every_cell) - 1, 0, -1)
+        smaller = (replace(settings, batch_tokens=size * settings.tokens) for size in counts)
+        fits = next((s.batch_tokens for s in smaller if not _first_error(check_prompts, every_cell, s)), None)
+        if fits is None:
+            raise UserError(f"{message}\nOr fewer variants that act alike in the first step: they are one batch.")
         elsewhere = " with another out= folder" if fixed else ""
         raise UserError(f"{message}\nOr batch_tokens={fits}{elsewhere}, for fewer images at a time.")
 

@@ -10,8 +10,8 @@ from fluxlab.experiment.cell import Cell
 from fluxlab.experiment.reference_images import grids, tokens
 from fluxlab.experiment.sources import meeting, places_of
 from fluxlab.experiment.spec import FIRST, REFERENCE_NAMES, SCHEMA, Experiment, unchanged
-from fluxlab.positions import Program, shifted, with_sources
-from fluxlab.sampling import Sampling
+from fluxlab.positions import Action, Program, actions, has_interventions, shifted, with_sources
+from fluxlab.sampling import Sampling, Schedule, shared_rows
 
 FLOOR_SHIFT = (3.0, -2.5, 7.0)
 """The constant by which the noise floor shifts all ids: (index, row, col). The parity tests use the same."""
@@ -134,8 +134,9 @@ def _cell(experiment: Experiment, variant: str, program: Program, prompt: str, s
 
 
 def batches(cells: Sequence[Cell], settings: Settings) -> list[list[Cell]]:
-    """Return the distinct cells in order, in batches of as many as `batch_tokens` allows, at least one.
+    """Return the distinct cells in batches of as many as `batch_tokens` allows, at least one.
 
+    Cells that share their first steps are in one batch, even if they are more: `at_once` of them are in one forward.
     All cells of a batch have one token layout: those whose reference images have equal sizes are put together.
     Cells that take activations from others are put into one batch with them (`sources.with_sources_of`).
     """
@@ -149,7 +150,40 @@ def batches(cells: Sequence[Cell], settings: Settings) -> list[list[Cell]]:
 
 
 def _batches(cells: list[Cell], settings: Settings) -> list[list[Cell]]:
-    size = max(1, settings.batch_tokens // (settings.tokens + tokens(cells[0].references, settings.pixels_per_token)))
+    size = at_once(settings, cells)
     if any(cell.sources for cell in cells):
         return meeting(cells, size)
-    return [cells[i : i + size] for i in range(0, len(cells), size)]
+    acting = _actions(cells, settings)
+    alike: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        own = cell.key if has_interventions(cell.program) else acting[cell.program][0]
+        alike.setdefault((cell.prompt, cell.seed, own), []).append(cell)
+    batches: list[list[Cell]] = []
+    for group in alike.values():
+        if batches and len(batches[-1]) + len(group) <= size:
+            batches[-1] += group
+        else:
+            batches.append(list(group))
+    return batches
+
+
+def at_once(settings: Settings, cells: Sequence[Cell]) -> int:
+    """Return how many samples of a batch are in one forward."""
+    most = max((tokens(cell.references, settings.pixels_per_token) for cell in cells), default=0)
+    return max(1, settings.batch_tokens // (settings.tokens + most))
+
+
+def step_rows(batch: Sequence[Cell], settings: Settings) -> list[int]:
+    """Return how many samples each step of a batch computes. Cells that are equal so far are one."""
+    if any(has_interventions(cell.program) for cell in batch):
+        return [len(batch)] * settings.steps
+    acting, starts = _actions(batch, settings), [(cell.prompt, cell.seed) for cell in batch]
+    return [len(rows.samples) for rows in shared_rows(starts, [acting[cell.program] for cell in batch])]
+
+
+def _actions(cells: Sequence[Cell], settings: Settings) -> dict[Program, list[Action]]:
+    """Return what each program does at each step."""
+    schedule = Schedule(**{f.name: settings.schedule[f.name] for f in fields(Schedule) if f.name in settings.schedule})
+    rows, cols = settings.height // settings.pixels_per_token, settings.width // settings.pixels_per_token
+    sigmas = schedule.times(settings.steps, rows * cols)
+    return {program: actions(program, sigmas) for program in {cell.program for cell in cells}}

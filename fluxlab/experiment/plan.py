@@ -1,5 +1,6 @@
 """What `plan=true` prints: what a run would do, from headers and configs. Reads no weights and writes nothing."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from fluxlab.checkpoints.memory import free_memory, total_memory
 from fluxlab.checkpoints.stored import Stored, published, stored
 from fluxlab.config import Lora, ModelRow
 from fluxlab.experiment import captures, reference_images, runner, settings
-from fluxlab.experiment.cells import Cell, Settings, batches, cells, references
+from fluxlab.experiment.cells import Cell, Settings, at_once, batches, cells, references, step_rows
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.notes import notes
 from fluxlab.experiment.sources import with_sources_of
@@ -18,6 +19,7 @@ from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
 from fluxlab.loading import pipeline_without_weights, schedule_of
 from fluxlab.pipeline import Pipeline
+from fluxlab.positions import has_interventions
 from fluxlab.probes import WORKING, Probe, memory, resolve
 from fluxlab.references import Grids
 from fluxlab.select.tokens import names_words
@@ -67,7 +69,7 @@ def plan(
     if left and downloaded:
         runner.check(experiment, pipe, resolved)
         captures.check(experiment, pipe, resolved, fixed=same)
-    largest = max(len(with_sources_of([cell for cell, _ in batch])) for batch in every_batch)
+    largest = max(_together([cell for cell, _ in batch], resolved) for batch in every_batch)
     content = f"holds {len(stored_images)} of {sum(map(len, every_batch))} images" if stored_images else "new"
     changed = runner.unused_images(experiment, resolved, store) if store and not same else ""
     return "\n".join(
@@ -84,6 +86,14 @@ def plan(
             *_attention_lines(experiment, resolved, pipe, store, batches(work[0][0], resolved)),
         ]
     )
+
+
+def _together(batch: list[Cell], s: Settings) -> int:
+    """Return how many samples of a batch are in one forward. Edits of activations need all of them."""
+    samples = with_sources_of(batch)
+    if any(has_interventions(cell.program) for cell in samples):
+        return len(samples)
+    return min(len(samples), at_once(s, samples))
 
 
 def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[str]:
@@ -141,12 +151,18 @@ def _count_lines(
     names = [name for name in REFERENCE_NAMES if any(cell.variant == name for cell in controls)]
     width, largest = max(map(len, experiment.variants)), max(map(len, every_batch))
     to_do = "" if len(left) == len(every_batch) else f", {len(left):,} of them to do"
-    tokens = _most_tokens(experiment, s)
+    tokens, together = _most_tokens(experiment, s), max(_together([c for c, _ in batch], s) for batch in every_batch)
+    size = number(largest, "image") + (f", {together} at once" if together < largest else "")
+    rows = [(step_rows(batch, s), _together(batch, s)) for batch in left]
+    forwards = sum(math.ceil(n / most) for steps, most in rows for n in steps) * evaluations(s)
+    needed, without = sum(sum(steps) for steps, _ in rows), s.steps * sum(map(len, left))
+    shared = f"           {needed:,} of {without:,} steps: variants share those before they act differently"
     return [
         f"cells      {product} = {len(every_cell):,}, {len({cell.key for cell in every_cell}):,} distinct; "
         f"and {number(len(controls), 'control')}: {', '.join(names)}",
-        f"batches    {len(every_batch):,} of up to {number(largest, 'image')} ({largest * tokens:,} tokens){to_do}; "
-        f"{number(len(left) * s.steps * evaluations(s), 'forward')}",
+        f"batches    {len(every_batch):,} of up to {size} ({together * tokens:,} tokens){to_do}; "
+        f"{number(forwards, 'forward')}",
+        *([shared] if needed < without else []),
         "variants",
         *(f"  {name:<{width}}  {program.describe()}" for name, program in experiment.variants.items()),
     ]
@@ -161,13 +177,15 @@ def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list
     p, images = pipe.transformer.params, sum(map(len, left))
     if not images:
         return "time       nothing to do"
-    speed = EFFICIENCY * matmul_speed(p, tokens * max(map(len, left)), pipe.dtype, pipe.device, s.threads)
+    together = max(_together(batch, s) for batch in left)
+    speed = EFFICIENCY * matmul_speed(p, tokens * together, pipe.dtype, pipe.device, s.threads)
     forward = forward_flops(p, s.max_sequence_length, tokens - s.max_sequence_length)
-    per_image = s.steps * evaluations(s) * forward + decode_flops(pipe.autoencoder.params, s.height, s.width)
+    rows = sum(sum(step_rows(batch, s)) for batch in left)
+    sampling = rows * evaluations(s) * forward + images * decode_flops(pipe.autoencoder.params, s.height, s.width)
     prompts = len({cell.prompt for batch in left for cell in batch}) + evaluations(s) - 1
     encoding = 2 * parts["t5"].parameters.total() * s.max_sequence_length * prompts
     return (
-        f"time       about {duration((images * per_image + encoding) / speed)}, plus loading and measuring: "
+        f"time       about {duration((sampling + encoding) / speed)}, plus loading and measuring: "
         f"{flop(forward)} per forward and image, {flop(speed)}/s"
     )
 

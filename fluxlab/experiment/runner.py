@@ -8,7 +8,7 @@ import torch
 from fluxlab import stopping
 from fluxlab.errors import BatchError, NonFiniteError, UserError, show
 from fluxlab.experiment import captures
-from fluxlab.experiment.cells import Batch, Cell, Settings, batches, cells, references
+from fluxlab.experiment.cells import Batch, Cell, Settings, at_once, batches, cells, references
 from fluxlab.experiment.costs import number
 from fluxlab.experiment.engine import Engine
 from fluxlab.experiment.reference_images import opened, sizes
@@ -225,6 +225,7 @@ def run_batch(
             settings.sampling,
             probe=probe,
             references=opened([cell.references for cell in together]),
+            at_once=at_once(settings, together),
         )
     except NonFiniteError as error:
         images = error.results or [None] * len(together)

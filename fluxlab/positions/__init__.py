@@ -1,6 +1,7 @@
 """What to do to position ids and where: ops, edits and programs (docs/programs.md). Contains no networks."""
 
 from fluxlab.positions import activation_ops, attention_ops, frequency_ops, ops, placement_ops, score_ops, window_ops
+from fluxlab.positions.actions import Action, actions
 from fluxlab.positions.compiled import Compiled, Placement, compile_programs
 from fluxlab.positions.interventions import (
     Interventions,
@@ -25,6 +26,7 @@ __all__ = [
     "OPS",
     "REFERENCE",
     "TEXT",
+    "Action",
     "Compiled",
     "Context",
     "Edit",
@@ -38,6 +40,7 @@ __all__ = [
     "Scope",
     "Spectrum",
     "Waves",
+    "actions",
     "activation_ops",
     "attention_ops",
     "compile_interventions",

@@ -48,6 +48,7 @@ class Compiled:
         self._samples = samples  # the edits of each distinct sample
         self._ids = ids  # its unchanged ids (N, A)
         self._of = of  # for each sample of the batch, which distinct one it is
+        self._rows = of  # for each row of the placement, which distinct sample it is
         self._context = context
         self._state: tuple | None = None
         self._placement: Placement | None = None
@@ -58,13 +59,20 @@ class Compiled:
         sigmas = self._context.sigmas
         return max((i for i in range(len(sigmas) - 1) if sigmas[i] >= t), default=0)
 
-    def at(self, t: float) -> Placement:
-        """Return tables and masks at time t (1 is noise, 0 the image): the same object as before if nothing changed."""
+    def at(self, t: float, rows: Sequence[int] | None = None) -> Placement:
+        """Return tables and masks at time t (1 is noise, 0 the image): the same object as before if nothing changed.
+
+        rows: the samples of the batch to which they apply, in this order; None means all. Which groups of queries there
+        are, and whether there is a mask, depends on the whole batch, so that a sample has the same bits in any `rows`.
+        """
         step = self.step(t)
+        of = self._of if rows is None or len(self._of) == 1 else [self._of[sample] for sample in rows]
         state = tuple(tuple(edit.state_at(step, t) for edit in edits) for edits in self._samples)
         if state != self._state:
             self._cache.next_step()
-            self._state = state
+            self._placement = None
+        if self._placement is None or of != self._rows:
+            self._state, self._rows = state, of
             self._placement = self._build()
         return self._placement
 
@@ -150,9 +158,9 @@ class Compiled:
         """Return the keys' tables, with the variations of the samples that have any."""
         keys = self._keys(active)
         made = [self._variation(which, now) for which, now in enumerate(active)]
-        if not any(made):
+        chosen = [(b, made[which]) for b, which in enumerate(self._rows) if made[which]]
+        if not chosen:
             return keys
-        chosen = [(b, made[which]) for b, which in enumerate(self._of) if made[which]]
         key = ("varied", id(keys), *((b, id(variation)) for b, variation in chosen))
         make = lambda: Varied(keys, tuple(variation._replace(sample=b) for b, variation in chosen))  # noqa: E731
         return self._cache.get(key, make)
@@ -204,7 +212,7 @@ class Compiled:
             [self._no_rotation(which)] if self._has_windows(which, now) else self._row(side, which, now, query)
             for which, now in enumerate(active)
         ]
-        rows = [rows[which] for which in self._of]
+        rows = [rows[which] for which in self._rows]
         if all(same(row, rows[0]) for row in rows):
             rows = rows[:1]
         if len(rows) == 1 and len(rows[0]) == 1:
@@ -266,7 +274,7 @@ class Compiled:
             rows.append([self._blocked(which, tuple(n for n in now if edits[n].in_head(h))) for h in heads])
         if all(part is None for row in rows for part in row):
             return None
-        rows = [rows[which] for which in self._of]
+        rows = [rows[which] for which in self._rows]
         if all(same(row, rows[0]) for row in rows):
             rows = rows[:1]
         key = ("mask", tuple(tuple(id(part) for part in row) for row in rows))

@@ -40,6 +40,7 @@ class Probe:
         self._incoming = _Incoming()
         self._taps: list[Tap] = []
         self._step = 0
+        self._rows: Sequence[int | None] | None = None
         self._missing_steps: set[int] = set()
 
     def begin(self, context: Context, samples: int) -> None:
@@ -72,9 +73,16 @@ class Probe:
         blocks = {block for request in requested if not request.measure.site for block in request.blocks}
         if requested and step not in self._missing_steps:
             raise UserError(f"probe: step {step} was recorded already; call begin() before another run")
-        self._step = step
+        self._step, self._rows = step, None
         self._missing_steps.discard(step)
         return [tap if block in blocks else None for block, tap in enumerate(self._taps)] if blocks else None
+
+    def serve(self, rows: Sequence[int | None]) -> None:
+        """Note, before a forward of the step, which row of it each sample is; None for a sample of another forward.
+
+        Without a call each sample is its own row. Equal samples may share a row, and a step may have several forwards.
+        """
+        self._rows = None if list(rows) == list(range(len(rows))) else rows
 
     def observers(self, tables: Sequence[tuple]) -> list[Callable[[str, Tensor], None] | None] | None:
         """Return a function that reads the sites of each block, None for a block without requested activations.
@@ -95,11 +103,12 @@ class Probe:
                     self._check_samples(request, len(x))
                     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                         table = tables[name == "keys"]
-                        _record(request, heads, values, self._incoming, self._step, block, x, table)
+                        _record(request, heads, values, self._incoming, self._step, block, x, self._rows, table)
 
         return observe
 
     def _check_samples(self, request: ResolvedRequest, samples: int) -> None:
+        samples = samples if self._rows is None else len(self._rows)
         if samples != request.samples:
             raise UserError(f"probe: a batch of {samples}, but begin() was given {request.samples}")
 
@@ -109,7 +118,7 @@ class Probe:
                 for request, heads, values in zip(self._requests, self._heads, self._values, strict=True):
                     self._check_samples(request, len(attended.q))
                     if not request.measure.site and self._step in request.steps and block in request.blocks:
-                        _record(request, heads, values, self._incoming, self._step, block, attended)
+                        _record(request, heads, values, self._incoming, self._step, block, attended, self._rows)
 
         # A compiled model breaks its graph at a tap. Without one, the large import of torch._dynamo is not needed.
         return torch.compiler.disable(record) if "torch._dynamo" in sys.modules else record
@@ -139,13 +148,25 @@ def _record(
     step: int,
     block: int,
     seen: Attended | Tensor,
+    rows: Sequence[int | None] | None,
     table: Rotary | None = None,
 ) -> None:
-    """Add one kernel call, or the activations `(B, …)` of a site, to the results of a request."""
+    """Add one kernel call, or the activations `(B, …)` of a site, to the results of a request.
+
+    rows: of the samples, as in `Probe.serve`.
+    """
     average, measure = request.request.average, request.measure
     s = 0 if "steps" in average else request.steps.index(step)
     n = 0 if "blocks" in average else request.blocks.index(block)
+    compares = request.request.kind == "similarity"  # with another sample, so that it needs all of them
+    if compares and rows is not None:
+        if None in rows:
+            raise UserError(f"{request.request.path}: similarity compares samples of one forward, leave at_once out")
+        seen = _map_rows(seen, lambda x: x[torch.tensor(rows).to(x.device)], rows)
     for b in range(request.samples):
+        row = b if rows is None else rows[b]
+        if row is None:
+            continue
 
         def add(output: str, index: tuple, value: Tensor, b: int = b) -> None:
             if "heads" in average:
@@ -154,7 +175,27 @@ def _record(
             where = tuple(_on_host(i) for i in (slice(None), *index))
             incoming.add(target, where, (value * request.weight).to(torch.float32))
 
-        measure.observe(at_site(measure, seen, b, heads, table) if measure.site else seen, b, heads, add)
+        if measure.site:
+            measure.observe(at_site(measure, seen, row, heads, table), b, heads, add)
+        else:
+            measure.observe(seen if compares or row == b else _as_sample(seen, row, b), b, heads, add)
+
+
+def _as_sample(attended: Attended, row: int, b: int) -> Attended:
+    """Return a row of a kernel call as its sample b. Views only: all samples up to b are the same row."""
+    return _map_rows(attended, lambda x: x[row : row + 1].expand(b + 1, *x.shape[1:]), [row] * (b + 1))
+
+
+def _map_rows(attended: Attended, change: Callable[[Tensor], Tensor], rows: Sequence[int]) -> Attended:
+    """Return a kernel call with other samples: `change` of each tensor, which are its `rows`.
+
+    A mask that serves all samples stays.
+    """
+    mask, factors = attended.mask, attended.factors
+    if mask is not None and mask.ndim == 4 and len(mask) > 1:
+        mask = change(mask)
+    q, k, lse = (change(x) for x in attended[:3])
+    return Attended(q, k, lse, mask, attended.queries, factors and tuple(factors[row] for row in rows))
 
 
 def _on_host(index: Any) -> Any:

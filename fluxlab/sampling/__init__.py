@@ -6,12 +6,14 @@ from fluxlab.sampling.invert import invert
 from fluxlab.sampling.latents import image_ids, pack, text_ids, unpack
 from fluxlab.sampling.noise import noise
 from fluxlab.sampling.schedule import FLUX_SCHEDULE, Schedule, read_schedule, schedule
+from fluxlab.sampling.shared import Rows, own_rows, shared_rows
 from fluxlab.settings import Sampling
 
 __all__ = [
     "FLUX_SCHEDULE",
     "FiniteCheck",
     "OnStep",
+    "Rows",
     "Sampling",
     "Schedule",
     "Velocity",
@@ -20,11 +22,13 @@ __all__ = [
     "image_ids",
     "invert",
     "noise",
+    "own_rows",
     "pack",
     "read_schedule",
     "round_timesteps",
     "sample_names",
     "schedule",
+    "shared_rows",
     "text_ids",
     "unpack",
     "with_negative",
