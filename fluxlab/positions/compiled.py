@@ -197,22 +197,27 @@ class Compiled:
         queries = query_groups(limited)
         if len(queries) == 1:
             return self._table("keys", active, None)
-        tables = [self._table("keys", active, int(members[0])) for members in queries]
-        if all(table is tables[0] for table in tables):
+        seen = [self._tables("keys", active, int(members[0])) for members in queries]
+        tables = [self._joined(each) for each in seen]
+        # asked of all samples: attention by group has other last bits, which must not depend on `self._rows`
+        if all(same(a, b) for each in seen for a, b in zip(each, seen[0], strict=True)):
             return tables[0]
         key = ("groups", active, *map(id, tables))
         return self._cache.get(key, lambda: KeyGroups(tuple(queries), tuple(tables)))
 
     def _table(self, side: str, active: tuple, query: int | None) -> Rotary:
-        """Return the batch's table `(B or 1, H or 1, N, d/2)` of one side, as the token `query` sees it.
+        """Return the batch's table `(B or 1, H or 1, N, d/2)` of one side, as the token `query` sees it."""
+        return self._joined(self._tables(side, active, query))
 
-        Samples with windows are not rotated by it.
-        """
-        rows = [
+    def _tables(self, side: str, active: tuple, query: int | None) -> list[list[Rotary]]:
+        """Return for each distinct sample the table of each head, or one. Samples with windows are not rotated by it."""
+        return [
             [self._no_rotation(which)] if self._has_windows(which, now) else self._row(side, which, now, query)
             for which, now in enumerate(active)
         ]
-        rows = [rows[which] for which in self._rows]
+
+    def _joined(self, tables: list[list[Rotary]]) -> Rotary:
+        rows = [tables[which] for which in self._rows]
         if all(same(row, rows[0]) for row in rows):
             rows = rows[:1]
         if len(rows) == 1 and len(rows[0]) == 1:

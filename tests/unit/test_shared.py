@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import fluxlab
@@ -15,7 +15,7 @@ from fluxlab.compose.yaml_source import read_yaml
 from fluxlab.config import ModelRow
 from fluxlab.experiment.cells import at_once, batches, cells, step_rows
 from fluxlab.experiment.spec import Experiment, checked, read_variants
-from fluxlab.positions import Program, actions
+from fluxlab.positions import Program, actions, compile_programs
 from fluxlab.probes import Probe
 from fluxlab.sampling import Sampling, Schedule, schedule, shared_rows
 from tests.stores import ARTICLE
@@ -29,6 +29,11 @@ WINDOWS = [Program(), *(Program.from_config(program) for program in VARIANTS.val
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
 def pipe(request):
     return fluxlab.load_pipeline("tiny", dtype=request.param, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def float_pipe():
+    return fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
 
 
 class Count:
@@ -94,6 +99,78 @@ def test_step_window_has_the_bits_of_unshared_steps(pipe):
         assert torch.equal(images, expected)
         assert sum(shared.rows) == distinct_pasts(WINDOWS, sigmas) * blocks == 26 * blocks
         assert max(shared.rows) <= (together or 10)
+
+
+STEPS = st.sampled_from(["all", [0], [1], [2], "1-2", {"fraction": [0, 0.5]}, {"sigma": [0.4, 1]}])
+STRENGTHS = st.sampled_from([1, 0.5, {"from": 1, "to": 0}, {"from": 0, "to": 1}, [[0.7, 1], [0.3, 0]]])
+OPS = st.sampled_from(
+    [
+        {"op": "zero"},
+        {"op": "scale", "factor": 1.5, "tokens": {"words": ["cat"]}},
+        {"op": "jitter", "std": 1, "axes": "row"},
+        {"op": "dype", "factor": 2},
+        {"op": "gain", "factor": 2, "blocks": [1, 3]},
+        {"op": "theta", "value": 5000, "side": "keys", "seen_by": "text"},
+        {"op": "temperature", "factor": 2, "heads": [1]},
+        {"op": "mask", "from": "image", "to": {"words": ["red"]}},
+        {"op": "windows", "size": 4},
+        {"op": "concentrate", "factor": 1.2},
+        {"op": "distance", "factor": 0.9},
+        {"op": "ablate", "what": "mlp", "to": "mean", "over": "image", "blocks": [2]},
+    ]
+)
+
+
+@st.composite
+def windowed(draw):
+    """Programs of few ops, windows and strengths, so that several are equal up to some step."""
+    edits = draw(st.lists(st.tuples(OPS, STEPS, STRENGTHS), max_size=2))
+    return {
+        str(i): {**op, "steps": steps, **({"strength": strength} if op["op"] not in WHOLE else {})}
+        for i, (op, steps, strength) in enumerate(edits)
+    }
+
+
+WHOLE = ("mask",)
+"""Ops that take no strength."""
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.lists(windowed(), min_size=2, max_size=4), st.sampled_from([None, 1, 3]))
+@example([{}, {"a": {"op": "theta", "value": 5000, "side": "keys", "seen_by": "text"}}], 1)
+def test_any_programs_have_the_bits_of_unshared_steps(float_pipe, programs, together):
+    sampling = Sampling(steps=3, height=32, width=32)
+    arguments = ([PROMPTS[0]] * len(programs), [1] * len(programs), programs, sampling)
+    expected = float_pipe.sample(*arguments, output="latent", share=False)
+    assert torch.equal(float_pipe.sample(*arguments, output="latent", at_once=together), expected)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(windowed(), min_size=2, max_size=4))
+def test_equal_actions_have_equal_tables_and_masks(float_pipe, programs):
+    """Against the tables themselves: two programs that do the same at a step are handed the same values."""
+    read = [Program.from_config(program) for program in programs]
+    sigmas = float_pipe.schedule.times(3, 64)
+    acting = [actions(program, sigmas) for program in read]
+    plain = [Program(tuple(e for e in program.edits if e.acts_on != "activations")) for program in read]
+    prompts = [PROMPTS[0]] * len(read)
+    compiled = compile_programs(plain, float_pipe.context(prompts, 24, (8, 8), sigmas))
+    for step, t in enumerate(sigmas[:-1]):
+        tables = [
+            [compiled.side_table(t, side, block, head, b, query) for side, block, head, query in SEEN]
+            for b in range(len(read))
+        ]
+        for a, b in itertools.combinations(range(len(read)), 2):
+            if acting[a][step] == acting[b][step]:
+                assert all(
+                    torch.equal(x, y)
+                    for mine, other in zip(tables[a], tables[b], strict=True)
+                    for x, y in zip(mine, other, strict=True)
+                )
+
+
+SEEN = tuple(itertools.product(("queries", "keys"), (0, 1, 3), (0, 1), (0, 30)))
+"""Side, block, head and query."""
 
 
 MIXED = (
