@@ -210,7 +210,7 @@ class Compiled:
         return self._joined(self._tables(side, active, query))
 
     def _tables(self, side: str, active: tuple, query: int | None) -> list[list[Rotary]]:
-        """Return for each distinct sample the table of each head, or one. Samples with windows are not rotated by it."""
+        """Return for each distinct sample a table per head, or one. Samples with windows are not rotated by it."""
         return [
             [self._no_rotation(which)] if self._has_windows(which, now) else self._row(side, which, now, query)
             for which, now in enumerate(active)

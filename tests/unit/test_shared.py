@@ -114,8 +114,8 @@ OPS = st.sampled_from(
         {"op": "temperature", "factor": 2, "heads": [1]},
         {"op": "mask", "from": "image", "to": {"words": ["red"]}},
         {"op": "windows", "size": 4},
-        {"op": "concentrate", "factor": 1.2},
-        {"op": "distance", "factor": 0.9},
+        {"op": "concentrate", "group": 16},
+        {"op": "distance", "factor": 0.9, "beyond": [1, 1]},
         {"op": "ablate", "what": "mlp", "to": "mean", "over": "image", "blocks": [2]},
     ]
 )
@@ -124,7 +124,7 @@ OPS = st.sampled_from(
 @st.composite
 def windowed(draw):
     """Programs of few ops, windows and strengths, so that several are equal up to some step."""
-    edits = draw(st.lists(st.tuples(OPS, STEPS, STRENGTHS), max_size=2))
+    edits = draw(st.lists(st.tuples(OPS, STEPS, STRENGTHS), max_size=2, unique_by=lambda x: x[0]["op"]))
     return {
         str(i): {**op, "steps": steps, **({"strength": strength} if op["op"] not in WHOLE else {})}
         for i, (op, steps, strength) in enumerate(edits)
