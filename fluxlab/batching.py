@@ -210,9 +210,12 @@ class OnDevice:
     def step(self, t: float) -> int:
         return self._compiled.step(t)
 
-    def at(self, t: float, samples: Sequence[int] | None = None) -> Placement:
-        """Return what `Compiled.at` returns, on the device. What the step before used too is not moved again."""
-        placement = self._compiled.at(t, samples)
+    def at(self, t: float, samples: Sequence[int] | None, x: Tensor) -> Placement:
+        """Return what `Compiled.at` returns, on the device. What the step before used too is not moved again.
+
+        x: the latents of the whole batch. They are read back only for programs that depend on them.
+        """
+        placement = self._compiled.at(t, samples, x.cpu() if self._compiled.sees_latents else None)
         if self._device.type == "cpu":
             return placement
         if self._last is None or self._last[0] is not placement:

@@ -79,6 +79,8 @@ def compiled(prepared: Prepared, programs: Program | Sequence[Program]) -> Compi
     programs, context = [programs] if isinstance(programs, Program) else list(programs), prepared.context
     for edit in [edit for program in programs for edit in program.edits if edit.acts_on == "activations"]:
         raise UserError(f"{edit.path}: gradients are computed for edits of positions and attention, not for {edit.op}")
+    if any(program.sees_latent for program in programs) and len(programs) == 1:
+        programs = programs * len(prepared.noise)
     if not any(program.names_words for program in programs):
         context = replace(context, prompts=None)
     return compile_programs(programs, context)
@@ -113,7 +115,9 @@ def stepping(
     model = prepared.pipe.transformer
 
     def velocity(step: int, x: Tensor) -> Tensor:
-        placement = programs.at(prepared.sigmas[step])
+        placement = programs.at(
+            prepared.sigmas[step], latents=x.detach()
+        )  # edits that see latents are constants of them
         rotary, blocks = placement.rotary, prepared.context.blocks
         if gains is not None:
             pairs = [(rotary, rotary)] * blocks if isinstance(rotary, Rotary) else rotary

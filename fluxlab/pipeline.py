@@ -305,7 +305,7 @@ class Pipeline(ModelParts):
 
             def forward(x: Tensor, t: float, samples: Sequence[int], taps: Sequence | None) -> Tensor:
                 times = sampling.round_timesteps(_filled(len(samples), t, self.device), rounding)
-                rotary, mask = compiled.at(t, samples)
+                rotary, mask = compiled.at(t, samples, x)
                 step, p = compiled.step(t), self.transformer.params
                 sites = batching.block_sites(interventions, probe, step, t, rotary, p.depth + p.depth_single_blocks)
                 tables = {"rotary": rotary, "mask": mask, "taps": taps, "sites": sites}

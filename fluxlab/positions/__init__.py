@@ -1,8 +1,18 @@
 """What to do to position ids and where: ops, edits and programs (docs/programs.md). Contains no networks."""
 
-from fluxlab.positions import activation_ops, attention_ops, frequency_ops, ops, placement_ops, score_ops, window_ops
+from fluxlab.positions import (
+    activation_ops,
+    attention_ops,
+    frequency_ops,
+    latent_ops,
+    ops,
+    placement_ops,
+    score_ops,
+    window_ops,
+)
 from fluxlab.positions.actions import Action, actions
-from fluxlab.positions.compiled import Compiled, Placement, compile_programs
+from fluxlab.positions.compiled import Compiled, Placement
+from fluxlab.positions.compiling import compile_programs
 from fluxlab.positions.interventions import (
     Interventions,
     compile_interventions,
@@ -48,6 +58,7 @@ __all__ = [
     "find_word",
     "frequency_ops",
     "has_interventions",
+    "latent_ops",
     "lint",
     "load_plugins",
     "loaded_plugins",

@@ -13,7 +13,7 @@ from fluxlab.errors import UserError, join
 from fluxlab.positions.calling import call, check_finite, check_type, head_factor, score_factor
 from fluxlab.positions.registry import find_op
 from fluxlab.positions.resolved import Resolved
-from fluxlab.positions.waves import Waves, spectrum, unchanged
+from fluxlab.positions.waves import Seen, Waves, spectrum, unchanged
 from fluxlab.select.arguments import AXES
 from fluxlab.select.layout import Context
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
@@ -68,8 +68,8 @@ def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
     )
 
 
-Now = tuple[int, float, float | None]
-"""An edit at one step: its number, its strength, and the noise level t if its op depends on it."""
+Now = tuple[int, float, float | Seen | None]
+"""An edit at one step: its number, its strength, and the noise level t (and latents) if its op depends on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +152,7 @@ def _window(ids: Tensor, edit: Resolved, strength: float, window: int) -> tuple[
     return _placed_at(ids, start, every[window], edit, strength), len(every)
 
 
-def _changed_waves(before: Waves, ids: Tensor, edit: Resolved, strength: float, t: float) -> Waves:
+def _changed_waves(before: Waves, ids: Tensor, edit: Resolved, strength: float, t: float | Seen) -> Waves:
     """Return `before` with the op's result at the edit's tokens and axes."""
     seen = spectrum(ids, edit.context, edit.axes, t)
     after = call(edit, before, seen)

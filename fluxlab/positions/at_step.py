@@ -13,7 +13,8 @@ from torch import Tensor
 from fluxlab.errors import UserError
 from fluxlab.model import TRANSFORMERS
 from fluxlab.positions.apply import Resolved, resolve
-from fluxlab.positions.compiled import Compiled, compile_programs
+from fluxlab.positions.compiled import Compiled
+from fluxlab.positions.compiling import compile_programs
 from fluxlab.positions.program import Program
 from fluxlab.positions.waves import Waves, unchanged
 from fluxlab.select.arguments import AXES

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fluxlab.errors import UserError
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary, rotary_table
 from fluxlab.model.varied import Keys, Variation, Varied
@@ -16,16 +15,14 @@ from fluxlab.positions.apply import (
     Resolved,
     apply_edits,
     blocked,
-    resolve,
-    try_out,
 )
-from fluxlab.positions.joining import Cache, join, join_masks, query_groups, same
+from fluxlab.positions.joining import Cache, join, join_masks, query_groups, same, same_values
 from fluxlab.positions.variations import has_variation, make_variation
-from fluxlab.positions.waves import Waves, unchanged
+from fluxlab.positions.waves import Seen, Waves, unchanged
 from fluxlab.select.layout import Context
 
 if TYPE_CHECKING:
-    from fluxlab.positions.program import Program
+    pass
 
 
 class Placement(NamedTuple):
@@ -40,7 +37,10 @@ class Placement(NamedTuple):
 
 
 class Compiled:
-    """The programs of a batch, one per sample, for one sequence, model and schedule. Call `at(t)` at each step."""
+    """The programs of a batch, one per sample, for one sequence, model and schedule. Call `at(t)` at each step.
+
+    sees_latents: whether an edit depends on the latents, which `at` then needs.
+    """
 
     def __init__(
         self, samples: Sequence[tuple[Resolved, ...]], ids: Sequence[Tensor], of: Sequence[int], context: Context
@@ -53,21 +53,32 @@ class Compiled:
         self._state: tuple | None = None
         self._placement: Placement | None = None
         self._cache = Cache()
+        self._latents: Tensor | None = None
+        self.sees_latents = any(edit.op.sees_latent for edits in samples for edit in edits)
+        self._version = 0
 
     def step(self, t: float) -> int:
         """Return the step whose σ is t, or whose interval contains t."""
         sigmas = self._context.sigmas
         return max((i for i in range(len(sigmas) - 1) if sigmas[i] >= t), default=0)
 
-    def at(self, t: float, rows: Sequence[int] | None = None) -> Placement:
+    def at(self, t: float, rows: Sequence[int] | None = None, latents: Tensor | None = None) -> Placement:
         """Return tables and masks at time t (1 is noise, 0 the image): the same object as before if nothing changed.
 
         rows: the samples of the batch to which they apply, in this order; None means all. Which groups of queries there
         are, and whether there is a mask, depends on the whole batch, so that a sample has the same bits in any `rows`.
+        latents: of the whole batch, packed, `(B, N, C)`, for edits that depend on them. Tables are a function of these
+        values and t alone.
         """
         step = self.step(t)
         of = self._of if rows is None or len(self._of) == 1 else [self._of[sample] for sample in rows]
-        state = tuple(tuple(edit.state_at(step, t) for edit in edits) for edits in self._samples)
+        if latents is not None and self.sees_latents:
+            assert len(latents) == len(self._of), "programs that see latents are compiled for each sample"
+            if self._latents is None or not same_values(latents, self._latents):
+                self._latents, self._version = latents, self._version + 1
+        state = tuple(
+            tuple(self._state_of(which, edit, step, t) for edit in edits) for which, edits in enumerate(self._samples)
+        )
         if state != self._state:
             self._cache.next_step()
             self._placement = None
@@ -75,6 +86,13 @@ class Compiled:
             self._state, self._rows = state, of
             self._placement = self._build()
         return self._placement
+
+    def _state_of(self, which: int, edit: Resolved, step: int, t: float) -> tuple[float, float | Seen | None]:
+        strength, at = edit.state_at(step, t)
+        if edit.op.sees_latent and at is not None:
+            own = None if self._latents is None else self._latents[self._of.index(which)]
+            at = Seen(t, self._version, own)
+        return strength, at
 
     def ids(
         self,
@@ -183,9 +201,6 @@ class Compiled:
         key = ("variation", which, self._now(which, now))
         return self._cache.get(key, lambda: make_variation(acting, count, self._context.heads, table, ids))
 
-    def _has_windows(self, which: int, now: tuple[int, ...]) -> bool:
-        return any(self._samples[which][n].acts_on == "windows" for n in now)
-
     def _keys(self, active: tuple) -> Rotary | KeyGroups:
         """Return one table, or one for each group of queries that see the same keys."""
         limited = [
@@ -241,6 +256,9 @@ class Compiled:
 
         return self._cache.get(("unrotated", which), make)
 
+    def _has_windows(self, which: int, now: Sequence[int]) -> bool:
+        return any(self._samples[which][n].acts_on == "windows" for n in now)
+
     def _now(self, which: int, edits: tuple[int, ...]) -> tuple[Now, ...]:
         return tuple((n, *self._state[which][n]) for n in edits)
 
@@ -291,29 +309,3 @@ class Compiled:
             return None
         make = lambda: blocked(self._samples[which], now, self._ids[which])  # noqa: E731
         return self._cache.get(("blocked", which, now), make)
-
-
-def compile_programs(programs: "Sequence[Program]", context: Context) -> Compiled:
-    """Compile one program per sample, or one for all. Equal samples share their tables.
-
-    Raises UserError, with the path of the edit, for what the context does not have.
-    """
-    ids = context.ids
-    tokens, axes = context.layout.tokens, len(context.axes_dim)
-    if ids.ndim != 3 or ids.shape[1:] != (tokens, axes) or not ids.is_floating_point():
-        raise UserError(f"ids: shape {tuple(ids.shape)} {ids.dtype}, expected floating point (B, {tokens}, {axes})")
-    batch = max(len(programs), len(ids), len(context.prompts or ()))
-    sizes = {"programs": len(programs), "ids": len(ids), "prompts": len(context.prompts or [None])}
-    if any(n not in (1, batch) for n in sizes.values()):
-        raise UserError(", ".join(f"{n} {key}" for key, n in sizes.items()) + ": expected equal numbers, or one")
-    samples, sources, of = [], [], []
-    for b in range(batch):
-        program = programs[b % len(programs)]
-        prompt = b % len(context.prompts) if context.prompts else 0
-        source = (b % len(ids), program, context.prompts[prompt] if context.prompts and program.names_words else None)
-        if source not in sources:
-            sources.append(source)
-            samples.append(tuple(resolve(edit, context, prompt) for edit in program.edits))
-            try_out(samples[-1], ids[b % len(ids)], context)
-        of.append(sources.index(source))
-    return Compiled(samples, [ids[source[0]] for source in sources], of, context)

@@ -24,12 +24,12 @@ BETA, GAMMA = (1.25, 0.75), (16.0, 2.0)
 """Rotations over the trained extent between which YaRN blends, as chosen for FLUX by DyPE: NTK to PI, base to NTK."""
 
 
-def _stretch(spectrum: Spectrum, factor: PerAxis | None) -> Tensor:
+def stretch_of(spectrum: Spectrum, factor: PerAxis | None) -> Tensor:
     """Return s for each pair, `(d/2,)`: the given factor, or the extent over the trained one."""
     return spectrum.stretch if factor is None else spectrum.values(factor)
 
 
-def _ntk(s: Tensor, spectrum: Spectrum) -> Tensor:
+def ntk_ratio(s: Tensor, spectrum: Spectrum) -> Tensor:
     """Return (s^(d/(d-2)))^(-2i/d): the ratio of frequencies if θ becomes θ·s^(d/(d-2))."""
     return s ** (-2 * spectrum.pair / (spectrum.width - 2).clamp(min=1))
 
@@ -52,7 +52,7 @@ def _yarn(
 ) -> Tensor:
     """Return the ratio of frequencies of YaRN: base, then NTK, then PI, from high to low frequencies."""
     to_pi, to_ntk = _ramp(beta, spectrum), _ramp(gamma, spectrum)
-    ratio = _ntk(s, spectrum) * (1 - to_pi) + to_pi / s
+    ratio = ntk_ratio(s, spectrum) * (1 - to_pi) + to_pi / s
     return (1 - to_ntk) + ratio * to_ntk
 
 
@@ -62,13 +62,13 @@ def pi(waves: Waves, spectrum: Spectrum, factor: PerAxis | None = None) -> Waves
 
     arXiv 2306.15595.
     """
-    return waves._replace(frequency=waves.frequency / _stretch(spectrum, factor))
+    return waves._replace(frequency=waves.frequency / stretch_of(spectrum, factor))
 
 
 @op("ntk", {"factor": types.positive_per_axis}, acts_on="frequencies", tokens="all", axes=GRID_AXES)
 def ntk(waves: Waves, spectrum: Spectrum, factor: PerAxis | None = None) -> Waves:
     """NTK-aware interpolation: the base θ becomes θ·s^(d/(d-2)). The lowest frequency is divided by s = `factor`."""
-    return waves._replace(frequency=waves.frequency * _ntk(_stretch(spectrum, factor), spectrum))
+    return waves._replace(frequency=waves.frequency * ntk_ratio(stretch_of(spectrum, factor), spectrum))
 
 
 @op("yarn", {"factor": types.positive_per_axis}, acts_on="frequencies", tokens="all", axes=GRID_AXES)
@@ -77,7 +77,7 @@ def yarn(waves: Waves, spectrum: Spectrum, factor: PerAxis | None = None) -> Wav
 
     cos and sin are multiplied by 1 + 0.1·ln s. arXiv 2309.00071, with the ramps of arXiv 2510.20766.
     """
-    s = _stretch(spectrum, factor)
+    s = stretch_of(spectrum, factor)
     return _where_larger(s, waves, _yarn(s, spectrum), 1 + 0.1 * s.log())
 
 
@@ -110,11 +110,11 @@ def dype(
     multiplies cos and sin by 1 + 0.1·ln s/√s). ntk: θ·s^(2κ·d/(d-2)). pi: frequencies are divided by s^κ.
     arXiv 2510.20766; `guyyariv/DyPE`, `wildminder/ComfyUI-DyPE`.
     """
-    s, kappa = _stretch(spectrum, factor), scale * spectrum.t**exponent
+    s, kappa = stretch_of(spectrum, factor), scale * spectrum.t**exponent
     if method == "pi":
         return _where_larger(s, waves, s**-kappa)
     if method == "ntk":
-        return _where_larger(s, waves, _ntk(s ** (2 * kappa), spectrum))
+        return _where_larger(s, waves, ntk_ratio(s ** (2 * kappa), spectrum))
     scaled = [tuple(r**kappa if variant == "comfyui" else r * kappa for r in ends) for ends in (BETA, GAMMA)]
     gain = 1 + 0.1 * s.log() / (s.sqrt() if variant == "comfyui" else 1)
     return _where_larger(s, waves, _yarn(s, spectrum, *scaled), gain)

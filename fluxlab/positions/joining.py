@@ -39,6 +39,10 @@ def query_groups(edits: Sequence[Resolved]) -> list[Tensor]:
     return [(group == g).nonzero()[:, 0] for g in range(int(group.max()) + 1)]
 
 
+def same_values(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device and torch.equal(a, b)
+
+
 def same(a: list, b: list) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 

@@ -79,6 +79,11 @@ class Program:
         return any(names_words(edit.arguments) or names_words(edit.where) for edit in self.edits)
 
     @property
+    def sees_latent(self) -> bool:
+        """Whether the program depends on the latents of its sample at each step."""
+        return any(find_op(edit.op, edit.path).sees_latent for edit in self.edits)
+
+    @property
     def depends_on_training(self) -> bool:
         """Whether the program depends on the size that the model was trained on."""
         kinds = ("frequencies", "size", "windows", "scores")

@@ -34,6 +34,7 @@ class Op:
 
     types: the type of each argument, by its name in a config. names: the same arguments' names in Python. tokens: what
     an edit selects by default. axes: those it acts on by default. timed: whether it depends on the noise level.
+    sees_latent: whether it depends on the latents of the sample at the step.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Op:
     tokens: str = "image"
     axes: tuple[str, ...] | None = None
     timed: bool = False
+    sees_latent: bool = False
 
     @property
     def where(self) -> tuple[str, ...]:
@@ -99,12 +101,14 @@ def op(
     tokens: str = "image",
     axes: tuple[str, ...] | None = None,
     timed: bool = False,
+    sees_latent: bool = False,
 ) -> Callable:
     """Register a function as the op `name`.
 
     types: the type of each argument after (ids, scope), by its name in YAML. acts_on: a key of `ACTS_ON`. tokens,
     axes: what an edit selects by default; None for all axes. timed: whether the op depends on the noise level, which
-    is only possible for ops on frequencies: they see it as `spectrum.t`.
+    is only possible for ops on frequencies: they see it as `spectrum.t`. sees_latent: whether it depends on the
+    sample's latents at the step, which such an op sees as `spectrum.latent`. It is called for each sample and step.
 
     A name that Python reserves gets an underscore in the function: `from` is `from_`.
     """
@@ -130,7 +134,9 @@ def op(
             if key not in required
         }
         names = {key: parameter.name for key, parameter in arguments.items()}
-        OPS[name] = Op(name, function, types, names, required, defaults, acts_on, tokens, axes, timed)
+        OPS[name] = Op(
+            name, function, types, names, required, defaults, acts_on, tokens, axes, timed or sees_latent, sees_latent
+        )
         return function
 
     return register

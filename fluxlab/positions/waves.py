@@ -6,7 +6,7 @@ those of the rows, then those of the columns, d/2 in all.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ class Spectrum:
     trained: extent that the model was trained on, in tokens. Infinite for the index, which has no trained extent.
     image, tokens: numbers of image tokens and of all tokens; trained_image, trained_tokens: those of training.
     theta: base of the model's frequencies. t: noise level, 1 is noise.
+    latent: the latents of the sample at this step, packed, `(rows, cols, C)` in fp64. None where there are none, as in
+    plots and notes.
     """
 
     axis: Tensor
@@ -56,6 +58,7 @@ class Spectrum:
     trained_tokens: int
     theta: float
     t: float
+    latent: Tensor | None = None
 
     @property
     def stretch(self) -> Tensor:
@@ -76,8 +79,21 @@ def unchanged(context: Context) -> Waves:
     return Waves(frequency, torch.ones_like(frequency), torch.ones_like(frequency[:, :1]))
 
 
-def spectrum(ids: Tensor, context: Context, axes: Tensor | None, t: float) -> Spectrum:
-    """Return what an op on the given axes (boolean `(A,)` or None for all) sees at ids `(N, A)`."""
+@dataclass(frozen=True)
+class Seen:
+    """What an op that sees latents depends on at a step. Equal if t and `version` are: each set of latents has its own.
+
+    latent: packed, `(rows · cols, C)`, or None.
+    """
+
+    t: float
+    version: int
+    latent: Tensor | None = field(compare=False)
+
+
+def spectrum(ids: Tensor, context: Context, axes: Tensor | None, at: float | Seen) -> Spectrum:
+    """Return what an op on the given axes (boolean `(A,)` or None for all) sees at ids `(N, A)`. at: noise level."""
+    t, latent = (at.t, at.latent) if isinstance(at, Seen) else (at, None)
     device, widths = ids.device, context.axes_dim
     axis = torch.cat([torch.full((dim // 2,), a) for a, dim in enumerate(widths)]).to(device)
     pair = torch.cat([torch.arange(dim // 2, dtype=torch.float64) for dim in widths]).to(device)
@@ -99,4 +115,5 @@ def spectrum(ids: Tensor, context: Context, axes: Tensor | None, t: float) -> Sp
         trained_tokens=rows * cols + context.trained_text,
         theta=float(context.theta),
         t=t,
+        latent=None if latent is None else latent.to(device, torch.float64).reshape(*context.layout.grid, -1),
     )
