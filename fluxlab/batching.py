@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fluxlab import sampling
 from fluxlab.errors import UserError
-from fluxlab.model import FluxParams, Rotary
+from fluxlab.families import FLUX1, Family, family_of
+from fluxlab.model import Flux2Params, FluxParams, Rotary
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.sites import Observed, Site
 from fluxlab.positions import Compiled, Context, Interventions, Layout, Placement, Program, Prompt
@@ -102,7 +102,7 @@ def token_grid(height: int, width: int, step: int) -> tuple[int, int]:
 
 
 def context(
-    p: FluxParams,
+    p: FluxParams | Flux2Params,
     layout: Layout,
     sigmas: Sequence[float],
     prompts: Sequence[Prompt | None] | None,
@@ -115,14 +115,11 @@ def context(
 
     device: of the model. trained, trained_text: the token grid and the number of text tokens that it was trained on.
     """
-    axes = len(p.axes_dim)
-    parts = [sampling.text_ids(1, layout.text, axes)]
-    for index, (rows, cols) in enumerate(layout.grids):  # (0, row, col) of the image, (1, row, col) of reference 0, …
-        parts.append(sampling.image_ids(1, rows, cols, axes))
-        parts[-1][..., 0] = index
-    ids = torch.cat(parts, 1)
+    family = family_of(p)
+    grids = [family.image_ids(rows, cols, n) for n, (rows, cols) in enumerate(layout.grids)]
+    ids = torch.cat([family.text_ids(layout.text), *grids])
     return Context(
-        ids=ids.to(dtype),
+        ids=ids[None].to(dtype),
         layout=layout,
         axes_dim=p.axes_dim,
         theta=p.theta,
@@ -139,7 +136,13 @@ def context(
 
 
 def start(
-    seeds: Sequence[int], latents: Tensor | None, batch: int, channels: int, grid: tuple[int, int], dtype: torch.dtype
+    seeds: Sequence[int],
+    latents: Tensor | None,
+    batch: int,
+    channels: int,
+    grid: tuple[int, int],
+    dtype: torch.dtype,
+    family: Family = FLUX1,
 ) -> Tensor:
     """Return the packed starting noise `(B, N, C)` in fp32, on the CPU unless `latents` are given.
 
@@ -148,7 +151,7 @@ def start(
     """
     rows, cols = grid
     if latents is None:
-        return sampling.pack(sampling.noise(seeds, channels // 4, 2 * rows, 2 * cols, dtype)).float()
+        return family.noise(seeds, channels // 4, rows, cols, dtype).float()
     if latents.ndim != 3 or latents.shape[1:] != (rows * cols, channels):
         raise UserError(
             f"latents have shape {tuple(latents.shape)}: expected packed latents ({batch}, {rows * cols}, {channels}) "

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fluxlab import batching, sampling
 from fluxlab.errors import UserError
+from fluxlab.families import FLUX1
 from fluxlab.model import Rotary
 from fluxlab.model.attention import Attended, Tap, score_factors
 from fluxlab.model.sites import Site
@@ -54,6 +55,8 @@ def prepare(
     pipe: "Pipeline", prompts: Sequence[str], seeds: Sequence[int], settings: Sampling | None = None
 ) -> Prepared:
     """Encode the prompts and draw the noise of a batch. Raises UserError as `Pipeline.sample` does."""
+    if pipe.family is not FLUX1:
+        raise UserError(f"gradients are computed through FLUX.1 only, and this model is {pipe.family.title}")
     settings = pipe.resolve(settings or Sampling())
     if settings.true_cfg not in (None, 1):
         raise UserError(f"true_cfg={settings.true_cfg}: gradients go through one forward per step, leave it out")

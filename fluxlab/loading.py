@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,17 @@ from fluxlab.cache import open_cache
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest
 from fluxlab.checkpoints.memory import default_device
+from fluxlab.checkpoints.networks import family_of as family_of_files
 from fluxlab.checkpoints.stored import Stored, local, on_meta, part_paths
+from fluxlab.checkpoints.text2 import load_language_tokenizer
 from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
 from fluxlab.conditioning import Texts, encoders_of
+from fluxlab.conditioning2 import language_model_of
 from fluxlab.config import Lora, ModelRow, find_row, with_loras
-from fluxlab.model import AutoEncoder, Flux
+from fluxlab.families import family_of
+from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2, Flux2Params
 from fluxlab.model.text import TextEncoders
+from fluxlab.model.text2 import KINDS, LanguageModelText
 from fluxlab.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -80,7 +86,8 @@ def load_row(
     found = checkpoints.find(row.path, variant=row.variant)
     verify_manifest(found.path, of_text=False)
     paths = part_paths(row, found)
-    text = encoders_of(paths["text"], dtype, device, row.variant, row.tokenizers, open_cache(cache))
+    open_text = language_model_of if family_of_files(found.path, row.variant) == "flux2" else encoders_of
+    text = open_text(paths["text"], dtype, device, row.variant, row.tokenizers, open_cache(cache))
     if texts is not None:
         text.prepare(texts, row.max_sequence_length or TEXT_LENGTH)
     common = {"dtype": dtype, "device": device, "variant": row.variant}
@@ -94,13 +101,22 @@ def load_row(
 
 
 def assemble(
-    row: ModelRow, decision: schedules.Decision, transformer: Flux, autoencoder: AutoEncoder, text: TextEncoders
+    row: ModelRow,
+    decision: schedules.Decision,
+    transformer: Flux | Flux2,
+    autoencoder: AutoEncoder | AutoEncoder2,
+    text: TextEncoders | LanguageModelText,
 ) -> Pipeline:
     """Return the pipeline of these parts, with the settings that the row and the files leave open.
 
     Raises UserError if the networks do not fit together.
     """
-    distilled = transformer.params.guidance_embed
+    distilled, family = transformer.params.guidance_embed, family_of(transformer.params)
+    if family_of(autoencoder.params) is not family:
+        raise CheckpointError(
+            f"{row.autoencoder or row.path}: {family_of(autoencoder.params).title}'s autoencoder, but the transformer "
+            f"is {family.title}'s; pass the autoencoder of {family.title}"
+        )
     _check_widths(row, transformer, text)
     side = 128 * autoencoder.params.factor  # 64 tokens, as in FLUX.1 and Diffusers
     return Pipeline(
@@ -109,15 +125,23 @@ def assemble(
         text,
         decision.schedule,
         steps=row.steps or decision.steps,
-        guidance=(3.5 if row.guidance is None else row.guidance) if distilled else None,  # FLUX.1 dev's
+        guidance=(family.guidance if row.guidance is None else row.guidance) if distilled else None,
         max_sequence_length=row.max_sequence_length or TEXT_LENGTH,
         size=row.size or (side, side),
         name=row.name,
+        distilled=decision.like == "klein",
     )
 
 
-def _check_widths(row: ModelRow, transformer: Flux, text: TextEncoders) -> None:
+def _check_widths(row: ModelRow, transformer: Flux | Flux2, text: TextEncoders | LanguageModelText) -> None:
     p = transformer.params
+    if isinstance(text, LanguageModelText):
+        if text.width != p.context_in_dim:
+            raise CheckpointError(
+                f"{row.text or row.path}: this language model gives {text.width} channels (three states), the "
+                f"transformer takes {p.context_in_dim}\nPass the one that it was trained with."
+            )
+        return
     widths = text.widths
     for name, states, width in (("CLIP", widths["clip"], p.vec_in_dim), ("T5", widths["t5"], p.context_in_dim)):
         if states != width:
@@ -143,6 +167,10 @@ def pipeline_without_weights(
         checkpoints.check_loras(transformer, row.lora)
     transformer.img_in.to_empty(device=device)
     p, like = transformer.params, transformer.img_in.weight
+    if isinstance(p, Flux2Params):
+        return assemble(
+            row, schedule_of(row, parts), transformer, autoencoder, _silent_model(row, parts, p, dtype, like)
+        )
     clip = _SilentEncoder(p.vec_in_dim, dtype or parts["clip"].dtype, like)
     t5 = _SilentEncoder(p.context_in_dim, dtype or parts["t5"].dtype, like)
     tokenizers = {"clip": None, "t5": None}
@@ -152,6 +180,17 @@ def pipeline_without_weights(
         tokenizers = {part: load_tokenizer(folder, part) for part in tokenizers}
     encoders = TextEncoders(tokenizers["clip"], clip, tokenizers["t5"], t5)
     return assemble(row, schedule_of(row, parts), transformer, autoencoder, encoders)
+
+
+def _silent_model(
+    row: ModelRow, parts: dict[str, Stored], p: Flux2Params, dtype: torch.dtype | None, like: torch.Tensor
+) -> LanguageModelText:
+    (kind,) = parts.keys() & KINDS.keys()
+    tokenizer = None
+    if parts[kind].files:
+        tokenizer = load_language_tokenizer(local(row.text or row.path, "text", row.variant), row.tokenizers)
+    width = p.context_in_dim // len(KINDS[kind].layers)
+    return LanguageModelText(tokenizer, _SilentEncoder(width, dtype or parts[kind].dtype, like), kind)
 
 
 def schedule_of(row: ModelRow, parts: dict[str, Stored]) -> schedules.Decision:
@@ -165,6 +204,9 @@ class _Config:
     def __init__(self, hidden_size: int):
         self.hidden_size = hidden_size
 
+    def get_text_config(self) -> "_Config":
+        return self
+
 
 class _SilentEncoder(nn.Module):
     """Stands for a text encoder: states of the right shape, always 0."""
@@ -175,6 +217,14 @@ class _SilentEncoder(nn.Module):
         self.zeros = like.new_zeros(width)
         self.device = like.device
         self.config = _Config(width)
+
+    def get_decoder(self):
+        """Return a function like a language model: enough states that are all 0."""
+
+        def decoder(input_ids: torch.Tensor, **_) -> SimpleNamespace:
+            return SimpleNamespace(hidden_states=[self.zeros.expand(*input_ids.shape, -1)] * 64)
+
+        return decoder
 
     def forward(self, ids: torch.Tensor) -> "_States":
         return _States((self.zeros.expand(*ids.shape, -1),))

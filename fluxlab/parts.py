@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fluxlab import batching, sampling
 from fluxlab.errors import UserError
-from fluxlab.model import AutoEncoder, Flux
+from fluxlab.families import Family, family_of
+from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2
 from fluxlab.model.text import TextEncoders
+from fluxlab.model.text2 import LanguageModelText
 from fluxlab.pixels import Images, image_tensor, to_pil
 from fluxlab.sampling import FiniteCheck, Sampling
 
@@ -27,18 +29,24 @@ class ModelParts:
     """A FLUX model with all its parts, and the settings it was trained for.
 
     `size` is (height, width) in pixels. `guidance` is the distilled guidance strength, None for a model without it.
+    `distilled` says of FLUX.2 [klein] that it was distilled to few steps and takes no guidance.
     """
 
-    transformer: Flux
-    autoencoder: AutoEncoder
-    text: TextEncoders
+    transformer: Flux | Flux2
+    autoencoder: AutoEncoder | AutoEncoder2
+    text: TextEncoders | LanguageModelText
     schedule: sampling.Schedule
     steps: int
     guidance: float | None
     max_sequence_length: int
     size: tuple[int, int]
     name: str = ""
-    _encoded: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    distilled: bool = False
+    _encoded: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.transformer.params)
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +77,7 @@ class ModelParts:
         """Write a Diffusers folder, which fluxlab and Diffusers' `FluxPipeline.from_pretrained` both load."""
         from fluxlab.checkpoints import save_pipeline
 
-        save_pipeline(folder, self.transformer, self.autoencoder, self.text, self.schedule)
+        save_pipeline(folder, self.transformer, self.autoencoder, self.text, self.schedule, self.distilled)
 
     @property
     def defaults(self) -> Sampling:
@@ -125,7 +133,7 @@ class ModelParts:
         tensor = image_tensor(images, value_range)
         rows, cols = self.grid(*tensor.shape[-2:])
         weight = self.autoencoder.encoder.conv_in.weight
-        x = sampling.pack(self.autoencoder.encode(2 * tensor.to(weight.device, weight.dtype) - 1)).float()
+        x = self.family.pack(self.autoencoder.encode(2 * tensor.to(weight.device, weight.dtype) - 1)).float()
         finite = FiniteCheck([f"image {i}" for i in range(len(x))], 0, weight.dtype)
         finite.encoded(x)
         finite.finish(None)
@@ -148,7 +156,7 @@ class ModelParts:
     ) -> "list[Image.Image] | Tensor":
         """Return the images, decoded `at_once` at a time. None means all."""
         weight = self.autoencoder.decoder.conv_in.weight
-        z = sampling.unpack(x, rows, cols).to(weight.device, weight.dtype)
+        z = self.family.unpack(x, rows, cols).to(weight.device, weight.dtype)
         images = torch.cat([self.autoencoder.decode(part).float() / 2 + 0.5 for part in z.split(at_once or len(z))])
         finite.images(images)
         images = images.clamp(0, 1)
@@ -158,24 +166,25 @@ class ModelParts:
 
     def encode_prompt(
         self, prompt: str, length: int | None = None, truncate: bool = False, unknown_words: str = "error"
-    ) -> tuple[Tensor, Tensor]:
-        """Return `(txt, y)` of a prompt, `(1, L, C)` and `(1, V)`. The last `KEPT` prompts are kept on the device.
+    ) -> tuple[Tensor, ...]:
+        """Return `(txt, y)` of a prompt, `(1, L, C)` and `(1, V)`, of FLUX.2 `(txt,)`. The last `KEPT` prompts are kept
+        on the device.
 
         Raises `UserError` as `TextEncoders.check` does.
         """
         length = self.max_sequence_length if length is None else length
         self.text.check([prompt], length, truncate, unknown_words)
         if (prompt, length) not in self._encoded:
-            txt, y = self.text.encode(prompt, length, truncate=True, unknown_words="allow")
+            encoded = self.text.encode(prompt, length, truncate=True, unknown_words="allow")
             while len(self._encoded) >= KEPT:
                 self._encoded.pop(next(iter(self._encoded)))
-            self._encoded[prompt, length] = tuple(part.to(self.device, self.dtype) for part in (txt, y))
+            self._encoded[prompt, length] = tuple(part.to(self.device, self.dtype) for part in encoded)
         return self._encoded[prompt, length]
 
     def _text_fault(self, prompt: str, settings: Sampling) -> str | None:
         """Return what is wrong with the encoded prompt of a sample that became non-finite in the first step."""
         encoded = self.encode_prompt(prompt, settings.max_sequence_length, truncate=True, unknown_words="allow")
-        for name, part in zip(("T5", "CLIP"), encoded, strict=True):
+        for name, part in zip(self.text.titles, encoded, strict=True):
             if not part.isfinite().all():
                 return f"{name} encodes its prompt to NaN or infinity"
         return None

@@ -153,7 +153,7 @@ class Pipeline(ModelParts):
         extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
         sigmas = self.schedule.times(settings.steps, rows * cols)
         shape = len(batch["prompts"]), 4 * self.autoencoder.params.z_channels
-        x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype).to(self.device)
+        x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype, self.family).to(self.device)
         velocity = self._velocity(
             batch["prompts"],
             batch["negative_prompts"],
@@ -301,7 +301,7 @@ class Pipeline(ModelParts):
             probe: Probe | None = None,
         ) -> sampling.Velocity:
             encoded = [self.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
-            txt, y = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+            txt, *pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
 
             def forward(x: Tensor, t: float, samples: Sequence[int], taps: Sequence | None) -> Tensor:
                 times = sampling.round_timesteps(_filled(len(samples), t, self.device), rounding)
@@ -309,9 +309,11 @@ class Pipeline(ModelParts):
                 step, p = compiled.step(t), self.transformer.params
                 sites = batching.block_sites(interventions, probe, step, t, rotary, p.depth + p.depth_single_blocks)
                 tables = {"rotary": rotary, "mask": mask, "taps": taps, "sites": sites}
-                parts = (refs.behind(x.to(self.dtype), behind), txt, y, guidance)
-                img, texts, pooled, strength = (batching.rows(part, samples) for part in parts)
-                v = self.transformer(img, None, texts, None, times, pooled, strength, **tables)
+                img, texts, strength = (
+                    batching.rows(part, samples) for part in (refs.behind(x.to(self.dtype), behind), txt, guidance)
+                )
+                vectors = (batching.rows(part, samples) for part in pooled)
+                v = self.transformer(img, None, texts, None, times, *vectors, strength, **tables)
                 return (v if interventions is None else interventions.velocity(step, t, v))[:, : x.shape[1]]
 
             def velocity(x: Tensor, t: float) -> Tensor:
@@ -389,9 +391,8 @@ class Pipeline(ModelParts):
         return batching.context(self.transformer.params, layout, sigmas, spans, self.device, ids, *trained)
 
     def _prompt(self, prompt: str, length: int) -> positions.Prompt:
-        """Return a prompt with the range of characters that each of its T5 tokens covers."""
-        spans = self.text.t5_tokenizer(prompt, truncation=True, max_length=length, return_offsets_mapping=True)
-        return positions.Prompt(prompt, tuple(map(tuple, spans.offset_mapping)))
+        """Return a prompt with the range of characters that each text token covers."""
+        return positions.Prompt(prompt, self.text.spans(prompt, length))
 
 
 def _filled(batch: int, value: float, device: torch.device) -> Tensor:

@@ -2,25 +2,27 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxlab import checkpoints, sampling
+from fluxlab.checkpoints.files import read_json
 from fluxlab.checkpoints.networks import TRANSFORMER, open_network
 from fluxlab.config import LIKE, ModelRow
 from fluxlab.errors import UserError, nearest
-from fluxlab.model import FluxParams
-from fluxlab.sampling import FLUX_SCHEDULE, Schedule
+from fluxlab.families import FLUX2, family_of
+from fluxlab.model import Flux2Params, FluxParams
+from fluxlab.sampling import FLUX2_SCHEDULE, FLUX_SCHEDULE, Schedule, Schedule2
 
 _DEV = replace(FLUX_SCHEDULE, shift=1.0)
 _SCHNELL = replace(_DEV, use_dynamic_shifting=False)
-_STEPS = {"dev": 28, "schnell": 4}
+_STEPS = {"dev": 28, "schnell": 4, "flux2": 50, "klein": 4}
 
 
 class Decision(NamedTuple):
-    """like: "dev" or "schnell", which gives the number of steps. why: for the plan, a few words."""
+    """like: "dev", "schnell", "flux2" or "klein", which gives the number of steps. why: for the plan, a few words."""
 
     schedule: Schedule
     like: str
@@ -33,14 +35,16 @@ class Decision(NamedTuple):
     def describe(self) -> str:
         """Return the schedule and the reason in a few words."""
         s = self.schedule
-        if s.use_dynamic_shifting:
+        if isinstance(s, Schedule2) and s.use_dynamic_shifting:
+            shape = "times shifted by image size and steps"
+        elif s.use_dynamic_shifting:
             shape = f"times shifted by image size (mu {s.base_shift:g} to {s.max_shift:g})"
         else:
             shape = "even times" if s.shift == 1 else f"times shifted by {s.shift:g} (mu {math.log(s.shift):.3g})"
         return f"{shape}: {self.why}"
 
 
-def decide(row: ModelRow, found: "checkpoints.Found | None", params: FluxParams) -> Decision:
+def decide(row: ModelRow, found: "checkpoints.Found | None", params: FluxParams | Flux2Params) -> Decision:
     """Decide how a model's times are spread. found: what is at the row's path; None if it is still to be fetched.
 
     In this order: `schedule` and `like` of the row; the scheduler of the model's Diffusers folder; a guidance
@@ -51,6 +55,8 @@ def decide(row: ModelRow, found: "checkpoints.Found | None", params: FluxParams)
     Raises UserError if none of them says: a transformer without guidance embedding may be schnell or a de-distilled
     dev, which need other times.
     """
+    if family_of(params) is FLUX2:
+        return _decide_flux2(row, found, params)
     like = row.like or ("dev" if params.guidance_embed else None)
     if row.like is not None and row.like not in LIKE:
         raise UserError(f"model.like {row.like!r}, expected {' or '.join(LIKE)}{nearest(row.like, LIKE)}")
@@ -76,6 +82,22 @@ def decide(row: ModelRow, found: "checkpoints.Found | None", params: FluxParams)
         "Pass like=schnell (4 steps, even times), like=dev (28 steps, shifted times) or schedule={shift: 3.0};\n"
         "on the command line model.like=dev or 'model.schedule={shift: 3.0}'"
     )
+
+
+def _decide_flux2(row: ModelRow, found: "checkpoints.Found | None", params: Flux2Params) -> Decision:
+    """Decide for FLUX.2, all of whose models share one rule. A distilled model, by its index, has 4 steps."""
+    if row.like is not None:
+        raise UserError(f"model.like {row.like!r}: says how FLUX.1 samples; leave it out for FLUX.2")
+    folder = found.path if found is not None and found.kind == "pipeline" else None
+    index = folder / "model_index.json" if folder else None
+    distilled = bool(index and index.is_file() and read_json(index).get("is_distilled"))
+    like = "klein" if distilled else "flux2"
+    if row.schedule is not None:
+        return Decision(read_settings(row.schedule, "model.schedule"), like, "as model.schedule says")
+    if folder and (folder / "scheduler").is_dir():
+        read = sampling.read_schedule(folder / "scheduler")
+        return Decision(Schedule2(**asdict(read)), like, f"as {folder / 'scheduler'} says")
+    return Decision(FLUX2_SCHEDULE, like, "as FLUX.2's")
 
 
 def read_settings(settings: Mapping[str, Any], where: str) -> Schedule:

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import torch
 
-from fluxlab import sampling, scenes
+from fluxlab import scenes
 from fluxlab.check.results import Result
 from fluxlab.check.weights import memory
 from fluxlab.checkpoints.stored import Stored
 from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.experiment.costs import decode_flops, duration, forward_flops
-from fluxlab.model import Flux
+from fluxlab.model import Flux, Flux2
 from fluxlab.pipeline import Pipeline
 from fluxlab.positions import Program, noise_floor
 
@@ -39,8 +39,7 @@ Velocity = Callable[..., torch.Tensor]
 def text_encoders(pipe: Pipeline, parts: dict[str, Stored]) -> Result:
     """Check that states are finite, and differ between two prompts."""
     encoded = [pipe.encode_prompt(prompt, truncate=True, unknown_words="allow") for prompt in PROMPTS]
-    (txt, y), (other_txt, other_y) = encoded
-    for name, states, others in (("T5", txt, other_txt), ("CLIP", y, other_y)):
+    for name, states, others in zip(pipe.text.titles, *encoded, strict=True):
         if not states.isfinite().all():
             hint = "T5 overflows in float16 on some devices: try dtype=bfloat16" if name == "T5" else "fetch it again"
             raise UserError(f"{name} returns values that are not finite\n{hint}.")
@@ -48,10 +47,14 @@ def text_encoders(pipe: Pipeline, parts: dict[str, Stored]) -> Result:
             raise UserError(
                 f"{name} returns the same for {PROMPTS[0]!r} and {PROMPTS[1]!r}\nFetch it and its tokenizer again."
             )
+    pairs = zip(pipe.text.titles, encoded[0], strict=True)
+    described = [f"{title} {tuple(x.shape)} std {x.float().std():.2f}" for title, x in pairs]
+    if "t5" not in parts:
+        model = list(parts.values())[-1].parameters.total()
+        return Result(f"{model:,} parameters; finite, and differ between prompts; {described[0]}")
     numbers = [f"{parts[name].parameters.total():,}" for name in ("clip", "t5")]
     return Result(
-        f"CLIP {numbers[0]}, T5 {numbers[1]} parameters; finite, and differ between prompts; "
-        f"T5 {tuple(txt.shape)} std {txt.float().std():.2f}, CLIP {tuple(y.shape)} std {y.float().std():.2f}"
+        f"CLIP {numbers[0]}, T5 {numbers[1]} parameters; finite, and differ between prompts; {', '.join(described)}"
     )
 
 
@@ -62,8 +65,7 @@ def start(pipe: Pipeline) -> tuple[torch.Tensor, Velocity]:
     """
     side = pipe.pixels_per_token * min(SIDE, *(pixels // pipe.pixels_per_token for pixels in pipe.size))
     rows, cols = pipe.grid(side, side)
-    z = sampling.noise([0], pipe.autoencoder.params.z_channels, 2 * rows, 2 * cols, torch.float32)
-    noise = sampling.pack(z)
+    noise = pipe.family.noise([0], pipe.autoencoder.params.z_channels, rows, cols, torch.float32)
 
     def sample(program: Program | None, at: torch.Tensor) -> torch.Tensor:
         settings = {"steps": 1, "latents": at, "output": "latent", "truncate": True, "unknown_words": "allow"}
@@ -83,7 +85,7 @@ def start(pipe: Pipeline) -> tuple[torch.Tensor, Velocity]:
     return noise, velocity
 
 
-def first_nonfinite(transformer: Flux, run: Callable[[], object]) -> str:
+def first_nonfinite(transformer: Flux | Flux2, run: Callable[[], object]) -> str:
     """Return the name of the first layer or block of a transformer whose output is not finite during `run`."""
     first: list[str] = []
 

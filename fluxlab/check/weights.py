@@ -14,13 +14,15 @@ from fluxlab.check.results import Result
 from fluxlab.checkpoints import CheckpointError
 from fluxlab.checkpoints.finding import resolve
 from fluxlab.checkpoints.manifest import NAME, verify_manifest
+from fluxlab.checkpoints.recognise import is_counter
 from fluxlab.checkpoints.stored import Stored, on_meta, stored
 from fluxlab.config import ModelRow
 from fluxlab.errors import UserError
 from fluxlab.experiment.costs import gb, number
 from fluxlab.files import sha256_of
 from fluxlab.loading import load_row
-from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoder, Flux
+from fluxlab.model import AUTOENCODERS, TRANSFORMERS, TRANSFORMERS2, AutoEncoder, AutoEncoder2, Flux, Flux2
+from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
 
 _KINDS = {"pipeline": "a Diffusers folder", "originals": "single files", "transformer": "a transformer"}
@@ -60,7 +62,8 @@ def loading(row: ModelRow, dtype: torch.dtype | None, device: torch.device) -> R
     """Load the pipeline and measure time and memory. All weights are read and must be finite."""
     start = time.perf_counter()
     pipe: Pipeline = load_row(row, dtype, device, cache="none")
-    _ = pipe.text.clip, pipe.text.t5  # they are loaded for the first prompt otherwise
+    # they are loaded for the first prompt otherwise
+    _ = (pipe.text.clip, pipe.text.t5) if isinstance(pipe.text, TextEncoders) else pipe.text.encoder
     seconds = time.perf_counter() - start
     return Result(f"{seconds:.1f} s on {pipe.device}, as {str(pipe.dtype)[6:]}; {memory(pipe.device)}", pipe)
 
@@ -78,11 +81,13 @@ def memory(device: torch.device) -> str:
     return ", ".join(used) or "memory unknown"
 
 
-def counts(network: Flux | AutoEncoder, part: Stored) -> Result:
+def counts(network: Flux | Flux2 | AutoEncoder | AutoEncoder2, part: Stored) -> Result:
     """Compare the parameters of a loaded network with those that its sizes imply, and with those in the files."""
     expected = on_meta(network.params).state_dict()
     loaded = network.state_dict()
-    numbers = [sum(tensor.numel() for tensor in state.values()) for state in (loaded, expected)]
+    numbers = [
+        sum(tensor.numel() for name, tensor in state.items() if not is_counter(name)) for state in (loaded, expected)
+    ]
     numbers.append(part.parameters.total())
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (loaded, expected)]
     if len(set(numbers)) > 1 or shapes[0] != shapes[1]:
@@ -90,7 +95,9 @@ def counts(network: Flux | AutoEncoder, part: Stored) -> Result:
             f"{numbers[0]:,} parameters in {len(loaded)} tensors, {numbers[1]:,} in {len(expected)} expected, "
             f"{numbers[2]:,} in the files\nThe files are of another model than their config says; fetch them again."
         )
-    same = [name for name, params in {**TRANSFORMERS, **AUTOENCODERS}.items() if params == network.params]
-    size = f"the size of {', '.join(same)}" if same else "as its sizes imply, which are not FLUX.1's"
+    same = [
+        name for name, params in {**TRANSFORMERS, **TRANSFORMERS2, **AUTOENCODERS}.items() if params == network.params
+    ]
+    size = f"the size of {', '.join(same)}" if same else "as its sizes imply, which are not published ones"
     dtypes = " + ".join(sorted(str(dtype)[6:] for dtype in part.parameters))
     return Result(f"{numbers[0]:,} parameters in {len(loaded)} tensors, {size}; stored as {dtypes}")

@@ -13,7 +13,7 @@ _HUB_ID = re.compile(
 )
 _WEIGHTS = {"transformer": "transformer", "autoencoder": "vae"}
 _ORIGINALS = {
-    "transformer": ["flux1-*.safetensors", "flux1-*.sft"],
+    "transformer": ["flux1-*.safetensors", "flux1-*.sft", "flux[-.]2-*.safetensors", "flux2-*.safetensors"],
     "autoencoder": ["ae.safetensors", "ae.sft"],
 }
 _STEMS = {
@@ -21,7 +21,9 @@ _STEMS = {
     "autoencoder": [("vae", "diffusion_pytorch_model")],
     "text": [("text_encoder", "model"), ("text_encoder_2", "model")],
 }
-_TOKENIZERS = [f"{folder}/*.{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("json", "txt", "model")]
+_TOKENIZERS = [
+    f"{folder}/*.{kind}" for folder in ("tokenizer", "tokenizer_2") for kind in ("json", "txt", "model", "jinja")
+]
 
 
 def is_hub_id(text: str) -> bool:

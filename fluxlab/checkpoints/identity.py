@@ -87,6 +87,15 @@ def text_fingerprint(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def language_model_fingerprint(
+    root: Path, variant: str | None, tokenizers: "str | PathLike[str] | None", cache: Cache | None
+) -> str:
+    """Return 64 hex digits that change with FLUX.2's language model or its tokenizer at a folder."""
+    folders = {"text_encoder": root / "text_encoder", "tokenizer": Path(tokenizers or root).expanduser() / "tokenizer"}
+    parts = {"files": {name: _digests(folder, cache) for name, folder in folders.items()}, "variant": variant}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def _encoder_files(text: Path, row: ModelRow, cache: Cache | None) -> list[Path]:
     def read() -> list[str]:
         encoders = open_encoders(text, row.variant, row.tokenizers)
@@ -103,7 +112,7 @@ def _digests(path: Path, cache: Cache | None) -> dict[str, str]:
         return {"manifest.json": sha256_of(path / "manifest.json")}
     folders = [path / part for part in _PARTS if (path / part).is_dir()] or [path]
     files = [file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()]
-    kept = [file for file in files if file.suffix in (*SUFFIXES, ".json", ".txt", ".model")]
+    kept = [file for file in files if file.suffix in (*SUFFIXES, ".json", ".txt", ".model", ".jinja")]
     return {file.relative_to(path).as_posix(): _sampled(file, cache) for file in kept}
 
 

@@ -12,17 +12,25 @@ from torch import nn
 
 from fluxlab.checkpoints.casting import majority
 from fluxlab.checkpoints.errors import CheckpointError
-from fluxlab.checkpoints.files import Entry, weight_files
+from fluxlab.checkpoints.files import Entry, read_json, weight_files
 from fluxlab.checkpoints.finding import STEM, Found, find, resolve
 from fluxlab.checkpoints.hub import is_hub_id
 from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, Params, architecture_of, family_of, open_network
 from fluxlab.checkpoints.recognise import is_counter
 from fluxlab.checkpoints.text import open_encoders
+from fluxlab.checkpoints.text2 import open_language_model
 from fluxlab.config import ModelRow, find_row, model_names
 from fluxlab.errors import UserError
-from fluxlab.model import AUTOENCODERS, TRANSFORMERS
+from fluxlab.model import AUTOENCODERS, TRANSFORMERS, TRANSFORMERS2, Flux2Params
 
 _PUBLISHED = {"clip": 123_060_480, "t5": 4_762_310_656}  # parameters of FLUX.1's
+_QWEN3_4B, _QWEN3_8B = ("qwen3", 4_022_468_096), ("qwen3", 8_190_735_360)
+_PUBLISHED2 = {
+    "klein4b": _QWEN3_4B,
+    "klein4b_base": _QWEN3_4B,
+    "klein9b": _QWEN3_8B,
+    "flux2dev": ("mistral3", 24_011_361_280),
+}
 _FOLDERS = {
     "transformer": [("transformer", STEM)],
     "autoencoder": [("vae", STEM)],
@@ -60,7 +68,7 @@ def is_local(row: ModelRow) -> bool:
 
 
 def stored(row: ModelRow) -> dict[str, Stored] | None:
-    """Return the row's transformer, autoencoder, clip and t5, from headers; None if some are still to be fetched.
+    """Return the row's transformer, autoencoder and text encoders, from headers; None if some are still to be fetched.
 
     Raises `CheckpointError` for what is missing or damaged.
     """
@@ -74,6 +82,10 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
     for part in (TRANSFORMER, AUTOENCODER):
         net = open_network(part, roots[part.name], row.variant)
         parts[part.name] = _stored(net.files, net.entries.values(), net.params)
+    if isinstance(parts["transformer"].params, Flux2Params):
+        model = open_language_model(roots["text"], row.variant)
+        parts[model.kind] = _stored(model.files, model.entries.values())
+        return parts
     for encoder in open_encoders(roots["text"], row.variant, row.tokenizers):
         parts[encoder.part] = _stored(encoder.files, encoder.entries.values())
     return parts
@@ -82,8 +94,7 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
 def part_paths(row: ModelRow, found: Found) -> dict[str, Any]:
     """Return where "autoencoder" and "text" are.
 
-    Raises `CheckpointError` if what was found at the row's path lacks one of them and the row does not name it, and for
-    FLUX.2.
+    Raises `CheckpointError` if what was found at the row's path lacks one of them and the row does not name it.
     """
     if "transformer" not in found.parts:
         parts = "text encoders" if found.kind == "text" else "an autoencoder"
@@ -91,18 +102,17 @@ def part_paths(row: ModelRow, found: Found) -> dict[str, Any]:
         raise CheckpointError(
             f"{row.path}: {parts}, not a transformer; pass the transformer's file, and this one as {key}="
         )
-    if family_of(found.path, row.variant) != "flux1":
-        raise CheckpointError(
-            f"{row.path}: FLUX.2, which cannot be sampled yet; checkpoints.load_transformer reads its transformer"
-        )
+    flux2 = family_of(found.path, row.variant) == "flux2"
     helps = {
         "autoencoder": "ae.safetensors or a Diffusers folder",
-        "text": "a folder with clip_l.safetensors and t5xxl_fp16.safetensors, a Diffusers folder or a hub id of FLUX.1",
+        "text": "a Diffusers folder or a hub id of FLUX.2"
+        if flux2
+        else "a folder with clip_l.safetensors and t5xxl_fp16.safetensors, a Diffusers folder or a hub id of FLUX.1",
     }
     needs = {"autoencoder": {"autoencoder"}, "text": {"clip", "t5"}}
     for part, networks in needs.items():
         if getattr(row, part) is None and not networks <= found.parts:
-            name = "autoencoder" if part == "autoencoder" else "text encoders"
+            name = {"autoencoder": "autoencoder", "text": "language model" if flux2 else "text encoders"}[part]
             raise CheckpointError(
                 f"{row.path}: holds no {name}; pass {part}=, {helps[part]}\n(on the command line model.{part}=…)"
             )
@@ -114,12 +124,16 @@ def published(row: ModelRow) -> dict[str, Stored]:
 
     Raises `UserError` for a model whose sizes are unknown.
     """
-    names = {find_row(name).path: name for name in model_names() if name in TRANSFORMERS}
+    known = {**TRANSFORMERS, **TRANSFORMERS2}
+    names = {find_row(name).path: name for name in model_names() if name in known}
     if row.path not in names:
         raise UserError(f"{row.path}: not on this machine, and its sizes are unknown; fetch it: hf download {row.path}")
-    sizes = {"transformer": TRANSFORMERS[names[row.path]], "autoencoder": AUTOENCODERS["flux1"]}
+    name = names[row.path]
+    flux2 = name in TRANSFORMERS2
+    sizes = {"transformer": known[name], "autoencoder": AUTOENCODERS["flux2" if flux2 else "flux1"]}
+    text = {_PUBLISHED2[name][0]: _PUBLISHED2[name][1]} if flux2 else _PUBLISHED
     shapes = {part: [weight.numel() for weight in on_meta(params).parameters()] for part, params in sizes.items()}
-    counts = {**shapes, **{part: [count] for part, count in _PUBLISHED.items()}}
+    counts = {**shapes, **{part: [count] for part, count in text.items()}}
     bf16 = torch.bfloat16
     return {
         part: Stored((), len(numbers), Counter({bf16: sum(numbers)}), bf16, sizes.get(part))
@@ -146,7 +160,10 @@ def local(path: str, part: str, variant: str | None) -> Path | None:
     if not isinstance(cached, str) or file:
         return Path(cached) if isinstance(cached, str) else None
     try:
+        index = read_json(Path(cached))
         for folder, stem in _FOLDERS[part]:
+            if folder == "text_encoder_2" and folder not in index:  # FLUX.2 has one text encoder
+                continue
             weight_files(Path(cached).parent / folder, stem, variant)
     except (CheckpointError, OSError):
         return None

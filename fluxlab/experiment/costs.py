@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fluxlab.checkpoints.stored import on_meta
 from fluxlab.memory.costs import gb
-from fluxlab.model import AutoEncoderParams, FluxParams
+from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
 from fluxlab.model.layers import linear
 
 __all__ = ["EFFICIENCY", "decode_flops", "duration", "flop", "forward_flops", "gb", "matmul_speed", "number"]
@@ -16,22 +16,27 @@ EFFICIENCY = 0.5
 """Speed of a run as a share of the speed of one matrix product. On a CPU: 0.3 for 64 channels in bf16, 0.9 for 768."""
 
 
-def forward_flops(p: FluxParams, text: int, image: int) -> float:
+def forward_flops(p: FluxParams | Flux2Params, text: int, image: int) -> float:
     """Return the FLOPs of one forward of one sample with so many text and image tokens.
 
     2 · parameters · tokens for every layer, and attention's two matrix products.
     """
     d, tokens, blocks = p.hidden_size, text + image, p.depth + p.depth_single_blocks
-    layers = tokens * blocks * (4 * d * d + 2 * d * int(d * p.mlp_ratio))  # equal in single and double blocks
+    flux2 = isinstance(p, Flux2Params)
+    products = 3 if flux2 else 2  # of the MLP: SwiGLU has one more
+    layers = tokens * blocks * (4 * d * d + products * d * int(d * p.mlp_ratio))  # equal in single and double blocks
     ends = image * d * (p.in_channels + p.out_channels) + text * d * p.context_in_dim
-    modulations = d * d * (12 * p.depth + 3 * p.depth_single_blocks + 2)  # once per sample, not per token
+    modulations = d * d * (15 if flux2 else 12 * p.depth + 3 * p.depth_single_blocks)  # once per sample
+    modulations += 2 * d * d
     return 2 * (layers + ends + modulations) + 4 * tokens**2 * d * blocks
 
 
-def decode_flops(p: AutoEncoderParams, height: int, width: int) -> int:
+def decode_flops(p: AutoEncoderParams | AutoEncoder2Params, height: int, width: int) -> int:
     """Return the FLOPs of decoding one image of height × width pixels, counted on a network without weights."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        latents = torch.empty(1, p.z_channels, height // p.factor, width // p.factor, device="meta")
+        patch = 2 if isinstance(p, AutoEncoder2Params) else 1  # latent pixels along a side of what is decoded
+        size = [n // (p.factor * patch) for n in (height, width)]
+        latents = torch.empty(1, p.z_channels * patch**2, *size, device="meta")
         on_meta(p).decode(latents, tile=None)
     return counter.get_total_flops()
 

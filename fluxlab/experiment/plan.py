@@ -106,11 +106,12 @@ def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[s
     rows, cols = s.height // s.pixels_per_token, s.width // s.pixels_per_token
     guidance = {"guidance": s.guidance, "true_cfg": s.true_cfg}
     extra = "".join(f", {key} {value:g}" for key, value in guidance.items() if value is not None)
-    download = "" if parts["t5"].files else ", not downloaded yet"
+    texts = [name for name in parts if name not in ("transformer", "autoencoder")]
+    download = "" if parts[texts[-1]].files else ", not downloaded yet"
     listed = (
         files("transformer", "transformer"),
         files("autoencoder", "autoencoder"),
-        files("text encoders", "clip", "t5"),
+        files("text encoders" if len(texts) > 1 else "language model", *texts),
     )
     path = f"{row.name}: {row.path}" if row.name != row.path else row.path
     return [
@@ -183,7 +184,8 @@ def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list
     rows = sum(sum(step_rows(batch, s)) for batch in left)
     sampling = rows * evaluations(s) * forward + images * decode_flops(pipe.autoencoder.params, s.height, s.width)
     prompts = len({cell.prompt for batch in left for cell in batch}) + evaluations(s) - 1
-    encoding = 2 * parts["t5"].parameters.total() * s.max_sequence_length * prompts
+    reader = list(parts.values())[-1]  # T5, or the language model
+    encoding = 2 * reader.parameters.total() * s.max_sequence_length * prompts
     return (
         f"time       about {duration((sampling + encoding) / speed)}, plus loading and measuring: "
         f"{flop(forward)} per forward and image, {flop(speed)}/s"
@@ -209,7 +211,7 @@ def _attention_lines(
     experiment: Experiment, s: Settings, pipe: Pipeline, store: Store | None, every_batch: list[list[Cell]]
 ) -> list[str]:
     """Return what a capture takes of disk and memory; no line without a capture. Words need the tokenizer."""
-    capture, tokenizer = experiment.capture, pipe.text.t5_tokenizer
+    capture, tokenizer = experiment.capture, pipe.text.has_tokenizer
     known = replace(capture, requests=tuple(r for r in capture.requests if tokenizer or not names_words(r.arguments)))
     later = [request.name for request in capture.requests if request not in known.requests]
     lines = [f"{', '.join(later)}: unknown until the tokenizer is downloaded"] if later else []
@@ -221,7 +223,7 @@ def _attention_lines(
             images = experiment.references_of(prompts[0])  # a batch has one token layout
             grid = Grids((rows, cols), reference_images.grids(images, s.pixels_per_token))
             context = pipe.context(prompts if tokenizer else None, s.max_sequence_length, grid, sigmas)
-            if tokenizer is None:  # with a tokenizer, `captures.check` has raised already
+            if not tokenizer:  # with a tokenizer, `captures.check` has raised already
                 Probe(known).begin(context, len(prompts))
             return memory(resolve(known, context, len(prompts)), context)
 

@@ -85,7 +85,7 @@ class TextEncoders:
         for prompt in prompts if not truncate else ():
             cut = words_cut(self.t5_tokenizer, prompt, max_sequence_length)
             if cut and prompt in unknown:  # truncate=True alone would not help
-                message, *more = _unknown_message({prompt: unknown[prompt]}, self.vocabulary).splitlines()[:-1]
+                message, *more = unknown_message({prompt: unknown[prompt]}, self.vocabulary).splitlines()[:-1]
                 too_long = f"prompt of more than {max_sequence_length} tokens: {_ends(cut)!r} would be cut"
                 raise UserError("\n".join([too_long, message, *more]))
             if cut:
@@ -94,14 +94,29 @@ class TextEncoders:
                     "cut\nShorten it, raise max_sequence_length, or set truncate=True."
                 )
         if unknown and unknown_words == "error":
-            raise UserError(_unknown_message(unknown, self.vocabulary))
+            raise UserError(unknown_message(unknown, self.vocabulary))
         if unknown:
-            message = _unknown_message(unknown, self.vocabulary, refused=False)
+            message = unknown_message(unknown, self.vocabulary, refused=False)
             warnings.warn(message, UnknownWordsWarning, stacklevel=2)
 
     def _unknown(self, prompt: str) -> list[str]:
         tokenizers = (self.t5_tokenizer, self.clip_tokenizer)
         return list(dict.fromkeys(part for tokenizer in tokenizers for part in unknown_parts(tokenizer, prompt)))
+
+    titles = ("T5", "CLIP")
+    """Of the encoders, in the order of what `encode` returns."""
+
+    def spans(self, prompt: str, max_sequence_length: int) -> tuple[tuple[int, int], ...]:
+        """Return the characters [start, end) of the prompt that each text token covers; start = end: none."""
+        encoded = self.t5_tokenizer(
+            prompt, truncation=True, max_length=max_sequence_length, return_offsets_mapping=True
+        )
+        return tuple(map(tuple, encoded.offset_mapping))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether prompts can be split into tokens: not for a plan of a model that is still to be fetched."""
+        return self.t5_tokenizer is not None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -148,7 +163,7 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> Int[
     return tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def _unknown_message(unknown: dict[str, list[str]], vocabulary: tuple[str, ...] | None, refused: bool = True) -> str:
+def unknown_message(unknown: dict[str, list[str]], vocabulary: tuple[str, ...] | None, refused: bool = True) -> str:
     """Return the message of an error, or of a warning, for prompts and their unknown parts."""
     prompt, parts = next(iter(unknown.items()))
     others = list(dict.fromkeys(part for more in unknown.values() for part in more if part not in parts))

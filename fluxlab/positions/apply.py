@@ -14,7 +14,7 @@ from fluxlab.positions.calling import call, check_finite, check_type, head_facto
 from fluxlab.positions.registry import find_op
 from fluxlab.positions.resolved import Resolved
 from fluxlab.positions.waves import Seen, Waves, spectrum, unchanged
-from fluxlab.select.arguments import AXES
+from fluxlab.select.arguments import AXES, EVERY_AXIS, axis_mask
 from fluxlab.select.layout import Context
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
 from fluxlab.select.where import resolve_blocks, resolve_heads, resolve_steps
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
     """Resolve an edit for one sample. Raises UserError for what the context does not have."""
     op, where = find_op(edit.op, join(edit.path, "op")), edit.where
-    if len(context.axes_dim) != len(AXES):
-        raise UserError(f"{edit.path}: programs name {len(AXES)} axes, this model has {len(context.axes_dim)}")
+    count = len(context.axes_dim)
+    if not len(AXES) <= count <= len(EVERY_AXIS):
+        raise UserError(f"{edit.path}: programs name 3 or 4 axes, this model has {count}")
 
     def selected(selection: Any, key: str) -> Tensor:
         mask = torch.zeros(context.layout.tokens, dtype=torch.bool, device=context.ids.device)
@@ -50,13 +51,17 @@ def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
     else:
         tokens = resolve_tokens(where["tokens"], context, sample, join(edit.path, "tokens"))
     named = None if where["axes"] == "all" else where["axes"]
+    try:
+        mask = None if named is None else axis_mask(named, count)
+    except UserError as error:
+        raise UserError(f"{join(edit.path, 'axes')}: {error}") from None
     return Resolved(
         op=op,
         given=edit.arguments,
         arguments=arguments,
         scope=context.layout.scope(tokens, named),
         tokens=tokens,
-        axes=None if named is None else torch.tensor([name in named for name in AXES], device=device),
+        axes=None if mask is None else torch.tensor(mask, device=device),
         steps=resolve_steps(where["steps"], context.sigmas, join(edit.path, "steps")),
         blocks=resolve_blocks(where["blocks"], context.double, context.single, join(edit.path, "blocks")),
         heads=resolve_heads(where["heads"], context.heads, join(edit.path, "heads")),

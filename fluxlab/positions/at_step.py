@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from fluxlab.errors import UserError
+from fluxlab.families import FAMILIES
 from fluxlab.model import TRANSFORMERS
 from fluxlab.positions.apply import Resolved, resolve
 from fluxlab.positions.compiled import Compiled
 from fluxlab.positions.compiling import compile_programs
 from fluxlab.positions.program import Program
 from fluxlab.positions.waves import Waves, unchanged
-from fluxlab.select.arguments import AXES
+from fluxlab.select.arguments import AXES, EVERY_AXIS
 from fluxlab.select.layout import Context, Layout
 from fluxlab.select.words import Prompt, split_words
 
@@ -61,12 +62,12 @@ def sequence(
     steps: int = 28,
     trained: tuple[int, int] = (64, 64),
 ) -> Context:
-    """Return the context of a FLUX.1 sequence, without a model.
+    """Return the context of a sequence, without a model: of FLUX.1, or with four numbers in `axes_dim` of FLUX.2.
 
-    Text is at (0, 0, 0), image tokens are at (0, row, col), and those of reference image k at (k + 1, row, col). The
-    schedule is even. A prompt given as a string has one token per word or punctuation mark, unlike T5. A `Prompt` has
-    the spans of its tokenizer. trained: the grid that the model was trained on. Raises UserError for sizes that are not
-    whole numbers.
+    Tokens have the ids of the family (`fluxlab.families`): in FLUX.1 text is at (0, 0, 0), image tokens are at
+    (0, row, col), and those of reference image k at (k + 1, row, col). The schedule is even. A prompt given as a string
+    has one token per word or punctuation mark, unlike T5. A `Prompt` has the spans of its tokenizer. trained: the grid
+    that the model was trained on. Raises UserError for sizes that are not whole numbers.
     """
     counts = {"text": (text, 0), "double": (double, 0), "single": (single, 0), "heads": (heads, 1), "steps": (steps, 1)}
     counts |= {f"{key} {size[0]}x{size[1]}": (min(size), 1) for key, size in [("grid", grid), ("trained", trained)]}
@@ -76,15 +77,14 @@ def sequence(
             raise UserError(f"{key}: {n!r}, expected a whole number from {least}")
     if double + single < 1:
         raise UserError("double, single: 0, expected at least one block")
-    if len(axes_dim) != len(AXES) or any(d < 2 or d % 2 for d in axes_dim):
-        raise UserError(f"axes_dim: {tuple(axes_dim)}, expected an even number for each of {', '.join(AXES)}")
+    family = next((f for f in FAMILIES.values() if len(f.axes) == len(axes_dim)), None)
+    if family is None or any(d < 2 or d % 2 for d in axes_dim):
+        raise UserError(
+            f"axes_dim: {tuple(axes_dim)}, expected an even number for each of {', '.join(AXES)}, or of t, h, w, l"
+        )
     if not 1 < theta < math.inf:
         raise UserError(f"theta: {theta!r}, expected a finite number above 1")
-    ids = [torch.zeros(text, len(AXES))]
-    for index, (rows, cols) in enumerate((grid, *references)):
-        ids.append(
-            torch.cartesian_prod(torch.tensor([float(index)]), torch.arange(float(rows)), torch.arange(float(cols)))
-        )
+    ids = [family.text_ids(text), *(family.image_ids(*size, n) for n, size in enumerate((grid, *references)))]
     if isinstance(prompt, str):
         spans = split_words(prompt)[:text]
         prompt = Prompt(prompt, tuple(spans))
@@ -195,7 +195,7 @@ def summary(ids: Tensor) -> str:
     """Describe positions `(n, A)`: `256 tokens, index 0, row 0 to 15, col 0 to 15, in 256 places`."""
     if not len(ids):
         return "no tokens"
-    ends = zip(AXES, ids.amin(0).tolist(), ids.amax(0).tolist(), strict=True)
+    ends = zip(EVERY_AXIS[: ids.shape[1]], ids.amin(0).tolist(), ids.amax(0).tolist(), strict=True)
     ranges = [f"{name} {low:.4g}" + (f" to {high:.4g}" if high > low else "") for name, low, high in ends]
     count = len(set(rounded(ids)))
     return ", ".join([f"{len(ids)} tokens", *ranges, f"in {count} place{'s' if count > 1 else ''}"])
@@ -203,4 +203,4 @@ def summary(ids: Tensor) -> str:
 
 def rounded(ids: Tensor) -> list[tuple[float, float]]:
     """Return (row, col) of each token, rounded so that positions that look equal are equal."""
-    return [(round(r, 4) + 0.0, round(c, 4) + 0.0) for _, r, c in ids.tolist()]
+    return [(round(r, 4) + 0.0, round(c, 4) + 0.0) for _, r, c, *_ in ids.tolist()]

@@ -259,8 +259,8 @@ def _inside(pairs: list[int] | None, periods: list[float] | None, spectrum: Spec
 def _check_any(chosen: Tensor, key: str, value: object, spectrum: Spectrum) -> None:
     """Raise UserError if no pair is chosen."""
     if not chosen.any():
-        widths = [int((spectrum.axis[spectrum.chosen] == axis).sum()) for axis in range(len(types.AXES))]
-        numbers = ", ".join(f"{name} 0-{n - 1}" for name, n in zip(types.AXES, widths, strict=True) if n)
+        widths = [int((spectrum.axis[spectrum.chosen] == axis).sum()) for axis in range(int(spectrum.axis.max()) + 1)]
+        numbers = ", ".join(f"{name} 0-{n - 1}" for name, n in zip(types.EVERY_AXIS, widths, strict=False) if n)
         period = 2 * math.pi / spectrum.base[spectrum.chosen]
         raise UserError(
             f"{key}: {value}, none of this model's pairs: {numbers}, with periods from {period.min():.3g} to "

@@ -243,7 +243,7 @@ def _positions(views: _Views, context: Context) -> list[Note]:
             apart = _spacing(image, context.layout.grid)
             if len(apart) and not together:
                 near, far = min(near, float(apart.min())), max(far, float(apart.max()))
-        extent = (placed.ids.amax(0) - placed.ids.amin(0) + 1)[1:].tolist()
+        extent = (placed.ids.amax(0) - placed.ids.amin(0) + 1)[1:3].tolist()
         slower = placed.waves is not None and bool((placed.waves.frequency < own).any())
         if not slower and any(n > most for n, most in zip(extent, context.trained, strict=True)):
             span = max(span, tuple(extent))
@@ -275,7 +275,7 @@ def _sharing(ids: Tensor) -> int:
 
 def _spacing(ids: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the distances in rows and columns between neighbours on the grid."""
-    places = ids[:, 1:].double().reshape(*grid, 2)
+    places = ids[:, 1:3].double().reshape(*grid, 2)
     return torch.cat([places.diff(dim=axis).norm(dim=-1).flatten() for axis in (0, 1)])
 
 

@@ -1,8 +1,9 @@
 """Ops on ids: pure functions that map the positions `(n, A)` of the selected tokens to new ones.
 
 Each is registered under its name in a config. An argument per axis is a number (all axes), [index, row, col],
-[row, col] or a mapping; in Python also a tensor. All ops are differentiable in ids and arguments, except `quantize`
-and the order that `shuffle` draws. Positions are in tokens: FLUX.1's image token in row r and column c has (0, r, c).
+[row, col], [index, row, col, order] or a mapping; in Python also a tensor. All ops are differentiable in ids and
+arguments, except `quantize` and the order that `shuffle` draws. Positions are in tokens: FLUX.1's image token in row r
+and column c has (0, r, c). On FLUX.2's fourth axis, the order of text, an op of rows and columns changes nothing.
 """
 
 import math
@@ -19,6 +20,7 @@ from fluxlab.select import arguments as types
 from fluxlab.select.layout import IMAGE, TEXT, Scope
 
 ROW, COL = 1, 2
+PLANE = slice(ROW, COL + 1)
 
 PerAxis = float | Sequence[float | None] | Mapping[str, float] | Tensor
 Origin = str | PerAxis
@@ -33,7 +35,7 @@ def axis_values(value: PerAxis, ids: Tensor, otherwise: float | Tensor = 0.0) ->
     """Return an argument per axis as `(A,)` in the dtype of ids. Axes that it leaves out are set to `otherwise`."""
     if isinstance(value, Tensor):
         return value.to(ids)
-    numbers = types.per_axis(value, "argument")
+    numbers = types.across(types.per_axis(value, "argument"), ids.shape[-1])
     if isinstance(otherwise, Tensor):  # `(n, A)`: an axis that is left out keeps its positions
         filled = [
             otherwise[..., a] if x is None else torch.full_like(otherwise[..., a], x) for a, x in enumerate(numbers)
@@ -105,14 +107,14 @@ def mirror(ids: Tensor, scope: Scope, axis: str | int | None = None) -> Tensor:
     Without `axis`, the axes that the edit names are reflected.
     """
     names = [types.axis(axis, "axis")] if axis is not None else scope.axes or ("col",)
-    reflected = torch.tensor([name in names for name in types.AXES], device=ids.device)
+    reflected = torch.tensor(types.axis_mask(names, ids.shape[-1]), device=ids.device)
     return torch.where(reflected, ids.amin(0) + ids.amax(0) - ids, ids)
 
 
 @op("transpose")
 def transpose(ids: Tensor, scope: Scope) -> Tensor:
     """Exchange row and column."""
-    return ids[:, [0, COL, ROW]]
+    return ids[:, [0, COL, ROW, *range(COL + 1, ids.shape[-1])]]
 
 
 @op("rotate", {"degrees": types.number, "about": ORIGIN})
@@ -126,8 +128,8 @@ def rotate(ids: Tensor, scope: Scope, degrees: float | Tensor, about: Origin = "
     c, s = (part.to(ids.dtype).to(ids.device) for part in (c, s))
     at = origin_of(about, ids)
     row, col = (ids - at)[:, ROW], (ids - at)[:, COL]
-    rotated = torch.stack((c * row - s * col, s * row + c * col), -1) + at[ROW:]
-    return torch.cat((ids[:, :ROW], rotated), -1)
+    rotated = torch.stack((c * row - s * col, s * row + c * col), -1) + at[PLANE]
+    return torch.cat((ids[:, :ROW], rotated, ids[:, COL + 1 :]), -1)
 
 
 @op("warp", {"field": parse_field})
@@ -141,7 +143,7 @@ def warp(ids: Tensor, scope: Scope, field: Sequence | Tensor) -> Tensor:
     rows, cols = (max(n - 1, 1) for n in scope.layout.grid)
     at = torch.stack((2 * ids[:, COL] / cols - 1, 2 * ids[:, ROW] / rows - 1), -1)[None, None]
     moved = F.grid_sample(field, at, mode="bilinear", padding_mode="border", align_corners=True)[0, :, 0]
-    return torch.cat((ids[:, :ROW], ids[:, ROW:] + moved.T), -1)
+    return torch.cat((ids[:, :ROW], ids[:, PLANE] + moved.T, ids[:, COL + 1 :]), -1)
 
 
 @op("jitter", {"std": types.per_axis, "seed": types.seed})
@@ -167,8 +169,8 @@ def centre(ids: Tensor, scope: Scope) -> Tensor:
     They start at -⌈H/2⌉ and -⌈W/2⌉. Selected text lies on a diagonal that starts at max(H, W)//2.
     """
     half = torch.stack((torch.zeros_like(scope.rows), (scope.rows + 1) // 2, (scope.cols + 1) // 2), -1)
-    diagonal = (max(scope.layout.grid) // 2 + scope.index)[:, None].expand_as(ids).to(ids)
-    return torch.where((scope.kind == TEXT)[:, None], diagonal, ids - half)
+    diagonal = (max(scope.layout.grid) // 2 + scope.index)[:, None].expand(-1, 3).to(ids)
+    return torch.where((scope.kind == TEXT)[:, None], _widen(diagonal, ids), ids - _widen(half, ids))
 
 
 @op("layout", {"like": types.choice(*LAYOUTS), "axis": types.axis}, tokens="all")
@@ -176,20 +178,28 @@ def layout(ids: Tensor, scope: Scope, like: str, axis: str | int = "index") -> T
     """Place tokens as another model does. `axis` numbers the text of flux2, lumina2 and z_image.
 
     flux: text at 0, image at (0, row, col), reference image k at (k + 1, row, col). flux2: text token l at l, reference
-    image k at index 10 + 10k. lumina2: text token l at l, images at the number of text tokens. z_image: text token l at
-    1 + l, images at the number of text tokens + 1. qwen: rows and columns from the middle, text on a diagonal.
+    image k at index 10 + 10k; on FLUX.2 itself these are its own ids. lumina2: text token l at l, images at the number
+    of text tokens. z_image: text token l at 1 + l, images at the number of text tokens + 1. qwen: rows and columns from
+    the middle, text on a diagonal.
     """
     if like == "qwen":
         index = torch.where(scope.kind == TEXT, 0, scope.kind - IMAGE)[:, None].to(ids)
-        return centre(torch.cat((index, _grid(ids, scope)), -1), scope)
+        return centre(_widen(torch.cat((index, _grid(ids, scope)), -1), ids), scope)
     text, is_text = scope.layout.text, scope.kind == TEXT
     number = {"flux": 0 * scope.index, "z_image": 1 + scope.index}.get(like, scope.index)
     image = {"flux": scope.kind - IMAGE, "flux2": 10 * (scope.kind - IMAGE)}.get(like)
     if image is None:
         image = torch.full_like(scope.kind, text if like == "lumina2" else text + 1)
-    placed = torch.cat((image[:, None].to(ids), _grid(ids, scope)), -1)
-    numbered = torch.tensor([name == types.axis(axis, "axis") for name in types.AXES], device=ids.device)
+    placed = _widen(torch.cat((image[:, None].to(ids), _grid(ids, scope)), -1), ids)
+    own = like == "flux2" and ids.shape[-1] > 3  # FLUX.2's own ids
+    line = types.ORDER if own else types.axis(axis, "axis")
+    numbered = torch.tensor(types.axis_mask([line], ids.shape[-1]), device=ids.device)
     return torch.where(is_text[:, None], torch.where(numbered, number[:, None], 0).to(ids), placed)
+
+
+def _widen(x: Tensor, ids: Tensor) -> Tensor:
+    """Return `(n, 3)` numbers of index, row and col with zeros for the axes that `ids` has beyond them."""
+    return F.pad(x.to(ids), (0, ids.shape[-1] - x.shape[-1]))
 
 
 def _grid(ids: Tensor, scope: Scope) -> Tensor:
@@ -207,5 +217,5 @@ def text_line(ids: Tensor, scope: Scope, axis: str | int, start: float = 0.0) ->
     """
     if (scope.kind != TEXT).any():
         raise UserError("tokens: text_line numbers text tokens, expected a selection of text tokens only")
-    numbered = torch.tensor([name == types.axis(axis, "axis") for name in types.AXES], device=ids.device)
+    numbered = torch.tensor(types.axis_mask([types.axis(axis, "axis")], ids.shape[-1]), device=ids.device)
     return torch.where(numbered, (start + scope.index)[:, None].to(ids), ids)

@@ -40,10 +40,10 @@ def place(
         torch.tensor(values, dtype=ids.dtype, device=ids.device)[number]
         for values in _places(scope.layout, arrangement)
     )
-    placed = ids[:, 1:] * factors + origins
+    placed = ids[:, 1:3] * factors + origins
     placed = placed if scale == 1 else placed * scale + (scale - 1) / 2
     first = ids[:, :1] if index is None else torch.full_like(ids[:, :1], index)
-    return torch.cat((first, placed), -1)
+    return torch.cat((first, placed, ids[:, 3:]), -1)
 
 
 def _places(layout: Layout, arrangement: str) -> tuple[list, list]:

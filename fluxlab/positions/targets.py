@@ -71,12 +71,12 @@ def spread_over(ids: Tensor, scope: Scope, to: dict, spread: str | None) -> Tens
     layout, unit, n = scope.layout, to["unit"], len(ids)
     spread = spread or {"point": "point", "line": "line"}.get(shape, "grid")
     if shape == "point":
-        point = _position(value[-2:], unit, layout)
+        point = _position(value[1:3], unit, layout)
         head = ids[:, :1] if value[0] is None else torch.full_like(ids[:, :1], value[0])
         if spread != "point":
             raise wrong("spread", spread, "point, since a point has no extent")
         rest = [ids[:, 1 + i] if x is None else torch.full_like(ids[:, 1 + i], x) for i, x in enumerate(point)]
-        return torch.cat((head, torch.stack(rest, -1)), -1)
+        return torch.cat((head, torch.stack(rest, -1), ids[:, 3:]), -1)
     if shape == "line":
         ends = [_position(end, unit, layout) for end in value]
         if spread == "grid":
@@ -87,7 +87,7 @@ def spread_over(ids: Tensor, scope: Scope, to: dict, spread: str | None) -> Tens
     else:
         positions = _in_mask(mask_on_grid(value, unit, layout, "to.mask"), spread, n)
     positions = torch.tensor(positions, dtype=ids.dtype, device=ids.device).expand(n, 2)
-    return torch.cat((ids[:, :1], positions), -1)
+    return torch.cat((ids[:, :1], positions, ids[:, 3:]), -1)
 
 
 def _position(point: list[float | None], unit: str, layout: Layout) -> list[float | None]:

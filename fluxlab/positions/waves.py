@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.model.rope import frequencies
-from fluxlab.select.arguments import AXES, per_axis
+from fluxlab.select.arguments import across, per_axis
 from fluxlab.select.layout import IMAGE, Context
 
 
@@ -67,9 +67,11 @@ class Spectrum:
 
     def values(self, value: float | Sequence[float | None] | Tensor, otherwise: float = 1.0) -> Tensor:
         """Return an argument per axis as one value for each pair. Axes that it leaves out are set to `otherwise`."""
+        count = int(self.axis.max()) + 1
         if not isinstance(value, Tensor):
-            value = torch.tensor([otherwise if x is None else x for x in per_axis(value, "argument")])
-        return value.to(self.base).expand(len(AXES))[self.axis]
+            numbers = across(per_axis(value, "argument"), count)
+            value = torch.tensor([otherwise if x is None else x for x in numbers])
+        return value.to(self.base).expand(count)[self.axis]
 
 
 def unchanged(context: Context) -> Waves:
@@ -99,7 +101,8 @@ def spectrum(ids: Tensor, context: Context, axes: Tensor | None, at: float | See
     pair = torch.cat([torch.arange(dim // 2, dtype=torch.float64) for dim in widths]).to(device)
     start, stop = context.layout.range(IMAGE)
     image = ids[start:stop].double()
-    trained = torch.tensor([math.inf, *context.trained], dtype=torch.float64, device=device)
+    beyond = [math.inf] * (len(widths) - 3)  # the order of text has no trained extent, as the index
+    trained = torch.tensor([math.inf, *context.trained, *beyond], dtype=torch.float64, device=device)
     rows, cols = context.trained
     return Spectrum(
         axis=axis,

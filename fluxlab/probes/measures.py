@@ -31,7 +31,7 @@ from fluxlab.probes.outputs import (
 )
 from fluxlab.probes.registry import probe
 from fluxlab.probes.stream import Tokens, attention_weights, locate, take
-from fluxlab.select.arguments import AXES, choice
+from fluxlab.select.arguments import EVERY_AXIS, choice
 from fluxlab.select.layout import IMAGE, TEXT
 from fluxlab.select.tokens import parse_tokens
 
@@ -151,7 +151,7 @@ def logits(context: ProbeContext, from_: Any, to: Any, against: Any = None) -> M
     if against:
         selected["against"] = select_tokens(against, context, "against")
     dims = context.run.axes_dim
-    names = AXES if len(dims) == len(AXES) else tuple(map(str, range(len(dims))))
+    names = EVERY_AXIS[: len(dims)]
     axis = [name for name, dim in zip(names, dims, strict=True) for _ in range(dim // 2)]
     turns = torch.cat([frequencies(dim, context.run.theta) for dim in dims])
     pairs = Axes(

@@ -48,10 +48,14 @@ class Schedule:
         times = [1 - i / num_steps for i in range(num_steps + 1)]
         if not self.use_dynamic_shifting:
             return [self.shift * t / (1 + (self.shift - 1) * t) for t in times]
-        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
-        mu = self.base_shift + slope * (image_seq_len - self.base_image_seq_len)
+        mu = self.mu(num_steps, image_seq_len)
         shift = math.exp(mu) if self.time_shift_type == "exponential" else mu
         return [shift / (shift + (1 / t - 1)) if t > 0 else 0.0 for t in times]
+
+    def mu(self, num_steps: int, image_seq_len: int) -> float:
+        """Return the μ of dynamic shifting. FLUX.1's does not depend on the number of steps."""
+        slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
+        return self.base_shift + slope * (image_seq_len - self.base_image_seq_len)
 
     def config(self) -> dict:
         """Return the content of a `scheduler_config.json` for Diffusers."""
@@ -59,6 +63,24 @@ class Schedule:
 
 
 FLUX_SCHEDULE = Schedule(shift=3.0)  # FLUX.1 dev's file has this constant shift, unused with dynamic shifting
+
+
+@dataclass(frozen=True)
+class Schedule2(Schedule):
+    """FLUX.2's schedule: with `use_dynamic_shifting`, μ follows a fit in image tokens and steps, not the shifts."""
+
+    def mu(self, num_steps: int, image_seq_len: int) -> float:
+        """Return μ: linear in tokens at 10 and at 200 steps, and linear in steps between. Above 4300 tokens that of 200
+        steps holds for all.
+        """
+        at_200 = 0.00016927 * image_seq_len + 0.45666666
+        if image_seq_len > 4300:
+            return at_200
+        at_10 = 8.73809524e-05 * image_seq_len + 1.89833333
+        return at_200 + (at_200 - at_10) / 190 * (num_steps - 200)
+
+
+FLUX2_SCHEDULE = Schedule2(shift=3.0)
 
 
 def schedule(

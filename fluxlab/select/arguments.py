@@ -5,16 +5,29 @@ equal.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from fluxlab.errors import join, unknown_key, wrong
+from fluxlab.errors import UserError, join, unknown_key, wrong
 
 ArgumentType = Callable[[Any, str], Any]
 
 AXES = ("index", "row", "col")
-"""FLUX.1's names of the id axes."""
+"""FLUX.1's names of the id axes, in their order. Programs are written down with these names."""
+
+ORDER = "order"
+"""The fourth axis, which FLUX.2 has: the order of the text."""
+
+EVERY_AXIS = (*AXES, ORDER)
+
+_SPELLINGS = {
+    **{name: name for name in EVERY_AXIS},
+    **dict(zip(("t", "h", "w", "l"), EVERY_AXIS, strict=True)),  # FLUX.2's names
+    "kind": "index",  # roles, which are the same for every model
+}
+PLANE = "plane"
+"""The role of the two spatial axes."""
 
 UNITS = ("tokens", "pixels", "fraction")
 
@@ -124,12 +137,26 @@ def word_or(other: ArgumentType, *words: str) -> ArgumentType:
 
 
 def axis(value: Any, path: str) -> str:
-    """index, row, col or 0, 1, 2"""
-    if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < len(AXES):
-        return AXES[value]
-    if not isinstance(value, str) or value not in AXES:
-        raise wrong(path, value, f"an axis: {', '.join(AXES)} or 0 … {len(AXES) - 1}", AXES)
-    return value
+    """index, row, col, order, FLUX.2's t, h, w, l, or 0 … 3"""
+    if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < len(EVERY_AXIS):
+        return EVERY_AXIS[value]
+    if not isinstance(value, str) or value not in _SPELLINGS:
+        accepted = f"an axis: {', '.join(AXES)}, order, t, h, w, l or 0 … {len(EVERY_AXIS) - 1}"
+        raise wrong(path, value, accepted, tuple(_SPELLINGS))
+    return _SPELLINGS[value]
+
+
+def named_axes(value: Any, path: str) -> list[str]:
+    """Return the axes that a name means: one, or the two of `plane`."""
+    return list(AXES[1:]) if value == PLANE else [axis(value, path)]
+
+
+def axis_mask(names: Collection[str], count: int) -> list[bool]:
+    """Return for each of a model's `count` axes whether it is named. Raises UserError for one that it lacks."""
+    known = {_SPELLINGS[name] for name in names}
+    if ORDER in known and count < len(EVERY_AXIS):
+        raise UserError(f"axis order (l): this model has {', '.join(AXES)}, and no axis for the order of text")
+    return [name in known for name in EVERY_AXIS[:count]]
 
 
 def is_list(value: Any) -> bool:
@@ -144,22 +171,50 @@ def plain(value: Any) -> Any:
 def per_axis(value: Any, path: str) -> list[float | None]:
     """a number, [row, col], [index, row, col] or {row: 2}
 
-    Returns one number for each axis. None stands for an axis that the value leaves out.
+    A list of four has the order of text last. Returns one number for each axis, and a fourth only if it differs. None
+    stands for an axis that the value leaves out. `across` gives the numbers of a model.
     """
-    accepted = "a number, [index, row, col], [row, col], or a mapping such as {row: 2}"
+    accepted = "a number, [index, row, col], [row, col], [index, row, col, order], or a mapping such as {row: 2}"
     if isinstance(value, Mapping):
         if not value:
             raise wrong(path, dict(value), accepted)
+        given: dict[str, float] = {}
         for key in value:
-            if key not in AXES:
-                raise unknown_key(path, key, value[key], AXES, "axis")
-        return [number(value[name], join(path, name)) if name in value else None for name in AXES]
-    if is_list(value):
-        if len(value) not in (2, len(AXES)):
+            if key not in _SPELLINGS and key != PLANE:
+                raise unknown_key(path, key, value[key], (*AXES, ORDER, PLANE), "axis")
+            for name in named_axes(key, path):
+                if name in given:
+                    raise wrong(path, dict(value), f"each axis once; {key} is given twice")
+                given[name] = number(value[key], join(path, key))
+        numbers = [given.get(name) for name in EVERY_AXIS]
+    elif is_list(value):
+        if len(value) not in (2, len(AXES), len(EVERY_AXIS)):
             raise wrong(path, list(value), accepted)
         numbers = [None if n is None else number(n, f"{path}[{i}]") for i, n in enumerate(value)]
-        return [None] * (len(AXES) - len(numbers)) + numbers
-    return [number(value, path, accepted)] * len(AXES)
+        if len(numbers) < len(EVERY_AXIS):
+            return [None] * (len(AXES) - len(numbers)) + numbers
+    else:
+        return [number(value, path, accepted)] * len(AXES)
+    *first, order = numbers
+    same = len(set(first)) == 1
+    if order is not None:
+        return first if same and first[0] == order else numbers
+    flux1 = isinstance(value, Mapping) and set(value) <= set(AXES)
+    return first if flux1 or not same or first[0] is None else numbers
+
+
+def across(numbers: Sequence[float | None], count: int) -> list[float | None]:
+    """Return the numbers of `per_axis` for a model of `count` axes.
+
+    A number for all of index, row and col is for the order of text too. Raises UserError for a number for the order
+    that the model does not have.
+    """
+    if len(numbers) > count:
+        if numbers[-1] is not None:
+            axis_mask([ORDER], count)
+        return list(numbers[:count])
+    same = len(set(numbers)) == 1
+    return [*numbers, *[numbers[0] if same else None] * (count - len(numbers))]
 
 
 def positive_per_axis(value: Any, path: str) -> list[float | None]:

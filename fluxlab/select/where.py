@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fluxlab.errors import UserError, join, unknown_key, wrong
-from fluxlab.select.arguments import AXES, axis, choice, integer, is_list, number
+from fluxlab.select.arguments import AXES, EVERY_AXIS, choice, integer, is_list, named_axes, number
 
 SIDES = ("both", "queries", "keys")
 
@@ -20,10 +20,13 @@ def parse_axes(value: Any, path: str) -> str | list[str]:
     if is_list(value):
         if not value:
             raise wrong(path, [], "at least one axis, or all")
-        named = {axis(part, f"{path}[{i}]") for i, part in enumerate(value)}
+        named = {name for i, part in enumerate(value) for name in named_axes(part, f"{path}[{i}]")}
+        spelled = {part for part in value if isinstance(part, str)}
     else:
-        named = {axis(value, path)}
-    return "all" if len(named) == len(AXES) else [name for name in AXES if name in named]
+        named, spelled = set(named_axes(value, path)), set()
+    if named == set(AXES) and not spelled & set(AXES):  # [t, h, w] of FLUX.2, which has one axis more
+        return ["t", "h", "w"]
+    return "all" if named.issuperset(AXES) else [name for name in EVERY_AXIS if name in named]
 
 
 def _numbers(value: Any, path: str, accepted: str) -> list[int]:

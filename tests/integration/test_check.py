@@ -94,7 +94,7 @@ def test_a_whole_model_passes(model, capsys, dtype):
         tensors = network.state_dict()
         count = sum(tensor.numel() for tensor in tensors.values())
         assert lines[name].startswith(f"{count:,} parameters in {len(tensors)} tensors")
-        assert lines[name].endswith("which are not FLUX.1's; stored as float32")
+        assert lines[name].endswith("which are not published ones; stored as float32")
     assert "nothing to compare with" in lines["sha256"]
     assert f"as {dtype};" in lines["loading"]
     assert "per step of 64 × 64 px; 20 steps of 256 × 256 px: about" in lines["speed"]
