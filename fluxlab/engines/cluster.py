@@ -62,6 +62,7 @@ class Cluster:
             if address is None:
                 folder = tempfile.mkdtemp(prefix="fluxlab-", dir="/tmp" if os.path.isdir("/tmp") else None)
                 self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                folder = os.path.join(folder, "ray")  # Ray lets everybody write there; only this user enters the parent
                 cpus = max(workers or 1, os.cpu_count() or 1)
                 local = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
                 info = ray.init(address="local", _temp_dir=folder, **local, **common).address_info

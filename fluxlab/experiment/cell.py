@@ -6,7 +6,7 @@ from fluxlab.experiment.reference_images import ReferenceImage
 from fluxlab.positions import Program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One variant, prompt and seed. Cells with equal keys share one image: two variants may have equal programs.
 

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fluxlab.experiment.cells import Cell, Settings, cells, references
 from fluxlab.experiment.reading import METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE, read_table
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
@@ -71,38 +73,44 @@ def measure(
 ) -> None:
     """Compute every metric of every cell and control and write the three tables.
 
-    Images are read from the store, one (prompt, seed) at a time, so that memory does not grow with their number. A
-    cell without an image has a row without values; so has every cell whose baseline has no image.
+    Images are read from the store, one (prompt, seed) at a time: of a cell only its numbers stay in memory. A cell
+    without an image has a row without values; so has every cell whose baseline has no image.
     """
     names = metric_names(experiment)
     every_cell = cells(experiment, settings)
-    by_column: dict[tuple[str, int], list[Cell]] = {}
-    for cell in every_cell:
-        by_column.setdefault((cell.prompt, cell.seed), []).append(cell)
-    rows: dict[tuple[str, str, int], Row] = {}
+    by_column: dict[tuple[str, int], list[int]] = {}
+    for i, cell in enumerate(every_cell):
+        by_column.setdefault((cell.prompt, cell.seed), []).append(i)
+    table_of_cells = _Table(every_cell, names)
     control_rows: list[Row] = []
     controls = {(cell.variant, cell.prompt): cell for cell in references(experiment, settings)}
     noise_floor, another_seed = REFERENCE_NAMES
 
     sample = partial(_sample, store, settings.pixels_per_token, models or {})
     with Progress("measured", len(every_cell), every=10, unit="image") as progress:
+        done = 0
         for (prompt, seed), column in by_column.items():
-            baseline = sample(column[0], CELLS)
-            for cell in column:
-                image = baseline if cell.key == column[0].key else sample(cell, CELLS)
-                rows[cell.variant, prompt, seed] = _row(cell, names, image, baseline)
+            first = every_cell[column[0]]
+            baseline = sample(first, CELLS)
+            for i in column:
+                image = baseline if every_cell[i].key == first.key else sample(every_cell[i], CELLS)
+                table_of_cells.values[i] = _values(names, image, baseline)
             if seed == experiment.seeds[0]:
                 shifted = controls[noise_floor, prompt]
-                control_rows.append(_row(shifted, names, sample(shifted, REFERENCES), baseline))
-            other, folder = _other_seed(by_column, controls.get((another_seed, prompt)), prompt, seed, experiment.seeds)
-            control_row = _row(other, names, sample(other, folder), baseline)
+                control_rows.append(_row(shifted, names, _values(names, sample(shifted, REFERENCES), baseline)))
+            other, folder = controls.get((another_seed, prompt)), REFERENCES
+            if other is None:  # the baseline of the same prompt at the next seed
+                following = experiment.seeds[(experiment.seeds.index(seed) + 1) % len(experiment.seeds)]
+                other, folder = every_cell[by_column[prompt, following][0]], CELLS
+            control_row = _row(other, names, _values(names, sample(other, folder), baseline))
             control_rows.append(control_row | {"variant": another_seed, "seed": seed})
-            progress(len(rows))
-    ordered = [rows[cell.variant, cell.prompt, cell.seed] for cell in every_cell]
+            done += len(column)
+            progress(done)
     control_rows.sort(key=lambda row: REFERENCE_NAMES.index(row["variant"]))
-    store.write(METRICS_FILE, to_csv(ordered))
+    store.write(METRICS_FILE, to_csv(table_of_cells))
     store.write(REFERENCES_FILE, to_csv(control_rows))
-    summarised = summary.summarise([*ordered, *control_rows], experiment.baseline, names)
+    table_of_cells.more = control_rows
+    summarised = summary.summarise(table_of_cells, experiment.baseline, names)
     store.write(SUMMARY_FILE, summary.to_csv(summarised))
 
 
@@ -125,36 +133,49 @@ def _sample(
     return Sample(read_pixels(store.png(cell.key, folder)), cell.prompt, pixels_per_token, models)
 
 
-def _other_seed(
-    by_column: Mapping[tuple[str, int], list[Cell]],
-    control: Cell | None,
-    prompt: str,
-    seed: int,
-    seeds: Sequence[int],
-) -> tuple[Cell, str]:
-    """Return the baseline of the same prompt at the next seed, and its folder."""
-    if control is not None:
-        return control, REFERENCES
-    return by_column[prompt, seeds[(seeds.index(seed) + 1) % len(seeds)]][0], CELLS
+class _Table(Sequence[Row]):
+    """The rows of metrics.csv, made when they are asked for: numbers are kept in an array, a large run has millions.
+
+    values: one row per cell, nan where there is no value. more: rows that follow those of the cells.
+    """
+
+    def __init__(self, every_cell: Sequence[Cell], names: Sequence[str]):
+        self.cells, self.names, self.more = every_cell, names, []
+        self.values = np.full((len(every_cell), len(names)), math.nan)
+
+    def __len__(self) -> int:
+        return len(self.cells) + len(self.more)
+
+    def __getitem__(self, i: int) -> Row:
+        if i < len(self.cells):
+            return _row(self.cells[i], self.names, self.values[i].tolist())
+        return self.more[i - len(self.cells)]
 
 
-def _row(cell: Cell, names: Sequence[str], image: Sample | None, baseline: Sample | None) -> Row:
-    keys = (cell.variant, cell.prompt, cell.seed, cell.program.digest, cell.key)
+def _values(names: Sequence[str], image: Sample | None, baseline: Sample | None) -> list[float]:
     if image is None or baseline is None:
-        values = dict.fromkeys(names, math.nan)
-    else:
-        registry.check_pair(image.pixels, baseline.pixels)
-        values = {name: registry.evaluate(name, image, baseline) for name in names}
-    return dict(zip(KEYS, keys, strict=True)) | values
+        return [math.nan] * len(names)
+    registry.check_pair(image.pixels, baseline.pixels)
+    return [registry.evaluate(name, image, baseline) for name in names]
+
+
+def _row(cell: Cell, names: Sequence[str], values: Sequence[float]) -> Row:
+    keys = (cell.variant, cell.prompt, cell.seed, cell.program.digest, cell.key)
+    return dict(zip((*KEYS, *names), (*keys, *values), strict=True))
 
 
 def to_csv(rows: Sequence[Row]) -> str:
     """Return rows as CSV: numbers with 6 digits, empty for nan."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: _csv_value(value) for key, value in row.items()} for row in rows)
-    return text.getvalue()
+    parts = []
+    for start in range(0, len(rows), 1000):  # a StringIO takes 4 bytes per character
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        if start == 0:
+            writer.writeheader()
+        for i in range(start, min(start + 1000, len(rows))):
+            writer.writerow({key: _csv_value(value) for key, value in rows[i].items()})
+        parts.append(text.getvalue())
+    return "".join(parts)
 
 
 def _csv_value(value: Any) -> Any:

@@ -39,17 +39,17 @@ def summarise(rows: Rows, baseline: str, metrics: Sequence[str]) -> list[dict[st
     Variants come in the order of the rows. Raises UserError for a baseline or metric that no row has, two rows of one
     cell, and infinite numbers other than psnr.
     """
-    cells = _by_variant(rows)
-    if baseline not in cells:
-        raise UserError(f"baseline={baseline!r}: not in the rows, which have {', '.join(map(repr, cells))}")
-    unknown = [name for name in metrics if not any(name in row for row in rows)]
+    table = _Table(rows, metrics)
+    if baseline not in table.places:
+        raise UserError(f"baseline={baseline!r}: not in the rows, which have {', '.join(map(repr, table.places))}")
+    unknown = [name for name in metrics if name not in table.found]
     if unknown:
         raise UserError(f"metrics: {unknown[0]!r} is in none of the rows")
     summary: list[dict[str, Any]] = []
     samples: list[np.ndarray] = []
-    for variant in cells:
+    for variant in table.places:
         for metric in metrics:
-            values, differences = _values(cells, baseline, variant, metric)
+            values, differences = table.values_of(metric, variant, baseline)
             summary.append({"variant": variant, "metric": metric, "n": len(values)})
             samples += [values, differences]
     moments = _moments(samples)
@@ -68,9 +68,9 @@ def complete(summary: Rows, rows: Rows, baseline: str) -> list[dict[str, Any]]:
     """Return a summary with `paired_n` and `median`, which release 0.1 did not write; rows: those it was made of."""
     if all("paired_n" in row and "median" in row for row in summary):
         return [dict(row) for row in summary]
-    cells, completed = _by_variant(rows), []
+    table, completed = _Table(rows, list(dict.fromkeys(row["metric"] for row in summary))), []
     for row in summary:
-        values, differences = _values(cells, baseline, row["variant"], row["metric"])
+        values, differences = table.values_of(row["metric"], row["variant"], baseline)
         completed.append({**row, "paired_n": len(differences), "median": _median(row["metric"], values)})
     return completed
 
@@ -147,28 +147,38 @@ def _csv_number(value: Any) -> Any:
     return "" if math.isnan(value) else f"{value:.10g}"
 
 
-def _by_variant(rows: Rows) -> dict[str, dict[tuple, Mapping[str, Any]]]:
-    """Return the rows by variant, then by (prompt, seed)."""
-    cells: dict[str, dict[tuple, Mapping[str, Any]]] = {}
-    for row in rows:
-        of_variant, key = cells.setdefault(row["variant"], {}), (row["prompt"], row["seed"])
-        if key in of_variant:
-            raise UserError(f"rows: variant {row['variant']!r} has prompt {key[0]!r} with seed {key[1]!r} twice")
-        of_variant[key] = row
-    return cells
+class _Table:
+    """The numbers of rows: an array, because a large run has millions. The rows are read once and not kept.
 
+    places: the number of the row of every (prompt, seed), by variant. found: the metrics that a row has.
+    """
 
-def _values(
-    cells: Mapping[str, Mapping[tuple, Mapping[str, Any]]], baseline: str, variant: str, metric: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a variant's values of a metric, and the differences to the baseline where both have one."""
-    values = {key: _value(row, metric) for key, row in cells[variant].items()}
-    values = {key: value for key, value in values.items() if not math.isnan(value)}
-    if variant == baseline or (metric in METRICS and not METRICS[metric].alone):
-        return np.array(list(values.values())), np.array([])
-    before = {key: _value(cells[baseline].get(key, {}), metric) for key in values}
-    differences = [value - before[key] for key, value in values.items() if not math.isnan(before[key])]
-    return np.array(list(values.values())), np.array(differences)
+    def __init__(self, rows: Rows, metrics: Sequence[str]):
+        self.metrics = {name: j for j, name in enumerate(metrics)}
+        self.numbers = np.full((len(rows), len(metrics)), _NAN)
+        self.places: dict[str, dict[tuple, int]] = {}
+        self.found: set[str] = set()
+        keys: dict[tuple, tuple] = {}  # one object per (prompt, seed), not one per row
+        for i, row in enumerate(rows):
+            key = (row["prompt"], row["seed"])
+            of_variant = self.places.setdefault(row["variant"], {})
+            if key in of_variant:
+                raise UserError(f"rows: variant {row['variant']!r} has prompt {key[0]!r} with seed {key[1]!r} twice")
+            of_variant[keys.setdefault(key, key)] = i
+            self.found.update(self.metrics.keys() & row.keys())
+            self.numbers[i] = [_value(row, name) for name in metrics]
+
+    def values_of(self, metric: str, variant: str, baseline: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return a variant's values of a metric, and the differences to the baseline where both have one."""
+        numbers, places = self.numbers[:, self.metrics[metric]], self.places[variant]
+        values = numbers[list(places.values())]
+        here = ~np.isnan(values)
+        if variant == baseline or (metric in METRICS and not METRICS[metric].alone):
+            return values[here], np.array([])
+        of_baseline = self.places[baseline]
+        before = np.array([numbers[of_baseline[key]] if key in of_baseline else _NAN for key in places])
+        both = here & ~np.isnan(before)
+        return values[here], values[both] - before[both]
 
 
 def _value(row: Mapping[str, Any], metric: str) -> float:

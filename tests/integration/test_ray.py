@@ -260,6 +260,9 @@ def test_only_this_machine_and_this_run_can_reach_ray(cluster):
     ]
     assert len(listening) > 3
     assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
+    folder = Path(cluster.ray._private.worker.global_worker.node.get_session_dir_path()).parent.parent
+    assert folder.name.startswith("fluxlab-")
+    assert folder.stat().st_mode & 0o777 == 0o700  # nor can other users open its sockets
     assert _joins(cluster, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": cluster_module._TOKEN})
     assert not _joins(cluster, {"RAY_AUTH_MODE": "disabled"})
 

@@ -281,3 +281,14 @@ def test_a_file_is_read_again_if_its_size_or_time_changed(store, monkeypatch):
     flipped[-1] ^= 1
     arrays.write_bytes(flipped)
     assert hashed(verify=True)[1] == every - {arrays.stem}
+
+
+def test_the_rows_of_a_large_table_are_written_once():
+    import csv
+    import io
+
+    from fluxlab.experiment.effects import to_csv
+
+    rows = [{"cell": f"c{i}", "ssim": i / 8, "psnr": float("nan")} for i in range(2500)]
+    read = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    assert read == [{"cell": f"c{i}", "ssim": f"{i / 8:.6g}", "psnr": ""} for i in range(2500)]
