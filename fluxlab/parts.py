@@ -1,12 +1,14 @@
 """The parts of a FLUX model: networks, text encoders, schedule and defaults. Prompts and images are encoded here."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from fluxlab import batching, sampling
+from fluxlab.config import read_loras
 from fluxlab.errors import UserError
 from fluxlab.families import Family, family_of
 from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2
@@ -78,6 +80,12 @@ class ModelParts:
         from fluxlab.checkpoints import save_pipeline
 
         save_pipeline(folder, self.transformer, self.autoencoder, self.text, self.schedule, self.distilled)
+
+    def with_loras(self, lora: Any) -> AbstractContextManager[None]:
+        """Return a context in which LoRAs, given as in `load_pipeline(lora=…)`, are merged into the transformer."""
+        from fluxlab.checkpoints import merged
+
+        return merged(self.transformer, read_loras(lora))
 
     @property
     def defaults(self) -> Sampling:

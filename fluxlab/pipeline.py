@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxlab import batching, positions, sampling
+from fluxlab import batching, picking, positions, sampling
 from fluxlab import references as refs
 from fluxlab.batching import Programs
 from fluxlab.errors import UserError
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OUTPUTS = ("pil", "latent", "pt")
+
+Edits = tuple[batching.OnDevice, positions.Interventions | None]
+"""Compiled programs of a batch: tables and masks, and edits of activations."""
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Pipeline(ModelParts):
         negative_prompts: str | Sequence[str] | None = None,
         *,
         references: Any = None,
+        lora: Any = None,
         latents: Tensor | None = None,
         output: str = "pil",
         max_sequence_length: int | None = None,
@@ -61,6 +65,7 @@ class Pipeline(ModelParts):
             the prompt of its sample, and leaves the negative prompt alone.
         height, width: in pixels.
         references: a list of images per sample, of any number and size; one list serves all (`fluxlab.references`).
+        lora: LoRAs that are merged for this call only, as in `load_pipeline`. The weights are the same afterwards.
         latents: packed noise `(B, N, C)` in place of the seeds.
         true_cfg: above 1, guide away from `negative_prompts` ("" by default) with a second forward per step.
         output: "pil" for PIL images, "pt" for a tensor `(B, 3, H, W)` in 0 … 1, "latent" for packed latents
@@ -87,19 +92,20 @@ class Pipeline(ModelParts):
             truncate=truncate,
             unknown_words=unknown_words,
         )
-        return self.sample(
-            prompts,
-            seeds,
-            programs,
-            settings,
-            negative_prompts=negative_prompts,
-            references=references,
-            latents=latents,
-            output=output,
-            on_step=on_step,
-            probe=probe,
-            progress=progress,
-        )
+        with self.with_loras(lora):
+            return self.sample(
+                prompts,
+                seeds,
+                programs,
+                settings,
+                negative_prompts=negative_prompts,
+                references=references,
+                latents=latents,
+                output=output,
+                on_step=on_step,
+                probe=probe,
+                progress=progress,
+            )
 
     @torch.inference_mode()
     def sample(
@@ -207,6 +213,7 @@ class Pipeline(ModelParts):
         guidance: float | None = None,
         *,
         programs: Programs = None,
+        references: Any = None,
         iterations: int = 3,
         max_sequence_length: int | None = None,
         truncate: bool = False,
@@ -214,7 +221,8 @@ class Pipeline(ModelParts):
         value_range: tuple[float, float] = (0, 1),
         on_step: sampling.OnStep | None = None,
     ) -> Tensor:
-        """Return packed noise `(B, N, C)`, fp32, of which `generate(prompts, latents=noise)` makes the images again.
+        """Return packed noise `(B, N, C)`, fp32, of which `generate(prompts, latents=noise)` makes the images again,
+        given the same programs and references.
 
         images, value_range: as in `encode`. iterations: as in `sampling.invert`. The other arguments: as in
         `generate`. Raises `NonFiniteError` if the latents become NaN or infinite.
@@ -229,10 +237,13 @@ class Pipeline(ModelParts):
                 unknown_words=unknown_words,
             )
         )
-        batch = batching.zipped(prompts=prompts, latents=x, programs=batching.read_programs(programs))
+        batch = batching.zipped(
+            prompts=prompts, latents=x, programs=batching.read_programs(programs), references=refs.read(references)
+        )
         prompts = batch["prompts"]
+        extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
         sigmas = self.schedule.times(settings.steps, rows * cols)
-        velocity = self._velocity(prompts, None, batch["programs"], settings, (rows, cols), sigmas)
+        velocity = self._velocity(prompts, None, batch["programs"], settings, (rows, cols), sigmas, None, extra)
         finite = FiniteCheck(
             sampling.sample_names(prompts), settings.steps, self.dtype, lambda i: self._text_fault(prompts[i], settings)
         )
@@ -284,26 +295,35 @@ class Pipeline(ModelParts):
         if self.transformer.params.guidance_embed:
             guidance = _filled(batch, settings.guidance, self.device)
             guidance = sampling.round_timesteps(guidance, rounding and "bfl")
-        compiled = self._compile(programs, prompts, length, grid, sigmas)
-        interventions = self._interventions(programs, prompts, length, grid, sigmas)
+
+        def edits(texts: Sequence[str | None]) -> picking.Steady | picking.Picking:
+            def make(programs: Sequence[Program] | None) -> Edits:
+                return tuple(
+                    part(programs, texts, length, grid, sigmas) for part in (self._compile, self._interventions)
+                )
+
+            return picking.edits_of(programs, batch, lambda: self.context(None, length, grid, sigmas), make)
+
+        positive = edits(prompts)
         if probe is not None:
             probe.begin(self.context(prompts, length, grid, sigmas), batch)
             batching.check_captured(probe, programs)
         steps = [sampling.own_rows(batch)] * (len(sigmas) - 1)
-        if starts is not None and interventions is None:
+        injects = any(map(positions.has_interventions, programs or ()))
+        if starts is not None and not injects:
             acting = {program: positions.actions(program, sigmas) for program in programs or [Program()]}
             steps = sampling.shared_rows(starts, [acting[program] for program in programs or [Program()] * batch])
 
         def conditioned(
-            texts: Sequence[str],
-            compiled: batching.OnDevice,
-            interventions: positions.Interventions | None,
-            probe: Probe | None = None,
+            texts: Sequence[str], edits: picking.Steady | picking.Picking, probe: Probe | None = None
         ) -> sampling.Velocity:
             encoded = [self.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
             txt, *pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
 
-            def forward(x: Tensor, t: float, samples: Sequence[int], taps: Sequence | None) -> Tensor:
+            def forward(
+                x: Tensor, t: float, edits: Edits, samples: Sequence[int], probe: Probe | None, taps: Sequence | None
+            ) -> Tensor:
+                compiled, interventions = edits
                 times = sampling.round_timesteps(_filled(len(samples), t, self.device), rounding)
                 rotary, mask = compiled.at(t, samples, x)
                 step, p = compiled.step(t), self.transformer.params
@@ -316,29 +336,31 @@ class Pipeline(ModelParts):
                 v = self.transformer(img, None, texts, None, times, *vectors, strength, **tables)
                 return (v if interventions is None else interventions.velocity(step, t, v))[:, : x.shape[1]]
 
+            def measure(x: Tensor, t: float, edits: Edits, samples: Sequence[int], probe: Probe) -> None:
+                forward(x, t, edits, samples, probe, probe.taps(edits[0].step(t)))
+
             def velocity(x: Tensor, t: float) -> Tensor:
-                step = compiled.step(t)
+                step = max((i for i in range(len(sigmas) - 1) if sigmas[i] >= t), default=0)
+                shares = list(steps[step].parts(None if injects else at_once))
+                now = edits.at(x, t, step, [samples for samples, _ in shares], measure)
                 taps = None if probe is None else probe.taps(step)
                 parts = []
-                for samples, of in steps[step].parts(at_once if interventions is None else None):
+                for samples, of in shares:
                     if probe is not None:
                         probe.serve(of)
-                    parts.append(forward(x, t, samples, taps))
+                    parts.append(forward(x, t, now, samples, probe, taps))
                 return batching.rows(torch.cat(parts), steps[step].of)
 
             return velocity
 
         if settings.true_cfg in (None, 1):  # v⁻ + 1 · (v⁺ - v⁻) is v⁺
-            return conditioned(prompts, compiled, interventions, probe)
+            return conditioned(prompts, positive, probe)
         negatives = [""] * batch if negative_prompts is None else negative_prompts
-        without, steady = compiled, interventions
-        if any(program.names_words for program in programs or ()):  # edits of words do not apply to negative prompts
-            without = self._compile(programs, None, length, grid, sigmas)
-            steady = self._interventions(programs, [None] * batch, length, grid, sigmas)
+        # edits of words do not apply to negative prompts
+        named = any(program.names_words for program in programs or ())
+        negative = edits([None] * batch) if named else positive
         return sampling.with_negative(
-            conditioned(prompts, compiled, interventions, probe),
-            conditioned(negatives, without, steady),
-            settings.true_cfg,
+            conditioned(prompts, positive, probe), conditioned(negatives, negative), settings.true_cfg
         )
 
     def _interventions(

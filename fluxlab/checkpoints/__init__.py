@@ -4,7 +4,7 @@ from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.finding import Found, find
 from fluxlab.checkpoints.folder import save_pipeline
 from fluxlab.checkpoints.memory import check_device, check_fits, default_device
-from fluxlab.checkpoints.merge import check_loras, merge_loras
+from fluxlab.checkpoints.merge import check_loras, merge_loras, merged
 from fluxlab.checkpoints.read import load_autoencoder, load_transformer
 from fluxlab.checkpoints.text import load_text_encoders
 from fluxlab.checkpoints.write import save_autoencoder, save_transformer
@@ -21,6 +21,7 @@ __all__ = [
     "load_text_encoders",
     "load_transformer",
     "merge_loras",
+    "merged",
     "save_autoencoder",
     "save_pipeline",
     "save_transformer",

@@ -1,12 +1,14 @@
 """Merge LoRAs into a transformer: computed in fp32 and rounded once. Weights that nothing is added to stay mapped."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from fluxlab.checkpoints.casting import check_finite
+from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import Entry
 from fluxlab.checkpoints.keys import Rows
 from fluxlab.checkpoints.lora import Addition, lora_file, matrix, read_additions
@@ -55,6 +57,32 @@ def merge_loras(model: Flux, loras: Sequence[Lora] | None) -> None:
             weights[name].data = merged
     for name, merged in zip(stored, scratch.tensors() if scratch else (), strict=True):
         weights[name].data = merged
+
+
+@contextmanager
+def merged(model: Flux, loras: Sequence[Lora] | None) -> Iterator[None]:
+    """Add LoRAs to the weights of a transformer as `merge_loras` does, and put the weights themselves back at the end.
+
+    Nothing is subtracted, so that the weights are the same to the bit. Raises `CheckpointError` also for a transformer
+    whose weights are not all on its device, such as one that is streamed.
+    """
+    if not loras:
+        yield
+        return
+    device = model.img_in.weight.device
+    absent = [name for name, w in model.named_parameters() if w.device != device]
+    if absent:
+        raise CheckpointError(
+            f"lora: {len(absent)} weights of this transformer are not on {device}; merge it when the model is loaded: "
+            "load_pipeline(lora=…)"
+        )
+    before = {name: w.data for name, w in model.named_parameters()}
+    try:
+        merge_loras(model, loras)
+        yield
+    finally:
+        for name, w in model.named_parameters():
+            w.data = before[name]
 
 
 def _additions(model: Flux, lora: Lora) -> list[Addition]:

@@ -10,7 +10,7 @@ from fluxlab.experiment.cell import Cell
 from fluxlab.experiment.reference_images import grids, tokens
 from fluxlab.experiment.sources import meeting, places_of
 from fluxlab.experiment.spec import FIRST, REFERENCE_NAMES, SCHEMA, Experiment, unchanged
-from fluxlab.positions import Action, Program, actions, has_interventions, shifted, with_sources
+from fluxlab.positions import Action, Program, actions, has_interventions, measuring_steps, shifted, with_sources
 from fluxlab.sampling import Sampling, Schedule, shared_rows
 
 FLOOR_SHIFT = (3.0, -2.5, 7.0)
@@ -175,15 +175,34 @@ def at_once(settings: Settings, cells: Sequence[Cell]) -> int:
 
 def step_rows(batch: Sequence[Cell], settings: Settings) -> list[int]:
     """Return how many samples each step of a batch computes. Cells that are equal so far are one."""
+    return [len(rows) for rows in _rows(batch, settings)]
+
+
+def picking_rows(batch: Sequence[Cell], settings: Settings) -> list[int]:
+    """Return how many samples each step computes before, to pick tokens by their attention."""
+    measuring = {program: measuring_steps(program, _sigmas(settings)) for program in {cell.program for cell in batch}}
+    return [
+        sum(measuring[batch[sample].program][step] for sample in rows)
+        for step, rows in enumerate(_rows(batch, settings))
+    ]
+
+
+def _rows(batch: Sequence[Cell], settings: Settings) -> list[Sequence[int]]:
+    """Return the samples that each step of a batch computes."""
     if any(has_interventions(cell.program) for cell in batch):
-        return [len(batch)] * settings.steps
+        return [range(len(batch))] * settings.steps
     acting, starts = _actions(batch, settings), [(cell.prompt, cell.seed) for cell in batch]
-    return [len(rows.samples) for rows in shared_rows(starts, [acting[cell.program] for cell in batch])]
+    return [rows.samples for rows in shared_rows(starts, [acting[cell.program] for cell in batch])]
 
 
 def _actions(cells: Sequence[Cell], settings: Settings) -> dict[Program, list[Action]]:
     """Return what each program does at each step."""
+    sigmas = _sigmas(settings)
+    return {program: actions(program, sigmas) for program in {cell.program for cell in cells}}
+
+
+def _sigmas(settings: Settings) -> list[float]:
+    """Return the schedule of a run."""
     schedule = Schedule(**{f.name: settings.schedule[f.name] for f in fields(Schedule) if f.name in settings.schedule})
     rows, cols = settings.height // settings.pixels_per_token, settings.width // settings.pixels_per_token
-    sigmas = schedule.times(settings.steps, rows * cols)
-    return {program: actions(program, sigmas) for program in {cell.program for cell in cells}}
+    return schedule.times(settings.steps, rows * cols)

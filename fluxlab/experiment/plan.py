@@ -11,7 +11,7 @@ from fluxlab.checkpoints.memory import free_memory, total_memory
 from fluxlab.checkpoints.stored import Stored, published, stored
 from fluxlab.config import Lora, ModelRow
 from fluxlab.experiment import captures, reference_images, runner, settings
-from fluxlab.experiment.cells import Cell, Settings, at_once, batches, cells, references, step_rows
+from fluxlab.experiment.cells import Cell, Settings, at_once, batches, cells, picking_rows, references, step_rows
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.notes import notes
 from fluxlab.experiment.sources import with_sources_of
@@ -155,7 +155,8 @@ def _count_lines(
     tokens, together = _most_tokens(experiment, s), max(_together([c for c, _ in batch], s) for batch in every_batch)
     size = number(largest, "image") + (f", {together} at once" if together < largest else "")
     rows = [(step_rows(batch, s), _together(batch, s)) for batch in left]
-    forwards = sum(math.ceil(n / most) for steps, most in rows for n in steps) * evaluations(s)
+    passes = [*rows, *((picking_rows(batch, s), _together(batch, s)) for batch in left)]
+    forwards = sum(math.ceil(n / most) for steps, most in passes for n in steps) * evaluations(s)
     needed, without = sum(sum(steps) for steps, _ in rows), s.steps * sum(map(len, left))
     shared = f"           {needed:,} of {without:,} steps: variants share those before they act differently"
     return [
@@ -181,7 +182,7 @@ def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list
     together = max(_together(batch, s) for batch in left)
     speed = EFFICIENCY * matmul_speed(p, tokens * together, pipe.dtype, pipe.device, s.threads)
     forward = forward_flops(p, s.max_sequence_length, tokens - s.max_sequence_length)
-    rows = sum(sum(step_rows(batch, s)) for batch in left)
+    rows = sum(sum(step_rows(batch, s)) + sum(picking_rows(batch, s)) for batch in left)
     sampling = rows * evaluations(s) * forward + images * decode_flops(pipe.autoencoder.params, s.height, s.width)
     prompts = len({cell.prompt for batch in left for cell in batch}) + evaluations(s) - 1
     reader = list(parts.values())[-1]  # T5, or the language model

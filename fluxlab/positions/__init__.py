@@ -22,6 +22,7 @@ from fluxlab.positions.interventions import (
 )
 from fluxlab.positions.markdown import ops_table, where_table
 from fluxlab.positions.notes import Note, lint
+from fluxlab.positions.picked import measuring_steps
 from fluxlab.positions.program import Edit, Program
 from fluxlab.positions.program_tables import tables
 from fluxlab.positions.registry import OPS, Op, load_plugins, loaded_plugins, op
@@ -62,6 +63,7 @@ __all__ = [
     "lint",
     "load_plugins",
     "loaded_plugins",
+    "measuring_steps",
     "noise_floor",
     "op",
     "ops",

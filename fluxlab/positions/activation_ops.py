@@ -10,6 +10,7 @@ from fluxlab.errors import join, unknown_key, wrong
 from fluxlab.model.sites import SITES
 from fluxlab.positions.registry import op
 from fluxlab.select.arguments import choice, integer, is_list, number, seed
+from fluxlab.select.picked import is_picked
 from fluxlab.select.tokens import parse_tokens
 
 VELOCITY = "velocity"
@@ -63,7 +64,12 @@ def parse_source(value: Any, path: str) -> dict[str, Any]:
 
 def source_tokens(value: Any, path: str) -> Any:
     """a token selection in the source"""
-    return parse_tokens(value, path)
+    selection = parse_tokens(value, path)
+    for i, part in enumerate(selection if is_list(selection) else [selection]):
+        if is_picked(part):
+            at = f"{path}[{i}]" if is_list(selection) else path
+            raise wrong(at, part, "tokens of the source: a probe picks those of the image itself")
+    return selection
 
 
 def parse_map(value: Any, path: str) -> str | list[int]:

@@ -16,6 +16,7 @@ from fluxlab.model import TRANSFORMERS
 from fluxlab.positions.apply import Resolved, resolve
 from fluxlab.positions.compiled import Compiled
 from fluxlab.positions.compiling import compile_programs
+from fluxlab.positions.picked import EXAMPLE, example, has_picks
 from fluxlab.positions.program import Program
 from fluxlab.positions.waves import Waves, unchanged
 from fluxlab.select.arguments import AXES, EVERY_AXIS
@@ -116,6 +117,7 @@ def program_at_step(
     Of a batch, the first sample is used. Raises UserError for a step, block, side or head that the context lacks.
     """
     program = Program.from_config(program)
+    picked, program = has_picks(program), example(program, context.layout)
     compiled = compile_programs([program], context)
     edits = [resolve(edit, context, 0) for edit in program.edits]
     if side not in (None, "queries", "keys"):
@@ -155,6 +157,8 @@ def program_at_step(
     windows = compiled.windows(context.sigmas[s], b)
     if windows > 1:
         labels["windows"] = f"the first of {windows} windows"
+    if picked:
+        labels["picked"] = EXAMPLE
     if program and torch.equal(after, before):
         labels["same"] = "positions unchanged"
     waves, own = compiled.waves(context.sigmas[s], b, shown, h, query=query), unchanged(context)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fluxlab.positions.registry import find_op
+from fluxlab.select.picked import pick_of
 
 if TYPE_CHECKING:
     from fluxlab.positions.edit import Edit
@@ -39,7 +40,9 @@ def describe_edit(edit: "Edit") -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        if any(key in value for key in ("words", "indices", "reference")) or ("mask" in value and "to" not in value):
+        if any(key in value for key in ("words", "indices", "reference", "probe")) or (
+            "mask" in value and "to" not in value
+        ):
             return _tokens(value)
         return " ".join(part if key == "unit" else f"{key} {_value(part)}" for key, part in value.items())
     if isinstance(value, list):
@@ -61,9 +64,22 @@ def _tokens(selection: str | dict | list) -> str:
         mask = selection["mask"]
         rows, cols = mask["size"] if isinstance(mask, dict) else (len(mask), len(mask[0]))
         return f"mask of {rows} × {cols}"
+    if "probe" in selection:
+        return _picked(selection)
     if "indices" in selection:
         return f"{selection['of']} tokens {_ranges(selection['indices'])}"
     return f"reference {selection['reference']}"
+
+
+def _picked(selection: dict) -> str:
+    pick, count = pick_of(selection)
+    of = "" if selection["of"] == "all" else f"{selection['of']} "
+    tokens = f"{of}token{'' if count == 1 else 's'}"
+    if pick == "random":
+        return f"{count} random {tokens} (seed {selection['seed']})"
+    asked = "" if selection["from"] == "all" else f" from {selection['from']}"
+    blocks = "" if selection["blocks"] == "all" else f" in {_blocks(selection['blocks'])}"
+    return f"the {count} {tokens} with {'most' if pick == 'top' else 'least'} attention{asked}{blocks}"
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -9,8 +9,8 @@ from fluxlab.positions.registry import ACTS_ON, OPS, Op
 WHERE_VALUES = {
     "tokens": 'image, text, padding (text after the end of the prompt), all; `{words: [cat, "cat#2"]}`; '
     "`{box: [top, left, bottom, right], unit: tokens}` (or "
-    'pixels, fraction); `{mask: ["..##", …]}` or `{mask: file.png}`; `{indices: [0, 5], of: text}`; a list of these '
-    "is their union",
+    'pixels, fraction); `{mask: ["..##", …]}` or `{mask: file.png}`; `{indices: [0, 5], of: text}`; '
+    "`{probe: incoming, top: 8}`; a list of these is their union",
     "axes": "index, row, col, order (of text, on FLUX.2), plane (row and col), t, h, w, l, or 0 … 3; one or a list",
     "steps": "`[0, 1]`, `0-3`, `{fraction: [0, 0.5]}`, `{sigma: [0.7, 1]}`",
     "blocks": "double, single; `0-18` counted through all blocks; `{double: [0, 1], single: all}`",

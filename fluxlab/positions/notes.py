@@ -11,6 +11,7 @@ from torch import Tensor
 from fluxlab.errors import join
 from fluxlab.positions.apply import Placed, Resolved, apply_edits, resolve
 from fluxlab.positions.edit import Edit
+from fluxlab.positions.picked import example
 from fluxlab.positions.program import Program
 from fluxlab.positions.waves import unchanged
 from fluxlab.select.arguments import is_list
@@ -37,8 +38,11 @@ class Note(NamedTuple):
 def lint(program: Program, context: Context, sample: int = 0) -> list[Note]:
     """Return notes on a program for one sample: selections of all, edits without effect, unusual positions.
 
+    For tokens that a probe picks, random ones are looked at.
+
     Raises the `UserError` that compiling the program would raise.
     """
+    program = example(program, context.layout)
     # edits of activations have an effect that only the model knows
     edits = [resolve(edit, context, sample) for edit in program.edits if edit.acts_on != "activations"]
     views = _Views(edits, context, context.ids[sample % len(context.ids)].detach())

@@ -112,6 +112,18 @@ def every_pair(context: ProbeContext, from_: Any, to: Any) -> Measure:
     return Measure({"": axes}, observe, "probability")
 
 
+@probe("incoming", {"tokens": parse_tokens, "from": parse_tokens})
+def incoming(context: ProbeContext, tokens: Any = "image", from_: Any = "all") -> Measure:
+    """Attention that each token receives as a key: the mean over queries `from`. Over all keys it sums to 1."""
+    keys, queries = select_tokens(tokens, context, "tokens"), select_tokens(from_, context, "from")
+
+    def observe(attended: Attended, b: int, heads: Tensor | None, add: Add) -> None:
+        for p, _ in attention_weights(attended, b, heads, queries[b], keys[b]):
+            add("", (), p.sum(1) / len(queries[b]))
+
+    return Measure({"": token_axes(keys, context, "tokens")}, observe, "probability")
+
+
 @probe("quadrants")
 def quadrants(context: ProbeContext) -> Measure:
     """Attention within and between text and image (and each reference): summed over keys, averaged over queries.

@@ -40,6 +40,14 @@ class Layout:
         start = self.text + sum(sizes[: kind - IMAGE])
         return start, start + sizes[kind - IMAGE]
 
+    def span(self, group: str) -> tuple[int, int]:
+        """Return the first token of `text`, `image`, `all` or `reference` (all of them), and one past its last."""
+        if group == "reference":
+            return self.range(IMAGE)[1], self.tokens
+        ends = {"text": (TEXT, TEXT), "image": (IMAGE, IMAGE), "all": (TEXT, IMAGE + len(self.references))}
+        first, last = ends[group]
+        return self.range(first)[0], self.range(last)[1]
+
     def scope(self, tokens: Tensor, axes: Sequence[str] | None = None) -> "Scope":
         """Return what an op sees of the tokens with these indices `(n,)`."""
         starts = torch.tensor([self.range(k)[0] for k in range(IMAGE + len(self.grids))], device=tokens.device)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fluxlab.errors import UserError, join, show, unknown_key, wrong
 from fluxlab.select.arguments import UNITS, box, choice, integer, is_list
-from fluxlab.select.layout import IMAGE, REFERENCE, TEXT, Context, Layout
+from fluxlab.select.layout import IMAGE, REFERENCE, Context, Layout
 from fluxlab.select.masks import parse_mask, to_array
+from fluxlab.select.picked import GROUPS, KEYS, is_picked, parse_picked, unresolved
 from fluxlab.select.words import find_word
 
-GROUPS = ("image", "text", "all", "reference")
-FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "indices": ("of",), "reference": ()}
+FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "indices": ("of",), "reference": (), "probe": KEYS}
 PADDING = "padding"
 """The text tokens after the end of the prompt. Which they are depends on the prompt."""
 ACCEPTED = f"{', '.join(GROUPS)}, {PADDING}, or one of {{{'}, {'.join(FORMS)}}}"
@@ -46,6 +46,8 @@ def parse_tokens(value: Any, path: str) -> str | dict | list:
     if len(forms) != 1:
         raise wrong(path, dict(value), f"exactly one of {', '.join(FORMS)} (a list of several is their union)")
     (form,) = forms
+    if form == "probe":
+        return parse_picked(value, path)
     return {form: _PARSE[form](value[form], join(path, form)), **_parse_extra(form, value, path)}
 
 
@@ -101,6 +103,8 @@ def resolve_tokens(selection: str | dict | list, context: Context, sample: int, 
             may_be_empty = True  # a prompt may fill all text tokens
             if context.prompts[sample] is not None:
                 chosen[len(context.prompts[sample].spans) : layout.text] = True
+        elif is_picked(part):
+            raise unresolved(part, part_path)
         elif isinstance(part, dict) and "words" in part:
             words_path = join(part_path, "words")
             if not context.prompts:
@@ -141,9 +145,9 @@ def _check_references(part: str | dict, layout: Layout, path: str) -> None:
 def _indices(part: str | dict, layout: Layout, path: str) -> Tensor:
     _check_references(part, layout, path)
     if isinstance(part, str):
-        return torch.arange(*_span(part, layout))
+        return torch.arange(*layout.span(part))
     if "indices" in part:
-        start, stop = _span(part["of"], layout)
+        start, stop = layout.span(part["of"])
         count = stop - start
         for n in part["indices"]:
             if not -count <= n < count:
@@ -161,14 +165,6 @@ def _indices(part: str | dict, layout: Layout, path: str) -> Tensor:
     else:
         inside = mask_on_grid(part["mask"], part["unit"], layout, join(path, "mask"))
     return start + inside.flatten().nonzero()[:, 0]
-
-
-def _span(group: str, layout: Layout) -> tuple[int, int]:
-    if group == "reference":
-        return layout.range(IMAGE)[1], layout.tokens
-    ends = {"text": (TEXT, TEXT), "image": (IMAGE, IMAGE), "all": (TEXT, IMAGE + len(layout.references))}
-    first, last = ends[group]
-    return layout.range(first)[0], layout.range(last)[1]
 
 
 def box_in_tokens(edges: list[float], unit: str, layout: Layout, path: str) -> list[float]:

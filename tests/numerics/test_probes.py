@@ -192,6 +192,11 @@ def quadrants(d):
     return {"": np.stack(sums, -2)}
 
 
+@reference(kind="incoming", tokens=SPOTS, **{"from": BOX})
+def incoming(d):
+    return {"": d.p[..., d.box, :][..., d.spots].mean(-2)}
+
+
 @reference(kind="entropy", tokens="all")
 def entropy(d):
     return {"": -np.where(d.p > 0, d.p * np.log(np.where(d.p > 0, d.p, 1)), 0).sum(-1)}

@@ -103,6 +103,36 @@ def test_pipeline_and_text_encoders(file, tmp_path):
     assert not torch.equal(latents[0], latents[2])
 
 
+def test_for_one_call(file, tmp_path):
+    """`generate(lora=…)` gives the images of `load_pipeline(lora=…)`, and leaves the weights as they were."""
+    pipe, options = fluxlab.load_pipeline("tiny"), {"steps": 1, "output": "latent"}
+    before = {name: (w.data_ptr(), w.clone()) for name, w in pipe.transformer.named_parameters()}
+    loras = [{"path": file, "scale": 0.5}, str(file)]
+    merged, plain = (pipe.generate("a red fox", lora=lora, **options) for lora in (loras, None))
+    loaded = fluxlab.load_pipeline("tiny", lora=loras).generate("a red fox", **options)
+    assert torch.equal(merged, loaded)
+    assert not torch.equal(merged, plain)
+    with pytest.raises(UserError, match="steps=0"):
+        pipe.generate("a red fox", lora=file, steps=0)
+    save_file({f"{LAYER}.lora_A.weight": torch.ones(4, 8)}, tmp_path / "half.safetensors")
+    for wrong, message in ((tmp_path / "half.safetensors", "one matrix of a pair is missing"), (3, "lora=3: expected")):
+        with pytest.raises(UserError, match=message):
+            pipe.generate("a red fox", lora=wrong, **options)
+    for name, weight in pipe.transformer.named_parameters():
+        assert weight.data_ptr() == before[name][0]
+        assert torch.equal(weight, before[name][1])
+
+
+def test_a_streamed_model_is_not_merged_for_one_call(file):
+    model = load()
+    model.double_blocks[1].to("meta")
+    with (
+        pytest.raises(UserError, match=r"not on cpu; merge it when the model is loaded: load_pipeline\(lora=…\)"),
+        checkpoints.merged(model, read_loras(file)),
+    ):
+        pass
+
+
 def changed(**parts):
     """Return the LoRA with tensors replaced by their names' last part, or added; None leaves one out."""
     base = tensors()
