@@ -3,10 +3,12 @@
     python benchmarks/engines.py                  # a minute on 2 CPU cores
 
 Both engines compute the same batches of one image in alternating rounds, into stores of their own. The last line is the
-median over rounds of the difference per batch.
+median over rounds of the difference per batch and of the ratio.
 """
 
 import argparse
+import json
+import os
 import sys
 import tempfile
 import time
@@ -38,10 +40,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the results to this file too")
     arguments = parser.parse_args()
     sampling = fluxlab.Sampling(steps=1, height=16, width=16, device="cpu")  # short batches: little noise
     experiment = fluxlab.make_experiment("a red cat", seeds=arguments.images, sampling=sampling)
-    differences = []
+    rounds = []
     with (
         tempfile.TemporaryDirectory() as scratch,
         engines.start({"name": "inline"}) as inline,
@@ -50,15 +53,28 @@ def main() -> int:
         settings = inline.settle(experiment, None, batch_tokens=1, threads=1)
         start = time.perf_counter()
         ray.check(experiment, settings, fixed=True)
-        print(f"start of Ray and of a worker with the model: {time.perf_counter() - start:.1f} s")
+        started = time.perf_counter() - start
+        print(f"start of Ray and of a worker with the model: {started:.1f} s")
         for n in range(-1, arguments.rounds):  # the first round warms up
             times = [
-                per_batch(engine, experiment, settings, Path(scratch, f"{name}-{n}"))
+                1000 * per_batch(engine, experiment, settings, Path(scratch, f"{name}-{n}"))
                 for name, engine in (("inline", inline), ("ray", ray))
             ]
-            print(f"inline {1000 * times[0]:.1f} ms, ray {1000 * times[1]:.1f} ms per batch")
-            differences += [times[1] - times[0]] if n >= 0 else []
-    print(f"difference {1000 * median(differences):.1f} ms per batch")
+            print(f"inline {times[0]:.1f} ms, ray {times[1]:.1f} ms per batch", flush=True)
+            rounds += [times] if n >= 0 else []
+    difference = median(with_ray - alone for alone, with_ray in rounds)
+    ratio = median(with_ray / alone for alone, with_ray in rounds)
+    print(f"difference {difference:.1f} ms per batch, ratio {ratio:.2f}")
+    if arguments.json:
+        results = {
+            "fluxlab": fluxlab.__version__,
+            "processors": os.cpu_count(),
+            "start_s": round(started, 1),
+            "ms_per_batch": [{"inline": round(a, 2), "ray": round(b, 2)} for a, b in rounds],
+            "difference_ms": round(difference, 2),
+            "ratio": round(ratio, 3),
+        }
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -172,9 +172,11 @@ def read_store(path: "str | PathLike[str]", check: bool = True) -> Run:
 
 def read_table(file: Path) -> list[Row]:
     """Return the rows of one of a store's CSV files. Raises `UserError` if it is missing or damaged."""
+    texts: dict[str, str] = {}  # a name or prompt is one object, however many rows have it
     try:
         with open(file, newline="", encoding="utf-8") as handle:
-            return [{key: _value(key, value) for key, value in row.items()} for row in csv.DictReader(handle)]
+            rows = csv.DictReader(handle)
+            return [{key: _value(key, texts.setdefault(value, value)) for key, value in row.items()} for row in rows]
     except FileNotFoundError:
         raise UserError(f"{file}: missing, so the run is not finished; run its command again") from None
     except (OSError, ValueError, TypeError) as error:
