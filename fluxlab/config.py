@@ -78,6 +78,7 @@ class ModelRow:
     scenes: trained on `fluxlab.scenes`, so that the scene oracle can read its images.
     lora: what is merged into the transformer, in order.
     references: trained with reference images.
+    true_cfg: scale of classifier-free guidance, for a model that needs it.
     """
 
     name: str
@@ -95,6 +96,7 @@ class ModelRow:
     schedule: Mapping[str, Any] | None = None
     lora: tuple[Lora, ...] | None = None
     references: bool = False
+    true_cfg: float | None = None
 
     def values(self) -> dict[str, Any]:
         """Return the row as plain values. Keys that older stores do not know are left out unless they are set."""
@@ -103,7 +105,7 @@ class ModelRow:
         return {key: value for key, value in values.items() if key not in _LATER or value}
 
 
-_LATER = ("tokenizers", "like", "schedule", "lora", "references")
+_LATER = ("tokenizers", "like", "schedule", "lora", "references", "true_cfg")
 
 
 def with_loras(row: ModelRow, lora: Any) -> ModelRow:
@@ -161,6 +163,9 @@ def model_row(values: Mapping[str, Any], where: str) -> ModelRow:
         isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
     ):
         raise UserError(f"{where}: size {size!r}, expected [height, width] in pixels")
+    true_cfg = values.get("true_cfg")
+    if isinstance(true_cfg, bool) or not isinstance(true_cfg, Real | None):
+        raise UserError(f"{where}: true_cfg {true_cfg!r}, expected a number, such as 4")
     path = values["path"]
     if path.startswith("fluxlab/"):
         path = str(PACKAGE.parent / path)

@@ -130,6 +130,7 @@ def assemble(
         size=row.size or (side, side),
         name=row.name,
         distilled=decision.like == "klein",
+        true_cfg=row.true_cfg,
     )
 
 

@@ -31,7 +31,8 @@ class ModelParts:
     """A FLUX model with all its parts, and the settings it was trained for.
 
     `size` is (height, width) in pixels. `guidance` is the distilled guidance strength, None for a model without it.
-    `distilled` says of FLUX.2 [klein] that it was distilled to few steps and takes no guidance.
+    `distilled` says of FLUX.2 [klein] that it was distilled to few steps and takes no guidance. `true_cfg` is
+    the scale of classifier-free guidance of a model that needs it.
     """
 
     transformer: Flux | Flux2
@@ -44,6 +45,7 @@ class ModelParts:
     size: tuple[int, int]
     name: str = ""
     distilled: bool = False
+    true_cfg: float | None = None
     _encoded: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @property
@@ -95,6 +97,7 @@ class ModelParts:
             height=self.size[0],
             width=self.size[1],
             guidance=self.guidance if self.transformer.params.guidance_embed else None,
+            true_cfg=self.true_cfg,
             max_sequence_length=self.max_sequence_length,
             dtype=str(self.dtype).removeprefix("torch."),
             device=str(self.device),

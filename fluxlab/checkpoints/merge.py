@@ -15,16 +15,16 @@ from fluxlab.checkpoints.lora import Addition, lora_file, matrix, read_additions
 from fluxlab.checkpoints.memory import Scratch
 from fluxlab.checkpoints.read import JOIN_IN_MEMORY
 from fluxlab.config import Lora
-from fluxlab.model import Flux
+from fluxlab.model import Flux, Flux2
 
 
-def check_loras(model: Flux, loras: Sequence[Lora] | None) -> None:
+def check_loras(model: Flux | Flux2, loras: Sequence[Lora] | None) -> None:
     """Raise the `CheckpointError` that `merge_loras` would raise for names and shapes. Weights may be on "meta"."""
     for lora in loras or ():
         _additions(model, lora)
 
 
-def merge_loras(model: Flux, loras: Sequence[Lora] | None) -> None:
+def merge_loras(model: Flux | Flux2, loras: Sequence[Lora] | None) -> None:
     """Add LoRAs to the weights of a transformer, in place: W + Σ scale · alpha / rank · up · down.
 
     The sum is computed in fp32 (fp64 for an fp64 model) and rounded to the weight's dtype once. On the CPU, large
@@ -85,7 +85,9 @@ def merged(model: Flux, loras: Sequence[Lora] | None) -> Iterator[None]:
             w.data = before[name]
 
 
-def _additions(model: Flux, lora: Lora) -> list[Addition]:
+def _additions(model: Flux | Flux2, lora: Lora) -> list[Addition]:
+    if isinstance(model, Flux2):
+        raise CheckpointError(f"{lora.path}: LoRAs are merged into FLUX.1 only, and this model is FLUX.2")
     return read_additions(lora, model.params, {name: tuple(w.shape) for name, w in model.named_parameters()})
 
 

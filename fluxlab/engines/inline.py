@@ -67,7 +67,8 @@ class Inline:
 def texts_of(experiment: Experiment) -> Texts:
     """Return the prompts that a run of the experiment encodes, negative ones too."""
     s = experiment.sampling
-    negatives = () if s.true_cfg in (None, 1) else (s.negative_prompt or "",)
+    true_cfg = experiment.model.true_cfg if s.true_cfg is None else s.true_cfg
+    negatives = () if true_cfg in (None, 1) else (s.negative_prompt or "",)
     return Texts((*experiment.prompts, *negatives), s.max_sequence_length, s.truncate, s.unknown_words)
 
 

@@ -5,6 +5,7 @@ from os import PathLike
 
 import torch
 
+from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import FLOAT8
 from fluxlab.checkpoints.networks import TRANSFORMER
 from fluxlab.checkpoints.read import OpenWeights, open_weights
@@ -29,6 +30,8 @@ def open_transformer(
     first used. On a CPU, blocks that lie in the file as they are computed are mapped.
     """
     opened = open_weights(TRANSFORMER, path, dtype=dtype, device=device, variant=variant, unread=True)
+    if opened.net.family != "flux1":
+        raise CheckpointError(f"{opened.net.path}: blocks of FLUX.2 cannot be streamed; use memory=resident")
     names = list(opened.recipe)
     late = [name for name in names if "_blocks." in name or is_modulation(name)]
     if is_mapped(opened):
