@@ -12,6 +12,7 @@ from fluxlab import batching, picking, positions, sampling
 from fluxlab import references as refs
 from fluxlab.batching import Programs
 from fluxlab.errors import UserError
+from fluxlab.model.compiling import compile_blocks
 from fluxlab.parts import ModelParts
 from fluxlab.pixels import Images
 from fluxlab.positions import Program
@@ -56,6 +57,7 @@ class Pipeline(ModelParts):
         on_step: sampling.OnStep | None = None,
         probe: Probe | None = None,
         progress: bool = False,
+        compile: bool = False,
     ) -> "list[Image.Image] | Tensor":
         """Return one image for each (prompt, seed, program), sampled as one batch.
 
@@ -77,6 +79,7 @@ class Pipeline(ModelParts):
         on_step: called as `on_step(i, t, x)` with the latents after each step.
         probe: observes attention (`fluxlab.probes`). The results are in `probe.arrays` afterwards.
         progress: show the step on the terminal.
+        compile: run compiled blocks (`fluxlab.model.compiling`), which are compiled in the first steps.
 
         Raises `UserError` for arguments that do not fit together or do not fit the model, and `NonFiniteError` if a
         sample becomes NaN or infinite: no image is made of it. The error holds the images of the other samples.
@@ -91,6 +94,7 @@ class Pipeline(ModelParts):
             timestep_rounding=timestep_rounding,
             truncate=truncate,
             unknown_words=unknown_words,
+            compile=compile,
         )
         with self.with_loras(lora):
             return self.sample(
@@ -155,6 +159,7 @@ class Pipeline(ModelParts):
                 return self.sample(texts, seeds, programs, settings, **more)
 
             return resampled(batch["programs"], settings, part)
+        compile_blocks(self.transformer, settings.compile)
         rows, cols = self.grid(settings.height, settings.width)
         extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
         sigmas = self.schedule.times(settings.steps, rows * cols)

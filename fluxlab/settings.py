@@ -26,6 +26,7 @@ class Sampling:
     unknown_words: "error", or "warn" or "allow" to sample from a prompt with words that a text encoder does not know.
     dtype: "float32", "bfloat16" or "float16". None keeps the weights as they are stored.
     device: such as "cpu", "cuda:1" or "mps". None means a GPU if there is one.
+    compile: whether the transformer's blocks run compiled (`fluxlab.model.compiling`).
     """
 
     steps: int | None = None
@@ -41,6 +42,7 @@ class Sampling:
     dtype: str | None = None
     device: str | None = None
     enlarge: float | None = None
+    compile: bool = False
 
     def check(self) -> None:
         """Raise `UserError`, naming the field and its value, for a value that no model accepts.
@@ -62,8 +64,9 @@ class Sampling:
                 expected = f"expected {' or '.join((', '.join(choices[:-1]), choices[-1]))}"
                 hint = nearest(value, choices) if isinstance(value, str) else ""
                 raise UserError(f"{key}={value!r}: {expected}{hint}")
-        if not isinstance(self.truncate, bool):
-            raise UserError(f"truncate={self.truncate!r}: expected true or false")
+        for key in ("truncate", "compile"):
+            if not isinstance(getattr(self, key), bool):
+                raise UserError(f"{key}={getattr(self, key)!r}: expected true or false")
         if self.negative_prompt is not None:
             if not isinstance(self.negative_prompt, str):
                 raise UserError(f"negative_prompt={self.negative_prompt!r}: expected a string")

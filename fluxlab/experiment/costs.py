@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fluxlab.checkpoints.stored import on_meta
 from fluxlab.memory.costs import gb
 from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
-from fluxlab.model.layers import linear
+from fluxlab.model.linear import linear
 
 __all__ = ["EFFICIENCY", "decode_flops", "duration", "flop", "forward_flops", "gb", "matmul_speed", "number"]
 

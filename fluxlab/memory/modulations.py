@@ -10,7 +10,8 @@ from torch import Tensor
 from fluxlab.memory.costs import modulation_width
 from fluxlab.memory.plan import KEPT
 from fluxlab.model import Flux, FluxParams
-from fluxlab.model.layers import Affine, Modulations, linear, uses_onednn
+from fluxlab.model.layers import Affine, Modulations
+from fluxlab.model.linear import linear, uses_onednn
 
 Weights = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 """Returns weight and bias of every modulation on the device, in the order of `linear_names`, one after the other."""

@@ -3,15 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxlab.model.layers import (
-    DoubleStreamBlock,
-    Linear,
-    QKNorm,
-    SelfAttention,
-    SingleStreamBlock,
-    linear,
-    uses_onednn,
-)
+from fluxlab.model.layers import DoubleStreamBlock, QKNorm, SelfAttention, SingleStreamBlock
+from fluxlab.model.linear import Linear, linear, uses_onednn
 
 
 class LinearSwiGLU(nn.Linear):

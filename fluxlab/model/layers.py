@@ -5,6 +5,7 @@ B is the batch size, L a sequence length, D the hidden size, H the number of hea
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,72 +15,15 @@ from torch import Tensor, nn
 
 from fluxlab.model.attention import Tap, empty_token_major
 from fluxlab.model.groups import KeyGroups
+from fluxlab.model.linear import Linear, LinearGELU, ParallelLinear
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 from fluxlab.model.sites import Site, at
-from fluxlab.model.torch_ops import ONEDNN_DTYPES, onednn_linear
 from fluxlab.model.varied import Keys, joint_attention, plain_keys
 
 BlockTables = tuple[Rotary, Keys]
 """The rotary tables of one block: for the queries, and for the keys (one table, or one per group of queries).
 
 `Varied` keys also say how some samples of the batch attend."""
-
-
-def uses_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `linear` may use oneDNN's operator, which has no gradient and ignores autocast."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype
-        and ONEDNN_DTYPES.get(x.dtype, False)
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
-    """Return x·weightᵀ + bias, passed through a tanh-GELU if `gelu`.
-
-    On the CPU oneDNN's operator computes the GELU while the product is in registers, which takes 0.55 of the time of
-    the two operators (1024 → 4096, fp32). In fp32 its product is also 15 % faster than MKL's, which `F.linear` calls,
-    and a row of the result does not depend on how many rows there are. A single row would be the exception.
-    """
-    if uses_onednn(x, weight):
-        product = _onednn_linear_op if torch.compiler.is_compiling() else onednn_linear
-        if x.ndim > 1 and x.numel() == x.shape[-1]:
-            return product(torch.cat((x, x)), weight, bias, gelu)[: len(x)]
-        return product(x, weight, bias, gelu)
-    y = F.linear(x, weight, bias)
-    return F.gelu(y, approximate="tanh") if gelu else y
-
-
-# A custom operator for torch.compile: inductor would take oneDNN's for one whose weight it has packed itself.
-_onednn_linear_op = torch.library.custom_op("fluxlab::onednn_linear", onednn_linear, mutates_args=())
-_onednn_linear_op.register_fake(lambda x, weight, bias, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]))
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class LinearGELU(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, gelu=True)
-
-
-class ParallelLinear(nn.Linear):
-    """One projection for attention and MLP. Returns its first `attention_width` channels, and the GELU of the rest."""
-
-    def __init__(self, dim: int, attention_width: int, mlp_width: int):
-        super().__init__(dim, attention_width + mlp_width)
-        self.widths = (attention_width, mlp_width)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not uses_onednn(x, self.weight):
-            qkv, mlp = F.linear(x, self.weight, self.bias).split(self.widths, dim=-1)
-            return qkv, F.gelu(mlp, approximate="tanh")
-        (w_qkv, w_mlp), (b_qkv, b_mlp) = self.weight.split(self.widths), self.bias.split(self.widths)
-        return linear(x, w_qkv, b_qkv), linear(x, w_mlp, b_mlp, gelu=True)
 
 
 # The exponents are fp32, as in both reference implementations: fp64 exponents would move the sinusoids by 6e-5 rad at
@@ -258,25 +202,35 @@ class DoubleStreamBlock(nn.Module):
         tap: Tap | None = None,
         site: Site | None = None,
     ) -> tuple[Tensor, Tensor]:
-        img_mod1, img_mod2, txt_mod1, txt_mod2 = self.modulations(vec) if isinstance(vec, Tensor) else vec
+        mods = self.modulations(vec) if isinstance(vec, Tensor) else vec
         txt, img = at(site, "input", txt, img)
-
-        img_qkv = self.img_attn.qkv(modulate(img, img_mod1.shift, img_mod1.scale))
-        txt_qkv = self.txt_attn.qkv(modulate(txt, txt_mod1.shift, txt_mod1.scale))
         norms = (self.txt_attn.norm, self.img_attn.norm)
-        q, k, v = query_key_value((txt_qkv, img_qkv), norms, self.img_attn.num_heads, tables)
+        q, k, v = query_key_value(self.project(img, txt, mods), norms, self.img_attn.num_heads, tables)
         joint = rearrange(block_attention(q, k, v, tables[1], mask, tap, site), "B H L D -> B L (H D)")
-        txt_joint, img_joint = joint.split((txt.shape[1], img.shape[1]), dim=1)
+        update = self.update if site is None else partial(type(self).update, self, site=site)
+        img, txt = update(img, txt, joint, mods)
+        txt, img = at(site, "residual", txt, img)
+        return img, txt
 
+    def project(self, img: Tensor, txt: Tensor, mods: Modulations) -> tuple[Tensor, Tensor]:
+        """Return the queries, keys and values of text and image, each `(B, L, 3·D)`."""
+        img_qkv = self.img_attn.qkv(modulate(img, mods[0].shift, mods[0].scale))
+        txt_qkv = self.txt_attn.qkv(modulate(txt, mods[2].shift, mods[2].scale))
+        return txt_qkv, img_qkv
+
+    def update(
+        self, img: Tensor, txt: Tensor, joint: Tensor, mods: Modulations, site: Site | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return image and text after the block, from its attention `joint` `(B, L, D)`, text first."""
+        img_mod1, img_mod2, txt_mod1, txt_mod2 = mods
+        txt_joint, img_joint = joint.split((txt.shape[1], img.shape[1]), dim=1)
         img = torch.addcmul(img, img_mod1.gate, self.img_attn.proj(img_joint))
         txt = torch.addcmul(txt, txt_mod1.gate, self.txt_attn.proj(txt_joint))
         img_mlp = self.img_mlp(modulate(img, img_mod2.shift, img_mod2.scale))
         txt_mlp = self.txt_mlp(modulate(txt, txt_mod2.shift, txt_mod2.scale))
         txt_mlp, img_mlp = at(site, "mlp", txt_mlp, img_mlp)
         img = torch.addcmul(img, img_mod2.gate, img_mlp)
-        txt = clip_fp16(torch.addcmul(txt, txt_mod2.gate, txt_mlp))
-        txt, img = at(site, "residual", txt, img)
-        return img, txt
+        return img, clip_fp16(torch.addcmul(txt, txt_mod2.gate, txt_mlp))
 
 
 class SingleStreamBlock(nn.Module):
@@ -304,14 +258,21 @@ class SingleStreamBlock(nn.Module):
         tap: Tap | None = None,
         site: Site | None = None,
     ) -> Tensor:
-        (mod,) = self.modulations(vec) if isinstance(vec, Tensor) else vec
+        mods = self.modulations(vec) if isinstance(vec, Tensor) else vec
         (x,) = at(site, "input", x)
-        qkv, mlp = self.linear1(modulate(x, mod.shift, mod.scale))
+        qkv, mlp = self.project(x, mods)
         q, k, v = query_key_value((qkv,), (self.norm,), self.num_heads, tables)
         attn = rearrange(block_attention(q, k, v, tables[1], mask, tap, site), "B H L D -> B L (H D)")
         (mlp,) = at(site, "mlp", mlp)
-        x = clip_fp16(torch.addcmul(x, mod.gate, self.linear2(torch.cat((attn, mlp), dim=-1))))
-        return at(site, "residual", x)[0]
+        return at(site, "residual", self.update(x, attn, mlp, mods))[0]
+
+    def project(self, x: Tensor, mods: Modulations) -> tuple[Tensor, Tensor]:
+        """Return queries, keys and values `(B, L, 3·D)`, and the MLP after its GELU."""
+        return self.linear1(modulate(x, mods[0].shift, mods[0].scale))
+
+    def update(self, x: Tensor, attention: Tensor, mlp: Tensor, mods: Modulations) -> Tensor:
+        """Return the sequence after the block."""
+        return clip_fp16(torch.addcmul(x, mods[0].gate, self.linear2(torch.cat((attention, mlp), dim=-1))))
 
 
 class LastLayer(nn.Module):

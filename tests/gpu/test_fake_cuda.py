@@ -25,6 +25,7 @@ PROMPT = "a red cat holding a sign that says hello world"
 ARGUMENTS = {
     "ablate": {"what": "mlp", "to": "mean", "over": "image"},
     "band": {"pairs": [1, 4]},
+    "distance": {"factor": 0.9, "beyond": [8, 8]},
     "gain": {"factor": 2},
     "inject": {"source": 0, "what": ["keys", "values"], "tokens": "image"},
     "jitter": {"std": 1},
@@ -40,6 +41,7 @@ ARGUMENTS = {
     "text_line": {"axis": "index"},
     "theta": {"value": 5000},
     "warp": {"field": [[[0, 0], [1, 2]]]},
+    "windows": {"size": 2},
 }
 """The arguments of ops that need some, and more where another path is taken."""
 

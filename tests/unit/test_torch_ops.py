@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxlab
-from fluxlab.model.layers import linear
+from fluxlab.model.linear import linear
 from fluxlab.model.torch_ops import ONEDNN_DTYPES, TRIED_VERSIONS, fused_attention_with_lse, lerp_, onednn_linear
 
 

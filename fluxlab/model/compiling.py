@@ -1,0 +1,49 @@
+"""Blocks compiled by `torch.compile`: what is before attention and what is after it, once for each kind of block.
+
+Attention itself, rotation and the tables stay as they are. So no program, mask, probe or edit of activations needs
+another compilation, and every block of a kind runs the same code with its own weights.
+"""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from shutil import which
+from types import MethodType
+
+import torch
+from torch import nn
+
+from fluxlab.errors import UserError
+
+REGIONS = ("project", "update")
+"""The methods of a block that are compiled. Neither sees rotary tables, masks, probes or sites."""
+
+
+def compile_blocks(model: nn.Module, on: bool = True, backend: str | Callable = "inductor") -> None:
+    """Let the blocks of a transformer run compiled, or as they are. Compilation happens in the first forwards.
+
+    Sizes are dynamic: another batch size, image size or text length compiles nothing, except that a batch of one and
+    larger ones are compiled separately. Results differ from those of uncompiled blocks in their last bits. backend: of
+    `torch.compile`. Raises `UserError` if there is no compiler for the device of the model.
+    """
+    if on and backend == "inductor":
+        _check_compiler(next(model.parameters()).device.type)
+    for block in (*model.double_blocks, *model.single_blocks):
+        for name in REGIONS:
+            if on:
+                setattr(block, name, MethodType(_compiled(getattr(type(block), name), backend), block))
+            else:
+                block.__dict__.pop(name, None)
+
+
+@cache
+def _compiled(region: Callable, backend: str | Callable) -> Callable:
+    return torch.compile(region, dynamic=True, fullgraph=True, backend=backend)
+
+
+def _check_compiler(device: str) -> None:
+    if device == "cuda" and find_spec("triton") is None:
+        raise UserError("compile=true needs triton on a GPU: install it, or leave compile out")
+    if device == "cpu" and not any(which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++", "cl")):
+        raise UserError("compile=true needs a C++ compiler on a CPU: install g++ or clang++, or leave compile out")
