@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.errors import UserError
-from fluxlab.gradients import Prepared, Score, checkpointed, compiled, prepare, stepping
+from fluxlab.gradients import Prepared, Score, checkpointed, compiled, frozen, prepare, stepping
 from fluxlab.model.rope import frequencies
 from fluxlab.model.sites import OF_HEADS, SITES, Site
 from fluxlab.positions import Program
@@ -101,22 +101,6 @@ def _coords(sigmas: Sequence[float], double: int, blocks: int) -> dict[str, Any]
         "block": (("block",), list(range(blocks))),
         "stream": (("block",), ["double" if n < double else "single" for n in range(blocks)]),
     }
-
-
-class frozen:
-    """Keep the weights of a pipeline from receiving gradients for the time of a block."""
-
-    def __init__(self, pipe: "Pipeline"):
-        modules = (pipe.transformer, pipe.autoencoder)
-        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *error: object) -> None:
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
 
 
 class _Dial(Site):

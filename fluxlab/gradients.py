@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from fluxlab import batching, sampling
 from fluxlab.errors import UserError
 from fluxlab.families import FLUX1
-from fluxlab.model import Rotary
 from fluxlab.model.attention import Attended, Tap, score_factors
 from fluxlab.model.sites import Site
 from fluxlab.positions import Compiled, Context, Program, compile_programs
@@ -34,7 +33,10 @@ Step = Callable[[int, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What the velocity of a batch depends on besides its programs. noise: `(B, N, C)`. context: that of programs."""
+    """What the velocity of a batch depends on besides its programs. noise: `(B, N, C)`. context: that of programs.
+
+    keep: keep the activations of every step for the backward pass instead of computing them again.
+    """
 
     pipe: "Pipeline"
     txt: Tensor
@@ -42,6 +44,7 @@ class Prepared:
     guidance: Tensor | None
     noise: Tensor
     context: Context
+    keep: bool = False
 
     @property
     def sigmas(self) -> Sequence[float]:
@@ -52,9 +55,16 @@ class Prepared:
 
 
 def prepare(
-    pipe: "Pipeline", prompts: Sequence[str], seeds: Sequence[int], settings: Sampling | None = None
+    pipe: "Pipeline",
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Sampling | None = None,
+    keep: bool = False,
 ) -> Prepared:
-    """Encode the prompts and draw the noise of a batch. Raises UserError as `Pipeline.sample` does."""
+    """Encode the prompts and draw the noise of a batch. keep: as in `Prepared`.
+
+    Raises UserError as `Pipeline.sample` does.
+    """
     if pipe.family is not FLUX1:
         raise UserError(f"gradients are computed through FLUX.1 only, and this model is {pipe.family.title}")
     settings = pipe.resolve(settings or Sampling())
@@ -71,7 +81,7 @@ def prepare(
     noise = batching.start(seeds, None, len(prompts), channels, (rows, cols), pipe.dtype).to(pipe.device, exact)
     context = pipe.context(prompts, length, (rows, cols), pipe.schedule.times(settings.steps, rows * cols))
     context = replace(context, ids=context.ids.to(pipe.device))  # arguments with gradients are there, too
-    return Prepared(pipe, txt, y, guidance, noise, context)
+    return Prepared(pipe, txt, y, guidance, noise, context, keep)
 
 
 def compiled(prepared: Prepared, programs: Program | Sequence[Program]) -> Compiled:
@@ -102,6 +112,22 @@ def checkpointed(pipe: "Pipeline") -> Iterator[None]:
             del block.forward
 
 
+class frozen:
+    """Keep the weights of a pipeline from receiving gradients for the time of a block."""
+
+    def __init__(self, pipe: "Pipeline"):
+        modules = (pipe.transformer, pipe.autoencoder)
+        self.parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def __enter__(self) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *error: object) -> None:
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+
+
 def stepping(
     prepared: Prepared,
     programs: Compiled,
@@ -116,25 +142,37 @@ def stepping(
     score that its pair of channels contributes. sites, taps: those of a step.
     """
     model = prepared.pipe.transformer
+    # made here and not in a step: steps are checkpointed, and what is computed again must read the same tables
+    placements = None if programs.sees_latents else [programs.at(t) for t in prepared.sigmas[:-1]]
 
     def velocity(step: int, x: Tensor) -> Tensor:
-        placement = programs.at(
-            prepared.sigmas[step], latents=x.detach()
-        )  # edits that see latents are constants of them
-        rotary, blocks = placement.rotary, prepared.context.blocks
+        placement, chosen = placements and placements[step], sites and sites(step)
+        if placement is None:  # edits that see latents are constants of them
+            placement = programs.at(prepared.sigmas[step], latents=x.detach())
         if gains is not None:
-            pairs = [(rotary, rotary)] * blocks if isinstance(rotary, Rotary) else rotary
-            rotary = [(_scaled(pair[0], gains[step, n]), pair[1]) for n, pair in enumerate(pairs)]
-        extra = {"sites": sites and sites(step), "taps": taps and taps(step)}
+            assert chosen is None, "gains and sites both act at the sites of a block"
+            chosen = [_Gain(gain) for gain in gains[step]]
+        extra = {"sites": chosen, "taps": taps and taps(step)}
         args = (x.to(prepared.pipe.dtype), None, prepared.txt, None, prepared.times(step), prepared.y)
-        v = model(*args, prepared.guidance, rotary=rotary, mask=placement.mask, **extra)
+        v = model(*args, prepared.guidance, rotary=placement.rotary, mask=placement.mask, **extra)
         return v.to(x.dtype)
 
     return velocity
 
 
-def _scaled(table: Rotary, gain: Tensor) -> Rotary:
-    return Rotary(*(part * gain[None, :, None].to(part.dtype) for part in table))
+class _Gain(Site):
+    """Multiplies each pair of channels of the rotated queries by a factor `(H, d/2)`.
+
+    That equals a factor of the queries' table. Done in the block, it needs no table of its own for each block.
+    """
+
+    def __init__(self, gain: Tensor):
+        self.gain = gain
+
+    def __call__(self, name: str, x: Tensor) -> Tensor:
+        if name != "queries":
+            return x
+        return x * self.gain[:, None].repeat_interleave(2, -1).to(x.dtype)
 
 
 # ---- scores: functions of a batch and its velocity that return one number per sample
@@ -146,11 +184,18 @@ Score = Callable[[Prepared, Make], Tensor]
 """Returns a number per sample, `(B,)`."""
 
 
+def _again(prepared: Prepared, velocity: Step, step: int, x: Tensor) -> Tensor:
+    """Return the velocity of a step, whose activations are computed again for gradients unless they are kept."""
+    if prepared.keep or not torch.is_grad_enabled():
+        return velocity(step, x)
+    return checkpoint(velocity, step, x, use_reentrant=False)
+
+
 def sampled(prepared: Prepared, velocity: Step) -> Tensor:
     """Return the latents of the images. Each step keeps its latents only; the rest is computed again for gradients."""
     x = prepared.noise
     for step, (t, t_next) in enumerate(zip(prepared.sigmas, prepared.sigmas[1:], strict=False)):
-        v = checkpoint(velocity, step, x, use_reentrant=False) if torch.is_grad_enabled() else velocity(step, x)
+        v = _again(prepared, velocity, step, x)
         x = x + (t_next - t) * v
     return x
 
@@ -174,7 +219,7 @@ def denoising(pictures: Tensor) -> Score:
         velocity, total = make(), torch.zeros_like(prepared.noise[:, 0, 0])
         for step, t in enumerate(prepared.sigmas[:-1]):
             x = (1 - t) * pictures + t * prepared.noise
-            error = checkpoint(velocity, step, x, use_reentrant=False) - (prepared.noise - pictures)
+            error = _again(prepared, velocity, step, x) - (prepared.noise - pictures)
             total = total - error.square().mean((1, 2))
         return total / (len(prepared.sigmas) - 1)
 

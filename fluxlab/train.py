@@ -1,8 +1,6 @@
 """`python -m fluxlab.train +train=<name> [overrides]`: train an embedded model, or resume a training run."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fluxlab.compose import compose, guarded
@@ -34,6 +32,7 @@ def run(recipe: Recipe, arguments: list[str]) -> None:
 
     from fluxlab.training.export import export, facts
     from fluxlab.training.stages import train
+    from fluxlab.training.state import locked
 
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -46,23 +45,6 @@ def run(recipe: Recipe, arguments: list[str]) -> None:
         training = facts(recipe, folder, arguments)
         made = export(pipe, Path(recipe.export) if recipe.export else folder / "pipeline", training)
     print(f"{made}: a Diffusers folder; python -m fluxlab.run +exp=hello model=local model.path={made}")
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder. Raises UserError if another training process holds it."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"out={folder}: another process is training in this folder; wait for it or set out=") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _usage() -> str:

@@ -11,7 +11,13 @@ def short(text: str) -> str:
     return "\n".join([line for line in text.splitlines() if line.strip()][:3])
 
 
+OF_LEARN = ("objective", "updates", "starts", "rate", "held_out", "variant", "batch", "memory_gb")
+"""Keys of `python -m fluxlab.learn` that a run does not have."""
+
+
 def unknown_key(key: str, known: Sequence[str]) -> str:
+    if key in OF_LEARN:
+        return f"{key}: a key of python -m fluxlab.learn, which this command does not have"
     hint = nearest(key, known)
     return f"{key}: there is no such key{hint or '; known: ' + ', '.join(known)}"
 
@@ -44,6 +50,9 @@ def explain(
     full_key = full_key or getattr(error, "full_key", None) or ""
     refused = re.match(r"Could not (?:override|delete from config\.) '(\S+)'", lines[0])
     where = f"{composing[1]}: " if composing else ""
+    of_learn = re.search(r"Could not override '(\w+)'", lines[0])
+    if of_learn and of_learn[1] in OF_LEARN:
+        return where + unknown_key(of_learn[1], known)
     if refused or re.match(r"Key '.*' (is )?not in ", lines[0]):
         key = refused[1] if refused else full_key
         return where + _unknown_path(key, full_key or key, known, keys_below, prepared)

@@ -223,7 +223,10 @@ def blocked(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tenso
         edit = edits[n]
         forbidden = call(edit)
         check_type(edit, forbidden, bias.shape, torch.bool)
-        weight = math.log1p(-strength) if strength < 1 else -math.inf  # in fp64: see docs/numerics.md, "Processors"
+        if isinstance(strength, Tensor):  # below 1: `learn` sees to it
+            weight = torch.log1p(-strength).to(bias)
+        else:
+            weight = math.log1p(-strength) if strength < 1 else -math.inf  # fp64: see docs/numerics.md, "Processors"
         bias = torch.where(forbidden, bias + weight, bias)
         if torch.isneginf(bias).all(1).any():
             raise UserError(f"{edit.path}: leaves some tokens nothing to attend to, expected at least one key each")

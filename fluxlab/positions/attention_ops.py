@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.positions.registry import op
+from fluxlab.positions.tensors import as_tensor
 from fluxlab.select.arguments import choice, flag, positive
 from fluxlab.select.layout import Scope
 from fluxlab.select.tokens import parse_tokens
@@ -31,7 +32,7 @@ def temperature(scales: Tensor, scope: Scope, factor: float) -> Tensor:
     With `side: keys` the scores of the selected keys, for the queries of `seen_by`. TACA (arXiv 2506.07986) multiplies
     the scores of image queries with text keys by 1.2. scales: `(n,)`.
     """
-    return torch.full_like(scales, factor)
+    return as_tensor(factor, scales).expand_as(scales)
 
 
 @op("drop", acts_on="rotation")

@@ -13,6 +13,7 @@ from torch import Tensor
 from fluxlab.errors import UserError
 from fluxlab.positions.ops import PerAxis
 from fluxlab.positions.registry import op
+from fluxlab.positions.tensors import as_tensor
 from fluxlab.positions.waves import Spectrum, Waves
 from fluxlab.select import arguments as types
 from fluxlab.select.where import parse_pairs
@@ -154,7 +155,7 @@ def riflex(
     extent. `repeats` is the length at which content repeats, by default the trained extent; `pair` gives k instead.
     arXiv 2502.15894; UltraImage (arXiv 2512.04504) has pair 9, share 0.85, length 225.
     """
-    at = spectrum.extent if length is None else torch.full_like(spectrum.extent, length)
+    at = spectrum.extent if length is None else as_tensor(length, spectrum.extent).expand_as(spectrum.extent)
     acts = spectrum.chosen & ((spectrum.extent > spectrum.trained) if length is None else True)
     chosen = torch.zeros_like(spectrum.chosen)
     for axis in spectrum.axis.unique().tolist():

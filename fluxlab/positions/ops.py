@@ -16,6 +16,7 @@ from torch import Tensor
 from fluxlab.errors import UserError
 from fluxlab.positions.registry import op
 from fluxlab.positions.targets import parse_field, parse_target, spread_over
+from fluxlab.positions.tensors import as_tensor, has_tensor
 from fluxlab.select import arguments as types
 from fluxlab.select.layout import IMAGE, TEXT, Scope
 
@@ -35,13 +36,14 @@ def axis_values(value: PerAxis, ids: Tensor, otherwise: float | Tensor = 0.0) ->
     """Return an argument per axis as `(A,)` in the dtype of ids. Axes that it leaves out are set to `otherwise`."""
     if isinstance(value, Tensor):
         return value.to(ids)
-    numbers = types.across(types.per_axis(value, "argument"), ids.shape[-1])
+    numbers = types.across(value if has_tensor(value) else types.per_axis(value, "argument"), ids.shape[-1])
     if isinstance(otherwise, Tensor):  # `(n, A)`: an axis that is left out keeps its positions
         filled = [
-            otherwise[..., a] if x is None else torch.full_like(otherwise[..., a], x) for a, x in enumerate(numbers)
+            otherwise[..., a] if x is None else as_tensor(x, ids).expand_as(otherwise[..., a])
+            for a, x in enumerate(numbers)
         ]
         return torch.stack(filled, -1)
-    return torch.tensor([otherwise if x is None else x for x in numbers], dtype=ids.dtype, device=ids.device)
+    return as_tensor([otherwise if x is None else x for x in numbers], ids)
 
 
 def origin_of(origin: Origin, ids: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def relocate(ids: Tensor, scope: Scope, to: Sequence | Mapping, spread: str | No
     right, or along the line), grid (evenly over the area; a rectangle of tokens keeps its arrangement). The default is
     point for a point, line for a line, else grid. A point may give the index too.
     """
-    return spread_over(ids, scope, parse_target(to, "to"), spread)
+    return spread_over(ids, scope, to if has_tensor(to) else parse_target(to, "to"), spread)
 
 
 @op("shuffle", {"seed": types.seed})
@@ -139,7 +141,7 @@ def warp(ids: Tensor, scope: Scope, field: Sequence | Tensor) -> Tensor:
     field: `(h, w, 2)` displacements (row, col) in tokens. Its corners lie on the corner tokens of the image, whatever h
     and w. It is bilinear between its points and constant outside the image.
     """
-    field = torch.as_tensor(field, dtype=ids.dtype, device=ids.device).permute(2, 0, 1)[None]
+    field = as_tensor(field, ids).permute(2, 0, 1)[None]
     rows, cols = (max(n - 1, 1) for n in scope.layout.grid)
     at = torch.stack((2 * ids[:, COL] / cols - 1, 2 * ids[:, ROW] / rows - 1), -1)[None, None]
     moved = F.grid_sample(field, at, mode="bilinear", padding_mode="border", align_corners=True)[0, :, 0]

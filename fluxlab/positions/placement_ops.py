@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fluxlab.errors import UserError
 from fluxlab.positions.registry import op
+from fluxlab.positions.tensors import as_tensor
 from fluxlab.select import arguments as types
 from fluxlab.select.layout import REFERENCE, Layout, Scope
 
@@ -42,7 +43,7 @@ def place(
     )
     placed = ids[:, 1:3] * factors + origins
     placed = placed if scale == 1 else placed * scale + (scale - 1) / 2
-    first = ids[:, :1] if index is None else torch.full_like(ids[:, :1], index)
+    first = ids[:, :1] if index is None else as_tensor(index, ids).expand_as(ids[:, :1])
     return torch.cat((first, placed, ids[:, 3:]), -1)
 
 

@@ -69,11 +69,21 @@ class Op:
             if given.get(name) is None:
                 others = ", ".join(self.types)
                 raise UserError(f"{join(path, name)}: missing, {self.name} needs it (arguments: {others})")
+        for name, value in given.items():
+            if _has_learn(value):
+                raise UserError(f"{join(path, name)}: learn, expected a number; python -m fluxlab.learn finds one")
         with bugs_named(f"in argument types of op {self.name} ({self.source}), edit {path}"):
             return {
                 name: parse(given[name], join(path, name)) if given.get(name) is not None else self.defaults.get(name)
                 for name, parse in self.types.items()
             }
+
+
+def _has_learn(value: Any) -> bool:
+    """Return whether an argument, or a part of it, is to be learned."""
+    if isinstance(value, Mapping):
+        return "learn" in value or any(map(_has_learn, value.values()))
+    return isinstance(value, list) and any(map(_has_learn, value))
 
 
 OPS: dict[str, Op] = {}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.errors import UserError, join, unknown_key, wrong
+from fluxlab.positions.tensors import as_tensor
 from fluxlab.select.arguments import UNITS, box, choice, is_list, number, per_axis, plain
 from fluxlab.select.layout import Layout, Scope
 from fluxlab.select.masks import parse_mask
@@ -72,10 +73,10 @@ def spread_over(ids: Tensor, scope: Scope, to: dict, spread: str | None) -> Tens
     spread = spread or {"point": "point", "line": "line"}.get(shape, "grid")
     if shape == "point":
         point = _position(value[1:3], unit, layout)
-        head = ids[:, :1] if value[0] is None else torch.full_like(ids[:, :1], value[0])
+        head = ids[:, :1] if value[0] is None else as_tensor(value[0], ids).expand_as(ids[:, :1])
         if spread != "point":
             raise wrong("spread", spread, "point, since a point has no extent")
-        rest = [ids[:, 1 + i] if x is None else torch.full_like(ids[:, 1 + i], x) for i, x in enumerate(point)]
+        rest = [ids[:, 1 + i] if x is None else as_tensor(x, ids).expand_as(ids[:, 1 + i]) for i, x in enumerate(point)]
         return torch.cat((head, torch.stack(rest, -1), ids[:, 3:]), -1)
     if shape == "line":
         ends = [_position(end, unit, layout) for end in value]
@@ -86,7 +87,7 @@ def spread_over(ids: Tensor, scope: Scope, to: dict, spread: str | None) -> Tens
         positions = _in_box(box_in_tokens(value, unit, layout, "to.box"), spread, n, scope.rectangle())
     else:
         positions = _in_mask(mask_on_grid(value, unit, layout, "to.mask"), spread, n)
-    positions = torch.tensor(positions, dtype=ids.dtype, device=ids.device).expand(n, 2)
+    positions = as_tensor(positions, ids).expand(n, 2)
     return torch.cat((ids[:, :1], positions, ids[:, 3:]), -1)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.model.rope import frequencies
+from fluxlab.positions.tensors import as_tensor, has_tensor
 from fluxlab.select.arguments import across, per_axis
 from fluxlab.select.layout import IMAGE, Context
 
@@ -69,8 +70,10 @@ class Spectrum:
         """Return an argument per axis as one value for each pair. Axes that it leaves out are set to `otherwise`."""
         count = int(self.axis.max()) + 1
         if not isinstance(value, Tensor):
-            numbers = across(per_axis(value, "argument"), count)
-            value = torch.tensor([otherwise if x is None else x for x in numbers])
+            learned = has_tensor(value)
+            numbers = across(value if learned else per_axis(value, "argument"), count)
+            numbers = [otherwise if x is None else x for x in numbers]
+            value = as_tensor(numbers, self.base) if learned else torch.tensor(numbers)
         return value.to(self.base).expand(count)[self.axis]
 
 

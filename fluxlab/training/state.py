@@ -5,6 +5,8 @@ Random draws are functions of (seed, step), so that tensors and the step suffice
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -75,3 +77,20 @@ def load_optimizers(optimizers: list[torch.optim.Optimizer], tensors: dict[str, 
             if kind == "opt" and int(which) == i:
                 whole["state"].setdefault(int(rest[0]), {})[rest[1]] = value
         optimizer.load_state_dict(whole)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder. Raises UserError if another training process holds it."""
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"out={folder}: another process uses this folder; wait for it or set out=") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -9,7 +9,11 @@ from PIL import Image
 from fluxlab import run as command_line
 from fluxlab.experiment.reading import read_store
 
-NAMES = sorted(file.stem for file in (Path(__file__).parents[2] / "configs" / "exp").glob("*.yaml"))
+NAMES = sorted(
+    file.stem
+    for file in (Path(__file__).parents[2] / "configs" / "exp").glob("*.yaml")
+    if not file.stem.startswith("learn_")
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

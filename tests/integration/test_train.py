@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import fluxlab
 from fluxlab.checkpoints import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest
-from fluxlab.train import locked, main
+from fluxlab.train import main
+from fluxlab.training.state import locked
 
 SHIPPED = Path(fluxlab.__file__).parent / "assets" / "tiny"
 MICRO = [
@@ -80,7 +81,7 @@ def test_a_run_leaves_no_pickle_and_a_manifest(undisturbed):
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path, capsys):
     with locked(tmp_path):
         assert main([*MICRO, f"out={tmp_path}", "steps=2"]) == 2
-    assert f"out={tmp_path}: another process is training in this folder" in capsys.readouterr().err
+    assert f"out={tmp_path}: another process uses this folder" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.safetensors"))
 
 

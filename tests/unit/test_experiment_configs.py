@@ -18,7 +18,7 @@ from fluxlab.positions import Compiled, Context, Layout, Program, Prompt, compil
 from fluxlab.positions.waves import unchanged
 from fluxlab.run import RunConfig
 
-NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml"))
+NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml") if not file.stem.startswith("learn_"))
 PRESETS = [
     "extrapolate",
     "extrapolate_2x",
