@@ -8,7 +8,7 @@ import torch
 
 import fluxlab
 from fluxlab import learn, run
-from fluxlab.learning import fit as fitting
+from fluxlab.learning.fit import Problem
 
 PROMPTS = (
     "a red fox on the left holding a sign that says open",
@@ -58,7 +58,7 @@ SHARPEST = [
 def test_a_stopped_search_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert learn.main([*SHARPEST, f"out={whole}"]) == 0
-    gradient = fitting.Problem.gradient
+    gradient = Problem.gradient
     for after in (0, 2):  # in the first ascent, and in the middle of it
         calls = []
 
@@ -68,12 +68,12 @@ def test_a_stopped_search_goes_on_to_the_same_bits(tmp_path, monkeypatch, capsys
                 raise KeyboardInterrupt
             return gradient(self, values)
 
-        monkeypatch.setattr(fitting.Problem, "gradient", interrupted)
+        monkeypatch.setattr(Problem, "gradient", interrupted)
         assert learn.main([*SHARPEST, f"out={stopped}"]) == 130
         assert "the same command continues from the last update" in capsys.readouterr().err
         assert len((stopped / "curve.csv").read_text().splitlines()) == 1 + 2 + after
         assert not (stopped / "result.json").exists()
-    monkeypatch.setattr(fitting.Problem, "gradient", gradient)
+    monkeypatch.setattr(Problem, "gradient", gradient)
     assert learn.main([*SHARPEST, f"out={stopped}"]) == 0
     for name in ("curve.csv", "curve.png", "cells.csv", "scores.csv", "result.json"):
         assert (whole / name).read_bytes() == (stopped / name).read_bytes(), name
@@ -99,7 +99,7 @@ def test_the_result_is_an_experiment(tmp_path, capsys):
 
 def test_scores_that_are_not_finite_stop_the_search(tmp_path, monkeypatch, capsys):
     bad = lambda self, values: (float("nan"), torch.zeros(1, dtype=torch.float64))  # noqa: E731
-    monkeypatch.setattr(fitting.Problem, "gradient", bad)
+    monkeypatch.setattr(Problem, "gradient", bad)
     assert learn.main([*SHARPEST, f"out={tmp_path}"]) == 1
     assert "the score at a.factor" in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
