@@ -94,7 +94,7 @@ def test_the_result_is_an_experiment(tmp_path, capsys):
     assert edit["factor"] == pytest.approx(value)
     cells = {(r["variant"], int(r["seed"])): float(r["score"]) for r in csv.DictReader((out / "cells.csv").open())}
     for row in found.metrics:  # the score is the metric of the same name
-        assert cells[row["variant"], row["seed"]] == pytest.approx(row["sharpness"], rel=0.02)
+        assert cells[row["variant"], row["seed"]] == pytest.approx(row["sharpness"], rel=0.05)  # of 8 bits
 
 
 def test_scores_that_are_not_finite_stop_the_search(tmp_path, monkeypatch, capsys):
