@@ -222,14 +222,17 @@ def _moments(samples: Sequence[np.ndarray]) -> list[tuple[float, float, float]]:
 
 def _bounds(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the low and high ends of the bootstrap's intervals for the means of the rows of (k, n) samples."""
-    rng, n = np.random.default_rng(0), samples.shape[1]
-    batch = max(1, 200_000 // n)  # about 30 MB at a time
-    # the percentile method; bca fails on nearly constant samples, which right-or-wrong metrics have. Written here with
-    # the draws of scipy.stats.bootstrap, because the import of scipy.stats takes longer than many a run's measurements
-    means = [
-        samples[:, rng.integers(0, n, (min(batch, RESAMPLES - start), n))].mean(-1)
-        for start in range(0, RESAMPLES, batch)
-    ]
-    tail = 100 * (1 - _CONFIDENCE) / 2
-    low, high = np.percentile(np.concatenate(means, axis=1), (tail, 100 - tail), axis=1)
-    return low, high
+    from scipy.stats import bootstrap
+
+    interval = bootstrap(
+        (samples,),
+        np.mean,
+        axis=1,
+        n_resamples=RESAMPLES,
+        batch=max(1, 200_000 // samples.shape[1]),  # about 30 MB at a time
+        vectorized=True,
+        confidence_level=_CONFIDENCE,
+        method="percentile",  # bca fails on nearly constant samples, which right-or-wrong metrics have
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return interval.low, interval.high

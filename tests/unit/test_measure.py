@@ -964,25 +964,3 @@ def test_table_of_chosen_columns():
     assert sum("─" in line for line in lines) == 3  # no rule without controls
     with pytest.raises(ValueError, match="metrics: no 'ssim' in the summary"):
         table(summary, metrics=["ssim"])
-
-
-@pytest.mark.parametrize(("variants", "cells"), [(3, 2), (2, 7), (1, 300)])
-def test_intervals_are_those_of_scipy(variants, cells):
-    from scipy.stats import bootstrap
-
-    from fluxlab.measure import summary
-
-    samples = np.random.default_rng(1).normal(size=(variants, cells))
-    theirs = bootstrap(
-        (samples,),
-        np.mean,
-        axis=1,
-        n_resamples=summary.RESAMPLES,
-        batch=max(1, 200_000 // cells),
-        confidence_level=0.95,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    low, high = summary._bounds(samples)
-    assert np.allclose(low, theirs.low, rtol=1e-12)
-    assert np.allclose(high, theirs.high, rtol=1e-12)
