@@ -1,6 +1,6 @@
 """Time one forward pass of the transformer against Diffusers: same weights, same process, alternating.
 
-python benchmarks/forward.py [--quick] [--device cuda] [--json FILE]
+python benchmarks/forward.py [--family flux2] [--quick] [--device cuda] [--json FILE]
 
 Prints the median times, the median ratio fluxlab / Diffusers (of neighbouring runs, so that other work on the machine
 affects both), and the share of the machine's matmul rate, which is measured in the same process. It takes about 12
@@ -21,25 +21,31 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.checkpoints import save_transformer
-from fluxlab.model import Flux, FluxParams
+from fluxlab.families import family_of
+from fluxlab.model import Flux, Flux2, Flux2Params, FluxParams
 
 SMALL = FluxParams(64, 64, 768, 512, 192, 4.0, 3, 2, 4, (16, 24, 24), 10000, True, True)
 LARGE = replace(SMALL, hidden_size=1024, num_heads=8, axes_dim=(16, 56, 56))
-SIZES = {"small": (SMALL, 16, 16), "large": (LARGE, 128, 32)}  # sizes, text tokens, side of the image in tokens
+SMALL2 = Flux2Params(128, 128, 768, 192, 3.0, 3, 2, 4, (16, 16, 16, 16), 2000, True)
+LARGE2 = replace(SMALL2, hidden_size=1024, num_heads=8, axes_dim=(32, 32, 32, 32))
+FAMILIES = {"flux1": (SMALL, LARGE), "flux2": (SMALL2, LARGE2)}
+SHAPES = {"small": (16, 16), "large": (128, 32)}  # text tokens, side of the image in tokens
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AIMS = {"fp32": 0.9, "bf16": 0.75}
 AGREE = {"fp32": 1e-4, "bf16": 0.1}  # largest difference over the output's spread
 
 
-def pair_of_models(params: FluxParams, dtype: torch.dtype, device: str) -> tuple[nn.Module, nn.Module]:
+def pair_of_models(params: FluxParams | Flux2Params, dtype: torch.dtype, device: str) -> tuple[nn.Module, nn.Module]:
     """Return a random fluxlab model and a Diffusers model with the same weights."""
-    from diffusers import FluxTransformer2DModel
+    from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 
     torch.manual_seed(0)
-    flux = Flux(params).eval()
+    flux2 = isinstance(params, Flux2Params)
+    flux = (Flux2 if flux2 else Flux)(params).eval()
+    reference = Flux2Transformer2DModel if flux2 else FluxTransformer2DModel
     with tempfile.TemporaryDirectory() as folder:
         save_transformer(flux, folder, layout="diffusers")
-        theirs = FluxTransformer2DModel.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False).eval()
+        theirs = reference.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False).eval()
     return flux.to(device, dtype), theirs.to(device)
 
 
@@ -49,25 +55,25 @@ def calls(
     """Return both forward passes on the same inputs. Time and guidance are exact in bf16, which Diffusers rounds to."""
     g = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(batch, *shape, generator=g).to(device, dtype)  # noqa: E731
-    img, txt, y = draw(side * side, params.in_channels), draw(text, params.context_in_dim), draw(params.vec_in_dim)
-    rows, columns = torch.meshgrid(torch.arange(float(side)), torch.arange(float(side)), indexing="ij")
-    img_ids = torch.stack((torch.zeros_like(rows), rows, columns), dim=-1).reshape(-1, 3).to(device)
-    txt_ids = torch.zeros(text, 3, device=device)
+    img, txt, family = draw(side * side, params.in_channels), draw(text, params.context_in_dim), family_of(params)
+    pooled = [draw(params.vec_in_dim)] if isinstance(params, FluxParams) else []
+    img_ids, txt_ids = family.image_ids(side, side, 0).to(device), family.text_ids(text).to(device)
     t, guidance = torch.full((batch,), 0.5, device=device), torch.full((batch,), 4.0, device=device)
 
     def ours() -> Tensor:
-        return flux(img, img_ids[None], txt, txt_ids[None], t, y, guidance)
+        return flux(img, img_ids[None], txt, txt_ids[None], t, *pooled, guidance)
 
     def reference() -> Tensor:
-        return theirs(img, txt, y, t, img_ids, txt_ids, guidance, return_dict=False)[0]
+        return theirs(img, txt, *pooled, t, img_ids, txt_ids, guidance, return_dict=False)[0]
 
     return ours, reference
 
 
-def flops(params: FluxParams, text: int, side: int, batch: int) -> float:
+def flops(params: FluxParams | Flux2Params, text: int, side: int, batch: int) -> float:
     """Return the floating-point operations of the matrix products over tokens: linear layers and attention."""
     tokens, image, width = text + side * side, side * side, params.hidden_size
-    block = 4 + 2 * params.mlp_ratio  # q, k, v, output and MLP, in units of width²; the same in both kinds of block
+    products = 3 if isinstance(params, Flux2Params) else 2  # of the MLP
+    block = 4 + products * params.mlp_ratio  # q, k, v, output and MLP, in units of width²; equal in both kinds of block
     depth = params.depth + params.depth_single_blocks
     ends = image * (params.in_channels + params.out_channels) + text * params.context_in_dim
     return batch * (2 * tokens * block * depth * width**2 + 2 * ends * width + 4 * tokens**2 * width * depth)
@@ -103,13 +109,18 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
 
 
 def measure(
-    batches: dict[str, Sequence[int]], modes: Sequence[str], dtypes: Sequence[str], device: str, seconds: float
+    family: str,
+    batches: dict[str, Sequence[int]],
+    modes: Sequence[str],
+    dtypes: Sequence[str],
+    device: str,
+    seconds: float,
 ) -> list[dict]:
     """Measure every case. Print and return one row per case."""
     print(f"{'case':26} {'fluxlab':>11} {'Diffusers':>11} {'ratio':>6} {'aim':>5}  {'of matmul':>9} {'pairs':>5}")
     rows = []
     for size, dtype in product(batches, dtypes):
-        params, text, side = SIZES[size]
+        params, (text, side) = FAMILIES[family][list(SHAPES).index(size)], SHAPES[size]
         flux, theirs = pair_of_models(params, DTYPES[dtype], device)
         rate = matmul_rate(DTYPES[dtype], device)
         for mode, batch in product(modes, batches[size]):
@@ -122,7 +133,7 @@ def measure(
                 raise SystemExit(f"{size} {dtype} {mode} batch {batch}: outputs differ by {error:.1e} of their spread")
             time_a, time_b, ratio, pairs = take_turns(ours, reference, device, seconds)
             share = flops(params, text, side, batch) / time_a / rate
-            row = {"size": size, "dtype": dtype, "mode": mode, "batch": batch, "device": device}
+            row = {"family": family, "size": size, "dtype": dtype, "mode": mode, "batch": batch, "device": device}
             row |= {"seconds": time_a, "diffusers_seconds": time_b, "ratio": ratio, "aim": AIMS[dtype]}
             row |= {"share_of_matmul": share, "matmul_flops": rate, "pairs": pairs, "error": error}
             rows.append(row)
@@ -138,7 +149,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="without batch 16 at the large size, and fewer runs")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--sizes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--family", default="flux1", choices=FAMILIES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled"], choices=["eager", "compiled"])
     parser.add_argument("--seconds", type=float, help="measuring time per case")
@@ -148,7 +160,7 @@ def main() -> None:
     batches = {size: (1,) if options.quick and size == "large" else (1, 16) for size in options.sizes}
     seconds = options.seconds or (2 if options.quick else 6)
     with torch.inference_mode():
-        rows = measure(batches, options.modes, options.dtypes, options.device, seconds)
+        rows = measure(options.family, batches, options.modes, options.dtypes, options.device, seconds)
     for dtype in options.dtypes:
         rates = [row["matmul_flops"] for row in rows if row["dtype"] == dtype]
         missed = [row for row in rows if row["dtype"] == dtype and row["ratio"] > row["aim"]]

@@ -6,6 +6,7 @@ import torch
 from fluxlab import checkpoints
 from fluxlab.model import AUTOENCODERS, TRANSFORMERS2, AutoEncoder2, Flux2
 from tests import tiny2
+from tests.unit.test_flux import unchecked  # noqa: F401 (a fixture)
 
 PUBLISHED = {"klein4b": 3_875_544_576, "klein9b": 9_078_581_248, "flux2dev": 32_223_281_152}
 
@@ -271,3 +272,12 @@ def test_a_file_without_one_tensor_is_refused(ours, autoencoder, tmp_path, part)
     load = checkpoints.load_transformer if part == "transformer" else checkpoints.load_autoencoder
     with pytest.raises(checkpoints.CheckpointError, match=f"1 missing \\({name}\\)"):
         load(tmp_path / "a.safetensors")
+
+
+@torch.inference_mode()
+def test_compiles_as_one_graph(ours, unchecked):  # noqa: F811
+    """Without breaks, and with the same values. The kernels of inductor are tried in `benchmarks/forward.py`."""
+    x = inputs(ours)
+    torch.compiler.reset()
+    assert gap(torch.compile(ours, fullgraph=True, backend="aot_eager")(**x), ours(**x)) <= 1e-5
+    torch.compiler.reset()
