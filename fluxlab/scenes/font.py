@@ -14,12 +14,12 @@ from fluxlab.errors import UserError
 GLYPH_HEIGHT, GLYPH_WIDTH = 7, 3
 CELL_HEIGHT, CELL_WIDTH = 8, 4
 
-# Capital forms for all letters except d: at this width, D differs from O by two pixels only.
+# At this width, some letters differ by two pixels only: D and O at the corners on the left.
 _ROWS = {
     "a": ".#. #.# #.# ### #.# #.# #.#",
     "b": "##. #.# #.# ##. #.# #.# ##.",
     "c": "### #.. #.. #.. #.. #.. ###",
-    "d": "..# ..# ### #.# #.# #.# ###",
+    "d": "##. #.# #.# #.# #.# #.# ##.",
     "e": "### #.. #.. ### #.. #.. ###",
     "f": "### #.. #.. ##. #.. #.. #..",
     "g": "### #.. #.. #.# #.# #.# ###",
