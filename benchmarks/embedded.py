@@ -31,11 +31,10 @@ from fluxlab.files import sha256_of
 from fluxlab.measure import METRICS, compare, describe, oracle_columns, summarise
 from fluxlab.pipeline import Pipeline
 from fluxlab.training.card import ATTRIBUTES, shown, write_card
+from fluxlab.training.export import WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-"""The file whose hash says which model the results belong to."""
 
 COLUMNS = {**{name: name for name in (*ATTRIBUTES, "letters", "ssim")}, "edges": "edge_energy", "size": "thing_size"}
 """The card's columns, and the metric that each shows."""

@@ -95,7 +95,7 @@ def _start(start: dict | None) -> str:
     made = (
         f", made by `{start['command']}` at commit `{start['commit']}`: {_stages(start)}" if "command" in start else ""
     )
-    return f"| continues | the model `{start['digest']}`{made} |\n"
+    return f"| continues | the weights `{start['weights']}`{made} |\n"
 
 
 def _guidance(stage: dict | None) -> str:

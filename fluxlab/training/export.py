@@ -11,11 +11,15 @@ from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.checkpoints.manifest import write_manifest
 from fluxlab.config import find_row
 from fluxlab.experiment.versions import commit
+from fluxlab.files import sha256_of
 from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
 from fluxlab.scenes import VOCABULARY
 from fluxlab.training.card import curve_points
 from fluxlab.training.recipe import Recipe
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+"""The file whose hash says which weights a folder has."""
 
 
 def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
@@ -41,11 +45,12 @@ def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
 
 
 def _start(name: str) -> dict:
-    """Return the facts about the model that a run continues: those of its own training, and its digest."""
+    """Return the facts about the model that a run continues: those of its own training, and the hash of its weights."""
     row = find_row(name)
     file = Path(row.path) / "training.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
-    return {"digest": fingerprint(row)[:12], **known}
+    weights = Path(row.path) / WEIGHTS
+    return {"weights": (sha256_of(weights) if weights.is_file() else fingerprint(row))[:12], **known}
 
 
 def export(pipe: Pipeline, folder: Path, training: dict) -> Path:

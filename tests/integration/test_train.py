@@ -114,7 +114,7 @@ def test_a_run_continues_another_model(undisturbed, tmp_path, capsys):
     assert (begun / file).read_bytes() == (tmp_path / "on" / "pipeline" / file).read_bytes()
     facts = json.loads((tmp_path / "on" / "pipeline" / "training.json").read_text())
     assert facts["start"]["steps"] == 8
-    assert len(facts["start"]["digest"]) == 12
+    assert len(facts["start"]["weights"]) == 12
     capsys.readouterr()
     assert main([*MICRO, f"start={begun}", f"out={tmp_path / 'wide'}", "hidden_size=128"]) == 2
     assert f"start={begun}: its networks are not those of the recipe" in capsys.readouterr().err
