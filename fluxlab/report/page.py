@@ -147,8 +147,12 @@ def _run(index: int, name: str, run: Run, embedded: dict[Path, Picture], program
     """Return what the template shows of one run; without `programs`, no position plots."""
     record, settings = run.record, run.record["settings"]
     prompts = list(dict.fromkeys(prompt for prompt, _ in run.places))
-    seeds = list(dict.fromkeys(seed for _, seed in run.places))
-    counts = ((len(run.variants), "variant"), (len(prompts), "prompt"), (len(seeds), "seed"))
+    request = record["request"]  # of all cells, also those on other pages
+    counts = (
+        (len(run.variants), "variant"),
+        (len(request["prompts"]), "prompt"),
+        (len(request["seeds"]), "seed"),
+    )
     return {
         "id": f"run-{index}",
         "name": name,
@@ -158,7 +162,7 @@ def _run(index: int, name: str, run: Run, embedded: dict[Path, Picture], program
             " × ".join(f"{n} {word}{'' if n == 1 else 's'}" for n, word in counts),
             f"{settings['width']} × {settings['height']} px",
             f"{settings['steps']} step{'' if settings['steps'] == 1 else 's'}",
-            f"model {record['request']['model']['name']}",
+            f"model {request['model']['name']}",
         ],
         "baseline": run.baseline,
         "prompts": [(prompt, sum(p == prompt for p, _ in run.places)) for prompt in prompts],

@@ -326,6 +326,7 @@ def test_a_large_run_is_divided_by_prompts(store, tmp_path, monkeypatch):
     first, second = dict.fromkeys(prompt for prompt, _ in run.places)
     assert {prompt for _, prompt, _ in found[0]} == {first}
     assert {prompt for _, prompt, _ in found[1]} == {second}
+    assert all("2 prompts × 2 seeds" in html for html in pages)  # of the whole run
     assert 'href="report-pages/0002.html"' in pages[0]
     assert 'href="../report.html"' in pages[1]
     assert [html.count("<img src") for html in pages] == [6 + 3, 6]  # three position plots on the first page
