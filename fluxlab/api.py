@@ -15,6 +15,7 @@ from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.reference_images import read_references
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
+from fluxlab.memory.request import Memory
 from fluxlab.positions import Program
 from fluxlab.probes import INDEX, Capture
 from fluxlab.settings import Sampling
@@ -112,6 +113,7 @@ def run_experiment(
     tracking: Mapping[str, Any] | None = None,
     engine: "Mapping[str, Any] | str" = "inline",
     cache: "str | PathLike[str] | None" = None,
+    memory: "Memory | Mapping[str, Any] | str | None" = None,
 ) -> Run:
     """Compute the images and tables that the run folder lacks, and return the finished run.
 
@@ -120,6 +122,7 @@ def run_experiment(
     measure: compute the metrics again. tracking: settings as in configs/tracking; None tracks nothing.
     engine: "inline", "ray", or settings as in configs/engine, such as {"name": "ray", "workers": 2}.
     cache: a folder for encoded prompts, or "none"; None means the user's own (see `fluxlab.cache`).
+    memory: "auto", "resident", "streamed", or {"mode": "auto", "limit_gb": 12} (`fluxlab.memory.Memory`).
 
     Raises UserError, before anything is computed, for what does not fit the model or the folder. If an image has NaN
     or infinite values, the other images are finished before NonFiniteError is raised; `read_run` reads the folder.
@@ -136,6 +139,7 @@ def run_experiment(
         tracking=tracking or {"name": "none"},
         engine={"name": engine} if isinstance(engine, str) else engine,
         cache=cache,
+        memory=memory,
     )
     filled.check()
     return read_store(folder)
@@ -162,6 +166,7 @@ def complete_store(
     shard: Shard | None = None,
     cache: "str | PathLike[str] | None" = None,
     verify: bool = False,
+    memory: "Memory | Mapping[str, Any] | str | None" = None,
 ) -> "Filled":
     """Complete the store at `out`: images, then tables, then the grid and the page. `command` is shown in the page.
 
@@ -176,7 +181,7 @@ def complete_store(
     from fluxlab.experiment.store import open_store
     from fluxlab.report.wandb import tracking as tracker
 
-    settings = tracker.checked(tracking)
+    settings, placed = tracker.checked(tracking), Memory.from_config(memory)
     with open_store(out, shard, verify) as store:
         sealed = (*products(), INDEX) if experiment.capture else products()
         finished = store.record.get("request") == experiment.request() and store.sealed(sealed)
@@ -184,7 +189,7 @@ def complete_store(
         models = {} if finished or shard else effects.load_models(experiment)
 
         def images(report: Callable[[int, int], None]) -> "Filled":
-            with engines.start(engine, cache) as started:
+            with engines.start(engine, cache, placed) as started:
                 options = {"batch_tokens": batch_tokens, "threads": threads, "command": command, "shard": shard}
                 return fill(experiment, store, started, report=report, **options)
 

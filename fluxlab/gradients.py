@@ -67,6 +67,8 @@ def prepare(
     """
     if pipe.family is not FLUX1:
         raise UserError(f"gradients are computed through FLUX.1 only, and this model is {pipe.family.title}")
+    if pipe.streaming is not None and not pipe.streaming.residency.mapped:
+        raise UserError("gradients need every block's weights in memory: load the model with memory='resident'")
     settings = pipe.resolve(settings or Sampling())
     if settings.true_cfg not in (None, 1):
         raise UserError(f"true_cfg={settings.true_cfg}: gradients go through one forward per step, leave it out")

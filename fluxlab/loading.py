@@ -11,16 +11,24 @@ from torch import nn
 from fluxlab import checkpoints, schedules
 from fluxlab.cache import open_cache
 from fluxlab.checkpoints.errors import CheckpointError
+from fluxlab.checkpoints.files import FLOAT8
 from fluxlab.checkpoints.manifest import verify_manifest
 from fluxlab.checkpoints.memory import default_device
 from fluxlab.checkpoints.networks import family_of as family_of_files
-from fluxlab.checkpoints.stored import Stored, local, on_meta, part_paths
+from fluxlab.checkpoints.stored import Stored, local, on_meta, part_paths, stored
 from fluxlab.checkpoints.text2 import load_language_tokenizer
 from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
 from fluxlab.conditioning import Texts, encoders_of
 from fluxlab.conditioning2 import language_model_of
 from fluxlab.config import Lora, ModelRow, find_row, with_loras
+from fluxlab.errors import UserError
 from fluxlab.families import family_of
+from fluxlab.memory import Memory, ModelSizes, Room, Workload, make_plan
+from fluxlab.memory.costs import text_activation_bytes
+from fluxlab.memory.load import load_ends
+from fluxlab.memory.pages import let_go
+from fluxlab.memory.sizes import model_sizes, open_row
+from fluxlab.memory.streaming import Streaming, room_of
 from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2, Flux2Params
 from fluxlab.model.text import TextEncoders
 from fluxlab.model.text2 import KINDS, LanguageModelText
@@ -46,6 +54,7 @@ def load_pipeline(
     schedule: Mapping[str, Any] | None = None,
     lora: "str | PathLike[str] | Lora | Mapping[str, Any] | Sequence[Any] | None" = None,
     cache: "str | PathLike[str] | None" = None,
+    memory: Memory | Mapping[str, Any] | str | None = None,
 ) -> Pipeline:
     """Load a model: a name under `configs/model`, a Diffusers folder, a single file, a folder of single files, or a
     hub id.
@@ -58,6 +67,7 @@ def load_pipeline(
     into the transformer: a path, {"path": …, "scale": 0.8}, or a list of these (`fluxlab.checkpoints.merge_loras`).
     cache: a folder for encoded prompts, or "none" (see `fluxlab.cache`). The text encoders are loaded for a prompt that
     it does not have.
+    memory: "auto", "resident", "streamed", or {"mode": "auto", "limit_gb": 12} (`fluxlab.memory.Memory`).
 
     Raises UserError for what is missing, damaged, of another model, or does not fit the device. docs/checkpoints.md
     lists what can be read.
@@ -67,7 +77,7 @@ def load_pipeline(
     settings = {key: str(value) for key, value in paths.items() if value is not None}
     if schedule is not None:
         settings["schedule"] = schedule
-    return load_row(with_loras(replace(row, **settings), lora), dtype, device, cache=cache)
+    return load_row(with_loras(replace(row, **settings), lora), dtype, device, cache=cache, memory=memory)
 
 
 def load_row(
@@ -77,6 +87,7 @@ def load_row(
     texts: Texts | None = None,
     *,
     cache: "str | PathLike[str] | None" = None,
+    memory: Memory | Mapping[str, Any] | str | None = None,
 ) -> Pipeline:
     """Load a row of `configs/model`, or one made from the command line. Arguments as for `load_pipeline`.
 
@@ -88,16 +99,64 @@ def load_row(
     paths = part_paths(row, found)
     open_text = language_model_of if family_of_files(found.path, row.variant) == "flux2" else encoders_of
     text = open_text(paths["text"], dtype, device, row.variant, row.tokenizers, open_cache(cache))
+    request, room = Memory.from_config(memory), room_of(device)
+    sizes = streamed_sizes(row, None, dtype, device, request, room)
+    if sizes:
+        text.room = text_limit(sizes, request, room, texts)
+        text.after_block = lambda module: let_go(module.parameters())
     if texts is not None:
         text.prepare(texts, row.max_sequence_length or TEXT_LENGTH)
     common = {"dtype": dtype, "device": device, "variant": row.variant}
-    transformer = checkpoints.load_transformer(found.path, **common)
-    checkpoints.merge_loras(transformer, row.lora)
+    streaming = None
+    if sizes:
+        streaming = Streaming(load_ends(open_row(row, dtype, device), row.lora), sizes, request, room)
+        transformer = streaming.residency.flux
+    else:
+        transformer = checkpoints.load_transformer(found.path, **common)
+        checkpoints.merge_loras(transformer, row.lora)
     decision = schedules.decide(row, found, transformer.params)
     autoencoder = checkpoints.load_autoencoder(paths["autoencoder"], **common)
     for module in (transformer, autoencoder):
         module.eval().requires_grad_(False)
-    return assemble(row, decision, transformer, autoencoder, text)
+    pipe = assemble(row, decision, transformer, autoencoder, text)
+    pipe.streaming = streaming
+    return pipe
+
+
+def streamed_sizes(
+    row: ModelRow,
+    parts: dict[str, Stored] | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    memory: Memory,
+    room: Room,
+) -> ModelSizes | None:
+    """Return the sizes of a model whose transformer is to be streamed; None for one that is loaded as a whole.
+
+    It is streamed if `memory` asks for it, if not all of it fits, and if its file is in float8. One image at the
+    model's own settings decides, before any size is known. parts: of `checkpoints.stored`, if they are known.
+    """
+    if memory.mode == "resident":
+        return None
+    parts = parts or stored(row)
+    if isinstance(parts["transformer"].params, Flux2Params):
+        if memory != Memory():
+            raise UserError(f"memory: {row.path} is FLUX.2, whose weights are all resident; leave memory= out")
+        return None
+    opened = open_row(row, dtype, device) if parts["transformer"].files else None
+    sizes = model_sizes(parts, dtype, opened, bool(row.lora))
+    side = 128 * sizes.autoencoder.factor
+    height, width = row.size or (side, side)
+    work = Workload(1, height, width, row.max_sequence_length or TEXT_LENGTH, row.steps or 28)
+    float8 = memory.mode == "auto" and sizes.stored in FLOAT8.values()
+    return sizes if float8 or make_plan(sizes, work, memory, room).streams else None
+
+
+def text_limit(sizes: ModelSizes, memory: Memory, room: Room, texts: Texts | None) -> int | None:
+    """Return the bytes that text encoders may take, before the transformer is on the device; None for no limit."""
+    free = room.free if memory.limit_bytes is None else memory.limit_bytes
+    length = (texts and texts.max_sequence_length) or TEXT_LENGTH
+    return None if free is None else max(0, free - room.used - text_activation_bytes(length, sizes.dtype.itemsize))
 
 
 def assemble(

@@ -11,6 +11,7 @@ from fluxlab import batching, sampling
 from fluxlab.config import read_loras
 from fluxlab.errors import UserError
 from fluxlab.families import Family, family_of
+from fluxlab.memory.streaming import Streaming
 from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2
 from fluxlab.model.text import TextEncoders
 from fluxlab.model.text2 import LanguageModelText
@@ -46,6 +47,8 @@ class ModelParts:
     name: str = ""
     distilled: bool = False
     true_cfg: float | None = None
+    streaming: Streaming | None = None
+    """What places the transformer's weights; None if all of them are on the device."""
     _encoded: dict[tuple[str, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     @property
@@ -72,6 +75,10 @@ class ModelParts:
         from fluxlab.checkpoints import check_device
 
         device = check_device(device)
+        if self.streaming is not None and device == self.device:
+            return self
+        if self.streaming is not None:
+            raise UserError(f"to({str(device)!r}): blocks are streamed to {self.device}; load the model with device=")
         for part in (self.transformer, self.autoencoder, self.text):
             part.to(device)
         self._encoded.clear()
@@ -81,13 +88,18 @@ class ModelParts:
         """Write a Diffusers folder, which fluxlab and Diffusers' `FluxPipeline.from_pretrained` both load."""
         from fluxlab.checkpoints import save_pipeline
 
+        if any(weight.is_meta for weight in self.transformer.parameters()):
+            raise UserError(f"save: blocks are streamed to {self.device}; load the model with memory='resident'")
         save_pipeline(folder, self.transformer, self.autoencoder, self.text, self.schedule, self.distilled)
 
     def with_loras(self, lora: Any) -> AbstractContextManager[None]:
         """Return a context in which LoRAs, given as in `load_pipeline(lora=…)`, are merged into the transformer."""
         from fluxlab.checkpoints import merged
 
-        return merged(self.transformer, read_loras(lora))
+        loras = read_loras(lora)
+        if loras and self.streaming is not None:
+            raise UserError("lora: blocks are streamed; merge it when the model is loaded: load_pipeline(lora=…)")
+        return merged(self.transformer, loras)
 
     @property
     def defaults(self) -> Sampling:

@@ -1,17 +1,19 @@
 """The pipeline: prompts and seeds to images, and images back to noise."""
 
+import math
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fluxlab import batching, picking, positions, sampling
+from fluxlab import batching, picking, placement, positions, sampling
 from fluxlab import references as refs
 from fluxlab.batching import Programs
 from fluxlab.errors import UserError
+from fluxlab.memory import Plan
 from fluxlab.model.compiling import compile_blocks
 from fluxlab.parts import ModelParts
 from fluxlab.pixels import Images
@@ -165,6 +167,8 @@ class Pipeline(ModelParts):
         sigmas = self.schedule.times(settings.steps, rows * cols)
         shape = len(batch["prompts"]), 4 * self.autoencoder.params.z_channels
         x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype, self.family).to(self.device)
+        most = None if any(map(positions.has_interventions, batch["programs"] or ())) else at_once
+        self.prepare(settings, batch["prompts"], probe, references=refs.most_tokens(extra), at_once=most)
         velocity = self._velocity(
             batch["prompts"],
             batch["negative_prompts"],
@@ -183,6 +187,8 @@ class Pipeline(ModelParts):
         )
         with Progress("sampling", settings.steps) if progress else nullcontext() as bar:
             x = sampling.euler(velocity, x, sigmas, finite.watch(on_step, bar))
+        if self.streaming is not None and output != "latent":
+            self.streaming.before_decoding()
         images = x if output == "latent" else self._decode(x, rows, cols, output, finite, at_once)
         finite.finish(images)
         return images
@@ -248,6 +254,9 @@ class Pipeline(ModelParts):
         prompts = batch["prompts"]
         extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
         sigmas = self.schedule.times(settings.steps, rows * cols)
+        side = self.pixels_per_token
+        sized = replace(settings, height=rows * side, width=cols * side)
+        self.prepare(sized, prompts, references=refs.most_tokens(extra))
         velocity = self._velocity(prompts, None, batch["programs"], settings, (rows, cols), sigmas, None, extra)
         finite = FiniteCheck(
             sampling.sample_names(prompts), settings.steps, self.dtype, lambda i: self._text_fault(prompts[i], settings)
@@ -296,10 +305,7 @@ class Pipeline(ModelParts):
         batch, length, rounding = len(prompts), settings.max_sequence_length, settings.timestep_rounding
         batching.check_negatives(settings.true_cfg, negative_prompts)
         self.text.check([*prompts, *(negative_prompts or ())], length, settings.truncate, settings.unknown_words)
-        guidance = None
-        if self.transformer.params.guidance_embed:
-            guidance = _filled(batch, settings.guidance, self.device)
-            guidance = sampling.round_timesteps(guidance, rounding and "bfl")
+        guidance = placement.guidance_of(self, batch, settings)
 
         def edits(texts: Sequence[str | None]) -> picking.Steady | picking.Picking:
             def make(programs: Sequence[Program] | None) -> Edits:
@@ -318,22 +324,27 @@ class Pipeline(ModelParts):
         if starts is not None and not injects:
             acting = {program: positions.actions(program, sigmas) for program in programs or [Program()]}
             steps = sampling.shared_rows(starts, [acting[program] for program in programs or [Program()] * batch])
+        most = None if injects else at_once
+        together = [[samples for samples, _ in rows.parts(most)] for rows in steps]
 
         def conditioned(
             texts: Sequence[str], edits: picking.Steady | picking.Picking, probe: Probe | None = None
         ) -> sampling.Velocity:
             encoded = [self.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
             txt, *pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+            known = placement.modulations(self, texts, settings, sigmas, together)
 
             def forward(
                 x: Tensor, t: float, edits: Edits, samples: Sequence[int], probe: Probe | None, taps: Sequence | None
             ) -> Tensor:
                 compiled, interventions = edits
-                times = sampling.round_timesteps(_filled(len(samples), t, self.device), rounding)
+                times = sampling.round_timesteps(placement.filled(len(samples), t, self.device), rounding)
                 rotary, mask = compiled.at(t, samples, x)
                 step, p = compiled.step(t), self.transformer.params
                 sites = batching.block_sites(interventions, probe, step, t, rotary, p.depth + p.depth_single_blocks)
                 tables = {"rotary": rotary, "mask": mask, "taps": taps, "sites": sites}
+                if known is not None:
+                    tables["modulations"] = known.at((t, tuple(samples)))
                 img, texts, strength = (
                     batching.rows(part, samples) for part in (refs.behind(x.to(self.dtype), behind), txt, guidance)
                 )
@@ -346,7 +357,7 @@ class Pipeline(ModelParts):
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 step = max((i for i in range(len(sigmas) - 1) if sigmas[i] >= t), default=0)
-                shares = list(steps[step].parts(None if injects else at_once))
+                shares = list(steps[step].parts(most))
                 now = edits.at(x, t, step, [samples for samples, _ in shares], measure)
                 taps = None if probe is None else probe.taps(step)
                 parts = []
@@ -367,6 +378,40 @@ class Pipeline(ModelParts):
         return sampling.with_negative(
             conditioned(prompts, positive, probe), conditioned(negatives, negative), settings.true_cfg
         )
+
+    def prepare(
+        self,
+        settings: Sampling,
+        prompts: Sequence[str],
+        probe: Probe | None = None,
+        batches: int = 1,
+        references: int = 0,
+        at_once: int | None = None,
+    ) -> Plan | None:
+        """Place the weights for batches as large as this one. A smaller batch afterwards changes nothing.
+
+        batches: how many will be sampled. references: tokens of reference images. at_once: as in `sample`. Returns the
+        plan, None for a model that is on the device as a whole. Raises `UserError` if not even one block at a time
+        fits.
+        """
+        if self.streaming is None:
+            return None
+        settings = self.resolve(settings)
+        length, grid = settings.max_sequence_length, self.grid(settings.height, settings.width)
+        context = self.context(prompts, length, grid, self.schedule.times(settings.steps, math.prod(grid)))
+        probes = placement.probe_bytes(probe, context, len(prompts), self.device)
+        work = placement.workload(settings, len(prompts), batches, probes, references, at_once)
+        plan = self.streaming.prepare(work)
+        if plan.decoder == "host":
+            self.autoencoder.to("cpu")
+        return plan
+
+    def announce(self, batches: Sequence[Sequence[str]], settings: Sampling, at_once: int | None = None) -> None:
+        """Note the prompts of batches that will be sampled: a streamed model computes their modulations together."""
+        if self.streaming is not None:
+            settings = self.resolve(settings)
+            sigmas = self.schedule.times(settings.steps, math.prod(self.grid(settings.height, settings.width)))
+            placement.announce(self, batches, settings, sigmas, at_once)
 
     def _interventions(
         self,
@@ -420,7 +465,3 @@ class Pipeline(ModelParts):
     def _prompt(self, prompt: str, length: int) -> positions.Prompt:
         """Return a prompt with the range of characters that each text token covers."""
         return positions.Prompt(prompt, self.text.spans(prompt, length))
-
-
-def _filled(batch: int, value: float, device: torch.device) -> Tensor:
-    return torch.full((batch,), float(value), dtype=torch.float32, device=device)

@@ -110,6 +110,11 @@ def encoded(
     ]
 
 
+def most_tokens(references: Sequence[References] | None) -> int:
+    """Return the tokens of the sample with the most."""
+    return max((sum(rows * cols for rows, cols in one.grids) for one in references or ()), default=0)
+
+
 def joined(grid: "Size | Grids", references: Sequence[References] | None) -> tuple[Grids, Tensor | None]:
     """Return the grids of a batch of one layout, and the tokens `(B, R, C)` behind those of its images."""
     image = Grids.of(grid).image

@@ -64,6 +64,7 @@ class RunConfig(_SamplingConfig):
     capture: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
     shard: str | None = None
     plan: bool = False
     measure: bool = False
@@ -214,8 +215,9 @@ def run(config: RunConfig, command: str) -> None:
     from fluxlab.experiment.costs import number
     from fluxlab.experiment.shards import read_shard
     from fluxlab.experiment.store import find_store
+    from fluxlab.memory.request import Memory
 
-    shard = read_shard(config.shard)
+    shard, memory = read_shard(config.shard), Memory.from_config(config.memory)
     engines.checked(config.engine)
     experiment = read(config)
     out = out_folder(config, experiment)
@@ -223,7 +225,7 @@ def run(config: RunConfig, command: str) -> None:
         from fluxlab.experiment.plan import plan
 
         named = out if config.out or experiment.model_digest else None
-        print(plan(experiment, named, config.batch_tokens, config.threads))
+        print(plan(experiment, named, config.batch_tokens, config.threads, memory))
         return
     print(f"{experiment.name}: {experiment.caption}")
     counts = (("variant", experiment.variants), ("prompt", experiment.prompts), ("seed", experiment.seeds))
@@ -241,6 +243,7 @@ def run(config: RunConfig, command: str) -> None:
         shard=shard,
         cache=config.cache,
         verify=config.verify,
+        memory=memory,
     )
     if not filled.measured:
         return filled.check()

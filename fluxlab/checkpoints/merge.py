@@ -1,7 +1,7 @@
 """Merge LoRAs into a transformer: computed in fp32 and rounded once. Weights that nothing is added to stay mapped."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,22 +32,30 @@ def merge_loras(model: Flux | Flux2, loras: Sequence[Lora] | None) -> None:
     Norm scales in a file, as in BFL's control LoRAs, replace those of the model whatever the scale. Raises
     `CheckpointError` for files that do not fit, and for values that are not finite.
     """
+    merge_changes(model, loras, changes_of(model, loras))
+
+
+def changes_of(model: Flux, loras: Sequence[Lora] | None) -> dict[str, list[Addition]]:
+    """Return what LoRAs add to each weight, by its name. Weights may be on "meta". Errors as of `merge_loras`."""
     changes: dict[str, list[Addition]] = defaultdict(list)
-    files = {}
     for lora in loras or ():
-        files[lora] = lora_file(lora)
         for addition in _additions(model, lora):
             changes[addition.ours].append(addition)
+    return dict(changes)
+
+
+def merge_changes(model: Flux, loras: Sequence[Lora] | None, changes: Mapping[str, Sequence[Addition]]) -> None:
+    """Add what `changes_of` returned, or a part of it, to the weights of a transformer, as `merge_loras` does."""
     if not changes:
         return
-    where = ", ".join(str(file) for file in files.values())
+    where = ", ".join(str(lora_file(lora)) for lora in loras)
     weights = dict(model.named_parameters())
     on_cpu = {name for name in changes if weights[name].device.type == "cpu"}
     size = sum(weights[name].nbytes for name in on_cpu)
     scratch = Scratch(size, "for weights with a LoRA") if size > JOIN_IN_MEMORY else None
     stored: list[str] = []
     for name, additions in changes.items():
-        merged = _merged(weights[name].detach(), additions)
+        merged = merge(weights[name].detach(), additions)
         sources = ((entry.name, entry.read()) for a in additions for entry in (a.up, a.down) if entry)
         check_finite(merged, sources, where)
         if name in on_cpu and scratch:
@@ -91,7 +99,7 @@ def _additions(model: Flux | Flux2, lora: Lora) -> list[Addition]:
     return read_additions(lora, model.params, {name: tuple(w.shape) for name, w in model.named_parameters()})
 
 
-def _merged(weight: Tensor, additions: Sequence[Addition]) -> Tensor:
+def merge(weight: Tensor, additions: Sequence[Addition]) -> Tensor:
     """Return the sum of a weight and its additions, in the weight's dtype."""
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     total = weight.to(dtype, copy=True)

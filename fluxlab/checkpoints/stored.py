@@ -1,6 +1,7 @@
 """A model as the headers of its files describe it: sizes, parameters, dtypes. Nothing is fetched."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ _PUBLISHED2 = {
     "klein9b": _QWEN3_8B,
     "flux2dev": ("mistral3", 24_011_361_280),
 }
+_LAYERS = {"clip": 49408 * 768, "t5": 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096}  # of their largest layers
 _FOLDERS = {
     "transformer": [("transformer", STEM)],
     "autoencoder": [("vae", STEM)],
@@ -45,6 +47,7 @@ class Stored:
 
     parameters: how many the files hold of each dtype. dtype: what it is loaded as unless another is asked for.
     files: empty for a network that is still to be fetched. params: None for a text encoder.
+    layer: parameters of a text encoder's largest layer.
     """
 
     files: tuple[Path, ...]
@@ -52,6 +55,7 @@ class Stored:
     parameters: Counter
     dtype: torch.dtype
     params: Params | None = None
+    layer: int = 0
 
     def size(self) -> int:
         """Return the bytes of its tensors in the files. An all-in-one file holds other networks too."""
@@ -136,7 +140,7 @@ def published(row: ModelRow) -> dict[str, Stored]:
     counts = {**shapes, **{part: [count] for part, count in text.items()}}
     bf16 = torch.bfloat16
     return {
-        part: Stored((), len(numbers), Counter({bf16: sum(numbers)}), bf16, sizes.get(part))
+        part: Stored((), len(numbers), Counter({bf16: sum(numbers)}), bf16, sizes.get(part), _LAYERS.get(part, 0))
         for part, numbers in counts.items()
     }
 
@@ -176,4 +180,7 @@ def _stored(files: Iterable[Path], entries: Iterable[Entry], params: Params | No
     for entry in entries:
         if not is_counter(entry.name):
             parameters[entry.dtype] += math.prod(entry.shape)
-    return Stored(tuple(files), len(entries), parameters, majority(entries), params)
+    layers: Counter = Counter()
+    for entry in entries if params is None else ():
+        layers[re.sub(r"(\.\d+)\..*", r"\1", entry.name)] += math.prod(entry.shape)
+    return Stored(tuple(files), len(entries), parameters, majority(entries), params, max(layers.values(), default=0))

@@ -12,6 +12,7 @@ from typing import Any
 from fluxlab.engines.inline import Inline
 from fluxlab.errors import UserError, nearest, unknown_key
 from fluxlab.experiment.engine import Engine
+from fluxlab.memory import Memory
 
 SETTINGS = {
     "inline": {"name": "inline or ray"},
@@ -53,21 +54,25 @@ def checked(settings: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @contextmanager
-def start(settings: Mapping[str, Any], cache: "str | PathLike[str] | None" = None) -> Iterator[Engine]:
+def start(
+    settings: Mapping[str, Any],
+    cache: "str | PathLike[str] | None" = None,
+    memory: Memory | None = None,
+) -> Iterator[Engine]:
     """Yield the engine of a file of `configs/engine`. It is closed, and its memory freed, at the end of the block.
 
-    cache: of encoded prompts, as in `fluxlab.cache.open_cache`.
+    cache: of encoded prompts, as in `fluxlab.cache.open_cache`. memory: where weights are kept.
     """
     checked(settings)
     if settings.get("name") == "ray":
         from fluxlab.engines.ray_engine import started
 
-        with started(settings, None if cache is None else str(cache)) as engine:
+        with started(settings, None if cache is None else str(cache), memory) as engine:
             yield engine
     else:
         from fluxlab.loading import load_row
 
-        yield Inline(partial(load_row, cache=cache))
+        yield Inline(partial(load_row, cache=cache, memory=memory))
 
 
 __all__ = ["Engine", "Inline", "checked", "start"]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -9,13 +10,14 @@ from fluxlab import stopping
 from fluxlab.conditioning import Texts
 from fluxlab.config import ModelRow
 from fluxlab.experiment import captures, runner
-from fluxlab.experiment.cells import Batch, Settings
+from fluxlab.experiment.cells import Batch, Settings, in_one_forward
 from fluxlab.experiment.engine import Done
 from fluxlab.experiment.notes import MOST_NOTES, notes
 from fluxlab.experiment.settings import device_of, dtype_of, resolve, threads_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.pipeline import Pipeline
+from fluxlab.probes import Probe
 
 Load = Callable[[ModelRow, torch.dtype | None, str, Texts], Pipeline]
 
@@ -58,10 +60,38 @@ class Inline:
     ) -> Iterator[Done]:
         """See `Engine.compute`."""
         with threads(settings.threads):
-            for batch in batches:
+            together = self._prepare(experiment, settings, batches)
+            for start in range(0, len(batches), together):
                 if stopping.asked():
                     return
-                yield Done(batch, runner.run_batch(self.pipe, settings, store, batch.cells, batch.folder, experiment))
+                group = batches[start : start + together]
+                tasks = [
+                    partial(runner.run_batch, self.pipe, settings, store, batch.cells, batch.folder, experiment)
+                    for batch in group
+                ]
+                failures = self.pipe.streaming.together(tasks) if len(tasks) > 1 else [tasks[0]()]
+                yield from map(Done, group, failures)
+
+    def _prepare(self, experiment: Experiment, settings: Settings, batches: Sequence[Batch]) -> int:
+        """Place the weights of a streamed model for the largest batch, print how, and return how many batches go
+        through its blocks in turn.
+        """
+        if self.pipe.streaming is None or not batches:
+            return 1
+        work = [runner.with_sources_of(batch.cells) for batch in batches]
+        prompts = [[cell.prompt for cell in group] for group in work]
+        most = max(in_one_forward(group, settings) for group in work)
+        plan = self.pipe.prepare(
+            settings.sampling,
+            max(prompts, key=len),
+            Probe(experiment.capture) if experiment.captures else None,
+            len(batches),
+            runner.most_reference_tokens(experiment, settings),
+            most,
+        )
+        self.pipe.announce(prompts, settings.sampling, most)
+        print(f"memory: {plan.describe()}", flush=True)
+        return plan.together
 
 
 def texts_of(experiment: Experiment) -> Texts:

@@ -19,6 +19,7 @@ from fluxlab.experiment.runner import is_done
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.files import PARTIAL, write_atomic
+from fluxlab.memory import Memory
 from fluxlab.positions import loaded_plugins
 
 LOOK = 0.5
@@ -26,10 +27,12 @@ LOOK = 0.5
 
 
 class RayEngine:
-    """See `fluxlab.experiment.engine.Engine`. settings: those of configs/engine/ray.yaml. cache: of `open_cache`."""
+    """See `fluxlab.experiment.engine.Engine`. settings: those of configs/engine/ray.yaml. cache: of `open_cache`.
+    memory: where each worker keeps the weights.
+    """
 
-    def __init__(self, settings: Mapping[str, Any], cache: str | None = None):
-        self.settings, self.cache = settings, cache
+    def __init__(self, settings: Mapping[str, Any], cache: str | None = None, memory: Memory | None = None):
+        self.settings, self.cache, self.memory = settings, cache, memory
         self.retries: int = settings.get("retries", 2)
         self.cluster: Cluster | None = None
         self.workers: list[Handle] = []
@@ -98,7 +101,7 @@ class RayEngine:
         self._start(experiment)
         if not self.workers:
             worker = self.spawn()
-            call = worker.call("open", loaded_plugins(), experiment.model, self.cache)
+            call = worker.call("open", loaded_plugins(), experiment.model, self.cache, self.memory)
             self.accept(experiment, worker, worker.answer(call))
         worker = self.workers[0]
         answer = worker.answer(worker.call(method, *arguments))
@@ -167,7 +170,14 @@ class _Dispatch:
             batch = self.waiting.popleft()
             self._give(self.free.pop(), "compute", batch, batch=batch)
         while len(self.engine.workers) < min(self.engine.cluster.workers, len(self.waiting)):
-            self._give(self.engine.spawn(), "open", loaded_plugins(), self.experiment.model, self.engine.cache)
+            self._give(
+                self.engine.spawn(),
+                "open",
+                loaded_plugins(),
+                self.experiment.model,
+                self.engine.cache,
+                self.engine.memory,
+            )
 
     def _place(self, was: _Call, answer: Answer) -> None:
         """Give a worker that has answered what it does next, or leave it out if it has died."""
@@ -232,9 +242,9 @@ def _not_loaded(worker: Handle, answer: Answer) -> UserError:
 
 
 @contextlib.contextmanager
-def started(settings: Mapping[str, Any], cache: str | None = None) -> Iterator[RayEngine]:
+def started(settings: Mapping[str, Any], cache: str | None = None, memory: Memory | None = None) -> Iterator[RayEngine]:
     """Yield the engine, and end its workers at the end of the block."""
-    engine = RayEngine(settings, cache)
+    engine = RayEngine(settings, cache, memory)
     try:
         yield engine
     finally:

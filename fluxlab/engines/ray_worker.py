@@ -65,11 +65,11 @@ class Worker:
         if os.path.isdir(folder):
             os.chdir(folder)
         sys.path.extend(path for path in paths if path not in sys.path)
-        self.engine = self.cache = None
+        self.engine = self.cache = self.memory = None
 
-    def open(self, plugins: Sequence[str], row: Any, cache: str | None) -> Answer:
+    def open(self, plugins: Sequence[str], row: Any, cache: str | None, memory: Any = None) -> Answer:
         """Return the name of the machine, the fingerprint of the model's files, and versions."""
-        self.cache = cache
+        self.cache, self.memory = cache, memory
 
         def work() -> dict[str, str]:
             from fluxlab.cache import open_cache
@@ -126,7 +126,7 @@ class Worker:
         from fluxlab.engines.inline import Inline
         from fluxlab.loading import load_row
 
-        self.engine = self.engine or Inline(partial(load_row, cache=self.cache))
+        self.engine = self.engine or Inline(partial(load_row, cache=self.cache, memory=self.memory))
         return self.engine
 
     def _run(self, batch: Any, store: Any) -> list[str]:

@@ -173,6 +173,13 @@ def at_once(settings: Settings, cells: Sequence[Cell]) -> int:
     return max(1, settings.batch_tokens // (settings.tokens + most))
 
 
+def in_one_forward(samples: Sequence[Cell], settings: Settings) -> int:
+    """Return how many of a batch's samples, sources included, are in one forward. Edits of activations need all."""
+    if any(has_interventions(cell.program) for cell in samples):
+        return len(samples)
+    return min(len(samples), at_once(settings, samples))
+
+
 def step_rows(batch: Sequence[Cell], settings: Settings) -> list[int]:
     """Return how many samples each step of a batch computes. Cells that are equal so far are one."""
     return [len(rows) for rows in _rows(batch, settings)]

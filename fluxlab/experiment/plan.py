@@ -1,32 +1,39 @@
 """What `plan=true` prints: what a run would do, from headers and configs. Reads no weights and writes nothing."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fluxlab import checkpoints
+from fluxlab import checkpoints, placement
 from fluxlab.checkpoints.memory import free_memory, total_memory
 from fluxlab.checkpoints.stored import Stored, published, stored
 from fluxlab.config import Lora, ModelRow
 from fluxlab.experiment import captures, reference_images, runner, settings
-from fluxlab.experiment.cells import Cell, Settings, at_once, batches, cells, picking_rows, references, step_rows
+from fluxlab.experiment.cells import Cell, Settings, batches, cells, in_one_forward, picking_rows, references, step_rows
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.notes import notes
 from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
-from fluxlab.loading import pipeline_without_weights, schedule_of
+from fluxlab.loading import pipeline_without_weights, schedule_of, streamed_sizes
+from fluxlab.memory import Memory, ModelSizes, Room, make_plan
+from fluxlab.memory.streaming import room_of
 from fluxlab.pipeline import Pipeline
-from fluxlab.positions import has_interventions
 from fluxlab.probes import WORKING, Probe, memory, resolve
 from fluxlab.references import Grids
 from fluxlab.select.tokens import names_words
 
 
 def plan(
-    experiment: Experiment, out: Path | None = None, batch_tokens: int | None = None, threads: int | None = None
+    experiment: Experiment,
+    out: Path | None = None,
+    batch_tokens: int | None = None,
+    threads: int | None = None,
+    memory: Memory | Mapping[str, Any] | str | None = None,
 ) -> str:
     """Return what the same run without plan=true would do: settings, images, batches, time and memory.
 
@@ -45,12 +52,14 @@ def plan(
     device = checkpoints.check_device(settings.device_of(experiment, known))
     pipe = pipeline_without_weights(experiment.model, parts, dtype, device)
     same = known is not None and store.record["digest"] == experiment.digest
+    request, room = Memory.from_config(memory), room_of(device)
+    placed = streamed_sizes(experiment.model, parts, dtype, device, request, room)
     if same:
         resolved = known
     else:
         same_device = known is not None and known.device.split(":")[0] == device.type
         unloaded = sum(part.bytes_as(dtype) for part in parts.values())
-        default = None if same_device else settings.default_batch_tokens(pipe, unloaded)
+        default = None if same_device else settings.default_batch_tokens(pipe, unloaded, placed is not None)
         resolved = settings.resolve(experiment, pipe, known, batch_tokens or default, threads)
     settings.check_unchanged(resolved, out, batch_tokens=batch_tokens, threads=threads)
     work = [(cells(experiment, resolved), CELLS), (references(experiment, resolved), REFERENCES)]
@@ -82,18 +91,16 @@ def plan(
             *_count_lines(experiment, resolved, [part for part, _ in work], every_batch, left),
             *_headed("notes", notes(experiment, pipe, resolved)),
             _time_line(resolved, pipe, parts, left, _most_tokens(experiment, resolved)),
-            _memory_line(resolved, pipe, parts, dtype, largest, _most_tokens(experiment, resolved)),
+            _memory_line(resolved, pipe, parts, dtype, largest, _most_tokens(experiment, resolved))
+            if placed is None
+            else _streamed_line(experiment, resolved, pipe, placed, request, room, left),
             *_attention_lines(experiment, resolved, pipe, store, batches(work[0][0], resolved)),
         ]
     )
 
 
 def _together(batch: list[Cell], s: Settings) -> int:
-    """Return how many samples of a batch are in one forward. Edits of activations need all of them."""
-    samples = with_sources_of(batch)
-    if any(has_interventions(cell.program) for cell in samples):
-        return len(samples)
-    return min(len(samples), at_once(s, samples))
+    return in_one_forward(with_sources_of(batch), s)
 
 
 def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[str]:
@@ -136,7 +143,7 @@ def _reference_lines(experiment: Experiment, s: Settings) -> list[str]:
 
 def _most_tokens(experiment: Experiment, s: Settings) -> int:
     """Return the tokens of the longest sequence, with reference images."""
-    return s.tokens + max((reference_images.tokens(i, s.pixels_per_token) for i in experiment.references), default=0)
+    return s.tokens + runner.most_reference_tokens(experiment, s)
 
 
 def _without_text(lora: Lora) -> str:
@@ -206,6 +213,27 @@ def _memory_line(
     device = "" if available is None else f"; {s.device} has {gb(available)}{'' if mapped else ' free'}"
     short = ", not enough" if available is not None and weights + batch > available else ""
     return f"memory     about {gb(weights + batch)}: weights {gb(weights)}, a batch {gb(batch)}{device}{short}"
+
+
+def _streamed_line(
+    experiment: Experiment,
+    s: Settings,
+    pipe: Pipeline,
+    sizes: ModelSizes,
+    request: Memory,
+    room: Room,
+    left: list[list[Cell]],
+) -> str:
+    """Return the plan of a model that is streamed. Word maps need the tokenizer."""
+    prompts, probes = [cell.prompt for cell in max(left, key=len, default=[])], 0
+    most = max((in_one_forward(samples, s) for samples in left), default=1)
+    if experiment.captures and prompts and pipe.text.t5_tokenizer:
+        rows, cols = pipe.grid(s.height, s.width)
+        context = pipe.context(prompts, s.max_sequence_length, (rows, cols), pipe.schedule.times(s.steps, rows * cols))
+        probes = placement.probe_bytes(Probe(experiment.capture), context, len(prompts), pipe.device)
+    references = runner.most_reference_tokens(experiment, s)
+    work = placement.workload(s, max(1, len(prompts)), max(1, len(left)), probes, references, most)
+    return f"memory     {make_plan(sizes, work, request, room, streams=True).describe()}"
 
 
 def _attention_lines(

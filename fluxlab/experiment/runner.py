@@ -11,7 +11,7 @@ from fluxlab.experiment import captures
 from fluxlab.experiment.cells import Batch, Cell, Settings, at_once, batches, cells, references
 from fluxlab.experiment.costs import number
 from fluxlab.experiment.engine import Engine
-from fluxlab.experiment.reference_images import opened, sizes
+from fluxlab.experiment.reference_images import opened, sizes, tokens
 from fluxlab.experiment.settings import check_counts, check_kernel, check_unchanged, halved
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.sources import numbered, with_sources_of
@@ -245,6 +245,11 @@ def run_batch(
         for i, cell in enumerate(batch)
         if i in failures
     ]
+
+
+def most_reference_tokens(experiment: Experiment, settings: Settings) -> int:
+    """Return the tokens of the reference images of the cell with the most."""
+    return max((tokens(images, settings.pixels_per_token) for images in experiment.references), default=0)
 
 
 def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:

@@ -57,13 +57,15 @@ def _same_device(known: Settings | None, device: str) -> bool:
     return known is not None and known.device.split(":")[0] == device.split(":")[0]
 
 
-def default_batch_tokens(pipe: Pipeline, unloaded: int = 0) -> int:
+def default_batch_tokens(pipe: Pipeline, unloaded: int = 0, streams: bool = False) -> int:
     """Return the tokens per batch that use half the device's free memory, at the widest block's bytes per token.
 
-    unloaded: bytes of weights that will still be loaded.
+    unloaded: bytes of weights that will still be loaded. streams: whether blocks will be streamed.
     """
     if pipe.device.type != "cuda":
         return CPU_BATCH_TOKENS
+    if streams or pipe.streaming is not None:
+        return 1  # one image at a time leaves the most room for blocks; several batches share a block that is loaded
     free = torch.cuda.mem_get_info(pipe.device)[0] - unloaded
     return max(1, int(free / 2 / bytes_per_token(pipe)))
 

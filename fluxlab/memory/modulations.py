@@ -17,17 +17,21 @@ Weights = Callable[[], Iterator[tuple[Tensor, Tensor]]]
 """Returns weight and bias of every modulation on the device, in the order of `linear_names`, one after the other."""
 
 
+Inputs = tuple[Tensor, Tensor, Tensor | None]
+"""Of `Flux.conditioning`: the model's timesteps `(B,)`, pooled text `(B, V)`, guidance `(B,)`."""
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What the modulations of one batch depend on.
 
-    times: of the steps. timesteps: returns the model's timesteps `(B,)` at a time. y: `(B, V)`.
+    forwards: a key for each forward that is known in advance. inputs: returns what one depends on. rows: samples of
+    all these forwards.
     """
 
-    times: tuple[float, ...]
-    timesteps: Callable[[float], Tensor]
-    y: Tensor
-    guidance: Tensor | None
+    forwards: tuple[Hashable, ...]
+    inputs: Callable[[Hashable], Inputs]
+    rows: int
 
 
 def linear_names(p: FluxParams) -> list[str]:
@@ -74,7 +78,7 @@ class KnownModulations:
     def __init__(self, flux: Flux, weights: Weights):
         self._flux, self._weights = flux, weights
         self._coming: dict[Hashable, Callable[[], Conditions]] = {}
-        self._tables: dict[Hashable, dict[float, Tensor]] = {}
+        self._tables: dict[Hashable, dict[Hashable, Tensor]] = {}
         self.made = 0
         """How often the weights were read."""
 
@@ -84,30 +88,27 @@ class KnownModulations:
             self._coming[key] = conditions
 
     def of(self, key: Hashable, conditions: Callable[[], Conditions]) -> "Steps":
-        """Return the modulations of a batch, by time."""
+        """Return the modulations of a batch, by forward."""
         return Steps(self, key, conditions)
 
-    def get(self, key: Hashable, conditions: Callable[[], Conditions], t: float) -> Mapping[float, Tensor]:
-        """Return the tables of a batch on the host, among them the one of time t."""
-        if t not in self._tables.get(key, {}):
-            self._make(key, conditions, t)
+    def get(self, key: Hashable, conditions: Callable[[], Conditions], now: Hashable) -> Mapping[Hashable, Tensor]:
+        """Return the tables of a batch on the host, among them the one of the forward `now`."""
+        if now not in self._tables.get(key, {}):
+            self._make(key, conditions, now)
         return self._tables[key]
 
-    def _make(self, key: Hashable, conditions: Callable[[], Conditions], t: float) -> None:
+    def _make(self, key: Hashable, conditions: Callable[[], Conditions], now: Hashable) -> None:
         first = conditions()
-        if t in first.times:
+        if now in first.forwards:
             self._tables.clear()
             wanted = self._group(key, first)
         else:  # a time that is not in the schedule
-            wanted = {key: replace(first, times=(t,))}
-        pairs = [(each, time) for each, made in wanted.items() for time in made.times]
-        vectors = [
-            self._flux.conditioning(wanted[each].timesteps(time), wanted[each].y, wanted[each].guidance)
-            for each, time in pairs
-        ]
+            wanted = {key: replace(first, forwards=(now,))}
+        pairs = [(each, forward) for each, made in wanted.items() for forward in made.forwards]
+        vectors = [self._flux.conditioning(*wanted[each].inputs(forward)) for each, forward in pairs]
         self.made += 1
-        for (each, time), table in zip(pairs, tables(self._flux, vectors, self._weights), strict=True):
-            self._tables.setdefault(each, {})[time] = table.cpu()
+        for (each, forward), table in zip(pairs, tables(self._flux, vectors, self._weights), strict=True):
+            self._tables.setdefault(each, {})[forward] = table.cpu()
 
     def _group(self, key: Hashable, first: Conditions) -> dict[Hashable, Conditions]:
         """Return the conditions of a batch, and of batches to come as long as all tables are within the limit."""
@@ -123,21 +124,20 @@ class KnownModulations:
         return group
 
     def _bytes(self, conditions: Conditions) -> int:
-        rows = len(conditions.times) * len(conditions.y)
-        return rows * modulation_width(self._flux.params) * self._flux.img_in.weight.element_size()
+        return conditions.rows * modulation_width(self._flux.params) * self._flux.img_in.weight.element_size()
 
 
 class Steps:
-    """The modulations of one batch. `at(t)` returns those of a step."""
+    """The modulations of one batch. `at(now)` returns those of a forward."""
 
     def __init__(self, known: KnownModulations, key: Hashable, conditions: Callable[[], Conditions]):
         self._known, self._key, self._conditions = known, key, conditions
-        self._on_device: dict[float, Tensor] = {}
+        self._on_device: dict[Hashable, Tensor] = {}
 
-    def at(self, t: float) -> list[Modulations]:
-        """Return the modulations of each block and of the final layer at time t."""
+    def at(self, now: Hashable) -> list[Modulations]:
+        """Return the modulations of each block and of the final layer in one forward."""
         flux = self._known._flux
-        if t not in self._on_device:
-            made = self._known.get(self._key, self._conditions, t)
-            self._on_device = {time: table.to(flux.img_in.weight.device) for time, table in made.items()}
-        return split(self._on_device[t], flux.params)
+        if now not in self._on_device:
+            made = self._known.get(self._key, self._conditions, now)
+            self._on_device = {forward: table.to(flux.img_in.weight.device) for forward, table in made.items()}
+        return split(self._on_device[now], flux.params)

@@ -34,9 +34,10 @@ TOGETHER = 8
 class ModelSizes:
     """Sizes of a model's parts, as the headers of their files give them.
 
-    dtype: of the computation. stored: of the transformer's blocks in their files, which may be float8. stored_blocks:
-    bytes of each block as its file has it, without modulations; None means all tensors in `stored`. mapped: whether a
-    CPU can compute from the pages of the files, because they hold every tensor in one piece and in `dtype`.
+    dtype: of the computation. stored: of the transformer's blocks in their files, which may be float8.
+    stored_blocks: bytes of each block as its file has it, without modulations; None means all tensors in `stored`.
+    mapped: whether a CPU can compute from the pages of the files, because they hold every tensor in one piece and in
+        `dtype`. changed: whether LoRAs are added to blocks as they are used.
     text_bytes: both text encoders once loaded. t5_layer_bytes: the largest of T5's layers, its embeddings included.
     """
 
@@ -49,6 +50,7 @@ class ModelSizes:
     t5_layer_bytes: int
     stored_blocks: tuple[int, ...] | None = None
     mapped: bool = False
+    changed: bool = False
 
     @property
     def blocks(self) -> int:
@@ -56,8 +58,8 @@ class ModelSizes:
 
     @property
     def keeps_stored(self) -> bool:
-        """Whether blocks stay as the file has them, and are cast as they are used."""
-        return self.stored != self.dtype
+        """Whether blocks stay as the file has them, and are cast or changed as they are used."""
+        return self.stored != self.dtype or self.changed
 
     def block_bytes(self, block: int, dtype: torch.dtype) -> int:
         """Return the bytes of a block without its modulations."""
@@ -71,7 +73,7 @@ class Workload:
 
     batch: samples in one forward. height, width: pixels. text: T5 tokens. references: tokens of reference images.
     steps: for which modulations are kept. probe_bytes: arrays and working memory of probes, a batch.
-    batches: how many batches are to be computed.
+    batches: how many batches are to be computed. samples: of a whole batch, if not all of them are in one forward.
     """
 
     batch: int
@@ -82,6 +84,12 @@ class Workload:
     references: int = 0
     probe_bytes: int = 0
     batches: int = 1
+    samples: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """The samples of a batch."""
+        return self.samples or self.batch
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,8 @@ class Plan:
     streams: whether blocks are placed one by one; False: all weights are on the device from the start.
     resident: indices of blocks that stay on the device, double blocks first. The others are streamed.
     together: batches that go through a streamed block before the next one is loaded.
-    text: "resident" (with the transformer), "first" (before the transformer is on the device, then gone), or "layers"
-        (as first, one layer of T5 at a time).
+    text: "first" (encoded before the transformer is on the device, then the encoders are gone), or "layers" (as first,
+        one layer of T5 at a time).
     decoder: "device", or "host" if an image cannot be decoded in what the device has.
     parts: bytes on the device by name. phases: bytes in use while text is encoded, while the transformer runs and
         while images are decoded. pinned_bytes: of the host's ring. step_bytes: read from files in one pass over all
@@ -142,11 +150,14 @@ class Plan:
         head = f"{gb(self.peak_bytes)}{room} on {self.device}"
         batch = f"a batch {gb(p['activations'] + p['probes'])}, decoding {gb(p['decoding'])}"
         if not self.streams:
-            return f"resident, {head}: weights {gb(p['transformer'] + p['text'] + p['autoencoder'])}, {batch}"
-        kept = f"{len(self.resident)} of {self.blocks} blocks resident ({gb(p['resident'])})"
-        streamed = f", the others streamed ({gb(self.step_bytes)} a step)" if self.streamed else ""
+            return f"resident, {head}: weights {gb(p['transformer'] + p['autoencoder'])}, text first, {batch}"
+        kept = f"{len(self.resident)} of {self.blocks} blocks resident ({gb(p['resident'])}), the others streamed"
+        kept = kept if self.resident else f"all {self.blocks} blocks streamed"
+        streamed = f" ({gb(self.step_bytes)} a step)"
+        if not self.streamed:
+            kept, streamed = f"all {self.blocks} blocks resident ({gb(p['resident'])})", ""
         together = f" for {self.together} batches at a time" if self.together > 1 and self.streamed else ""
-        text = {"resident": "text encoders resident", "first": "text first", "layers": "text first, layer by layer"}
+        text = {"first": "text first", "layers": "text first, layer by layer"}
         decoder = "" if self.decoder == "device" else ", decoded on the host"
         return (
             f"{'streamed' if self.streamed else 'auto'}, {head}: {kept}{streamed}{together}, modulations known in "
@@ -154,15 +165,17 @@ class Plan:
         )
 
 
-def make_plan(sizes: ModelSizes, work: Workload, memory: Memory, room: Room) -> Plan:
+def make_plan(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, streams: bool = False) -> Plan:
     """Return where the weights go. The same sizes give the same plan: nothing is measured here.
 
     Everything is resident if it fits. Else modulations are computed in advance, the text is encoded first, and as many
-    blocks are resident as fit, scattered evenly. Raises `UserError` if even one block at a time does not fit.
+    blocks are resident as fit, scattered evenly. streams: a model that was loaded block by block, where everything
+    resident is no choice any more. Raises `UserError` if even one block at a time does not fit.
     """
     free = room.free if memory.limit_bytes is None else memory.limit_bytes
     resident = _resident(sizes, work, room, free)
-    if memory.mode == "resident" or (memory.mode == "auto" and (free is None or resident.peak_bytes <= free)):
+    fits = memory.mode == "auto" and (free is None or resident.peak_bytes <= free)
+    if not streams and (memory.mode == "resident" or fits):
         return resident
     return _streamed(sizes, work, memory, room, free)
 
@@ -185,7 +198,7 @@ def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
         "autoencoder": costs.autoencoder_counts(sizes.autoencoder) * decoder,
         "activations": costs.activation_bytes(p, work.batch, tokens, size),
         "waiting": costs.waiting_bytes(p, work.batch, tokens, size),
-        "conditioning": work.batch * work.text * p.context_in_dim * size,
+        "conditioning": work.rows * work.text * p.context_in_dim * size,
         "probes": work.probe_bytes,
         "encoding": costs.text_activation_bytes(work.text, size),
         "decoding": costs.decode_bytes(sizes.autoencoder, work.batch, work.height, work.width, decoder),
@@ -195,23 +208,25 @@ def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
 def _resident(sizes: ModelSizes, work: Workload, room: Room, free: int | None) -> Plan:
     p, parts = sizes.transformer, _common(sizes, work)
     parts["transformer"] = costs.transformer_bytes(p, sizes.dtype.itemsize)
-    weights = room.used + parts["transformer"] + parts["text"] + parts["autoencoder"]
+    weights = room.used + parts["transformer"] + parts["autoencoder"]
     phases = {
-        "text": weights + parts["encoding"],
+        "text": room.used + parts["text"] + parts["encoding"],
         "transformer": weights + parts["conditioning"] + parts["activations"] + parts["probes"],
         "decoder": weights + parts["decoding"] + parts["probes"],
     }
     every = tuple(range(sizes.blocks))
-    return Plan(room.device, False, sizes.blocks, every, 1, "resident", "device", parts, phases, free=free)
+    return Plan(room.device, False, sizes.blocks, every, 1, "first", "device", parts, phases, free=free)
 
 
 def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, free: int | None) -> Plan:
     p, size, parts = sizes.transformer, sizes.dtype.itemsize, _common(sizes, work)
     every = range(sizes.blocks)
     cast = max(sizes.block_bytes(block, sizes.dtype) for block in every) if sizes.keeps_stored else 0
+    if sizes.changed:  # the largest weight and what is added to it, in fp32
+        cast += 2 * 4 * p.hidden_size * (3 + int(p.mlp_ratio)) * p.hidden_size
     stored = list(sizes.stored_blocks or [sizes.block_bytes(block, sizes.stored) for block in every])
     on_cpu = room.device == "cpu"
-    table = work.batch * work.steps * costs.modulation_width(p) * size
+    table = work.rows * work.steps * costs.modulation_width(p) * size
     parts |= {
         "ends": sum(costs.end_counts(p)) * size,
         "tables": table * (1 if room.device != "cpu" else max(1, min(work.batches, KEPT // table))),
@@ -222,12 +237,13 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
     fixed = room.used + parts["ends"] + parts["tables"] + parts["autoencoder"] + parts["conditioning"]
     running = fixed + cast + parts["activations"] + parts["probes"]
     decoding = fixed + cast + parts["decoding"] + parts["probes"]
+    making = room.used + parts["ends"] + parts["autoencoder"] + parts["modulations"]
     ring = max(stored) * SLOTS
     if on_cpu:  # the pages of one block, or a buffer that is filled and the one that is computed from
         ring = max(stored) * (1 if sizes.mapped else CPU_SLOTS + CPU_DEPTH)
 
     def left(with_ring: int, decoder: int) -> int:
-        return (1 << 62) if free is None else free - max(running + with_ring, decoder)
+        return (1 << 62) if free is None else free - max(running + with_ring, decoder, making)
 
     decoder = "device" if left(ring, decoding) >= 0 or on_cpu else "host"
     decode_peak = decoding if decoder == "device" else 0
@@ -240,31 +256,28 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
         resident = _most(stored, left(ring, decode_peak))
     parts |= {"resident": sum(stored[block] for block in resident), "ring": ring}
     phases = {
-        "modulations": room.used + parts["ends"] + parts["autoencoder"] + parts["resident"] + parts["modulations"],
+        "modulations": making + parts["resident"],
         "transformer": running + ring + parts["resident"],
         "decoder": (fixed if decoder == "host" else decoding) + parts["resident"],
     }
-    if free is not None and phases["transformer"] > free:
-        short = phases["transformer"] - free
+    least = max(phases.values())
+    if free is not None and least > free:
+        limit = f"memory.limit_gb={memory.limit_gb:g}" if memory.limit_bytes else f"memory: {gb(free)} free"
         raise UserError(
-            f"memory: {gb(free)} {'allowed' if memory.limit_bytes else 'free'} on {room.device}, but one block at a "
-            f"time needs {gb(phases['transformer'])}, {gb(short)} more: activations {gb(parts['activations'])}"
-            f", probes {gb(parts['probes'])}\nRaise memory.limit_gb, or use smaller batch_tokens=, height= and width=."
+            f"{limit}: one block at a time needs {gb(least)} on {room.device}, {gb(least - free)} more: "
+            f"activations {gb(parts['activations'])}, probes {gb(parts['probes'])}, "
+            f"decoding {gb(parts['decoding'])}\n"
+            "Raise memory.limit_gb, or use smaller batch_tokens=, height= and width=."
         )
     alone = room.used + parts["encoding"]
-    with_blocks = max(phases.values()) + parts["text"]
-    if free is None or (with_blocks <= free and not on_cpu):
-        text, phases["text"] = "resident", with_blocks
-        phases = {name: size + (parts["text"] if name != "text" else 0) for name, size in phases.items()}
-    elif alone + parts["text"] <= free:
-        text, phases["text"] = "first", alone + parts["text"]
-    else:
-        text, phases["text"] = "layers", alone + sizes.t5_layer_bytes
-    room_for_more = 0 if free is None else free - phases["transformer"]
+    text = "first" if free is None or alone + parts["text"] <= free else "layers"
+    phases["text"] = alone + (parts["text"] if text == "first" else sizes.t5_layer_bytes)
+    room_for_more = 0 if free is None else free - max(phases["transformer"], phases["decoder"])
     each = max(1, parts["waiting"] + parts["probes"] + parts["tables"] + parts["conditioning"])
     streamed = sum(stored) - parts["resident"]
     together = 1 + max(0, min(TOGETHER - 1, work.batches - 1, room_for_more // each)) if streamed else 1
     phases["transformer"] += (together - 1) * each
+    phases["decoder"] += (together - 1) * each
     return Plan(
         room.device,
         True,

@@ -1,13 +1,16 @@
 """The weights of one transformer: which are on the device, and how the others get there when they are needed."""
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fluxlab.checkpoints.casting import check_finite
+from fluxlab.checkpoints.lora import Addition
+from fluxlab.checkpoints.merge import merge
 from fluxlab.memory.costs import is_modulation
 from fluxlab.memory.modulations import Conditions, KnownModulations, Steps, linear_names
 from fluxlab.memory.pages import MappedPages, let_go
@@ -27,7 +30,16 @@ class Residency:
     are on the meta device, or mapped from their file on a CPU.
     """
 
-    def __init__(self, flux: Flux, source: WeightSource, device: torch.device, engine: Engine | None = None):
+    def __init__(
+        self,
+        flux: Flux,
+        source: WeightSource,
+        device: torch.device,
+        engine: Engine | None = None,
+        changes: Mapping[str, Sequence[Addition]] | None = None,
+    ):
+        """changes: what LoRAs add to weights that are read later, by name."""
+        self.changes = changes or {}
         self.flux, self.source, self.device = flux, source, device
         self.engine = engine or engine_for(device)
         self.dtype = flux.img_in.weight.dtype
@@ -38,6 +50,7 @@ class Residency:
         self.mapped = not any(weight.is_meta for weight in flux.parameters())
         self._pages = [MappedPages(self._own(block).values()) for block in self.blocks] if self.mapped else []
         self._unchecked = set(range(len(source.units)))
+        self._unchanged = set(self.changes)  # weights whose sum with a LoRA was not checked yet
         self._buffers: dict[int, Tensor] = {}
         self._ring: Ring | None = None
         self._cast: Tensor | None = None
@@ -46,8 +59,8 @@ class Residency:
         if not self.mapped:
             flux.register_forward_pre_hook(_needs_modulations, with_kwargs=True)
         for i, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(torch.compiler.disable(self._before(i)))
-            block.register_forward_hook(torch.compiler.disable(self._after(i)), always_call=True)
+            block.register_forward_pre_hook(_eager(self._before(i)))
+            block.register_forward_hook(_eager(self._after(i)), always_call=True)
 
     def place(self, plan: Plan) -> None:
         """Load the blocks that are resident in `plan`, and let go of the others.
@@ -190,7 +203,18 @@ class Residency:
         return {name: weight for name, weight in block.named_parameters() if not is_modulation(name)}
 
     def _casts(self, unit: Unit) -> bool:
-        return any(weight.dtype != self.dtype for weight in unit.weights)
+        """Return whether a unit is computed from a copy: it is stored in another dtype, or a LoRA changes it."""
+        return any(w.dtype != self.dtype or f"{unit.prefix}{w.name}" in self.changes for w in unit.weights)
+
+    def _changed(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight with what LoRAs add to it."""
+        if name not in self.changes:
+            return weight
+        changed = merge(weight, self.changes[name])
+        if name in self._unchanged:
+            check_finite(changed, [(name, weight)], self.source.path)
+            self._unchanged.discard(name)
+        return changed
 
     def _parameters(self, where: tuple, unit: Unit, buffer: Tensor) -> dict[str, nn.Parameter]:
         """Return a unit's tensors in a buffer as parameters, made once for each buffer and each order of tensors."""
@@ -210,6 +234,8 @@ class Residency:
         with torch.no_grad():
             for name, stored in unit.views(buffer).items():
                 views[name].copy_(stored)
+                if f"{unit.prefix}{name}" in self.changes:
+                    views[name].copy_(self._changed(f"{unit.prefix}{name}", views[name].detach()))
         return views
 
     def _give(self, block: int, views: dict[str, nn.Parameter]) -> None:
@@ -255,9 +281,15 @@ class Residency:
                 count = sum(name.endswith("weight") for name in views)
                 for name in itertools.islice(names, count):
                     inner = name.removeprefix(prefix)
-                    yield tuple(views[f"{inner}.{kind}"].to(self.dtype) for kind in ("weight", "bias"))
+                    weight, bias = (views[f"{inner}.{kind}"].to(self.dtype) for kind in ("weight", "bias"))
+                    yield self._changed(f"{name}.weight", weight), self._changed(f"{name}.bias", bias)
         finally:
             reader.close()
+
+
+def _eager(hook: Callable) -> Callable:
+    """Return a hook that a compiled block does not trace. Without one, the large import of torch._dynamo is spared."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
 
 
 def _needs_modulations(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:

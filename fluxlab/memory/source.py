@@ -14,6 +14,7 @@ from fluxlab.checkpoints.casting import check_finite
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.keys import Recipe
 from fluxlab.checkpoints.networks import OpenNetwork
+from fluxlab.checkpoints.read import OpenWeights
 from fluxlab.memory.costs import aligned, is_modulation
 from fluxlab.model import FluxParams
 
@@ -143,6 +144,12 @@ class WeightSource:
 
     def __del__(self):
         self.close()
+
+
+def is_mapped(opened: OpenWeights) -> bool:
+    """Return whether a CPU computes blocks from the pages of their file: every tensor in one piece, and no cast."""
+    in_one_piece = all(len(parts) == 1 and parts[0][1] is None for parts in opened.recipe.values())
+    return in_one_piece and all(opened.target.keeps(entry) for entry in opened.net.entries.values())
 
 
 def tensor_offsets(path: Path) -> dict[str, int]:

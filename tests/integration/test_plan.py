@@ -373,7 +373,7 @@ def test_batches_on_a_gpu_leave_memory_for_the_weights(folder, monkeypatch):
     parts = stored(row)
     pipe = pipeline_without_weights(row, parts, None, CPU)
     weights = sum(part.bytes_as(None) for part in parts.values())
-    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=pipe.dtype, transformer=pipe.transformer)
+    gpu = SimpleNamespace(device=torch.device("cuda"), dtype=pipe.dtype, transformer=pipe.transformer, streaming=None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
     loaded = settings.default_batch_tokens(gpu)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9 + weights, 10**9 + weights))

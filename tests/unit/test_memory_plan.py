@@ -110,9 +110,8 @@ def test_6_gb_of_main_memory():
 
 
 def test_too_little_for_one_block():
-    with pytest.raises(UserError, match="one block at a time needs") as error:
+    with pytest.raises(UserError, match=r"memory\.limit_gb=1\.5: one block at a time needs"):
         make_plan(DEV, LARGE, Memory(limit_gb=1.5), Room("cuda", None))
-    assert "memory.limit_gb" in str(error.value)
 
 
 @settings(deadline=None, max_examples=60)
@@ -139,7 +138,8 @@ def test_a_plan_stays_within_its_limit(limit, more, batch, side, stored, device,
         assert sorted((*plan.resident, *plan.streamed)) == list(range(57))
         assert plan.parts["resident"] + plan.step_bytes == sum(sizes.block_bytes(b, stored) for b in range(57))
     larger = make_plan(sizes, work, Memory(limit_gb=limit + more), Room(device, None))
-    assert len(larger.resident) >= len(plan.resident)
+    if larger.decoder == plan.decoder:  # a decoder that moves to the device takes the place of blocks
+        assert len(larger.resident) >= len(plan.resident)
 
 
 @given(blocks=st.integers(1, 80), share=st.floats(0, 1))

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fluxlab.checkpoints import CheckpointError, load_transformer, save_transformer
+from fluxlab.checkpoints.networks import TRANSFORMER
+from fluxlab.checkpoints.read import open_weights
 from fluxlab.memory import modulations, residency
-from fluxlab.memory.load import open_transformer
+from fluxlab.memory.load import load_ends
 from fluxlab.memory.modulations import Conditions, linear_names, split
 from fluxlab.memory.plan import Plan, spread
 from fluxlab.memory.ring import DirectEngine, Reader, Ring
@@ -23,8 +25,12 @@ PARAMS = FluxParams(8, 8, 12, 10, 32, 4.0, 2, 2, 3, (4, 6, 6), 10000, True, True
 BLOCKS = PARAMS.depth + PARAMS.depth_single_blocks
 
 
+def open_transformer(path, dtype=None, engine=None) -> residency.Residency:
+    return load_ends(open_weights(TRANSFORMER, path, dtype=dtype, device="cpu", unread=True), engine=engine)
+
+
 def plan(*resident: int) -> Plan:
-    return Plan("cpu", True, BLOCKS, resident, 1, "resident", "device")
+    return Plan("cpu", True, BLOCKS, resident, 1, "first", "device")
 
 
 class LateEngine(DirectEngine):
@@ -120,7 +126,7 @@ def inputs(batch: int = 2, dtype=torch.float32, seed: int = 1) -> dict:
 
 def run(placed: residency.Residency, x: dict, key="a") -> torch.Tensor:
     times = x["timesteps"]
-    conditions = Conditions((0.5,), lambda t: times, x["y"], x["guidance"])
+    conditions = Conditions((0.5,), lambda _: (times, x["y"], x["guidance"]), len(times))
     steps = placed.modulations(key, lambda: conditions)
     return placed.flux(**x, modulations=steps.at(0.5))
 
@@ -195,7 +201,9 @@ def test_modulations_are_those_of_a_forward(files):
     for streamed, flux in ((same, whole), (placed, load_transformer(files / "e4m3.safetensors"))):
         for batch in (1, 3):
             x = inputs(batch, torch.bfloat16)
-            conditions = Conditions((1.0, 0.5), lambda t, b=batch: torch.full((b,), t), x["y"], x["guidance"])
+            conditions = Conditions(
+                (1.0, 0.5), lambda t, b=batch, x=x: (torch.full((b,), t), x["y"], x["guidance"]), 2 * batch
+            )
             steps = streamed.modulations(batch, lambda c=conditions: c)
             for t in (1.0, 0.5, 0.25):  # the last one is not in the schedule
                 vec = flux.conditioning(torch.full((batch,), t), x["y"], x["guidance"])
@@ -212,7 +220,7 @@ def test_tables_of_announced_batches_are_made_together(files, monkeypatch):
     batches = {}
     for key in range(5):
         x = inputs(2, seed=key)
-        batches[key] = Conditions((1.0, 0.5), lambda t: torch.full((2,), t), x["y"], x["guidance"])
+        batches[key] = Conditions((1.0, 0.5), lambda t, x=x: (torch.full((2,), t), x["y"], x["guidance"]), 4)
         placed.known.announce(key, lambda key=key: batches[key])
     for key in range(5):
         placed.modulations(key, lambda key=key: batches[key]).at(1.0)
