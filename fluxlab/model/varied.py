@@ -208,7 +208,7 @@ def group_entropy(q: Tensor, parts: Sequence[tuple[Tensor | None, Tensor, Tensor
     H, N, d = q.shape[1:]
     groups = -(-N // size)
     of_key = torch.arange(N, device=q.device) // size
-    counts = torch.bincount(of_key, minlength=groups).to(exact)
+    counts = (torch.arange(groups + 1, device=q.device) * size).clamp(max=N).diff().to(exact)
     sums = torch.zeros(H, groups, groups, dtype=exact, device=q.device)
     limit = SCORE_BYTES if q.device.type == "cpu" else GPU_SCORE_BYTES
     step = max(1, limit // (H * N * exact.itemsize))
