@@ -1,0 +1,314 @@
+"""`python -m fluxlab.attribution +exp=<name> objective=<name>`: attribution over the cells of one variant.
+
+One backward for each cell. Arrays of finished cells are kept, so that the same command continues.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxlab.compose import compose, flags, guarded
+from fluxlab.config import model_row, with_loras
+from fluxlab.errors import NonFiniteError, UserError, nearest
+from fluxlab.settings import Sampling
+from fluxlab.stopping import sigterm_raises
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fluxlab.experiment.spec import Experiment
+    from fluxlab.learning.objectives import Place
+    from fluxlab.probes import Captured
+
+_SamplingConfig = make_dataclass(
+    "_SamplingConfig", [(f.name, f.type, field(default=f.default)) for f in fields(Sampling)]
+)
+TABLE, FIGURE = "attribution.csv", "attribution.png"
+
+
+@dataclass
+class AttributionConfig(_SamplingConfig):
+    """The schema of `configs/attribution.yaml`. The settings of `Sampling` are keys too."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    name: str = "???"
+    caption: str = ""
+    variants: dict[str, Any] = field(default_factory=dict)
+    baseline: str = "baseline"
+    variant: str | None = None
+    source: str | None = None
+    patches: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    prompts_file: str | None = None
+    seeds: Any = 1
+    plugins: list[str] = field(default_factory=list)
+    lora: Any = None
+    threads: int | None = None
+    out: str | None = None
+    cache: str | None = None
+    plan: bool = False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code, as `fluxlab.run.main` does."""
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if not sys.flags.safe_path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())  # plugins
+
+    def work() -> None:
+        with sigterm_raises():
+            _main(list(arguments))
+
+    return guarded(work, "interrupted; the same command continues with the next cell")
+
+
+def _main(arguments: list[str]) -> None:
+    asked = flags(arguments)
+    if asked.help or not asked.overrides:
+        print(_USAGE)
+        return
+    if not any(re.match(r"\+{1,2}exp=", word) for word in asked.overrides):
+        raise UserError(f"{' '.join(asked.overrides)}: no experiment named; add +exp=<name>")
+    config = ("attribution", AttributionConfig, "attribution_schema", asked.overrides, asked.config_dir)
+    if asked.cfg:
+        print(compose(*config, show=True), end="")
+        return
+    attribute(compose(*config))
+
+
+def read(config: AttributionConfig) -> tuple["Experiment", dict[str, Any], str]:
+    """Return the experiment, the objective and a digest. Raises UserError naming the key and what is expected."""
+    from fluxlab.api import make_experiment
+    from fluxlab.checkpoints.stored import is_local
+    from fluxlab.experiment.prompts import read_prompts
+    from fluxlab.learning import read_objective
+    from fluxlab.model.sites import SITES
+    from fluxlab.positions import load_plugins
+
+    load_plugins(config.plugins)
+    objective = read_objective(config.objective)
+    for key in ("variant", "source"):
+        name = getattr(config, key)
+        if name is not None and name not in config.variants:
+            names = ", ".join(config.variants)
+            raise UserError(f"{key}={name}: no such variant, there are {names}{nearest(name, config.variants)}")
+    for site in config.patches:
+        if site not in SITES:
+            raise UserError(f"patches: {site!r}, expected some of {', '.join(SITES)}{nearest(site, SITES)}")
+    if bool(config.patches) != bool(config.source):
+        given, lacks = ("patches", "source=<variant>") if config.patches else ("source", "patches=[keys, values]")
+        raise UserError(f"{given}: add {lacks}; a patch takes the activations of a site from another variant")
+    row = with_loras(model_row(config.model, f"model {config.model.get('name', '')}".strip()), config.lora)
+    experiment = make_experiment(
+        read_prompts(Path(config.prompts_file)) if config.prompts_file else config.prompts,
+        config.variants,
+        config.seeds,
+        model=row,
+        sampling=Sampling(**{f.name: getattr(config, f.name) for f in fields(Sampling)}),
+        name=config.name,
+        caption=config.caption,
+        baseline=config.baseline,
+        identify=not config.plan or is_local(row),
+        cache=config.cache,
+    )
+    asked = [experiment.digest, objective, config.variant, config.source, list(config.patches)]
+    return experiment, objective, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def attribute(config: AttributionConfig) -> None:
+    """Compute what is missing of an attribution and write its table and figure, or print the plan."""
+    from fluxlab.checkpoints import check_device, default_device
+    from fluxlab.conditioning import Texts
+    from fluxlab.engines.inline import threads
+    from fluxlab.experiment.settings import dtype_of, threads_of
+    from fluxlab.learning.objectives import Place, make_objective
+    from fluxlab.loading import load_row
+    from fluxlab.probes import is_complete, load, write
+    from fluxlab.progress import Progress
+    from fluxlab.training.state import locked
+
+    e, asked, digest = read(config)
+    variant = config.variant or e.baseline
+    out = Path(config.out).expanduser() if config.out else Path("runs", e.name, f"attribution-{digest}")
+    places = [Place(prompt, seed) for prompt in e.prompts for seed in e.seeds]
+    device, dtype = check_device(e.device or default_device()), dtype_of(e.dtype)
+    settings = replace(e.sampling, dtype=None, device=None)
+    if config.plan:
+        return print(_plan(config, e, asked["name"], device, dtype, settings, len(places), out))
+    out.mkdir(parents=True, exist_ok=True)
+    _check_folder(out, digest)
+    with locked(out), threads(threads_of(str(device), None, config.threads)):
+        texts = Texts(e.prompts, e.max_sequence_length, e.truncate, e.unknown_words)
+        pipe = load_row(e.model, dtype, device, texts, cache=config.cache)
+        settings = pipe.resolve(settings)
+        objective = make_objective(asked, pipe, e.prompts, places, settings)
+        (out / "digest").write_text(digest)
+        print(f"{e.name}: {objective.title} of {variant}, {len(places)} cells → {out}", flush=True)
+        found = []
+        with Progress("attribution", len(places), every=5, unit="cell") as progress:
+            for n, place in enumerate(places):
+                file = out / f"cell-{n:04}.safetensors"
+                if not is_complete(file):
+                    write(file, one(config, e, pipe, variant, objective, place, settings))
+                found.append(load(file))
+                progress(n + 1)
+    rows = table(found, places)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    from fluxlab.drawing.style import write_figure
+    from fluxlab.files import write_atomic
+
+    write_atomic(out / TABLE, text.getvalue())
+    write_figure(draw(found, objective.title), out / FIGURE)
+    for row in sorted(rows, key=lambda row: -abs(row["effect"]))[:5]:
+        where = "  ".join(f"{key} {row[key]}" for key in ("array", "block", "head", "axis") if row[key] != "")
+        print(f"{where}  {row['effect']:.4g} [{row['low']:.4g}, {row['high']:.4g}]")
+    print(f"{out / TABLE}  {out / FIGURE}")
+
+
+def _check_folder(out: Path, digest: str) -> None:
+    if (out / "digest").is_file() and (out / "digest").read_text() != digest:
+        raise UserError(f"out={out}: holds another attribution; name another folder")
+
+
+def one(
+    config: AttributionConfig,
+    e: "Experiment",
+    pipe: Any,
+    variant: str,
+    objective: Any,
+    place: "Place",
+    settings: Sampling,
+) -> dict[str, "Captured"]:
+    """Return the arrays of one cell: `gains`, or one for each site of `patches`."""
+    import numpy as np
+
+    from fluxlab.attribution import of_gains, of_patches
+
+    program = e.variants[variant]
+    if config.patches:
+        given = {"what": config.patches, "programs": (e.variants[config.source], program), "settings": settings}
+        pair = [place, place]
+        found = of_patches(pipe, [p.prompt for p in pair], [p.seed for p in pair], objective.score(pair), **given)
+    else:
+        score = objective.score([place])
+        found = {"gains": of_gains(pipe, [place.prompt], [place.seed], score, program=program, settings=settings)}
+    if not all(np.isfinite(array.values).all() for array in found.values()):
+        raise NonFiniteError(f"prompt {place.prompt!r}, seed {place.seed}: a derivative is not finite")
+    return found
+
+
+def table(found: Sequence[Mapping[str, "Captured"]], places: Sequence["Place"]) -> list[dict[str, Any]]:
+    """Return the mean effect of each block, head and axis over cells with its 95 % bootstrap interval.
+
+    The effect of gains is minus the sum of derivatives over steps and frequencies: the change of the score, to first
+    order, without this part. That of patches is the sum over steps: the change with the patch at full strength.
+    """
+    import numpy as np
+
+    from fluxlab.measure.summary import summarise
+
+    rows, names = [], {}
+    for cell, place in zip(found, places, strict=True):
+        for name, array in cell.items():
+            per_step = array.values.sum(0)  # block, head, pair; or block, head; or block
+            parts = {}
+            if name == "gains":
+                axis = np.array(array.coords["axis"][1])
+                parts = {a: -per_step[..., axis == a].sum(-1) for a in dict.fromkeys(axis.tolist())}
+            for axis_name, values in (parts or {"": per_step}).items():
+                for place_of, value in np.ndenumerate(values):
+                    block, head = place_of[0], place_of[1] if len(place_of) > 1 else ""
+                    key = f"{name} {block} {head} {axis_name}"
+                    names[key] = {"array": name, "block": block, "head": head, "axis": axis_name}
+                    rows.append({"variant": key, "prompt": place.prompt, "seed": place.seed, "effect": float(value)})
+    summary = summarise(rows, rows[0]["variant"], ["effect"])
+    return [
+        {**names[r["variant"]], "effect": r["mean"], "low": r["low"], "high": r["high"], "n": r["n"]} for r in summary
+    ]
+
+
+def draw(found: Sequence[Mapping[str, "Captured"]], title: str) -> "Figure":
+    """Return heatmaps of the mean effect over cells: block × frequency of each axis, or block × head of each site."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    from fluxlab.drawing.style import STYLE, style
+
+    panels = {}
+    for name, array in found[0].items():
+        mean = np.mean([cell[name].values for cell in found], 0).sum(0)
+        if name == "gains":
+            axis = np.array(array.coords["axis"][1])
+            panels |= {
+                a: (-mean[..., axis == a].sum(1), "frequency, high to low") for a in dict.fromkeys(axis.tolist())
+            }
+        else:
+            panels[name] = (mean if mean.ndim == 2 else mean[:, None], "head" if mean.ndim == 2 else "")
+    most = max(float(np.abs(values).max()) for values, _ in panels.values()) or 1.0
+    with style(STYLE):
+        figure = Figure((1.2 + 1.9 * len(panels), 2.6), layout="constrained")
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for ax, (name, (values, label)) in zip(axes, panels.items(), strict=True):
+            drawn = ax.imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, aspect="auto", interpolation="nearest")
+            ax.set_title(name)
+            ax.set_xlabel(label)
+        axes[0].set_ylabel("block")
+        figure.colorbar(drawn, ax=list(axes), label="first-order effect")
+        figure.suptitle(title, x=0.02, ha="left")
+    return figure
+
+
+def _plan(
+    config: AttributionConfig,
+    e: "Experiment",
+    objective: str,
+    device: Any,
+    dtype: Any,
+    settings: Sampling,
+    cells: int,
+    out: Path,
+) -> str:
+    """Return what an attribution would do: sites, forwards and memory."""
+    from fluxlab.learning.plan import forwards, memory_lines
+    from fluxlab.model.sites import OF_HEADS
+
+    batch = 2 if config.patches else 1
+    # 0 GB: activations are always computed again
+    pipe, settings, lines = memory_lines(e.model, dtype, device, settings, batch, objective, 0.0)
+    p = pipe.transformer.params
+    blocks = p.depth + p.depth_single_blocks
+    per_block = p.num_heads * sum(p.axes_dim) // 2
+    if config.patches:
+        per_block = sum(p.num_heads if site in OF_HEADS else 1 for site in config.patches)
+    return "\n".join(
+        [
+            f"{e.name}: {e.caption}".removesuffix(": "),
+            f"folder     {out}",
+            *lines,
+            f"sites      {settings.steps * blocks * per_block:,} a cell: {settings.steps} steps × {blocks} blocks × "
+            f"{per_block:,}; {cells} cells",
+            f"work       {forwards(cells * batch, settings.steps, 0, 1)}",
+        ]
+    )
+
+
+_USAGE = """python -m fluxlab.attribution +exp=<name> objective=<name> [key=value …]
+
+The derivative of a score by every (step, block, head, frequency) of the rotary tables, in one backward for each cell:
+  python -m fluxlab.attribution +exp=hello objective=denoising steps=4 dtype=float32
+With patches=[keys, values] source=<variant>: the first-order effect of taking each activation from another variant.
+Keys: configs/attribution.yaml lists all; plan=true prints the number of sites and the memory.
+The same command again continues with the next cell."""
