@@ -148,6 +148,27 @@ def warp(ids: Tensor, scope: Scope, field: Sequence | Tensor) -> Tensor:
     return torch.cat((ids[:, :ROW], ids[:, PLANE] + moved.T, ids[:, COL + 1 :]), -1)
 
 
+def parse_parts(value: object, path: str) -> list[float | None]:
+    """a whole number from 1, [row, col] or {row: 2}"""
+    numbers = types.per_axis(value, path)
+    if any(n is not None and (n < 1 or n != int(n)) for n in numbers):
+        raise UserError(f"{path}: {value}, expected whole numbers from 1")
+    return numbers
+
+
+@op("restart", {"parts": parse_parts})
+def restart(ids: Tensor, scope: Scope, parts: PerAxis) -> Tensor:
+    """Divide the selection into `parts` bands along an axis, each of which starts where the first one does.
+
+    Bands are whole numbers of tokens long, so that the last one may be shorter. After Infinity-RoPE (arXiv 2511.20649),
+    which keeps positions within the trained extent in this way.
+    """
+    least = ids.amin(0)
+    length = ((ids.amax(0) - least + 1).detach() / axis_values(parts, ids, 1.0)).ceil()
+    # a rounding error of positions must not move a token to another band
+    return ids - length * ((ids - least).detach() / length + 1e-6).floor()
+
+
 @op("jitter", {"std": types.per_axis, "seed": types.seed})
 def jitter(ids: Tensor, scope: Scope, std: PerAxis, seed: int = 0) -> Tensor:
     """Add normal noise with standard deviation `std`, in tokens.

@@ -26,7 +26,12 @@ def test_every_experiment_runs(name, tmp_path):
     controls = {"text", "x1", "all_1", "all_16"}  # these change nothing but rounding
     for row in run.metrics:
         image = np.asarray(Image.open(run.image(row["variant"], row["prompt"], row["seed"])))
-        size = {"extrapolate": 96, "extrapolate_2x": 128, "extrapolate_attention": 96}.get(name, 64)
+        size = {
+            "extrapolate": 96,
+            "extrapolate_2x": 128,
+            "extrapolate_attention": 96,
+            "extrapolate_attention_2x": 128,
+        }.get(name, 64)
         assert image.shape == (size, size, 3)
         assert image.std() > 5
         if row["variant"] not in {run.baseline, *controls}:

@@ -15,6 +15,7 @@ from fluxlab.config import config_folder
 from fluxlab.experiment.each import expanded
 from fluxlab.model.varied import Varied
 from fluxlab.positions import Compiled, Context, Layout, Program, Prompt, compile_programs, split_resample
+from fluxlab.positions.picked import example
 from fluxlab.positions.waves import unchanged
 from fluxlab.run import RunConfig
 
@@ -22,7 +23,13 @@ NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml") if
 PRESETS = [
     "extrapolate",
     "extrapolate_2x",
+    "attention_sinks",
     "extrapolate_attention",
+    "extrapolate_attention_2x",
+    "infinity_rope",
+    "mixed_resolution",
+    "ropecraft",
+    "untwisting_rope",
     "freeflux_probe",
     "frequencies",
     "layouts",
@@ -54,6 +61,11 @@ def varies(compiled: Compiled, sigma: float) -> bool:
     """Return whether scores are multiplied, or attention is averaged over windows."""
     rotary = compiled.at(sigma).rotary
     return isinstance(rotary, list) and any(isinstance(keys, Varied) for _, keys in rotary)
+
+
+def resolved(config: RunConfig, context: Context) -> dict[str, Program]:
+    """Return the programs, with random tokens in place of those that a probe picks."""
+    return {name: example(program, context.layout) for name, program in programs(config).items()}
 
 
 def count_images(config: RunConfig) -> int:
@@ -146,8 +158,9 @@ def test_programs_fit_both_models_and_move_something(name):
     for prompt in config.prompts:
         tiny, flux = contexts(prompt, config.enlarge or 1, len(config.references or ()))
         own = {side: compile_programs([Program()], tiny).side_table(1.0, side).cos for side in ("queries", "keys")}
-        for variant, program in programs(config).items():
-            compile_programs([program], flux)  # every step, block, word and place is there
+        on_flux = resolved(config, flux)
+        for variant, program in resolved(config, tiny).items():
+            compile_programs([on_flux[variant]], flux)  # every step, block, word and place is there
             compiled = compile_programs([program], tiny)
             moved = split_resample(program)[1] is not None or any(
                 not torch.equal(compiled.ids(sigma, block, side), tiny.ids[0])
@@ -234,3 +247,43 @@ def is_held_out(prompt: str) -> bool:
     wanted = scenes.parse(prompt)
     thing = scenes.Thing(wanted.thing, wanted.colour, wanted.place, 0, 0, 20)
     return scenes.held_out(scenes.Scene((64, 64), "mist", (thing,), None, scenes.Sign(wanted.sign, 0, 0, (0, 0, 0))))
+
+
+def test_mixed_resolution_is_in_the_spacing_of_the_query():
+    """CRPA: as any query sees it, a distance is that in the image over the spacing of the query's own grid."""
+    image, small, text = (6, 8), (3, 4), 2
+    parts = [sampling.text_ids(1, text), sampling.image_ids(1, *image), sampling.image_ids(1, *small)]
+    parts[2][..., 0] = 1
+    context = Context(torch.cat(parts, 1), Layout(text, image, (small,)), (4, 6, 6), 10000, 1, 1, 2, trained=image)
+    compiled = compile_programs([programs(experiment("mixed_resolution"))["crpa"]], context)
+    centres = [
+        ((r + 0.5) * s, (c + 0.5) * s)
+        for (rows, cols), s in ((image, 1), (small, 2))
+        for r in range(rows)
+        for c in range(cols)
+    ]
+    spacing = [1] * 48 + [2] * 12
+    queries = compiled.ids(side="queries")
+    for n in range(60):
+        keys = compiled.ids(side="keys", query=text + n)
+        expected = [((r - centres[n][0]) / spacing[n], (c - centres[n][1]) / spacing[n]) for r, c in centres]
+        apart = keys[text:, 1:] - queries[text + n, 1:]
+        assert torch.allclose(apart, torch.tensor(expected), atol=1e-5)
+        assert not keys[:, 0].any()
+
+
+def test_untwisting_gains():
+    """hi + (lo - hi)·(i/(n - 1))² on rows and columns, lo on the index, of the reference's keys alone; 2602.05013."""
+    _, flux = contexts("a red fox on the left holding a sign that says open cafe", references=1)
+    compiled = compile_programs([programs(experiment("untwisting_rope"))["fading"]], flux)
+    start = flux.layout.range(2)[0]
+    for sigma in (1.0, 0.75, 0.25):
+        keys, queries = (compiled.waves(sigma, side=side).gain for side in ("keys", "queries"))
+        expected = []
+        for axis, width in enumerate(flux.axes_dim):
+            for i in range(width // 2):
+                whole = 0.5 + (1.3 - 0.5) * (i / (width // 2 - 1)) ** 2 if axis else 1.3
+                expected.append(1 + sigma * (whole - 1))  # strength 1 → 0
+        assert (queries == 1).all()
+        assert (keys[:start] == 1).all()
+        assert (keys[start:] - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-12

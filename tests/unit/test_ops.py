@@ -76,6 +76,9 @@ BY_HAND = {
         [(0, 0, 0), (0, 0, 2), (0, 0, 4), (0, 2, 0), (0, 2, 2), (0, 2, 4)],
     ),
     "warp_whole": ({"op": "warp", "field": [[[0.5, -1]]]}, [(0, r + 0.5, c - 1) for _, r, c in GRID]),
+    "restart": ({"parts": {"col": 2}}, [(0, r, c % 2) for _, r, c in GRID]),  # bands of ⌈3 / 2⌉ columns
+    "restart_both": ({"op": "restart", "parts": [2, 3]}, [(0, 0, 0)] * 6),
+    "restart_whole": ({"op": "restart", "parts": 1}, GRID),
     "jitter": ({"std": 0}, GRID),
     "quantize": ({"to": 2}, [(0, 0, 0), (0, 0, 0), (0, 0, 2), (0, 0, 0), (0, 0, 0), (0, 0, 2)]),  # half to even
     "centre": ({}, [(0, -1, -2), (0, -1, -1), (0, -1, 0), (0, 0, -2), (0, 0, -1), (0, 0, 0)]),
@@ -274,6 +277,7 @@ SOME = [
     {"op": "transpose"},
     {"op": "shuffle", "seed": 5},
     {"op": "quantize", "to": 0.5},
+    {"op": "restart", "parts": [1, 2]},
     {"op": "jitter", "std": 0.3},
     {"op": "zero", "axes": "col"},
     {"op": "relocate", "to": {"box": [0, 0, 1, 1]}},
@@ -335,6 +339,7 @@ def test_strength_interpolates(edit, s):
         (lambda ids, x: ops.offset(ids, None, x), torch.tensor([1.0, 2.0, -3.0])),
         (lambda ids, x: ops.set_to(ids, None, x) + ids, torch.tensor([1.0, 2.0, -3.0])),
         (lambda ids, x: ops.rotate(ids, None, x), torch.tensor(31.0)),
+        (lambda ids, x: ops.restart(ids * x, None, [1, 2]), torch.tensor([1.0, 1.0, 1.0])),
         (lambda ids, x: ops.jitter(ids, None, x), torch.tensor([0.1, 0.2, 0.3])),
         (lambda ids, x: ops.warp(ids, LAYOUT.scope(torch.arange(2, 8)), x), torch.randn(3, 2, 2)),
     ],
