@@ -6,9 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fluxlab
+from fluxlab import gradients
 from fluxlab.checkpoints import save_transformer
 from fluxlab.errors import UserError
 from fluxlab.experiment.spec import Experiment
+from fluxlab.positions import Program
 from fluxlab.probes import Probe
 
 PROMPTS = ["a red fox on the left", "a blue cat holding a sign that says hello"]
@@ -155,3 +157,40 @@ def test_the_plan_of_a_run(tmp_path):
     assert "streamed, " in line
     assert "all 6 blocks streamed" in line
     assert "memory     about" in plan(asked, tmp_path)
+
+
+def velocity_and_gradient(pipe) -> list[torch.Tensor]:
+    prepared = gradients.prepare(pipe, PROMPTS[:1], [0], fluxlab.Sampling(steps=2))
+    step = gradients.stepping(prepared, gradients.compiled(prepared, Program.from_config({})))
+    with gradients.checkpointed(pipe):
+        x = prepared.noise.clone().requires_grad_(True)
+        v = step(0, x)
+        v.square().sum().backward()
+    return [v.detach(), x.grad]
+
+
+def test_gradients_through_mapped_blocks(whole, tmp_path):
+    """Blocks are computed again in the backward pass, when their pages were let go."""
+    save_transformer(whole.transformer, tmp_path / "one.safetensors")
+    tiny = fluxlab.config.find_row("tiny").path
+    parts = {"autoencoder": tiny, "text": tiny, "tokenizers": tiny, "like": "schnell", "device": "cpu"}
+    pipes = [fluxlab.load_pipeline(tmp_path / "one.safetensors", **parts, memory=m) for m in ("resident", "streamed")]
+    assert pipes[1].streaming.residency.mapped
+    results = [velocity_and_gradient(pipe) for pipe in pipes]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+        assert a.abs().sum() > 0
+
+
+def test_what_needs_all_weights_is_refused(streamed):
+    assert not streamed.streaming.residency.mapped
+    with pytest.raises(UserError, match="load the model with memory='resident'"):
+        gradients.prepare(streamed, PROMPTS[:1], [0])
+    with pytest.raises(UserError, match="merge it when the model is loaded"):
+        streamed.generate(PROMPTS, **OPTIONS, lora="lora.safetensors")
+
+
+def test_injected_activations(whole, streamed):
+    programs = [{}, {"a": {"op": "inject", "source": 0, "what": "residual", "blocks": [2]}}]
+    results = [pipe.generate(PROMPTS, programs=programs, **OPTIONS) for pipe in (whole, streamed)]
+    assert torch.equal(*results)
