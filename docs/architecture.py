@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "docs" / "architecture.json"
 PICTURE = ROOT / "docs" / "architecture.png"
-ENTRY_POINTS = ("fluxlab.positions.__main__",)
+ENTRY_POINTS = ("fluxlab.positions.__main__", "fluxlab.attribution.__main__")
 """Commands inside a package. They may import anything, because no module imports them."""
 
 BOX_GAP, ARROW_GAP, HALF_BOX = 1.3, 0.75, 0.19
