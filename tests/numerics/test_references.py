@@ -183,7 +183,7 @@ def test_all_ids_may_be_shifted(ours):
 def test_inverted_with_references(ours):
     """The noise of two images, each with its own references, makes them again; without references it does not."""
     prompts, references = [PROMPTS[0], PROMPTS[1]], [[SMALL], [WIDE, SMALL]]
-    more = {**OPTIONS, "steps": 8}
+    more = {**OPTIONS, "steps": 32}  # each is small enough for the fixed-point iteration to converge
     size = {key: more.pop(key) for key in ("height", "width")}
     images = [picture(size["height"], size["width"], seed) for seed in (3, 4)]
     target = ours.encode(images)[0]
@@ -194,5 +194,5 @@ def test_inverted_with_references(ours):
         ours.generate(prompts, latents=noise, references=given, output="latent", **size, **more)
         for given in (references, None)
     )
-    assert (again - target).abs().max() < 1e-3 * target.std()
-    assert (without - target).abs().max() > 0.01 * target.std()
+    assert (again - target).norm() < 0.01 * (without - target).norm()
+    assert (without - target).norm() > 0.01 * target.norm()
