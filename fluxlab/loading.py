@@ -100,7 +100,8 @@ def load_row(
     open_text = language_model_of if family_of_files(found.path, row.variant) == "flux2" else encoders_of
     text = open_text(paths["text"], dtype, device, row.variant, row.tokenizers, open_cache(cache))
     request, room = Memory.from_config(memory), room_of(device)
-    sizes = streamed_sizes(row, None, dtype, device, request, room)
+    parts = stored(row, open_cache(cache)) if request.mode != "resident" else None
+    sizes = streamed_sizes(row, parts, dtype, device, request, room)
     if sizes:
         text.room = text_limit(sizes, request, room, texts)
         text.after_block = lambda module: let_go(module.parameters())

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluxlab.cache import Cache, remembered
 from fluxlab.checkpoints.casting import majority
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import Entry, read_json, weight_files
@@ -18,7 +19,7 @@ from fluxlab.checkpoints.finding import STEM, Found, find, resolve
 from fluxlab.checkpoints.hub import is_hub_id
 from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, Params, architecture_of, family_of, open_network
 from fluxlab.checkpoints.recognise import is_counter
-from fluxlab.checkpoints.text import open_encoders
+from fluxlab.checkpoints.text import open_encoders, text_files
 from fluxlab.checkpoints.text2 import open_language_model
 from fluxlab.config import ModelRow, find_row, model_names
 from fluxlab.errors import UserError
@@ -71,10 +72,11 @@ def is_local(row: ModelRow) -> bool:
     return stored(row) is not None
 
 
-def stored(row: ModelRow) -> dict[str, Stored] | None:
+def stored(row: ModelRow, cache: Cache | None = None) -> dict[str, Stored] | None:
     """Return the row's transformer, autoencoder and text encoders, from headers; None if some are still to be fetched.
 
-    Raises `CheckpointError` for what is missing or damaged.
+    With a cache, files of FLUX.1's text encoders are not opened again until their size or times change. Raises
+    `CheckpointError` for what is missing or damaged.
     """
     paths = {"transformer": row.path, "autoencoder": row.autoencoder or row.path, "text": row.text or row.path}
     roots = {part: local(path, part, row.variant) for part, path in paths.items()}
@@ -90,9 +92,34 @@ def stored(row: ModelRow) -> dict[str, Stored] | None:
         model = open_language_model(roots["text"], row.variant)
         parts[model.kind] = _stored(model.files, model.entries.values())
         return parts
-    for encoder in open_encoders(roots["text"], row.variant, row.tokenizers):
-        parts[encoder.part] = _stored(encoder.files, encoder.entries.values())
-    return parts
+    return parts | _stored_encoders(roots["text"], row, cache)
+
+
+def _stored_encoders(root: Path, row: ModelRow, cache: Cache | None) -> dict[str, Stored]:
+    def read() -> dict[str, dict[str, Any]]:
+        found = {}
+        for encoder in open_encoders(root, row.variant, row.tokenizers):
+            part = _stored(encoder.files, encoder.entries.values())
+            found[encoder.part] = {
+                "files": list(map(str, part.files)),
+                "tensors": part.tensors,
+                "parameters": {str(dtype).removeprefix("torch."): n for dtype, n in part.parameters.items()},
+                "dtype": str(part.dtype).removeprefix("torch."),
+                "layer": part.layer,
+            }
+        return found
+
+    known = remembered(cache, "sizes", text_files(root), read, str(root), row.variant, row.tokenizers is None)
+    return {
+        part: Stored(
+            tuple(map(Path, facts["files"])),
+            facts["tensors"],
+            Counter({getattr(torch, dtype): n for dtype, n in facts["parameters"].items()}),
+            getattr(torch, facts["dtype"]),
+            layer=facts["layer"],
+        )
+        for part, facts in known.items()
+    }
 
 
 def part_paths(row: ModelRow, found: Found) -> dict[str, Any]:

@@ -25,6 +25,7 @@ PROMPT = "a red cat holding a sign that says hello world"
 ARGUMENTS = {
     "ablate": {"what": "mlp", "to": "mean", "over": "image"},
     "band": {"pairs": [1, 4]},
+    "restart": {"parts": [2, 2]},
     "distance": {"factor": 0.9, "beyond": [8, 8]},
     "gain": {"factor": 2},
     "inject": {"source": 0, "what": ["keys", "values"], "tokens": "image"},

@@ -133,10 +133,8 @@ def test_gradients_are_refused(folder):
 
 
 def test_streaming_is_refused(folder):
-    from fluxlab.memory.load import open_transformer
-
-    with pytest.raises(UserError, match=r"blocks of FLUX\.2 cannot be streamed"):
-        open_transformer(folder)
+    with pytest.raises(UserError, match=r"is FLUX\.2, whose weights are all resident"):
+        fluxlab.load_pipeline(folder, cache="none", memory="streamed")
 
 
 def test_an_autoencoder_of_the_other_family(folder):

@@ -336,7 +336,7 @@ def test_a_second_process_is_refused(model, tmp_path):
 
 
 def test_interrupted_from_the_keyboard(model, tmp_path):
-    process = start(*arguments(model, tmp_path / "run", "seeds=40"))
+    process = start(*arguments(model, tmp_path / "run", "seeds=400"))
     while not list((tmp_path / "run" / "cells").glob("*.json")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

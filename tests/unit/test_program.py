@@ -25,6 +25,7 @@ from fluxlab.positions import (
     ops_table,
     where_table,
 )
+from fluxlab.positions.picked import example
 from fluxlab.positions.registry import WHERE
 from fluxlab.select.arguments import number
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
@@ -612,8 +613,9 @@ def yaml_blocks(file: str) -> list[dict]:
 def test_programs_in_the_docs_compile():
     first, *others = [Program.from_config(block) for block in yaml_blocks("docs/programs.md")]
     assert len(first.edits) == 4
+    layout = Layout(text=len(WORDS.spans), grid=(8, 8))
     for program in (first, *others):
-        compile_programs([program], context(Layout(text=len(WORDS.spans), grid=(8, 8))))
+        compile_programs([example(program, layout)], context(layout))
     (experiment,) = yaml_blocks("README.md")
     for variant in experiment["variants"].values():
         assert Program.from_config(variant)
