@@ -6,7 +6,7 @@ PY = $(VENV)/bin/python
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: run test test-unit test-versions test-processors gpu lint soak docs clean
+.PHONY: run test test-unit test-versions test-processors gpu fullsize lint soak docs clean
 
 run: $(VENV)/.core
 	$(PY) -m fluxlab.run +exp=article
@@ -26,6 +26,10 @@ test-processors: $(VENV)/.dev
 # On a machine with a card, at most 10 minutes. Other options: make gpu GPU="--budget 240 --parts forward"
 gpu: $(VENV)/.dev
 	$(PY) -m benchmarks.gpu $(GPU)
+
+# FLUX.1-dev of random weights at its real size, within 6 GB of memory; 34 GB of disk.
+fullsize: $(VENV)/.dev
+	$(PY) -m benchmarks.fullsize $(FULLSIZE)
 
 soak: $(VENV)/.dev
 	$(PY) -m pytest tests -m soak
