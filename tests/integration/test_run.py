@@ -55,7 +55,13 @@ def start(*words, cwd=None, **env):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,
     )
+
+
+def heed_interrupts():
+    """A process whose parent was started in the background inherits that it ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def contents(folder):
@@ -336,7 +342,7 @@ def test_a_second_process_is_refused(model, tmp_path):
 
 
 def test_interrupted_from_the_keyboard(model, tmp_path):
-    process = start(*arguments(model, tmp_path / "run", "seeds=400"))
+    process = start(*arguments(model, tmp_path / "run", "seeds=40"))
     while not list((tmp_path / "run" / "cells").glob("*.json")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
