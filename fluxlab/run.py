@@ -1,6 +1,5 @@
 """`python -m fluxlab.run +exp=<name> [overrides]`: compose the configs, check them, run."""
 
-import os
 import re
 import shlex
 import sys
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from fluxlab.compose import (
     combinations,
+    command_line,
     complete,
     compose,
     debugging,
     flags,
-    guarded,
     is_users,
     launch,
     launches_jobs,
@@ -25,7 +24,6 @@ from fluxlab.compose import (
 from fluxlab.config import config_folder, model_row, with_loras
 from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.settings import Sampling
-from fluxlab.stopping import sigterm_raises
 
 if TYPE_CHECKING:
     from fluxlab.experiment.spec import Experiment
@@ -78,17 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     `arguments` are the words after `python -m fluxlab.run`; None means those of this process. May be called from a
     notebook, from several threads, and inside another Hydra application.
     """
-    if arguments is None:
-        arguments = sys.argv[1:]
-        # plugins are imported from here; `python -m` looks here too, an installed script only in its own folder
-        if not sys.flags.safe_path and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())
-
-    def work() -> None:
-        with sigterm_raises():
-            _main(list(arguments))
-
-    return guarded(work, "interrupted; finished images are kept, the same command continues from here")
+    return command_line(arguments, _main, "interrupted; finished images are kept, the same command continues from here")
 
 
 def _main(arguments: list[str]) -> None:

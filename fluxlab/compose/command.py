@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fluxlab.compose.explain import short
 from fluxlab.errors import BatchError, NonFiniteError, UserError
-from fluxlab.stopping import EXIT_CODE, Terminated
+from fluxlab.stopping import EXIT_CODE, Terminated, sigterm_raises
 from fluxlab.terminal import tolerant_output
 
 
@@ -40,6 +40,24 @@ def flags(arguments: Sequence[str]) -> argparse.Namespace:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise UserError(f"{message}; see --help")
+
+
+def command_line(arguments: Sequence[str] | None, run: Callable[[list[str]], None], interrupted: str) -> int:
+    """Run a command of words and return its exit code, see `guarded`. SIGTERM ends it after the work at hand.
+
+    arguments: None means those of this process, which also finds plugins in its working directory.
+    """
+    if arguments is None:
+        arguments = sys.argv[1:]
+        # `python -m` looks in the working directory too, an installed script only in its own folder
+        if not sys.flags.safe_path and os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
+
+    def work() -> None:
+        with sigterm_raises():
+            run(list(arguments))
+
+    return guarded(work, interrupted)
 
 
 def guarded(work: Callable[[], None], interrupted: str) -> int:

@@ -9,7 +9,7 @@ import errno
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,8 @@ class FolderLock:
     """
 
     def __init__(self, path: Path, shard: Shard | None, held: "BaseFileLock", alone: bool):
-        self._path, self._shard, self._held, self.alone = path, shard, held, alone
+        self._path, self._shard, self.alone = path, shard, alone
+        self._held: BaseFileLock | None = held
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -58,29 +59,30 @@ class FolderLock:
     def take_over(self, complete: Callable[[], bool]) -> bool:
         """Turn the lock of a shard into that of a run, if no other shard is running and `complete()`.
 
-        Of several shards that end at the same time, the last one sees what the others have written.
+        Otherwise the shard's lock is given back. Of several shards that end at the same time, the last one sees what
+        the others have written, and that none of them is running.
         """
         if self._shard is None:
-            return True
+            return self._held is not None
         with self.guard():
             # `complete` looks at every image: only the last shard does, others would wait for the guard meanwhile
-            if running_shards(self._path, self._shard) or not complete():
-                return False
-            try:
-                lock = _acquire(self._path, LOCK)
-            except _TakenError:  # a run that is about to see this shard, and to stop
-                return False
+            last = not running_shards(self._path, self._shard) and complete()
+            lock = None
+            if last:
+                with suppress(_TakenError):  # by a run that is about to see this shard, and to stop
+                    lock = _acquire(self._path, LOCK)
             self._give_back()
             self._shard, self._held = None, lock
-        return True
+        return lock is not None
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Give the lock back, unless `take_over` did."""
         with self.guard():
             self._give_back()
 
     def _give_back(self) -> None:
-        self._held.release()
+        if self._held is not None:
+            self._held.release()
         if self._shard:
             (self._path / _name(self._shard)).unlink(missing_ok=True)
 

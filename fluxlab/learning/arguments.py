@@ -18,7 +18,7 @@ from fluxlab.select.arguments import is_list, number
 
 KEYS = ("learn", "min", "max")
 STEPWISE = ("quantize", "shuffle")
-"""Ops whose result changes in jumps."""
+"""Ops whose result is a step function of their arguments."""
 
 SMALLEST = (None, 0.0, 1e-6, 1 + 1e-6)
 """Lower limits that arguments may have of their own: none, 0, above 0, above 1."""
@@ -152,7 +152,7 @@ def _learned(plain: Mapping[str, Any], key: tuple, given: Mapping[str, Any], pat
     if op.acts_on in ("activations", "size"):
         raise UserError(f"{where}: learn needs gradients, which edits of {op.acts_on} do not have")
     if op.name in STEPWISE:
-        raise UserError(f"{where}: {op.name} changes in jumps, so that there is no gradient to learn by")
+        raise UserError(f"{where}: the result of {op.name} is a step function, which has no useful gradient")
 
     def parsed(value: float) -> Any:
         return parse(_value(_with(plain, key, value), key[:2]), join(path, *key[:2]))

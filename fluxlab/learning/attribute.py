@@ -7,19 +7,16 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxlab.compose import compose, flags, guarded
+from fluxlab.compose import command_line, compose, flags
 from fluxlab.config import model_row, with_loras
 from fluxlab.errors import NonFiniteError, UserError, nearest
 from fluxlab.settings import Sampling
-from fluxlab.stopping import sigterm_raises
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,16 +57,7 @@ class AttributionConfig(_SamplingConfig):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code, as `fluxlab.run.main` does."""
-    if arguments is None:
-        arguments = sys.argv[1:]
-        if not sys.flags.safe_path and os.getcwd() not in sys.path:
-            sys.path.insert(0, os.getcwd())  # plugins
-
-    def work() -> None:
-        with sigterm_raises():
-            _main(list(arguments))
-
-    return guarded(work, "interrupted; the same command continues with the next cell")
+    return command_line(arguments, _main, "interrupted; the same command continues with the next cell")
 
 
 def _main(arguments: list[str]) -> None:

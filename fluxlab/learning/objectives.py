@@ -139,7 +139,7 @@ def _image(config: Mapping[str, Any], prompts: Sequence[str], place: Place, size
 def rendered(place: Place, size: tuple[int, int]) -> "Image.Image":
     """Return a scene that the prompt describes, drawn at random for (prompt, seed).
 
-    Raises UserError for a prompt that is no caption of a scene, and one that is too rare.
+    Raises UserError for a prompt that does not describe a scene, and for one whose scenes are too rare to draw.
     """
     from PIL import Image
 

@@ -169,8 +169,8 @@ def make_plan(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, str
     """Return where the weights go. The same sizes give the same plan: nothing is measured here.
 
     Everything is resident if it fits. Else modulations are computed in advance, the text is encoded first, and as many
-    blocks are resident as fit, scattered evenly. streams: a model that was loaded block by block, where everything
-    resident is no choice any more. Raises `UserError` if even one block at a time does not fit.
+    blocks are resident as fit, scattered evenly. streams: the model was loaded block by block already, so that it is
+    never resident as a whole. Raises `UserError` if even one block at a time does not fit.
     """
     free = room.free if memory.limit_bytes is None else memory.limit_bytes
     resident = _resident(sizes, work, room, free)

@@ -121,8 +121,7 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def curve_points(file: Path, count: int = 8) -> list[tuple[int, float]]:
-    """Read `curve.csv`. Return at most `count` evenly spaced pairs (step, mean plain loss of the 50
-    steps up to it)."""
+    """Read `curve.csv`. Return at most `count` pairs (step, mean plain loss of the 50 steps up to it)."""
     with open(file, newline="") as handle:
         losses = [float(row["plain_loss"]) for row in csv.DictReader(handle)]
     stops = sorted({max(1, round(len(losses) * (i + 1) / count)) for i in range(count)})

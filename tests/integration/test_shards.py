@@ -172,6 +172,19 @@ def test_shards_divide_the_batches():
 # ---- locks
 
 
+def test_of_shards_that_end_at_the_same_time_one_takes_over(tmp_path):
+    """Each of them has looked before any of them has left its folder."""
+    out = tmp_path / "s"
+    with (
+        open_store(out, Shard(0, 3)) as one,
+        open_store(out, Shard(1, 3)) as two,
+        open_store(out, Shard(2, 3)) as three,
+    ):
+        assert [store.lock.take_over(lambda: True) for store in (one, three, two)] == [False, False, True]
+        with pytest.raises(ValueError, match="another process is running"), open_store(out):
+            raise AssertionError("at the same time")
+
+
 def test_shards_run_together_and_a_run_alone(tmp_path, capsys):
     out = tmp_path / "s"
     with open_store(out, Shard(0, 3)) as first:
@@ -186,8 +199,13 @@ def test_shards_run_together_and_a_run_alone(tmp_path, capsys):
                 with pytest.raises(ValueError, match=message), open_store(out, shard):
                     raise AssertionError("at the same time")
             assert not first.lock.take_over(lambda: pytest.fail("looked at every image while another shard runs"))
-        assert not first.lock.take_over(lambda: False)
-        assert first.lock.take_over(lambda: True)
+            assert not first.lock.take_over(lambda: True)  # it has given its lock back
+            with pytest.raises(ValueError, match="shard 2/3 is running in this folder"), open_store(out):
+                raise AssertionError("at the same time")
+    with open_store(out, Shard(0, 3)) as last:
+        assert not last.lock.take_over(lambda: False)
+    with open_store(out, Shard(0, 3)) as last:
+        assert last.lock.take_over(lambda: True)
         with pytest.raises(ValueError, match="another process is running"), open_store(out, Shard(1, 3)):
             raise AssertionError("at the same time")
     assert not out.exists()  # nothing was written

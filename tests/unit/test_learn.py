@@ -96,8 +96,8 @@ def test_limits_of_an_argument_are_its_bounds():
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"op": "quantize", "to": {"learn": 0.5}}, r"variants\.x\.a\.to: quantize changes in jumps"),
-        ({"op": "shuffle", "seed": {"learn": 5}}, r"a\.seed: shuffle changes in jumps"),
+        ({"op": "quantize", "to": {"learn": 0.5}}, r"variants\.x\.a\.to: the result of quantize is a step function"),
+        ({"op": "shuffle", "seed": {"learn": 5}}, r"a\.seed: the result of shuffle is a step function"),
         ({"op": "riflex", "pair": {"learn": 1}}, r"a\.pair: pair of riflex is a whole number"),
         ({"op": "layout", "like": {"learn": 1}}, r"a\.like: learn 1 is not accepted, like of layout is flux"),
         ({"op": "scale", "factor": {"learn": 1, "min": 2}}, r"a\.factor: learn 1 is outside of its bounds"),

@@ -175,15 +175,15 @@ def test_against_attention_written_out(flux, name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if "windows" not in name and name != "together"])
-@pytest.mark.parametrize("beside", [{}, {"a": {"op": "zero", "side": "keys", "seen_by": "text", "strength": 0.5}}])
-def test_probes_see_the_factors(flux, name, beside, monkeypatch):
+@pytest.mark.parametrize("first", [{}, {"a": {"op": "zero", "side": "keys", "seen_by": "text", "strength": 0.5}}])
+def test_probes_see_the_factors(flux, name, first, monkeypatch):
     """p of the sample, in a batch with another program (in groups of queries), is that of the attention written out."""
     double = Flux(PARAMS).double().eval()
     double.load_state_dict(flux.state_dict())
     seen, expected, whole = [], [], tokens(torch.arange(N))
     with torch.no_grad():
         written_out(double, name, monkeypatch, expected)
-        programs = [Program.from_config(program) for program in (beside, CASES[name][0])]
+        programs = [Program.from_config(program) for program in (first, CASES[name][0])]
         rotary, mask = compile_programs(programs, context(torch.float64, **MORE)).at(0.6)
         x = inputs(2, torch.float64)
 
@@ -243,7 +243,7 @@ def test_a_batch_equals_single_samples(flux, grad):
 
 
 def test_plain_samples_do_not_change_in_a_batch_of_others(flux):
-    """The bits of a program without these ops do not depend on the samples beside it."""
+    """The bits of a program without these ops do not depend on the other samples of its batch."""
     with torch.no_grad():
         together = velocity(flux, [{}, CASES["together"][0], {}], **MORE)
         assert torch.equal(together[::2], velocity(flux, [{}, {}], **MORE))
