@@ -1,6 +1,7 @@
 """`python -m fluxlab.train +train=<name> [overrides]`: train an embedded model, or resume a training run."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from fluxlab.compose import compose, guarded
@@ -17,9 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     def work() -> None:
-        recipe = compose("train_schema", Recipe, "train_schema", arguments)
-        check(recipe)
-        run(recipe, arguments)
+        run(_read(arguments), arguments)
 
     return guarded(work, "interrupted; run the same command again to resume from the last checkpoint")
 
@@ -41,10 +40,28 @@ def run(recipe: Recipe, arguments: list[str]) -> None:
         torch.set_num_threads(recipe.threads)
     folder = Path(recipe.out or f"runs/train-{recipe.name}")
     with locked(folder):
+        if recipe.start and recipe.start.startswith("+train="):
+            recipe = replace(recipe, start=str(_first(recipe, folder / "start")))
         pipe = train(recipe, folder, device)
         training = facts(recipe, folder, arguments)
         made = export(pipe, Path(recipe.export) if recipe.export else folder / "pipeline", training)
     print(f"{made}: a Diffusers folder; python -m fluxlab.run +exp=hello model=local model.path={made}")
+
+
+def _read(arguments: list[str]) -> Recipe:
+    recipe = compose("train_schema", Recipe, "train_schema", arguments)
+    check(recipe)
+    return recipe
+
+
+def _first(recipe: Recipe, folder: Path) -> Path:
+    """Run the recipe from which `recipe` starts, unless `folder` has its model already. Return the model's folder."""
+    made = folder / "pipeline"
+    if not (made / "manifest.json").is_file():  # written last
+        same = {key: getattr(recipe, key) for key in ("device", "tracker", "threads", "workers")}
+        words = [recipe.start, *(f"{key}={value}" for key, value in same.items() if value is not None)]
+        run(replace(_read(words), out=str(folder)), words)
+    return made
 
 
 def _usage() -> str:

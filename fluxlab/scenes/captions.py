@@ -159,9 +159,15 @@ def parse(text: str) -> Wanted:
 
 
 def batch(
-    rng: np.random.Generator, n: int, size: tuple[int, int] = (64, 64), split: str = "train"
+    rng: np.random.Generator,
+    n: int,
+    size: tuple[int, int] = (64, 64),
+    split: str = "train",
+    small_d: bool = False,
 ) -> tuple[np.ndarray, list[str]]:
     """Draw n scenes and return their images, uint8 (n, height, width, 3), and a caption of each.
+
+    size, split: as for `sample_scene`. small_d: as for `render`.
 
     Raises `UserError` like `sample_scene`, and for n < 1.
     """
@@ -170,6 +176,6 @@ def batch(
     images, captions = [], []
     for _ in range(n):
         scene = sample_scene(rng, size, split)
-        images.append(render(scene))
+        images.append(render(scene, small_d))
         captions.append(caption(scene, rng))
     return np.stack(images), captions

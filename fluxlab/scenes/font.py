@@ -43,7 +43,15 @@ _ROWS = {
     "y": "#.# #.# #.# .#. .#. .#. .#.",
     "z": "### ..# ..# .#. #.. #.. ###",
 }
-GLYPHS = {letter: np.array([[c == "#" for c in row] for row in rows.split()]) for letter, rows in _ROWS.items()}
+SMALL_D = "..# ..# ### #.# #.# #.# ###"
+"""The D of the font with which the first stage of the embedded model was trained."""
+
+
+def _glyph(rows: str) -> np.ndarray:
+    return np.array([[c == "#" for c in row] for row in rows.split()])
+
+
+GLYPHS = {letter: _glyph(rows) for letter, rows in _ROWS.items()}
 
 WORDS = (
     "hello", "world", "open", "stop", "exit", "go", "yes", "no", "love", "home", "cafe", "tea", "milk", "cake",
@@ -57,19 +65,22 @@ def text_size(words: tuple[str, ...]) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def text_mask(words: tuple[str, ...]) -> np.ndarray:
+def text_mask(words: tuple[str, ...], small_d: bool = False) -> np.ndarray:
     """Return the pixels of words on one line each, left-aligned: bool (8 * lines - 1, 4 * longest - 1), read-only.
+
+    small_d: with `SMALL_D` for d.
 
     Raises `UserError` for no words, an empty word, or a letter other than a to z.
     """
     if not words or not all(words):
         raise UserError(f"words={words!r}: expected one or more words, none of them empty")
+    glyphs = GLYPHS | {"d": _glyph(SMALL_D)} if small_d else GLYPHS
     mask = np.zeros(text_size(words), dtype=bool)
     for line, word in enumerate(words):
         for n, letter in enumerate(word):
-            if letter not in GLYPHS:
+            if letter not in glyphs:
                 raise UserError(f"words={words!r}: no glyph for {letter!r}; the font has a to z")
             y, x = CELL_HEIGHT * line, CELL_WIDTH * n
-            mask[y : y + GLYPH_HEIGHT, x : x + GLYPH_WIDTH] = GLYPHS[letter]
+            mask[y : y + GLYPH_HEIGHT, x : x + GLYPH_WIDTH] = glyphs[letter]
     mask.setflags(write=False)
     return mask

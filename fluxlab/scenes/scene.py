@@ -262,8 +262,10 @@ def sample_scene(rng: np.random.Generator, size: tuple[int, int] = (64, 64), spl
             return scene
 
 
-def render(scene: Scene) -> np.ndarray:
+def render(scene: Scene, small_d: bool = False) -> np.ndarray:
     """Return the image of a scene: uint8 (height, width, 3), RGB, flat colours, without antialiasing.
+
+    small_d: as for `text_mask`.
 
     Raises `UserError` if a thing or the sign is not completely inside the image, and for an unknown name.
     """
@@ -290,5 +292,5 @@ def render(scene: Scene) -> np.ndarray:
         image[top:bottom, left:right] = INK
         image[top + 1 : bottom - 1, left + 1 : right - 1] = BOARD
         text = image[scene.sign.row : bottom - BORDER, scene.sign.col : right - BORDER]
-        text[text_mask(scene.sign.words)] = INK
+        text[text_mask(scene.sign.words, small_d)] = INK
     return image

@@ -61,18 +61,18 @@ def polish_loss(model: AutoEncoder, pixels: Tensor, generator: torch.Generator, 
     return reconstruction_loss(made, pixels), (made.detach() - pixels).abs().mean()
 
 
-def batch_of(seed: int, step: int, count: int, crop: int | None) -> Tensor:
-    """Return the pixels of one step, a pure function of the seed and the step."""
+def batch_of(seed: int, step: int, count: int, crop: int | None, small_d: bool) -> Tensor:
+    """Return the pixels of one step, a pure function of the arguments."""
     rng = numpy_rng(seed, "autoencoder", step)
     size = (64, 64) if crop or rng.random() < 0.75 else scenes.SIZES[int(rng.integers(len(scenes.SIZES)))]
-    images, _ = scenes.batch(rng, count, size)
+    images, _ = scenes.batch(rng, count, size, small_d=small_d)
     return to_pixels(busiest_crops(images, crop, rng) if crop else images)
 
 
-def normalised(model: AutoEncoder, seed: int, device: str) -> AutoEncoder:
+def normalised(model: AutoEncoder, seed: int, device: str, small_d: bool) -> AutoEncoder:
     """Set shift_factor and scale_factor so that latents of scenes have mean 0 and variance 1 over all channels."""
     with torch.no_grad():
-        images, _ = scenes.batch(numpy_rng(seed, "statistics", 0), 64)
+        images, _ = scenes.batch(numpy_rng(seed, "statistics", 0), 64, small_d=small_d)
         mean, _ = model.encoder(to_pixels(images).to(device)).float().chunk(2, dim=1)
     params = replace(
         model.params, shift_factor=round(mean.mean().item(), 4), scale_factor=round(1 / mean.std().item(), 4)

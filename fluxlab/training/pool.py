@@ -62,7 +62,7 @@ CHUNK = 500
 
 
 def draw_chunk(
-    seed: int, size: tuple[int, int], chunk: int, count: int, two_words: float
+    seed: int, size: tuple[int, int], chunk: int, count: int, two_words: float, small_d: bool
 ) -> tuple[list[scenes.Scene], np.ndarray]:
     """Draw `count` training scenes of one size; return them and their images, uint8 `(count, height, width, 3)`.
 
@@ -76,15 +76,15 @@ def draw_chunk(
         while two and not (scene.sign and len(scene.sign.words) == 2):
             scene = scenes.sample_scene(rng, size)
         drawn.append(scene)
-    return drawn, np.stack([scenes.render(scene) for scene in drawn])
+    return drawn, np.stack([scenes.render(scene, small_d) for scene in drawn])
 
 
 def draw_scenes(
-    seed: int, size: tuple[int, int], count: int, two_words: float, workers: int
+    seed: int, size: tuple[int, int], count: int, two_words: float, small_d: bool, workers: int
 ) -> Iterator[tuple[list[scenes.Scene], np.ndarray]]:
     """Yield the chunks of a pool in order, drawn by `workers` processes (0: by this one)."""
     counts = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
-    arguments = [(seed, size, chunk, n, two_words) for chunk, n in enumerate(counts)]
+    arguments = [(seed, size, chunk, n, two_words, small_d) for chunk, n in enumerate(counts)]
     if workers == 0:
         yield from (draw_chunk(*values) for values in arguments)
         return
@@ -102,6 +102,7 @@ def build_pool(
     sign_weight: float,
     thing_weight: float,
     two_words: float = 0.0,
+    small_d: bool = False,
     workers: int = 0,
     device: str = "cpu",
     latents: Tensor | None = None,
@@ -112,11 +113,12 @@ def build_pool(
         model: encodes the images; not needed if `latents`, from an earlier call, are given.
         sign_weight, thing_weight: as in `token_weights`.
         two_words: share of scenes that must have a sign with two words, in addition to those that happen to have one.
+        small_d: as for `scenes.render`.
         workers: processes that draw scenes. The result does not depend on their number.
     """
     drawn: list[scenes.Scene] = []
     encoded = []
-    for chunk, images in draw_scenes(seed, size, count, two_words, workers):
+    for chunk, images in draw_scenes(seed, size, count, two_words, small_d, workers):
         drawn += chunk
         for start in range(0, len(chunk) if latents is None else 0, BATCH):
             pixels = to_pixels(images[start : start + BATCH])

@@ -43,7 +43,10 @@ class Recipe:
     emerge from noise early, so that the text matters most at times above 0.8.
 
     `start` is the folder of a trained model to continue from: the autoencoder is kept, and the transformer and the text
-    encoders start from its weights. Null: start from nothing.
+    encoders start from its weights. `+train=<name>` is another recipe, which is then run first, in `<out>/start`. Null:
+    start from nothing.
+
+    `small_d` draws the D of signs as the font had it at first, with the form of a small d.
 
     Afterwards true guidance by `guidance` is distilled into one forward for `guidance_steps` steps (0: never) of
     `guidance_batch` scenes, at a share `guidance_rate` of the learning rates.
@@ -68,6 +71,7 @@ class Recipe:
     pool_early: int = 12000
     pool_other: int = 600
     two_words: float = 0.0
+    small_d: bool = False
     early: float = 0.8
     early_batch: int = 24
     native_share: float = 0.75

@@ -96,7 +96,7 @@ def train_autoencoder(recipe: Recipe, folder: Path, device: str, tracker: Tracke
     for step in range(start, total):
         polishing = step >= r.steps
         crop = r.crop if step < r.whole_from * r.steps else None
-        pixels = ae.batch_of(recipe.seed, step, r.batch if crop else r.whole_batch, crop)
+        pixels = ae.batch_of(recipe.seed, step, r.batch if crop else r.whole_batch, crop, recipe.small_d)
         pixels = pixels.to(device, memory_format=torch.channels_last)
         at = (step - r.steps, r.polish, 20) if polishing else (step, r.steps, 60)
         for group in optimizer.param_groups:
@@ -117,7 +117,7 @@ def train_autoencoder(recipe: Recipe, folder: Path, device: str, tracker: Tracke
             states = {f"model.{k}": v for k, v in model.state_dict().items()} | optimizer_tensors([optimizer])
             write_tensors(file, states, {"step": step + 1})
     progress.close()
-    return ae.normalised(model.eval().requires_grad_(False), recipe.seed, device)
+    return ae.normalised(model.eval().requires_grad_(False), recipe.seed, device, recipe.small_d)
 
 
 def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) -> list[Pool]:
@@ -129,7 +129,7 @@ def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) ->
     for done, (size, count) in enumerate(counts.items()):
         file = folder / f"pool-{size[0]}x{size[1]}.safetensors"
         common = {"seed": recipe.seed, "workers": workers_for(recipe, device), "two_words": recipe.two_words}
-        common |= {"sign_weight": recipe.sign_weight, "thing_weight": recipe.thing_weight}
+        common |= {"small_d": recipe.small_d, "sign_weight": recipe.sign_weight, "thing_weight": recipe.thing_weight}
         if file.is_file():
             tensors, _ = read_tensors(file)
             pools.append(build_pool(None, size, count, latents=tensors["latents"], **common))

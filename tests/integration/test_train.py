@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +18,19 @@ from safetensors.torch import load_file
 import fluxlab
 from fluxlab.checkpoints import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest
-from fluxlab.train import main
+from fluxlab.compose import compose
+from fluxlab.config import config_folder
+from fluxlab.train import main, run
+from fluxlab.training.recipe import Recipe
 from fluxlab.training.state import locked
 
 SHIPPED = Path(fluxlab.__file__).parent / "assets" / "tiny"
 MICRO = [
-    "+train=tiny", "tracker=none", "device=cpu", "threads=1", "hidden_size=64", "depth=1", "depth_single_blocks=1",
-    "t5_width=32", "clip_width=32", "text_layers=1", "pool=16", "pool_early=16", "pool_other=4", "batch=2",
-    "early_batch=2", "workers=0", "warmup=2", "sample_steps=1", "save_every=2", "sample_every=100",
-    "autoencoder.ch=32", "autoencoder.crop=16", "autoencoder.steps=3", "autoencoder.polish=1", "autoencoder.batch=2",
-    "autoencoder.whole_batch=1", "guidance_steps=6", "guidance_batch=2",
+    "+train=tiny_small_d", "tracker=none", "device=cpu", "threads=1", "hidden_size=64", "depth=1",
+    "depth_single_blocks=1", "t5_width=32", "clip_width=32", "text_layers=1", "pool=16", "pool_early=16",
+    "pool_other=4", "batch=2", "early_batch=2", "workers=0", "warmup=2", "sample_steps=1", "save_every=2",
+    "sample_every=100", "autoencoder.ch=32", "autoencoder.crop=16", "autoencoder.steps=3", "autoencoder.polish=1",
+    "autoencoder.batch=2", "autoencoder.whole_batch=1", "guidance_steps=6", "guidance_batch=2",
 ]  # fmt: skip
 
 
@@ -75,7 +79,7 @@ def test_a_run_leaves_no_pickle_and_a_manifest(undisturbed):
     verify_manifest(undisturbed / "pipeline")
     training = json.loads((undisturbed / "pipeline" / "training.json").read_text())
     assert training["steps"] == 8
-    assert training["command"].startswith("python -m fluxlab.train +train=tiny")
+    assert training["command"].startswith("python -m fluxlab.train +train=tiny_small_d")
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path, capsys):
@@ -118,6 +122,50 @@ def test_a_run_continues_another_model(undisturbed, tmp_path, capsys):
     capsys.readouterr()
     assert main([*MICRO, f"start={begun}", f"out={tmp_path / 'wide'}", "hidden_size=128"]) == 2
     assert f"start={begun}: its networks are not those of the recipe" in capsys.readouterr().err
+
+
+def test_a_recipe_runs_the_one_from_which_it_starts(undisturbed, tmp_path, monkeypatch):
+    """With a configuration folder of two recipes: the whole of `+train=tiny`, small."""
+    folder = shutil.copytree(config_folder(), tmp_path / "configs")
+    small = dict(word.lstrip("+").split("=") for word in MICRO[2:] if "." not in word) | {"steps": "8", "name": "x"}
+    parts = dict(word.removeprefix("autoencoder.").split("=") for word in MICRO if word.startswith("autoencoder."))
+    body = "".join(f"{key}: {value}\n" for key, value in small.items())
+    body += "autoencoder: {" + ", ".join(f"{key}: {value}" for key, value in parts.items()) + "}\n"
+    (folder / "train" / "first.yaml").write_text(f"# @package _global_\ndefaults: [tiny_small_d, _self_]\n{body}")
+    (folder / "train" / "then.yaml").write_text(
+        f"# @package _global_\ndefaults: [tiny, _self_]\nstart: +train=first\n{body}"
+    )
+    monkeypatch.setattr("fluxlab.compose.configs.config_folder", lambda: folder)
+    monkeypatch.setattr("fluxlab.compose.session.config_folder", lambda: folder)
+    command = ["+train=then", "tracker=none", f"out={tmp_path / 'out'}", "steps=2", "guidance_steps=0"]
+    assert main(command) == 0
+    first = tmp_path / "out" / "start" / "pipeline"
+    for file in undisturbed.glob("pipeline/*/*.safetensors"):  # the first recipe is MICRO
+        assert file.read_bytes() == (first / file.relative_to(undisturbed / "pipeline")).read_bytes()
+    facts = json.loads((tmp_path / "out" / "pipeline" / "training.json").read_text())
+    assert facts["steps"] == 2
+    assert facts["start"]["command"].startswith("python -m fluxlab.train +train=first device=cpu tracker=none")
+    assert facts["start"]["steps"] == 8
+    monkeypatch.setattr("fluxlab.train._read", lambda words: pytest.fail("the first recipe runs again"))
+    run(replace(compose("train_schema", Recipe, "train_schema", command), steps=2), command)
+
+
+def test_the_embedded_model_s_recipe_is_what_made_its_weights():
+    """Stage by stage: the numbers that the shipped model's card states are those of the recipe."""
+    made = json.loads((SHIPPED / "training.json").read_text())
+    last = compose("train_schema", Recipe, "train_schema", ["+train=tiny"])
+    first = compose("train_schema", Recipe, "train_schema", [last.start])
+    assert not last.small_d
+    assert first.small_d
+    assert first.start is None
+    for recipe, stage in ((last, made), (first, made["start"])):
+        assert stage["notes"] == []
+        assert (recipe.seed, recipe.steps) == (stage["seed"], stage["steps"])
+        early = round(recipe.early * recipe.steps)
+        assert early * recipe.early_batch + (recipe.steps - early) * recipe.batch == stage["samples"]
+        assert asdict(recipe)["guidance_steps"] == stage["guidance"]["steps"]
+        assert recipe.guidance_batch == stage["guidance"]["batch"]
+        assert recipe.guidance == stage["guidance"]["scale"]
 
 
 def test_a_flipped_bit_in_an_exported_folder_is_named(undisturbed, tmp_path):

@@ -126,13 +126,26 @@ def test_batches_and_pools_do_not_depend_on_the_number_of_workers(pools, text):
     for (pool_0, batch_0), (pool_2, batch_2) in zip(*drawn, strict=True):
         assert pool_0 is pool_2
         assert all(torch.equal(batch_0[key], batch_2[key]) for key in batch_0)
-    alone, shared = ([chunk for chunk, _ in draw_scenes(0, (48, 48), 3, 0.5, workers)] for workers in (0, 2))
+    alone, shared = ([chunk for chunk, _ in draw_scenes(0, (48, 48), 3, 0.5, False, workers)] for workers in (0, 2))
     assert alone == shared
+
+
+def test_only_the_d_of_signs_differs_with_small_d():
+    (now, images), (before, others) = (draw_chunk(0, (64, 64), 0, 60, 1.0, small_d) for small_d in (False, True))
+    assert now == before
+    for scene, image, other in zip(now, images, others, strict=True):
+        pixels = scenes.text_mask(scene.sign.words) ^ scenes.text_mask(scene.sign.words, small_d=True)
+        columns = [n for word in scene.sign.words for n, letter in enumerate(word) if letter == "d"]
+        assert bool(columns) == pixels.any()
+        assert {int(n) // 4 for n in np.nonzero(pixels)[1]} == set(columns)
+        assert (image != other).any(-1).sum() == pixels.sum()
+    small = "\n".join("".join(".#"[int(v)] for v in row) for row in scenes.text_mask(("d",), small_d=True))
+    assert small == "..#\n..#\n###\n#.#\n#.#\n#.#\n###"
 
 
 def test_two_words_sets_the_share_of_signs_with_two_words():
     def share(two_words):
-        scenes_drawn, _ = draw_chunk(0, (64, 64), 0, 400, two_words)
+        scenes_drawn, _ = draw_chunk(0, (64, 64), 0, 400, two_words, False)
         return np.mean([bool(scene.sign) and len(scene.sign.words) == 2 for scene in scenes_drawn])
 
     assert share(0.0) == pytest.approx(0.25, abs=0.07)
