@@ -120,7 +120,7 @@ def references(experiment: Experiment, settings: Settings) -> list[Cell]:
 
 def _cell(experiment: Experiment, variant: str, program: Program, prompt: str, seed: int, settings: Settings) -> Cell:
     own, takes_from, sources = (variant, prompt, seed), [], []
-    for place in places_of(program, own, experiment.baseline):
+    for place in places_of(program, own, experiment.baseline, (experiment.prompts, experiment.seeds)):
         if place == own:
             takes_from.append("itself")
             continue

@@ -17,42 +17,63 @@ def check_sources(variants: Mapping[str, Program], baseline: str, prompts: Seque
                 listed = ", ".join(variants)
                 raise UserError(f"{path}: {source['sample']} is a sample of a batch, expected a variant: {listed}")
             for key, value in source.items():
-                if value not in known[key]:
+                if isinstance(value, Mapping):
+                    if value["next"] % len(known[key]) == 0:
+                        raise UserError(
+                            f"{path}: {key} {show(value)} is the cell's own, since there are {len(known[key])} {key}s; "
+                            f"add a {key}, or use another number"
+                        )
+                elif value not in known[key]:
                     listed = "its prompts" if key == "prompt" else ", ".join(map(str, known[key]))
                     hint = nearest(value, known[key]) if key == "variant" else ""
                     raise UserError(f"{path}: {key} {show(value)} is not in the experiment, expected {listed}{hint}")
     for name in variants:
         for prompt in prompts:
             for seed in seeds:
-                _check_cycle((name, prompt, seed), variants, baseline, ())
+                _check_cycle((name, prompt, seed), variants, baseline, (prompts, seeds), ())
 
 
 Place = tuple[str, str, int]
 """(variant, prompt, seed)."""
 
 
-def places_of(program: Program, place: Place, baseline: str) -> list[Place]:
+Listed = tuple[Sequence[str], Sequence[int]]
+"""The prompts and the seeds of an experiment."""
+
+
+def places_of(program: Program, place: Place, baseline: str, listed: Listed) -> list[Place]:
     """Return the source of every `inject` of a cell's program, in order.
 
     What a source leaves out is that of the cell, and the baseline for the variant.
     """
     _, prompt, seed = place
     return [
-        (source.get("variant", baseline), source.get("prompt", prompt), source.get("seed", seed))
+        (
+            source.get("variant", baseline),
+            _chosen(source.get("prompt", prompt), prompt, listed[0]),
+            _chosen(source.get("seed", seed), seed, listed[1]),
+        )
         for _, source in sources_of(program)
     ]
 
 
-def _check_cycle(place: Place, variants: Mapping[str, Program], baseline: str, above: tuple[Place, ...]) -> None:
+def _chosen(value: Any, own: Any, listed: Sequence) -> Any:
+    """Return a source's prompt or seed; `{next: n}` counts from the cell's own, around the end of the list."""
+    return listed[(listed.index(own) + value["next"]) % len(listed)] if isinstance(value, Mapping) else value
+
+
+def _check_cycle(
+    place: Place, variants: Mapping[str, Program], baseline: str, listed: Listed, above: tuple[Place, ...]
+) -> None:
     for (path, _), source in zip(
-        sources_of(variants[place[0]]), places_of(variants[place[0]], place, baseline), strict=True
+        sources_of(variants[place[0]]), places_of(variants[place[0]], place, baseline, listed), strict=True
     ):
         if source == place:
             continue  # a cell may take from itself, at other tokens
         if source in above:
             names = " → ".join(dict.fromkeys(name for name, *_ in (*above, place, source)))
             raise UserError(f"{path}: {names} take from each other, which has no order")
-        _check_cycle(source, variants, baseline, (*above, place))
+        _check_cycle(source, variants, baseline, listed, (*above, place))
 
 
 def numbered(together: Sequence[Cell]) -> list[Program]:

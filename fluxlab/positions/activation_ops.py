@@ -40,7 +40,8 @@ def sites_of(*allowed: str) -> Any:
 def parse_source(value: Any, path: str) -> dict[str, Any]:
     """a variant, `{variant, prompt, seed}`, or from Python the number of a sample of the batch
 
-    A mapping without a prompt or seed means the cell's own, without a variant the baseline.
+    A mapping without a prompt or seed means the cell's own, without a variant the baseline. `{next: 1}` as prompt or
+    seed means the next one of the experiment, and after the last the first.
     """
     accepted = "a variant such as baseline, or {variant: …, prompt: …, seed: …}"
     if isinstance(value, str):
@@ -55,11 +56,23 @@ def parse_source(value: Any, path: str) -> dict[str, Any]:
             raise unknown_key(path, key, value[key], SOURCE_KEYS, "key of a source")
     if not value:
         raise wrong(path, {}, accepted)
-    for key in ("variant", "prompt"):
-        if key in value and not isinstance(value[key], str):
-            raise wrong(join(path, key), value[key], f"the name of a {key}" if key == "variant" else "a prompt")
     parsed = {key: value[key] for key in keys if key in value}
-    return parsed | {key: seed(value[key], join(path, key)) for key in ("seed", "sample") if key in value}
+    for key in parsed:
+        at = join(path, key)
+        if key in ("prompt", "seed") and isinstance(parsed[key], Mapping):
+            parsed[key] = _next(parsed[key], at)
+        elif key in ("seed", "sample"):
+            parsed[key] = seed(parsed[key], at)
+        elif not isinstance(parsed[key], str):
+            raise wrong(at, parsed[key], "the name of a variant" if key == "variant" else "a prompt, or {next: 1}")
+    return parsed
+
+
+def _next(value: Mapping, path: str) -> dict[str, int]:
+    """Return `{next: n}`: the n-th after the cell's own, in the experiment's order."""
+    if set(value) != {"next"}:
+        raise wrong(path, dict(value), "{next: 1}, the next one of the experiment")
+    return {"next": integer(value["next"], join(path, "next"), "a whole number such as 1")}
 
 
 def source_tokens(value: Any, path: str) -> Any:

@@ -15,15 +15,19 @@ NAMES = sorted(
     if not file.stem.startswith("learn_")
 )
 
+TWO = ["a red fox on the left holding a sign that says open", "a blue heart on the right holding a sign that says rain"]
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_runs(name, tmp_path):
     out = tmp_path / "run"
-    assert command_line.main([f"+exp={name}", "seeds=1", "steps=4", "tracking=none", f"out={out}"]) == 0
+    less = [f"prompts=[{','.join(TWO)}]"] if name == "trace" else []
+    assert command_line.main([f"+exp={name}", "seeds=1", "steps=4", "tracking=none", f"out={out}", *less]) == 0
     run = read_store(out)
     baseline_rows = [row for row in run.metrics if row["variant"] == run.baseline]
     assert len(run.metrics) == len(run.variants) * len(baseline_rows)
     controls = {"text", "x1", "all_1", "all_16"}  # these change nothing but rounding
+    controls |= {"text_to_text_5", "image_to_text_5"}  # nothing reads the text of the last block
     for row in run.metrics:
         image = np.asarray(Image.open(run.image(row["variant"], row["prompt"], row["seed"])))
         size = {

@@ -250,9 +250,28 @@ def test_a_source_may_be_another_prompt_or_seed():
     assert references(asked, settings(tokens=280))
 
 
+def test_a_source_may_be_the_next_prompt_and_seed():
+    prompts, seeds = ("a red cat", "the dog", "the fox"), (5, 7, 9)
+
+    def taking(source):
+        made = cells(experiment({"takes": {"a": {**KEYS, "source": source}}}, prompts, seeds), settings(tokens=280))
+        return [cell for cell in made if cell.variant == "takes"]
+
+    made = taking({"prompt": {"next": 1}, "seed": {"next": -1}})
+    found = {(cell.prompt, cell.seed): (cell.sources[0].prompt, cell.sources[0].seed) for cell in made}
+    assert len(found) == 9
+    assert found["a red cat", 7] == ("the dog", 5)
+    assert found["the fox", 5] == ("a red cat", 9)
+    named = {cell.key for cell in taking({"prompt": "the dog", "seed": 5})}
+    assert [cell.seed for cell in made if cell.key in named] == [7]  # a key has the source, however it is written
+
+
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
+        ({"a": {"e": {**KEYS, "source": {"prompt": {"next": 2}}}}}, "prompt .*next.*2.* is the cell's own"),
+        ({"a": {"e": {**KEYS, "source": {"seed": {"after": 1}}}}}, "source.seed: .*after.* expected {next: 1}"),
+        ({"a": {"e": {**KEYS, "source": {"prompt": {"next": 0.5}}}}}, "prompt.next: 0.5, expected a whole number"),
         ({"a": {"e": {**KEYS, "source": "halv"}}, "half": HALF}, "variants.a.e.source: variant 'halv' .*mean half"),
         ({"a": {"e": {**KEYS, "source": {"prompt": "a dog"}}}}, "prompt 'a dog' is not in the experiment"),
         ({"a": {"e": {**KEYS, "source": {"seed": 7}}}}, "seed 7 is not in the experiment, expected 0, 1"),
