@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluxlab.errors import UserError, nearest, show
+from fluxlab.errors import UserError, join, nearest, show
 from fluxlab.experiment.cell import Cell
 from fluxlab.positions import Program, sources_of, with_sources
 
@@ -20,8 +20,8 @@ def check_sources(variants: Mapping[str, Program], baseline: str, prompts: Seque
                 if isinstance(value, Mapping):
                     if value["next"] % len(known[key]) == 0:
                         raise UserError(
-                            f"{path}: {key} {show(value)} is the cell's own, since there are {len(known[key])} {key}s; "
-                            f"add a {key}, or use another number"
+                            f"{join(path, key)}.next: {value['next']} is the cell's own {key}: the experiment has "
+                            f"{len(known[key])} in all; add another, or use another number"
                         )
                 elif value not in known[key]:
                     listed = "its prompts" if key == "prompt" else ", ".join(map(str, known[key]))

@@ -269,7 +269,10 @@ def test_a_source_may_be_the_next_prompt_and_seed():
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
-        ({"a": {"e": {**KEYS, "source": {"prompt": {"next": 2}}}}}, "prompt .*next.*2.* is the cell's own"),
+        (
+            {"a": {"e": {**KEYS, "source": {"prompt": {"next": 2}}}}},
+            "source.prompt.next: 2 is the cell's own prompt: .* 2 in all",
+        ),
         ({"a": {"e": {**KEYS, "source": {"seed": {"after": 1}}}}}, "source.seed: .*after.* expected {next: 1}"),
         ({"a": {"e": {**KEYS, "source": {"prompt": {"next": 0.5}}}}}, "prompt.next: 0.5, expected a whole number"),
         ({"a": {"e": {**KEYS, "source": "halv"}}, "half": HALF}, "variants.a.e.source: variant 'halv' .*mean half"),
