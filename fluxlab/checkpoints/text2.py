@@ -12,7 +12,7 @@ from fluxlab.checkpoints.casting import check_finite, dtype_for
 from fluxlab.checkpoints.errors import CheckpointError, first_line, quantised
 from fluxlab.checkpoints.files import Entry, open_tensors, read_json, weight_files
 from fluxlab.checkpoints.memory import check_fits
-from fluxlab.model.text2 import CLASSES, KINDS
+from fluxlab.model.text2 import CLASSES, KINDS, STATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,10 +51,13 @@ def open_language_model(root: Path, variant: str | None = None) -> OpenLanguageM
         raise quantised(folder / "config.json", "quantization_config")
     sizes = config.get("text_config") or config
     width, layers = sizes.get("hidden_size"), sizes.get("num_hidden_layers")
-    if not isinstance(width, int) or not isinstance(layers, int) or layers < KINDS[kind].layers[-1]:
+    taken = config.get(STATES, KINDS[kind].layers)
+    if not isinstance(taken, (list, tuple)) or [type(n) for n in taken] != [int] * 3 or min(taken) < 0:
+        raise CheckpointError(f"{folder / 'config.json'}: {STATES} is {taken!r}; expected the numbers of three layers")
+    if not isinstance(width, int) or not isinstance(layers, int) or layers < max(taken):
         raise CheckpointError(
             f"{folder / 'config.json'}: hidden_size {width!r} and num_hidden_layers {layers!r}; expected numbers, and "
-            f"at least {KINDS[kind].layers[-1]} layers, whose states FLUX.2 reads"
+            f"at least {max(taken)} layers, whose states FLUX.2 reads"
         )
     files = weight_files(folder, "model", variant)
     return OpenLanguageModel(folder, files, open_tensors(files)[0], kind, width, layers)

@@ -204,7 +204,10 @@ class AutoEncoder(nn.Module):
 
         Raises `UserError` if H or W is not divisible by `params.factor`.
         """
-        z = self._posterior(x, generator, self.params.factor)
+        return self.normalise(self._posterior(x, generator, self.params.factor))
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Return latents of the posterior, shifted and scaled."""
         return (z - self.params.shift_factor) * self.params.scale_factor
 
     def _posterior(self, x: Tensor, generator: torch.Generator | None, multiple: int) -> Tensor:

@@ -72,7 +72,10 @@ class AutoEncoder2(AutoEncoder):
 
         Raises `UserError` if H or W is not divisible by twice `params.factor`.
         """
-        z = self._posterior(x, generator, 2 * self.params.factor)
+        return self.normalise(self._posterior(x, generator, 2 * self.params.factor))
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Return latents of the posterior as normalised patches."""
         z = rearrange(z, "b c (i pi) (j pj) -> b (c pi pj) i j", pi=2, pj=2)
         mean, deviation = self._statistics()
         return (z - mean) / deviation

@@ -49,6 +49,16 @@ def unknown_parts(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[str
     )
 
 
+def word_list(tokenizer: "PreTrainedTokenizerBase", *others: "PreTrainedTokenizerBase") -> tuple[str, ...] | None:
+    """Return the words of a tokenizer with one token per word, sorted, without marks of it or of the others. None for
+    a tokenizer whose tokens are parts of words.
+    """
+    if type(tokenizer.backend_tokenizer.model).__name__ != "WordLevel":
+        return None
+    marks = {mark for each in (tokenizer, *others) for mark in each.all_special_tokens}
+    return tuple(sorted(set(tokenizer.get_vocab()) - marks))
+
+
 @dataclass(eq=False)
 class TextEncoders:
     """Both encoders and their tokenizers, as transformers classes. In `fluxlab.conditioning` is a kind that loads the
@@ -64,11 +74,7 @@ class TextEncoders:
         """The words that T5 knows, sorted, if its tokenizer has one token per word. None for FLUX.1's own T5, whose
         tokens are parts of words.
         """
-        tokenizer = self.t5_tokenizer
-        if type(tokenizer.backend_tokenizer.model).__name__ != "WordLevel":
-            return None
-        special = {*tokenizer.all_special_tokens, *self.clip_tokenizer.all_special_tokens}
-        return tuple(sorted(set(tokenizer.get_vocab()) - special))
+        return word_list(self.t5_tokenizer, self.clip_tokenizer)
 
     def check(
         self, prompts: Sequence[str], max_sequence_length: int, truncate: bool = False, unknown_words: str = "error"

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxlab.errors import UserError, show
-from fluxlab.model.text import UnknownWordsWarning, unknown_message, unknown_parts
+from fluxlab.model.text import UnknownWordsWarning, unknown_message, unknown_parts, word_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +35,10 @@ class Kind(NamedTuple):
 KINDS = {"qwen3": Kind((9, 18, 27), False, True), "mistral3": Kind((10, 20, 30), True, False)}
 """By `model_type` of transformers: Qwen3 of FLUX.2 [klein], Mistral Small of FLUX.2 [dev]."""
 
+STATES = "flux2_states"
+"""In the settings of a language model with fewer layers than these: the three whose states are taken. Not a key of
+transformers, which keeps it."""
+
 CLASSES = {"qwen3": "Qwen3ForCausalLM", "mistral3": "Mistral3ForConditionalGeneration"}
 """The classes of transformers."""
 
@@ -50,8 +54,10 @@ class LanguageModelText:
     titles = ("the language model",)
     """Of the encoders, in the order of what `encode` returns."""
 
-    vocabulary = None
-    """It reads any word."""
+    @property
+    def vocabulary(self) -> tuple[str, ...] | None:
+        """The words that it knows, sorted, if its tokenizer has one token per word; else None: it reads any word."""
+        return word_list(self.tokenizer)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -83,9 +89,10 @@ class LanguageModelText:
         unknown = {prompt: unknown_parts(self.tokenizer, prompt) for prompt in prompts if unknown_words != "allow"}
         unknown = {prompt: parts for prompt, parts in unknown.items() if parts}
         if unknown and unknown_words == "error":
-            raise UserError(unknown_message(unknown, None))
+            raise UserError(unknown_message(unknown, self.vocabulary))
         if unknown:
-            warnings.warn(unknown_message(unknown, None, refused=False), UnknownWordsWarning, stacklevel=2)
+            message = unknown_message(unknown, self.vocabulary, refused=False)
+            warnings.warn(message, UnknownWordsWarning, stacklevel=2)
         for prompt in prompts if not truncate else ():
             spans = self._all_spans(prompt)
             if len(spans) > max_sequence_length:
@@ -123,7 +130,12 @@ class LanguageModelText:
         decoder = self.encoder.get_decoder()  # without the head that predicts words
         given = {key: tokens[key].to(self.encoder.device) for key in ("input_ids", "attention_mask")}
         states = decoder(**given, output_hidden_states=True, use_cache=False).hidden_states
-        return (torch.cat([states[layer] for layer in KINDS[self.kind].layers], dim=-1),)
+        return (joined(states, self.layers),)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose states are taken."""
+        return tuple(getattr(self.encoder.config, STATES, None) or KINDS[self.kind].layers)
 
     def template(self, prompt: str) -> str:
         """Return the text that the language model reads."""
@@ -155,6 +167,11 @@ class LanguageModelText:
         if not text.startswith(marked[:start]) or at < 0:
             raise UserError(f"prompt {show(prompt)}: the chat template changes it, so that its words cannot be found")
         return at - prompt.find(kept)
+
+
+def joined(states: Sequence[Tensor], layers: Sequence[int]) -> Tensor:
+    """Return the states `(B, L, C)` of these layers, joined by channel."""
+    return torch.cat([states[layer] for layer in layers], dim=-1)
 
 
 _MARK = "prompt\u2063goes\u2063here"

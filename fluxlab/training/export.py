@@ -12,10 +12,10 @@ from fluxlab.checkpoints.manifest import write_manifest
 from fluxlab.config import find_row
 from fluxlab.experiment.versions import commit
 from fluxlab.files import sha256_of
-from fluxlab.model.text import TextEncoders
 from fluxlab.pipeline import Pipeline
 from fluxlab.scenes import VOCABULARY
 from fluxlab.training.card import curve_points
+from fluxlab.training.nets import Nets, text_with
 from fluxlab.training.recipe import Recipe
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -30,7 +30,7 @@ def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
     """
     notes = run / "notes.txt"
     early = round(recipe.early * recipe.steps)
-    started = {"start": _start(recipe.start)} if recipe.start else {}
+    started = {key: _start(name) for key in ("start", "teacher") if (name := getattr(recipe, key))}
     return started | {
         "command": " ".join(["python -m fluxlab.train", *arguments]),
         "commit": commit(),
@@ -62,9 +62,7 @@ def export(pipe: Pipeline, folder: Path, training: dict) -> Path:
     def shipped(module):
         return deepcopy(module).to("cpu", torch.bfloat16)
 
-    text = TextEncoders(
-        pipe.text.clip_tokenizer, shipped(pipe.text.clip), pipe.text.t5_tokenizer, shipped(pipe.text.t5)
-    )
+    text = text_with(pipe.text, shipped(Nets(pipe.transformer, pipe.text)))
     whole = Pipeline(
         shipped(pipe.transformer),
         shipped(pipe.autoencoder),
@@ -74,6 +72,7 @@ def export(pipe: Pipeline, folder: Path, training: dict) -> Path:
         pipe.guidance,
         pipe.max_sequence_length,
         pipe.size,
+        distilled=pipe.distilled,
     )
     whole.save(folder)
     (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n")

@@ -10,6 +10,7 @@ from torch import Tensor
 from fluxlab.model import Rotary
 from fluxlab.pipeline import Pipeline
 from fluxlab.progress import Progress
+from fluxlab.training.nets import Nets, tokens_of
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.state import (
     load_optimizers,
@@ -19,8 +20,7 @@ from fluxlab.training.state import (
     read_tensors,
     write_tensors,
 )
-from fluxlab.training.text import token_ids
-from fluxlab.training.transformer import Batches, Nets, average_decay, learning_rate, optimizers
+from fluxlab.training.transformer import Batches, average_decay, learning_rate, optimizers
 from fluxlab.training.update import update_for
 
 WARMUP, DECAY = 10, 0.8
@@ -30,8 +30,8 @@ WARMUP, DECAY = 10, 0.8
 def guided(teacher: Nets, x: Tensor, batch: dict[str, Tensor], empty: dict[str, Tensor], table: Rotary, scale: float):
     """Return the velocity v⁻ + scale · (v⁺ - v⁻), `(B, N, C)`, with v⁻ from the empty caption (as `true_cfg`)."""
     count = len(x)
-    ids = [torch.cat((batch[key], empty[key].expand(count, -1))) for key in ("t5_ids", "clip_ids")]
-    with_text, without = teacher(torch.cat((x, x)), batch["t"].repeat(2), *ids, table).float().chunk(2)
+    tokens = {key: torch.cat((batch[key], none.expand(count, *none.shape[1:]))) for key, none in empty.items()}
+    with_text, without = teacher(torch.cat((x, x)), batch["t"].repeat(2), tokens, table).float().chunk(2)
     return without + scale * (with_text - without)
 
 
@@ -66,17 +66,13 @@ def distill(
         load_parameters("ema.", average, tensors)
         load_optimizers(chosen, tensors)
         start = notes["step"]
-    clip, t5 = pipe.text.clip_tokenizer, pipe.text.t5_tokenizer
-    empty = {
-        "t5_ids": token_ids(t5, [""], recipe.max_sequence_length).to(device),
-        "clip_ids": token_ids(clip, [""], clip.model_max_length).to(device),
-    }
+    empty = {key: ids.to(device) for key, ids in tokens_of(pipe.text, [""], recipe.max_sequence_length).items()}
 
     def loss_of(batch: dict[str, Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         t = batch["t"][:, None, None]
         x = (1 - t) * batch["x0"] + t * batch["noise"]
         target = guided(teacher, x, batch, empty, tables[size], recipe.guidance)
-        velocity = nets(x, batch["t"], batch["t5_ids"], batch["clip_ids"], tables[size])
+        velocity = nets(x, batch["t"], batch, tables[size])
         error, weights = (velocity.float() - target).square().mean(dim=-1), batch["weights"]
         return (weights * error).sum() / weights.sum(), error.detach().mean()
 

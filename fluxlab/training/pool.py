@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fluxlab import scenes
+from fluxlab.families import family_of
 from fluxlab.model import AutoEncoder
-from fluxlab.sampling import pack
 from fluxlab.scenes.captions import EMPTY_SHARE
 from fluxlab.training.autoencoder import to_pixels
 from fluxlab.training.seeds import numpy_rng
@@ -124,8 +124,7 @@ def build_pool(
             pixels = to_pixels(images[start : start + BATCH])
             with torch.autocast(torch.device(device).type, torch.bfloat16):
                 mean, _ = model.encoder(pixels.to(device, memory_format=torch.channels_last)).chunk(2, dim=1)
-            z = (mean.float() - model.params.shift_factor) * model.params.scale_factor
-            encoded.append(pack(z).bfloat16().cpu())
+            encoded.append(family_of(model.params).pack(model.normalise(mean.float())).bfloat16().cpu())
     weights = torch.stack([token_weights(scene, sign=sign_weight, thing=thing_weight) for scene in drawn])
     return Pool(size, drawn, torch.cat(encoded) if latents is None else latents, weights)
 

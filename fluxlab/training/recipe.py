@@ -11,8 +11,10 @@ class AutoencoderRecipe:
 
     The `steps` see `batch` crops of `crop` pixels and, after a share `whole_from`, `whole_batch` whole scenes. Then the
     decoder alone learns for `polish` steps, from means with `polish_noise` standard deviations of noise.
+    `start` is a model, a name under configs/model or a folder, whose autoencoder is taken. This stage is then left out.
     """
 
+    start: str | None = None
     ch: int = 64
     ch_mult: list[int] = field(default_factory=lambda: [1, 1])
     num_res_blocks: int = 0
@@ -33,7 +35,9 @@ class AutoencoderRecipe:
 class Recipe:
     """One training run.
 
-    Widths and depths have FLUX.1's names. `lr` is Muon's, for the matrices of the blocks; `adam_lr` is for the rest.
+    `family` is flux1 or flux2. FLUX.1 reads a small T5 and CLIP of `t5_width` and `clip_width`, FLUX.2 three states of
+    a small Qwen3 of `lm_width`. Widths and depths have FLUX.1's names. `lr` is Muon's, for the matrices of the blocks;
+    `adam_lr` is for the rest.
 
     During the first share `early` of the steps, most batches are 48 × 48 pixels instead of 64 × 64: half the cost, same
     lettering. A share `native_share` of the batches has the size of its phase, the others any size.
@@ -48,15 +52,23 @@ class Recipe:
 
     `small_d` draws the D of signs as the font had it at first, with the form of a small d.
 
+    `teacher` is a trained model of the same latents, a name under configs/model or a folder. Its velocity is then the
+    target, in place of noise - x0. Hidden states of its blocks are targets too, with the weight `hints`, which falls to
+    0 in `hint_steps` steps.
+
     Afterwards true guidance by `guidance` is distilled into one forward for `guidance_steps` steps (0: never) of
     `guidance_batch` scenes, at a share `guidance_rate` of the learning rates.
     """
 
     name: str = "???"
+    family: str = "flux1"
     out: str | None = None
     device: str | None = None
     tracker: str = "wandb"
     start: str | None = None
+    teacher: str | None = None
+    hints: float = 0.0
+    hint_steps: int = 2000
     seed: int = 0
     threads: int | None = None
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
@@ -66,6 +78,7 @@ class Recipe:
     max_sequence_length: int = 24
     t5_width: int = 128
     clip_width: int = 96
+    lm_width: int = 96
     text_layers: int = 2
     pool: int = 20000
     pool_early: int = 12000
@@ -115,13 +128,20 @@ def check(recipe: Recipe) -> None:
         "sample_every",
         "sample_steps",
         "depth",
+        "hint_steps",
     ):
         value = getattr(recipe, key)
         if value < 1:
             raise UserError(f"{key}={value}: expected at least 1")
     if recipe.hidden_size % 64:
         raise UserError(f"hidden_size={recipe.hidden_size}: expected a multiple of 64, the width of a head")
-    for key in ("t5_width", "clip_width"):
+    if recipe.family not in ("flux1", "flux2"):
+        raise UserError(f"family={recipe.family}: expected flux1 or flux2")
+    if recipe.family == "flux2" and recipe.text_layers < 3:
+        raise UserError(f"text_layers={recipe.text_layers}: expected at least 3, FLUX.2 reads the states of three")
+    if recipe.hints and not recipe.teacher:
+        raise UserError(f"hints={recipe.hints}: the hidden states are a teacher's; set teacher=, or hints=0")
+    for key in ("t5_width", "clip_width", "lm_width"):
         if getattr(recipe, key) % 32:
             raise UserError(f"{key}={getattr(recipe, key)}: expected a multiple of 32, the width of a head")
     if recipe.tracker not in ("wandb", "none"):

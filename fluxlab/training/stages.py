@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from fluxlab import sampling, scenes
+from fluxlab import scenes
 from fluxlab.errors import UserError
 from fluxlab.loading import load_pipeline
-from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams, Rotary
-from fluxlab.model.text import TextEncoders
+from fluxlab.model import AutoEncoder, AutoEncoder2, AutoEncoderParams, Flux2Params, FluxParams, Rotary
 from fluxlab.pipeline import Pipeline
 from fluxlab.progress import Progress
 from fluxlab.training import autoencoder as ae
 from fluxlab.training.guidance import distill
+from fluxlab.training.nets import Nets, Text, new_nets, schedule_of, table_for, text_with
 from fluxlab.training.pool import Pool, build_pool
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.seeds import derived, torch_rng
@@ -29,19 +29,9 @@ from fluxlab.training.state import (
     read_tensors,
     write_tensors,
 )
-from fluxlab.training.text import text_encoders
-from fluxlab.training.transformer import (
-    Batches,
-    Nets,
-    Phase,
-    average_decay,
-    flow_loss,
-    learning_rate,
-    optimizers,
-    start_at_identity,
-    table_for,
-)
-from fluxlab.training.update import update_for
+from fluxlab.training.teacher import Teacher, check_hints, taught_loss
+from fluxlab.training.transformer import Batches, Phase, average_decay, flow_loss, learning_rate, optimizers
+from fluxlab.training.update import Loss, update_for
 
 NATIVE_SIZE, EARLY_SIZE = (64, 64), (48, 48)
 READ_EVERY = 10  # steps between two readings of the loss
@@ -63,7 +53,7 @@ def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
     tracker = Tracker(recipe.tracker, folder, asdict(recipe))
     try:
         given = load_pipeline(recipe.start, torch.float32, device, cache="none") if recipe.start else None
-        model = given.autoencoder if given else train_autoencoder(recipe, folder, device, tracker)
+        model = autoencoder_of(recipe, folder, device, tracker, given)
         pools = load_pools(recipe, folder, model, device)
         pipe = train_transformer(recipe, folder, device, model, pools, tracker, given)
         if recipe.guidance_steps:
@@ -75,6 +65,28 @@ def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
         return pipe
     finally:
         tracker.close()
+
+
+def autoencoder_of(recipe: Recipe, folder: Path, device: str, tracker: Tracker, given: Pipeline | None) -> AutoEncoder:
+    """Return the autoencoder in the form of the recipe's family: that of `given`, that of the model which the recipe
+    names, or a trained one.
+    """
+    start = recipe.autoencoder.start
+    if given:
+        model = given.autoencoder
+    elif start:
+        model = load_pipeline(start, torch.float32, device, cache="none").autoencoder
+    else:
+        model = train_autoencoder(recipe, folder, device, tracker)
+    if recipe.family == "flux2":
+        model = ae.as_flux2(model)
+    elif isinstance(model, AutoEncoder2):
+        raise UserError(f"autoencoder.start={start}: FLUX.2's autoencoder; set family=flux2 or name a FLUX.1 model")
+    if model.params.z_channels != recipe.autoencoder.z_channels:
+        raise UserError(
+            f"autoencoder.z_channels={recipe.autoencoder.z_channels}: the given one has {model.params.z_channels}"
+        )
+    return model
 
 
 def train_autoencoder(recipe: Recipe, folder: Path, device: str, tracker: Tracker) -> AutoEncoder:
@@ -141,33 +153,6 @@ def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) ->
     return pools
 
 
-def new_nets(recipe: Recipe) -> tuple[Nets, TextEncoders]:
-    """Return untrained networks, a pure function of the recipe."""
-    torch.manual_seed(derived(recipe.seed, "weights", 0))
-    text = text_encoders(
-        length=recipe.max_sequence_length,
-        t5_width=recipe.t5_width,
-        clip_width=recipe.clip_width,
-        layers=recipe.text_layers,
-    )
-    params = FluxParams(
-        in_channels=4 * recipe.autoencoder.z_channels,
-        out_channels=4 * recipe.autoencoder.z_channels,
-        vec_in_dim=recipe.clip_width,
-        context_in_dim=recipe.t5_width,
-        hidden_size=recipe.hidden_size,
-        mlp_ratio=4.0,
-        num_heads=recipe.hidden_size // 64,
-        depth=recipe.depth,
-        depth_single_blocks=recipe.depth_single_blocks,
-        axes_dim=(8, 28, 28),  # 1/8, 7/16, 7/16 of a head, as FLUX.1 splits it
-        theta=10000,
-        qkv_bias=True,
-        guidance_embed=False,
-    )
-    return Nets(start_at_identity(Flux(params)), text), text
-
-
 def train_transformer(
     recipe: Recipe,
     folder: Path,
@@ -198,22 +183,25 @@ def train_transformer(
         load_parameters("ema.", average, tensors)
         load_optimizers(chosen, tensors)
         start, curve = notes["step"], notes["curve"]
-    averaged_text = TextEncoders(text.clip_tokenizer, average.clip, text.t5_tokenizer, average.t5)
     pipe = Pipeline(
         average.transformer,
         model,
-        averaged_text,
-        sampling.Schedule(base_shift=recipe.shift, max_shift=recipe.shift + 0.65),
+        text_with(text, average),
+        schedule_of(recipe),
         recipe.sample_steps,
         None,
         recipe.max_sequence_length,
         (64, 64),
         recipe.name,
+        distilled=recipe.family == "flux2",
     )
-    batches, tables = supply(recipe, pools, text, nets.transformer.params, device)
+    teacher = Teacher(recipe.teacher, device) if recipe.teacher else None
+    if teacher and recipe.hints:
+        check_hints(nets, teacher, recipe.teacher)
+    batches, tables = supply(recipe, pools, text, nets.transformer.params, device, teacher)
     parameters, averages = list(nets.parameters()), list(average.parameters())
     update = update_for(device)(
-        lambda batch, size: flow_loss(nets, batch, tables[size]),
+        loss_for(recipe, nets, tables, pools, teacher, device),
         parameters,
         averages,
         chosen,
@@ -248,6 +236,21 @@ def train_transformer(
     return pipe
 
 
+def loss_for(
+    recipe: Recipe,
+    nets: Nets,
+    tables: dict[tuple[int, int], Rotary],
+    pools: list[Pool],
+    teacher: Teacher | None,
+    device: str,
+) -> Loss:
+    """Return the loss of a step: that of flow matching, or with a teacher the distance to it."""
+    if not teacher:
+        return lambda batch, size: flow_loss(nets, batch, tables[size])
+    theirs = {pool.size: table_for(teacher.params, teacher.length, pool.grid, device) for pool in pools}
+    return lambda batch, size: taught_loss(nets, teacher, batch, tables[size], theirs[size])
+
+
 def workers_for(recipe: Recipe, device: str) -> int:
     """Return the number of processes that draw scenes and batches. The default is 0 on a CPU, at most 12 on a GPU."""
     if recipe.workers is not None:
@@ -271,7 +274,12 @@ def read_values(pending: list[tuple], recipe: Recipe) -> list[list[float]]:
 
 
 def supply(
-    recipe: Recipe, pools: list[Pool], text: TextEncoders, params: FluxParams, device: str
+    recipe: Recipe,
+    pools: list[Pool],
+    text: Text,
+    params: FluxParams | Flux2Params,
+    device: str,
+    teacher: Teacher | None = None,
 ) -> tuple[Batches, dict[tuple[int, int], Rotary]]:
     """Return the batches of all steps, and the rotary table of each size."""
     turn = round(recipe.early * recipe.steps)
@@ -290,6 +298,8 @@ def supply(
         t_mean=recipe.t_mean,
         full_share=recipe.full_share,
         t_std=recipe.t_std,
+        teacher=teacher,
+        hints=lambda step: recipe.hints * max(0.0, 1 - step / recipe.hint_steps),
     )
     tables = {pool.size: table_for(params, recipe.max_sequence_length, pool.grid, device) for pool in pools}
     return batches, tables

@@ -1,52 +1,18 @@
-"""Second training stage: the transformer and both text encoders, by flow matching on latents."""
+"""Second training stage: the transformer and its text encoders, by flow matching on latents."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from fluxlab.model import Flux, FluxParams, Rotary, rotary_table
-from fluxlab.model.text import TextEncoders
-from fluxlab.sampling import image_ids, text_ids
+from fluxlab.model import Rotary
+from fluxlab.training.nets import Nets, Text, tokens_of
 from fluxlab.training.pool import Pool, captions
 from fluxlab.training.seeds import numpy_rng, torch_rng
-from fluxlab.training.text import token_ids
-
-
-class Nets(nn.Module):
-    """All networks that the second stage trains."""
-
-    def __init__(self, transformer: Flux, text: TextEncoders):
-        super().__init__()
-        self.transformer = transformer
-        self.clip = text.clip
-        self.t5 = text.t5
-
-    def forward(self, x: Tensor, t: Tensor, t5_ids: Tensor, clip_ids: Tensor, table: Rotary) -> Tensor:
-        """Return the velocity of packed latents x `(B, N, C)` at times t `(B,)`. Token ids are `(B, L)`."""
-        txt = self.t5(t5_ids)[0]
-        y = self.clip(clip_ids).pooler_output
-        return self.transformer(x, None, txt, None, t, y, rotary=table)
-
-
-def start_at_identity(transformer: Flux) -> Flux:
-    """Set modulations and the last layer to zero, so that each block starts as the identity (adaLN-Zero, arXiv
-    2212.09748).
-    """
-    for name, parameter in transformer.named_parameters():
-        if ".lin." in name or name.startswith("final_layer."):
-            nn.init.zeros_(parameter)
-    return transformer
-
-
-def table_for(params: FluxParams, length: int, grid: tuple[int, int], device: str = "cpu") -> Rotary:
-    """Return the rotary table of `length` text tokens and an image of `grid` tokens (rows, columns)."""
-    axes = len(params.axes_dim)
-    ids = torch.cat((text_ids(1, length, axes), image_ids(1, *grid, axes)), dim=1)
-    return rotary_table(ids.to(device), params.axes_dim, params.theta)
+from fluxlab.training.teacher import Teacher
 
 
 def optimizers(nets: Nets, *, muon_lr: float, adam_lr: float, text_lr: float) -> list[torch.optim.Optimizer]:
@@ -58,7 +24,7 @@ def optimizers(nets: Nets, *, muon_lr: float, adam_lr: float, text_lr: float) ->
     in_blocks = [p for n, p in nets.transformer.named_parameters() if "_blocks." in n and p.ndim == 2]
     chosen = {id(p) for p in in_blocks}
     rest = [p for p in nets.transformer.parameters() if id(p) not in chosen]
-    text = [*nets.clip.parameters(), *nets.t5.parameters()]
+    text = [p for name, net in nets.named_children() if name != "transformer" for p in net.parameters()]
     muon = torch.optim.Muon(in_blocks, lr=muon_lr, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     adam = torch.optim.AdamW(
         [{"params": rest}, {"params": text, "lr": text_lr}],
@@ -101,7 +67,7 @@ class Batches(Dataset):
         self,
         pools: list[Pool],
         phases: list[Phase],
-        text: TextEncoders,
+        text: Text,
         *,
         seed: int,
         length: int,
@@ -109,7 +75,10 @@ class Batches(Dataset):
         t_mean: dict[int, float],
         full_share: float,
         t_std: float,
+        teacher: Teacher | None = None,
+        hints: Callable[[int], float] = lambda step: 0.0,
     ):
+        self.teacher, self.hints = teacher, hints
         self.pools, self.phases, self.text = {pool.size: pool for pool in pools}, phases, text
         self.seed, self.length, self.unknown, self.t_mean = seed, length, unknown, t_mean
         self.full_share, self.t_std = full_share, t_std
@@ -117,7 +86,8 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> tuple[tuple[int, int], dict[str, Tensor]]:
         """Return the image size of a step and its batch, on the CPU.
 
-        The batch has x0 and noise `(B, N, C)`, t `(B,)`, weights `(B, N)`, and t5_ids and clip_ids `(B, L)`.
+        The batch has x0 and noise `(B, N, C)`, t `(B,)`, weights `(B, N)`, and what the text encoders read. With a
+        teacher, also what its text encoders read, and `hint`, the weight of its hidden states, unless it is 0.
         """
         rng = numpy_rng(self.seed, "batch", step)
         phase = [phase for phase in self.phases if phase.start <= step][-1]
@@ -137,9 +107,12 @@ class Batches(Dataset):
             "noise": torch.randn(x0.shape, generator=generator),
             "t": t,
             "weights": pool.weights[torch.from_numpy(chosen)],
-            "t5_ids": token_ids(self.text.t5_tokenizer, texts, self.length),
-            "clip_ids": token_ids(self.text.clip_tokenizer, texts, self.text.clip_tokenizer.model_max_length),
+            **tokens_of(self.text, texts, self.length),
         }
+        if self.teacher:
+            parts |= self.teacher.tokens(texts)
+            if hint := self.hints(step):
+                parts["hint"] = torch.tensor(hint)
         return size, parts
 
     def stream(self, steps: range, device: str, workers: int = 0) -> Iterator[tuple[Pool, dict[str, Tensor]]]:
@@ -166,7 +139,7 @@ def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary) -> tuple
     """Return the weighted and the plain mean squared error of the velocity noise - x0 at x_t = (1 - t)·x0 + t·noise."""
     t = batch["t"][:, None, None]
     x = (1 - t) * batch["x0"] + t * batch["noise"]
-    velocity = nets(x, batch["t"], batch["t5_ids"], batch["clip_ids"], table)
+    velocity = nets(x, batch["t"], batch, table)
     error = (velocity.float() - (batch["noise"] - batch["x0"])).square().mean(dim=-1)
     weights = batch["weights"]
     return (weights * error).sum() / weights.sum(), error.detach().mean()

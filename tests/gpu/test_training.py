@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
+from fluxlab.training.nets import new_nets, table_for
 from fluxlab.training.recipe import Recipe
-from fluxlab.training.stages import new_nets
-from fluxlab.training.transformer import flow_loss, optimizers, table_for
+from fluxlab.training.transformer import flow_loss, optimizers
 from fluxlab.training.update import GraphedUpdate, Update
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -15,6 +15,7 @@ from fluxlab.compose import compose
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
 from fluxlab.sampling import with_negative
 from fluxlab.training.guidance import guided
+from fluxlab.training.nets import Nets, new_nets, table_for, tokens_of
 from fluxlab.training.pool import NOISE_WORD, build_pool, captions, draw_chunk, draw_scenes, token_weights
 from fluxlab.training.recipe import Recipe, check
 from fluxlab.training.seeds import numpy_rng, torch_rng
@@ -27,7 +28,7 @@ from fluxlab.training.state import (
     write_tensors,
 )
 from fluxlab.training.text import PAD, UNK, text_encoders, token_ids
-from fluxlab.training.transformer import Batches, Nets, Phase, flow_loss, learning_rate, table_for
+from fluxlab.training.transformer import Batches, Phase, flow_loss, learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_times_follow_their_mean(pools, text):
 def test_flow_loss_of_the_true_velocity_is_zero(pools, text):
     _, batch = batches(pools, text)[0]
 
-    def true(x, t, t5_ids, clip_ids, table):
+    def true(x, t, tokens, table):
         return batch["noise"] - batch["x0"]
 
     weighted, plain = flow_loss(true, batch, None)
@@ -179,19 +180,15 @@ def test_what_guidance_teaches_is_what_true_cfg_does(pools, text):
     nets = Nets(Flux(params), small).eval()
     size, batch = batches(pools, small)[0]
     table = table_for(params, 24, (size[0] // 4, size[1] // 4))
-    length = small.clip_tokenizer.model_max_length
-    empty = {
-        "t5_ids": token_ids(small.t5_tokenizer, [""], 24),
-        "clip_ids": token_ids(small.clip_tokenizer, [""], length),
-    }
+    empty = tokens_of(small, [""], 24)
     found = guided(nets, batch["noise"], batch, empty, table, 3.0)
 
-    def velocity(t5_ids, clip_ids):
-        return lambda x, t: nets(x, batch["t"], t5_ids, clip_ids, table)
+    def velocity(tokens):
+        return lambda x, t: nets(x, batch["t"], tokens, table)
 
     count = len(batch["t"])
-    with_text = velocity(batch["t5_ids"], batch["clip_ids"])
-    without = velocity(empty["t5_ids"].repeat(count, 1), empty["clip_ids"].repeat(count, 1))
+    with_text = velocity(batch)
+    without = velocity({key: ids.repeat(count, 1) for key, ids in empty.items()})
     with torch.no_grad():
         expected = with_negative(with_text, without, 3.0)(batch["noise"], 0.5)
         plain = with_text(batch["noise"], 0.5)
@@ -201,8 +198,6 @@ def test_what_guidance_teaches_is_what_true_cfg_does(pools, text):
 
 def test_tables_stay_exact_under_autocast():
     recipe = Recipe(name="x", hidden_size=64, depth=1, depth_single_blocks=1)
-    from fluxlab.training.stages import new_nets
-
     params = new_nets(recipe)[0].transformer.params
     table = table_for(params, 24, (16, 16))
     with torch.autocast("cpu", torch.bfloat16):
@@ -269,7 +264,7 @@ def test_manifest_names_a_flipped_bit_and_a_lost_file(tmp_path):
         verify_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("name", ["tiny", "small", "tiny2"])
 def test_recipes_compose_and_open_with_their_command(name):
     from fluxlab.config import config_folder
 
@@ -290,6 +285,9 @@ def test_recipes_compose_and_open_with_their_command(name):
         ("guidance_batch", 0),
         ("guidance_steps", -1),
         ("t_mean", {5: 0.0}),
+        ("family", "flux3"),
+        ("hints", 1.0),
+        ("hint_steps", 0),
     ],
 )
 def test_a_recipe_that_makes_no_sense_names_its_key(key, value):
