@@ -205,7 +205,7 @@ def complete_store(
                 filled = images(tracked.progress)
             if not finished or filled.written or not store.sealed(sealed):
                 tabulate(experiment, filled.settings, store, models)
-            tracked.finish(read_store(out))
+            tracked.finish(lambda: read_store(out))
     return filled
 
 

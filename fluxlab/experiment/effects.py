@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxlab.experiment.cells import Cell, Settings, cells, references
-from fluxlab.experiment.reading import METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE, read_table
+from fluxlab.experiment.reading import METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE
+from fluxlab.experiment.rows import Row, read_table
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store
 from fluxlab.images import read_pixels
@@ -22,8 +23,6 @@ from fluxlab.progress import Progress
 
 if TYPE_CHECKING:
     from fluxlab.measure.similarity import Similarity
-
-Row = dict[str, Any]
 
 KEYS = ("variant", "prompt", "seed", "digest", "cell")
 """Columns of metrics.csv and references.csv before the metrics."""

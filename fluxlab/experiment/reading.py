@@ -1,16 +1,15 @@
 """Read a finished store: where reports, figures and trackers begin. Nothing here writes."""
 
-import csv
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fluxlab.errors import UserError
 from fluxlab.experiment.manifest import Manifest
+from fluxlab.experiment.rows import Row, choose, read_table
 from fluxlab.experiment.store import CELLS, EXPERIMENT, read_experiment
 from fluxlab.images import open_image
 from fluxlab.measure import summary
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE = "metrics.csv", "references.csv", "summary.csv"
-_TEXT = ("variant", "prompt", "digest", "cell", "metric")
-_WHOLE = ("seed", "n", "paired_n")
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,18 +28,18 @@ class Run:
 
     record: the content of experiment.yaml. metrics: one row per cell, the baseline first, then variants as listed,
     prompts, seeds; `table` is another name for it. references: the rows of the two controls. summary: one row per
-    variant and metric, with the columns of `fluxlab.measure.summary.CSV_COLUMNS`. Rows map a column to text, a whole
-    number or a float, nan for no value; `pandas.DataFrame(run.table)` makes a data frame of them.
+    variant and metric, with the columns of `fluxlab.measure.summary.CSV_COLUMNS`. A row maps a column to text, a
+    whole number or a float, nan for no value; `pandas.DataFrame(run.table)` makes a data frame of them.
     """
 
     path: Path
     record: Row
-    metrics: list[Row]
-    references: list[Row]
-    summary: list[Row]
+    metrics: Sequence[Row]
+    references: Sequence[Row]
+    summary: Sequence[Row]
 
     @property
-    def table(self) -> list[Row]:
+    def table(self) -> Sequence[Row]:
         """The rows of metrics.csv, one per cell."""
         return self.metrics
 
@@ -64,21 +59,21 @@ class Run:
         return list(dict.fromkeys((row["prompt"], row["seed"]) for row in self.metrics))
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str, int], Row]:
-        return {(row["variant"], row["prompt"], row["seed"]): row for row in self.metrics}
+    def _rows(self) -> dict[tuple[str, str, int], int]:
+        return {(row["variant"], row["prompt"], row["seed"]): i for i, row in enumerate(self.metrics)}
 
     def cell(self, variant: str, prompt: str, seed: int) -> Row:
         """Return a cell's row of metrics. Raises `KeyError` for a cell that the experiment does not have."""
-        return self._rows[variant, prompt, seed]
+        return self.metrics[self._rows[variant, prompt, seed]]
 
     @cached_property
     def images(self) -> dict[tuple[str, str, int], Path]:
         """The image file of every cell, by (variant, prompt, seed). A file may be missing if its cell failed."""
-        return {key: self.path / CELLS / f"{row['cell']}.png" for key, row in self._rows.items()}
+        return {key: self.image(*key) for key in self._rows}
 
     def image(self, variant: str, prompt: str, seed: int) -> Path:
         """Return the path of a cell's image. Raises `KeyError` for a cell that the experiment does not have."""
-        return self.images[variant, prompt, seed]
+        return self.path / CELLS / f"{self.cell(variant, prompt, seed)['cell']}.png"
 
     def open(self, variant: str, prompt: str, seed: int) -> "Image.Image":
         """Return a cell's image, a PIL image in RGB.
@@ -121,9 +116,10 @@ class Run:
     def divided(self, groups: Sequence[Collection[tuple[str, int]]]) -> "list[Run]":
         """Return one run per group of (prompt, seed) with only its cells. Controls and summary stay those of all."""
         group = {place: n for n, places in enumerate(groups) for place in places}
-        parts = [replace(self, metrics=[]) for _ in groups]
-        for row in self.metrics:
-            parts[group[row["prompt"], row["seed"]]].metrics.append(row)
+        rows: list[list[int]] = [[] for _ in groups]
+        for i, row in enumerate(self.metrics):
+            rows[group[row["prompt"], row["seed"]]].append(i)
+        parts = [replace(self, metrics=choose(self.metrics, chosen)) for chosen in rows]
         for part in parts:
             part.__dict__["attention"] = []
         for row in self.attention:
@@ -156,34 +152,15 @@ def read_store(path: "str | PathLike[str]", check: bool = True) -> Run:
     path = Path(path)
     record = read_experiment(path)
     names = (METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE)
-    tables = [read_table(path / name) for name in names]
-    if check:
+    if check and all((path / name).exists() for name in names):  # without its tables a run is not finished
         captured = (INDEX,) if (path / INDEX).exists() else ()
         manifest = Manifest(path)
         for name in (EXPERIMENT, *names, *captured):
             problem = manifest.changed(name)
             if problem:
                 raise UserError(f"{path / name}: {problem}; run the command of this store again")
+    tables = [read_table(path / name) for name in names]
     metrics, references, rows = tables
     if metrics:
         rows = summary.complete(rows, [*metrics, *references], metrics[0]["variant"])
     return Run(path, record, metrics, references, rows)
-
-
-def read_table(file: Path) -> list[Row]:
-    """Return the rows of one of a store's CSV files. Raises `UserError` if it is missing or damaged."""
-    texts: dict[str, str] = {}  # a name or prompt is one object, however many rows have it
-    try:
-        with open(file, newline="", encoding="utf-8") as handle:
-            rows = csv.DictReader(handle)
-            return [{key: _value(key, texts.setdefault(value, value)) for key, value in row.items()} for row in rows]
-    except FileNotFoundError:
-        raise UserError(f"{file}: missing, so the run is not finished; run its command again") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); run the command of this store again") from error
-
-
-def _value(key: str, text: str) -> Any:
-    if key in _TEXT:
-        return text
-    return int(text) if key in _WHOLE else float(text) if text else math.nan

@@ -73,7 +73,7 @@ def store(tmp_path_factory, patch):
             tracker.progress(6, 6)
             tracker.link.wait_until_started()
             if attempt:
-                tracker.finish(run)
+                tracker.finish(lambda: run)
     return store
 
 

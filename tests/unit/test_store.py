@@ -1,10 +1,12 @@
 """The run folder: locks, changed and damaged files, images that an experiment no longer has."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from PIL import Image
 import fluxlab
 from fluxlab import files
 from fluxlab.experiment import locks
+from fluxlab.experiment.manifest import NOT_AS_LISTED, Manifest
 from fluxlab.experiment.reading import read_run, read_store
+from fluxlab.experiment.rows import read_table
 from fluxlab.experiment.store import open_store
 from fluxlab.experiment.versions import commit
 from tests import stores
@@ -292,3 +296,45 @@ def test_the_rows_of_a_large_table_are_written_once():
     rows = [{"cell": f"c{i}", "ssim": i / 8, "psnr": float("nan")} for i in range(2500)]
     read = list(csv.DictReader(io.StringIO(to_csv(rows))))
     assert read == [{"cell": f"c{i}", "ssim": f"{i / 8:.6g}", "psnr": ""} for i in range(2500)]
+
+
+def large_manifest(folder, count):
+    lines = (json.dumps({"file": f"cells/{i:032x}.png", "bytes": i, "sha256": f"{i:064x}"}) for i in range(count))
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    return Manifest(folder)
+
+
+def test_a_manifest_of_equal_hashes(tmp_path, monkeypatch):
+    monkeypatch.setattr("fluxlab.experiment.manifest.hash", lambda name: 7, raising=False)
+    manifest = large_manifest(tmp_path, 5)
+    (tmp_path / "cells").mkdir()
+    for i in range(6):
+        (tmp_path / "cells" / f"{i:032x}.png").write_bytes(b"x" * (3 if i == 3 else 9))
+    os.utime(tmp_path / "manifest.jsonl", (2**33, 2**33))
+    manifest = Manifest(tmp_path)
+    assert list(manifest.names) == [f"cells/{i:032x}.png" for i in range(5)]
+    assert [manifest.unchanged(f"cells/{i:032x}.png") for i in range(6)] == [False, False, False, True, False, False]
+    assert manifest.changed(f"cells/{5:032x}.png") == "manifest.jsonl does not list it"
+    assert manifest.changed(f"cells/{3:032x}.png") == NOT_AS_LISTED
+
+
+def test_a_large_store_s_manifest_and_tables_take_little_memory(tmp_path):
+    count = 4000
+    names = [f"m{i}" for i in range(20)]
+    lines = [",".join(["variant", "prompt", "seed", "cell", *names])]
+    lines += [f"v,a prompt,{i},{i:032x}," + ",".join(str(i / 7)[:6] for _ in names) for i in range(count)]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines) + "\n")
+    tracemalloc.start()
+    try:
+        manifest = large_manifest(tmp_path, count)
+        of_manifest, _ = tracemalloc.get_traced_memory()
+        rows = read_table(tmp_path / "metrics.csv")
+        of_both, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert manifest.problem == ""
+    assert of_manifest < 40 * count
+    assert of_both - of_manifest < 400 * count
+    keys = {"variant": "v", "prompt": "a prompt", "seed": 1, "cell": f"{1:032x}"}
+    assert rows[1] == keys | dict.fromkeys(names, 0.1428)
+    assert rows[-2:] == [rows[count - 2], rows[count - 1]]

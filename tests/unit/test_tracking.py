@@ -161,7 +161,7 @@ def test_progress_and_results_reach_the_process(every, shown, run, tmp_path, pro
     with tracking.start({"name": "wandb"}, tmp_path, experiment(), "python -m fluxlab.run +exp=test") as tracker:
         for done in range(1, 21):
             tracker.progress(done, 20)
-        tracker.finish(run)
+        tracker.finish(lambda: run)
     assert os.environ == before
     lines = received(file)
     assert lines[0]["modes"] == ["offline"]
@@ -201,7 +201,7 @@ def test_no_process_is_started_without_tracking(tmp_path, program, monkeypatch):
 def test_a_tracked_store_gets_no_second_run_except_in_a_sweep(run, tmp_path, program, monkeypatch):
     file = tmp_path / "received.jsonl"
     program(LISTENER.format(file=str(file), folder=str(tmp_path)))
-    tracking.start({"name": "wandb"}, tmp_path, experiment()).finish(run)
+    tracking.start({"name": "wandb"}, tmp_path, experiment()).finish(lambda: run)
     mark = received(file)[0]["mark"]
     assert not is_tracked(tmp_path, mark)
     lines = [{"id": "x", "state": "started", "mark": mark}, {"id": "x", "state": "finished", "mark": mark}]

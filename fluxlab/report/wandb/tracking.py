@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,10 @@ class Tracker:
             self.sent = time.monotonic()
             self.link.send({"log": {"progress/pictures": done, "progress/share": done / max(1, total)}})
 
-    def finish(self, run: Run) -> None:
-        """Log a finished store and wait for W&B, at most `seconds` of the settings."""
+    def finish(self, read: Callable[[], Run]) -> None:
+        """Log a finished store and wait for W&B, at most `seconds` of the settings. It is read only if it is logged."""
         if self.link:
-            self.link.close(messages(run, bool(self.settings.get("artifact"))))
+            self.link.close(messages(read(), bool(self.settings.get("artifact"))))
             self.link = None
 
     def failed(self) -> None:
