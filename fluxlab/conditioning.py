@@ -47,12 +47,14 @@ Encoded = tuple[Tensor, Tensor]
 @dataclass(frozen=True)
 class Texts:
     """The prompts of a run, negative ones too, and how they are read. They are encoded before the transformer is
-    loaded. max_sequence_length: None means the model's own."""
+    loaded. max_sequence_length: None means the model's own. words: that a capture compares, encoded too but not checked
+    as prompts are."""
 
     prompts: tuple[str, ...]
     max_sequence_length: int | None = None
     truncate: bool = False
     unknown_words: str = "error"
+    words: tuple[str, ...] = ()
 
 
 class StoredEncoders(TextEncoders):
@@ -139,7 +141,7 @@ class StoredEncoders(TextEncoders):
         length = texts.max_sequence_length or default_length
         self.check(texts.prompts, length, texts.truncate, texts.unknown_words)
         if not self._handed_out:
-            self._keep(texts.prompts, length)
+            self._keep((*texts.prompts, *texts.words), length)
             self.release()
 
     def states(self, prompt: str, max_sequence_length: int) -> Encoded:

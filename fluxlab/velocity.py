@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fluxlab import batching, picking, placement, positions, sampling
 from fluxlab import references as refs
+from fluxlab.concepts import Concepts
 from fluxlab.memory import Plan
 from fluxlab.parts import ModelParts
 from fluxlab.positions import Program
@@ -91,6 +92,8 @@ class Velocities(ModelParts):
             encoded = [self.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
             txt, *pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
             known = placement.modulations(self, texts, settings, sigmas, together)
+            layout = self.context(None, length, grid, sigmas).layout
+            words = Concepts(self, probe, settings, sigmas, layout) if probe is not None and probe.concepts else None
 
             def forward(
                 x: Tensor, t: float, edits: Edits, samples: Sequence[int], probe: Probe | None, taps: Sequence | None
@@ -100,6 +103,8 @@ class Velocities(ModelParts):
                 rotary, mask = compiled.at(t, samples, x)
                 step, p = compiled.step(t), self.transformer.params
                 sites = batching.block_sites(interventions, probe, step, t, rotary, p.depth + p.depth_single_blocks)
+                if words is not None and words.probe is probe:
+                    sites = words.sites(sites, step, t, rotary)
                 tables = {"rotary": rotary, "mask": mask, "taps": taps, "sites": sites}
                 if known is not None:
                     tables["modulations"] = known.at((t, tuple(samples)))

@@ -108,7 +108,7 @@ def put_attention(asked: Experiment, how: Settings, store: Store) -> None:
 
 
 def attended(request: Request, cell: Cell, how: Settings) -> dict[str, Captured]:
-    """Return made-up arrays for a request of the kind words, quadrants, entropy or distance."""
+    """Return made-up arrays for a request of the kind words, concepts, quadrants, entropy or distance."""
     rng = np.random.default_rng([cell.seed, *hashlib.sha256(cell.prompt.encode()).digest()])
     edited = 1 + 2 * hashlib.sha256(cell.program.digest.encode()).digest()[0] / 255 if cell.program else 0
     sides = how.height // how.pixels_per_token, how.width // how.pixels_per_token
@@ -140,6 +140,11 @@ def attended(request: Request, cell: Cell, how: Settings) -> dict[str, Captured]
         axes = ("direction", "word", "row", "col")
         grid = {"row": range(sides[0]), "col": range(sides[1])}
         return {request.name: made(values, axes, "probability", direction=ways, word=words, **grid)}
+    if request.kind == "concepts":
+        words = request.arguments["words"]
+        values = rng.dirichlet(np.ones(len(words)), (steps, blocks, *sides)).transpose(0, 1, 4, 2, 3)
+        grid = {"row": range(sides[0]), "col": range(sides[1])}
+        return {request.name: made(values, ("word", "row", "col"), "share", word=words, **grid)}
     if request.kind == "quadrants":
         text = 0.5 * sharp / (1 + edited)
         values = np.stack((np.stack((1 - text, text), -1), np.stack((text, 1 - text), -1)), 2)

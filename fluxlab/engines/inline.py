@@ -17,7 +17,7 @@ from fluxlab.experiment.settings import device_of, dtype_of, resolve, threads_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.pipeline import Pipeline
-from fluxlab.probes import Probe
+from fluxlab.probes import Probe, concept_words
 
 Load = Callable[[ModelRow, torch.dtype | None, str, Texts], Pipeline]
 
@@ -95,11 +95,12 @@ class Inline:
 
 
 def texts_of(experiment: Experiment) -> Texts:
-    """Return the prompts that a run of the experiment encodes, negative ones too."""
+    """Return what a run of the experiment encodes: its prompts, negative ones too, and the words that it compares."""
     s = experiment.sampling
     true_cfg = experiment.model.true_cfg if s.true_cfg is None else s.true_cfg
     negatives = () if true_cfg in (None, 1) else (s.negative_prompt or "",)
-    return Texts((*experiment.prompts, *negatives), s.max_sequence_length, s.truncate, s.unknown_words)
+    words = concept_words(experiment.capture)
+    return Texts((*experiment.prompts, *negatives), s.max_sequence_length, s.truncate, s.unknown_words, words)
 
 
 @contextmanager

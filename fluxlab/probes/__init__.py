@@ -28,7 +28,7 @@ from fluxlab.probes.labelled import INDEX, index, label, read, similarity
 from fluxlab.probes.outputs import Measure, ProbeContext
 from fluxlab.probes.recorder import Probe
 from fluxlab.probes.registry import PROBES, ProbeKind, probe
-from fluxlab.probes.requests import Capture, Request
+from fluxlab.probes.requests import Capture, Request, concept_words
 from fluxlab.probes.resolve import WORKING, memory, resolve
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "ProbeContext",
     "ProbeKind",
     "Request",
+    "concept_words",
     "index",
     "is_complete",
     "label",

@@ -74,7 +74,8 @@ class Measure:
     outputs: the axes of each output by name; the only output of a request has the name "". observe: computes a part of
     them from one kernel call. blank: (sample, index) of entries that a sample does not have; they are NaN. scratch:
     bytes that `observe` allocates in addition to one chunk of attention weights. site: of the block, for a request of
-    activations instead of attention; unrotated: whether queries or keys are to be unrotated.
+    activations instead of attention; unrotated: whether queries or keys are to be unrotated. concepts: words whose maps
+    the model is to compute (`fluxlab.concepts`).
     """
 
     outputs: Mapping[str, Axes]
@@ -84,6 +85,7 @@ class Measure:
     scratch: int = 0
     site: str = ""
     unrotated: bool = False
+    concepts: tuple[str, ...] = ()
 
     @property
     def has_heads(self) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluxlab.errors import UserError
+from fluxlab.errors import UserError, join
 from fluxlab.model.attention import Attended, Tap
 from fluxlab.model.rope import Rotary
 from fluxlab.probes.arrays import Captured
@@ -42,6 +42,7 @@ class Probe:
         self._step = 0
         self._rows: Sequence[int | None] | None = None
         self._missing_steps: set[int] = set()
+        self._compared: set[str] = set()
 
     def begin(self, context: Context, samples: int) -> None:
         """Prepare for a run with `samples` samples in one batch. Requests that name words need `context.prompts`.
@@ -56,12 +57,24 @@ class Probe:
         self._heads = [request.heads_on(context) for request in resolved]
         self._values, self._incoming = [request.empty() for request in resolved], _Incoming()
         self._taps = [self._tap(block) for block in range(context.blocks)]
-        self._missing_steps = {step for request in resolved for step in request.steps}
+        self._missing_steps, self._compared = {step for request in resolved for step in request.steps}, set()
 
     @property
     def reads_attention(self) -> list[str]:
         """The requests that read attention, or queries and keys as it reads them, after `begin`."""
-        return [r.request.name for r in self._requests if r.measure.site in ("", "queries", "keys")]
+        return [
+            r.request.name for r in self._requests if r.measure.concepts or r.measure.site in ("", "queries", "keys")
+        ]
+
+    @property
+    def concepts(self) -> dict[tuple[str, ...], str]:
+        """The words that requests compare, after `begin`, each with the path in the config."""
+        return {r.measure.concepts: join(r.request.path, "words") for r in self._requests if r.measure.concepts}
+
+    def depth(self, words: tuple[str, ...], step: int) -> int:
+        """Return the number of blocks through which the words must go at a step: 0 if nothing is requested there."""
+        requests = [r for r in self._requests if r.measure.concepts == words and step in r.steps]
+        return max((1 + block for request in requests for block in request.blocks), default=0)
 
     def taps(self, step: int) -> list[Tap | None] | None:
         """Return `taps` for one `Flux.forward`: one per block, None for a block whose attention is not requested.
@@ -101,6 +114,7 @@ class Probe:
             for request, heads, values in zip(self._requests, self._heads, self._values, strict=True):
                 if request.measure.site == name and self._step in request.steps and block in request.blocks:
                     self._check_samples(request, len(x))
+                    self._compared.add(name)
                     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                         table = tables[name == "keys"]
                         _record(request, heads, values, self._incoming, self._step, block, x, self._rows, table)
@@ -127,10 +141,13 @@ class Probe:
     def arrays(self) -> dict[str, Captured]:
         """Results by the names of the requests, or `name.output` for a request with several outputs.
 
-        Raises `UserError` before a run, and after a run that did not complete.
+        Raises `UserError` before a run, after a run that did not complete, and for `concepts` outside of a pipeline.
         """
         if self._context is None or self._missing_steps:
             raise UserError("probe.arrays: nothing captured yet, or the run did not complete; call generate(probe=…)")
+        for request in self._requests:
+            if request.measure.concepts and request.measure.site not in self._compared:
+                raise UserError(f"{request.request.path}: concepts need the text encoders; use generate(probe=…)")
         self._incoming.finish()
         pairs = zip(self._requests, self._values, strict=True)
         return {

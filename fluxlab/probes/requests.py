@@ -8,7 +8,7 @@ from typing import Any
 
 from fluxlab.config import config_folder
 from fluxlab.errors import UserError, join, show, unknown_key, wrong
-from fluxlab.probes import measures, per_query, sites  # noqa: F401 (they register the kinds)
+from fluxlab.probes import measures, per_query, shares, sites  # noqa: F401 (they register the kinds)
 from fluxlab.probes.registry import PROBES, ProbeKind
 from fluxlab.select.arguments import is_list, positive
 from fluxlab.select.where import parse_blocks, parse_heads, parse_steps
@@ -78,6 +78,12 @@ class Capture:
 
     def __bool__(self) -> bool:
         return bool(self.requests)
+
+
+def concept_words(capture: Capture) -> tuple[str, ...]:
+    """Return all words that a capture compares."""
+    requests = [request for request in capture.requests if request.kind == "concepts"]
+    return tuple(dict.fromkeys(word for request in requests for word in request.arguments["words"]))
 
 
 def _request(name: str, config: Any, path: str) -> Request:

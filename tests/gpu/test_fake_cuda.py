@@ -59,6 +59,7 @@ SELECTED = {
 
 REQUESTS = {
     "activation": {"site": "mlp", "tokens": {"box": [0, 0, 2, 2]}},
+    "concepts": {"words": ["cat", "sign"]},
     "logits": {"from": {"words": "cat"}, "to": {"box": [0, 0, 8, 8]}, "against": "image"},
     "map": {"from": {"indices": [0, 7, 2]}, "to": "all"},
     "peak": {"tokens": {"box": [0, 0, 8, 8]}},
@@ -160,7 +161,7 @@ def test_tables_are_moved_once(pipes, cuda):
 
 def test_every_probe(pipe, cuda):
     capture = {name: {"kind": name, "blocks": [0, 40], **REQUESTS.get(name, {})} for name in PROBES}
-    capture["activation"]["blocks"] = [40]
+    capture["activation"]["blocks"], capture["concepts"]["blocks"] = [40], [1]
     for averaged in ("entropy", "quadrants"):
         capture[averaged]["average"] = ["heads"]
     groups = {"a": {"op": "zero", "side": "keys", "seen_by": "text"}}

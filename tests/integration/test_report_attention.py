@@ -227,3 +227,26 @@ def test_making_the_page_draws_the_images(tmp_path):
     products.page(read_store(path))
     assert sorted(file.suffix for file in (path / "attention").iterdir() if file.is_file()) == [".gif", ".json", ".png"]
     assert "contact sheets" in (path / "report.html").read_text().lower()
+
+
+def test_words_that_are_compared(tmp_path):
+    """They are drawn as words are, from 0 to 1 in all images, and have no number for a tracker."""
+    words = ["cat", "star", "sign"]
+    path = make_store(
+        tmp_path / "one",
+        {},
+        prompts=("a cat",),
+        seeds=(3,),
+        size=(16, 16),
+        attention={"c": {"kind": "concepts", "words": words, "blocks": "double"}},
+    )
+    products.page(read_store(path))
+    run = read_store(path)
+    drawn = attention.pictures(run)
+    assert [len(drawn.sheets), len(drawn.gifs), attention.summary(run)] == [1, 1, {}]
+    (loaded,) = data((path / "report.html").read_text())["runs"]
+    assert loaded["highest"] == [1.0]
+    (view,) = loaded["prompts"][0]["views"]
+    assert view["words"] == words
+    maps = attention.word_maps(attention.requests(run))[0].maps(run.captured("baseline", "a cat", 3))
+    assert view["maps"]["0"] == attention_page.pack(attention_page.reduce(maps, attention_page.RESOLUTIONS[0]))

@@ -251,7 +251,7 @@ BOUNDS = {"entropy": 3e-5, "distance": 3e-5}
 
 
 def test_every_kind_has_a_reference():
-    elsewhere = {"activation"}  # tests/numerics/test_activations.py
+    elsewhere = {"activation", "concepts"}  # tests/numerics/test_activations.py, test_concepts.py
     assert {request["kind"] for request, _ in REFERENCES.values()} | elsewhere == set(PROBES)
 
 

@@ -102,7 +102,7 @@ WORDS = {"kind": "words", "words": ["cat"]}
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("wrods", "capture: 'wrods', expected one of distance, full, none, words, or .*; did you mean words"),
+        ("wrods", "capture: 'wrods', expected one of concepts, distance, full, none, words, or .*; did you mean words"),
         (3, "capture: 3, expected a mapping of requests"),
         (WORDS, "capture: .* is a request without a name"),
         ({"a b": WORDS}, "capture.a b: 'a b', expected a name of letters"),
@@ -182,6 +182,7 @@ EXAMPLES = {
     parse_tokens: [{"indices": [0, 5, 6]}, {"words": "cat"}],
     parse_regions: {"a": {"indices": [0, 7]}, "text": "text"},
     PROBES["activation"].parsers["site"]: "values",
+    PROBES["concepts"].parsers["words"]: ["cat", "sign"],
 }
 """Values for arguments without a default, by their parser."""
 
@@ -194,7 +195,7 @@ def every_kind(**more) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", [name for name in PROBES if name != "concepts"])
 def test_every_kind(flux, tmp_path, name):
     """Finite labelled results that survive a file, and averages that are means of them, for steps, blocks and heads."""
     request_ = every_kind()[name]
@@ -220,6 +221,11 @@ def test_every_kind(flux, tmp_path, name):
             plain, mean = arrays[f"plain{output}"], arrays[f"tokens{output}"]
             gone = [axis for axis in plain.axes if axis not in mean.axes]
             np.testing.assert_allclose(mean.values, plain.mean(*gone).values, atol=1e-5)
+
+
+def test_concepts_need_a_pipeline(flux):
+    with pytest.raises(ValueError, match=r"capture.a: concepts need the text encoders; use generate\(probe=…\)"):
+        watch(flux, {"a": {**every_kind()["concepts"], "blocks": "double"}})
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -400,7 +406,7 @@ def test_only_requested_blocks_and_steps_are_recorded(flux, monkeypatch):
 @pytest.mark.parametrize("bytes_", [64, 1000, 5000])
 def test_results_do_not_depend_on_the_size_of_chunks(flux, monkeypatch, bytes_):
     """And a chunk is never larger than the limit."""
-    capture = every_kind()
+    capture = {name: request for name, request in every_kind().items() if name != "concepts"}
     expected = watch(flux, capture)
     monkeypatch.setitem(stream.CHUNK_BYTES, "cpu", bytes_)
     sizes, real = [], stream.attention_weights

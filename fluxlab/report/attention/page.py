@@ -163,7 +163,8 @@ def _run(run: Run, budget: int) -> tuple[dict[str, Any], str]:
                 "views": [{**part, "maps": by_variant} for part, by_variant in zip(labels, packed, strict=True)],
             }
         )
-    data = {"variants": run.variants, "views": [part.title for part in parts], "prompts": shown}
+    views = {"views": [part.title for part in parts], "highest": [part.highest for part in parts]}
+    data = {"variants": run.variants, **views, "prompts": shown}
     return data, _note(run, samples[0][0], shown, resolution)
 
 

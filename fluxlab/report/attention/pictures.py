@@ -41,7 +41,10 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class WordMaps:
-    """The maps of one `words` request in one direction. `suffix` ends the names of their files; the first has none."""
+    """The maps of one `words` request in one direction, or of a `concepts` request, whose direction is "".
+
+    `suffix` ends the names of their files; the first has none.
+    """
 
     request: str
     direction: str
@@ -52,15 +55,22 @@ class WordMaps:
         directions = {
             "image_to_word": "attention from image tokens to words",
             "word_to_image": "attention from words to image tokens",
+            "": "words compared by attention outputs, shares at each image token",
         }
         return f"{self.request}: {directions[self.direction]}"
+
+    @property
+    def highest(self) -> float | None:
+        """The value with the brightest colour. None: the largest one of a word in all variants."""
+        return None if self.direction else 1.0
 
     def maps(self, captured: Mapping[str, Captured]) -> Captured:
         """Return the maps with axes (step, block, word, row, col), mean over heads.
 
         An axis that the capture averaged over has one entry with the label "all".
         """
-        maps = captured[self.request].sel(direction=self.direction)
+        maps = captured[self.request]
+        maps = maps.sel(direction=self.direction) if self.direction else maps
         maps = maps.mean("head") if "head" in maps.axes else maps
         for axis in ("block", "step"):
             if axis not in maps.axes:
@@ -86,7 +96,7 @@ def requests(run: Run) -> dict[str, dict[str, Any]]:
 
 
 def word_maps(requests: Mapping[str, Mapping[str, Any]]) -> list[WordMaps]:
-    """Return the word maps of the requests: one per `words` request and direction."""
+    """Return the word maps of the requests: one per `words` request and direction, and per `concepts` request."""
     maps: list[WordMaps] = []
     for name, request in requests.items():
         if request["kind"] == "words":
@@ -95,6 +105,8 @@ def word_maps(requests: Mapping[str, Mapping[str, Any]]) -> list[WordMaps]:
             for direction in directions:
                 suffix = "" if not maps else f"-{name}" if len(directions) == 1 else f"-{name}-{direction}"
                 maps.append(WordMaps(name, direction, suffix))
+        elif request["kind"] == "concepts":
+            maps.append(WordMaps(name, "", f"-{name}" if maps else ""))
     return maps
 
 
@@ -259,6 +271,7 @@ def _drawn(
     for part in parts:
         # All variants share one scale per word: their sheets can be compared.
         highest = np.max([np.nan_to_num(maps.values).max((0, 2, 3)) for maps in by_block[part]], 0)
+        highest = highest if part.highest is None else np.full_like(highest, part.highest)
         cell = cell_length(*by_block[part][0].values.shape[2:])
         for entry, maps, image in zip(entries, by_block[part], images, strict=True):
             title = f"{cell_title(entry)}\n{part.title}, mean over steps"

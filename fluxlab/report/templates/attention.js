@@ -124,7 +124,7 @@
     const word = Number(field("word").value);
     const variants = run.variants.length > 1 ? [0, Number(field("variant").value)] : [0];
     const shown = variants.map((variant) => heat(view, variant, word, step, block));
-    const highest = Math.max(...shown.map((map) => map?.top ?? 0));
+    const highest = run.highest[field("view").value] ?? Math.max(...shown.map((map) => map?.top ?? 0));
     sides.forEach((figure, i) => {
       figure.hidden = i >= variants.length;
       if (figure.hidden) return;
@@ -176,7 +176,7 @@
     if (word === "") return;
     const variants = [cell.variant, 0];
     const shown = variants.map((variant) => heat(view, variant, Number(word), step, block));
-    const highest = Math.max(...shown.map((map) => map?.top ?? 0));
+    const highest = run.highest[one("[name=view]", inDialog).value] ?? Math.max(...shown.map((map) => map?.top ?? 0));
     overlays.forEach((canvas, i) => shown[i] && paint(canvas, shown[i], highest, opacity));
     ["variant", "baseline"].forEach((side, i) => makeGrey(one(`img.${side}`, stage), prompt.greys[variants[i]]));
     overlays[1].style.clipPath = one("img.baseline", stage).style.clipPath;
