@@ -1,10 +1,12 @@
 """What a large store costs: seconds and peak of memory per stage, at 1,000, 10,000 and 100,000 synthetic cells.
 
     python benchmarks/scale.py                             # 1,000 cells, a minute on 2 CPU cores
-    python benchmarks/scale.py --cells 1000 10000 100000   # about an hour
+    python benchmarks/scale.py --cells 1000 10000 100000   # 9 minutes
+    python benchmarks/scale.py --cells 100 --side 1024     # what metrics take at the size of FLUX.1
     python benchmarks/scale.py --cells 1000 10000 100000 --json benchmarks/results/scale-<date>.json
 
-The cells are 25 variants × prompts × 4 seeds. Their images are made without a model: noise of 16 × 16 pixels. Stages:
+The cells are 25 variants × prompts × 4 seeds. Their images are made without a model: noise of 16 × 16 pixels, or
+of another size. Stages:
 list (cells, keys and batches), write (images and JSON, without waiting for the disk), check (which cells are complete,
 every file read), plan (what `plan=true` prints), measure, draw (grid and pages), seal (hash every file), check again
 (by size and time), resume (the run's own command on the finished store, in a process of its own, with imports).
@@ -40,23 +42,23 @@ from fluxlab.experiment.versions import versions
 from fluxlab.loading import load_row
 from fluxlab.report.products import grid, page
 
-VARIANTS, SEEDS, SIDE = 25, 4, 16
+VARIANTS, SEEDS = 25, 4
 
 
-def overrides(cells: int) -> list[str]:
+def overrides(cells: int, side: int) -> list[str]:
     """Return the keys of the run whose store is made, as on the command line."""
     prompts = [f"a red cat {i}" for i in range(cells // VARIANTS // SEEDS)]
     dose = [f"+variants.x{i}={{a: {{op: scale, factor: {0.5 + i / 16}}}}}" for i in range(VARIANTS - 1)]
-    fixed = [f"seeds={SEEDS}", "steps=1", f"height={SIDE}", f"width={SIDE}", "unknown_words=allow", "device=cpu"]
+    fixed = [f"seeds={SEEDS}", "steps=1", f"height={side}", f"width={side}", "unknown_words=allow", "device=cpu"]
     return ["+exp=hello", *fixed, f"prompts={json.dumps(prompts)}", *dose, "tracking=none", "threads=1"]
 
 
-def experiment_of(cells: int) -> Experiment:
+def experiment_of(cells: int, side: int) -> Experiment:
     """Return the experiment of `overrides`."""
     from fluxlab.compose import compose
     from fluxlab.run import RunConfig, read
 
-    return read(compose("config", RunConfig, "schema", overrides(cells)))
+    return read(compose("config", RunConfig, "schema", overrides(cells, side)))
 
 
 def _no_wait(file: int) -> None:
@@ -65,14 +67,15 @@ def _no_wait(file: int) -> None:
 
 def write(experiment: Experiment, settings: Settings, store: Store) -> None:
     """Write an image for every cell that the store lacks."""
+    side = settings.height
     for batch in runner.every_batch(experiment, settings):
         for cell in batch.cells:
             seed = int.from_bytes(hashlib.sha256(cell.key.encode()).digest()[:8])
-            pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-            store.put(cell, Image.fromarray(pixels), {"height": SIDE, "width": SIDE}, batch.folder)
+            pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+            store.put(cell, Image.fromarray(pixels), {"height": side, "width": side}, batch.folder)
 
 
-def stages(cells: int, folder: Path, only_check: bool) -> dict[str, dict[str, float]]:
+def stages(cells: int, side: int, folder: Path, only_check: bool) -> dict[str, dict[str, float]]:
     """Return what every stage took: `seconds`, and as `mb` the peak of memory until its end."""
     taken: dict[str, dict[str, float]] = {}
 
@@ -83,8 +86,8 @@ def stages(cells: int, folder: Path, only_check: bool) -> dict[str, dict[str, fl
         taken[name] = {"seconds": round(seconds, 3), "mb": _peak("self")}
         return result
 
-    experiment = timed("start", lambda: experiment_of(cells))
-    settings = Inline(load_row).settle(experiment_of(100), None, None, 1)  # they do not depend on the prompts
+    experiment = timed("start", lambda: experiment_of(cells, side))
+    settings = Inline(load_row).settle(experiment_of(100, side), None, None, 1)  # they do not depend on the prompts
 
     def complete(store: Store) -> bool:
         batches = runner.every_batch(experiment, settings)
@@ -110,7 +113,7 @@ def stages(cells: int, folder: Path, only_check: bool) -> dict[str, dict[str, fl
     with open_store(out) as store:
         assert timed("check again", lambda: complete(store))
     if not only_check:
-        command = [sys.executable, "-m", "fluxlab.run", *overrides(cells), f"out={out}"]
+        command = [sys.executable, "-m", "fluxlab.run", *overrides(cells, side), f"out={out}"]
         before = os.stat(out / "manifest.jsonl").st_mtime_ns
         taken["resume"] = _of_process(command)
         assert os.stat(out / "manifest.jsonl").st_mtime_ns == before  # nothing was missing
@@ -146,25 +149,32 @@ def shown(name: str, values: dict[str, float], cells: int) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=int, nargs="+", default=[1000], help="multiples of 100")
+    parser.add_argument("--side", type=int, default=16, help="pixels of an image's side")
     parser.add_argument("--only-check", action="store_true", help="leave out measuring, drawing and the resumed run")
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(stages(arguments.one, Path(folder), arguments.only_check)))
+            print(json.dumps(stages(arguments.one, arguments.side, Path(folder), arguments.only_check)))
         return 0
     print(f"fluxlab {fluxlab.__version__}")
     results = {}
     for cells in arguments.cells:
-        command = [sys.executable, __file__, "--one", str(cells), *(["--only-check"] if arguments.only_check else [])]
+        command = [sys.executable, __file__, "--one", str(cells), "--side", str(arguments.side)]
+        command += ["--only-check"] if arguments.only_check else []
         lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
         results[cells] = json.loads(lines[-1])
-        print(f"{cells:,} cells")
+        print(f"{cells:,} cells of {arguments.side}² pixels")
         for name, values in results[cells].items():
             print(shown(name, values, cells), flush=True)
         if arguments.json:
-            facts = {"fluxlab": fluxlab.__version__, "processors": os.cpu_count(), "python": sys.version.split()[0]}
+            facts = {
+                "fluxlab": fluxlab.__version__,
+                "processors": os.cpu_count(),
+                "python": sys.version.split()[0],
+                "side": arguments.side,
+            }
             arguments.json.write_text(json.dumps({**facts, "cells": results}, indent=1) + "\n")
     return 0
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -58,3 +58,18 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hex digits."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def files_in(folder: Path, left_out: Collection[str] = ()) -> list[str]:
+    """Return the files below a folder, relative to it with slashes, in the order of their parts.
+
+    left_out: subfolders of `folder` that are not read.
+    """
+    found = []
+    for root, folders, files in os.walk(folder):
+        if root == str(folder):
+            folders[:] = [name for name in folders if name not in left_out]
+        start = Path(root).relative_to(folder).as_posix()
+        names = files if start == "." else [f"{start}/{name}" for name in files]
+        found += [name for name in names if os.path.isfile(os.path.join(folder, name))]
+    return sorted(found, key=lambda name: name.split("/"))

@@ -30,7 +30,7 @@ from fluxlab.experiment.locks import FolderLock, is_lock, locked, make_folder, r
 from fluxlab.experiment.manifest import MANIFEST, NOT_AS_LISTED, Manifest
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import SCHEMA, Experiment
-from fluxlab.files import sha256_of, sweep, write_atomic
+from fluxlab.files import files_in, sha256_of, sweep, write_atomic
 from fluxlab.probes import Captured, is_complete
 from fluxlab.probes import write as write_arrays
 
@@ -190,9 +190,7 @@ class Store:
 
     def seal(self) -> None:
         """Write the manifest: one line per file, sorted by name."""
-        tops = [p for p in self.path.iterdir() if p.name not in (MANIFEST, *TRACKERS) and not is_lock(p.name)]
-        files = sorted(p for top in tops for p in (top, *top.rglob("*")) if p.is_file())
-        names = [p.relative_to(self.path).as_posix() for p in files]
+        names = [name for name in files_in(self.path, TRACKERS) if name != MANIFEST and not is_lock(name)]
         self.write(MANIFEST, "".join(self.manifest.lines(names, self.verify)))
         del self.manifest
 

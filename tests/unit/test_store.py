@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -338,3 +339,12 @@ def test_a_large_store_s_manifest_and_tables_take_little_memory(tmp_path):
     keys = {"variant": "v", "prompt": "a prompt", "seed": 1, "cell": f"{1:032x}"}
     assert rows[1] == keys | dict.fromkeys(names, 0.1428)
     assert rows[-2:] == [rows[count - 2], rows[count - 1]]
+
+
+def test_the_manifest_lists_files_in_the_order_of_their_parts(tmp_path):
+    names = ["a/z.png", "a-b/c.png", "a.csv", "a/b/c.json", "B.csv"]
+    for name in [*names, "wandb/run/log.txt", "deep/wandb/kept.txt"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    expected = sorted(Path(name) for name in [*names, "deep/wandb/kept.txt"])
+    assert files.files_in(tmp_path, ("wandb",)) == [path.as_posix() for path in expected]
