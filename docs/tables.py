@@ -75,6 +75,19 @@ def weights() -> str:
     return markdown(["edit of `img_ids`", *heads], rows)
 
 
+def scale() -> str:
+    """What large stores cost: milliseconds per cell of every stage, and the peak of memory until its end."""
+    sizes = json.loads(sorted((ROOT / "benchmarks" / "results").glob("scale-*.json"))[-1].read_text())["cells"]
+    stages = [name for name, values in sizes["1000"].items() if "seconds" in values]
+    rows = []
+    for stage in stages:
+        taken = {int(cells): values[stage] for cells, values in sizes.items()}
+        times = [f"{1000 * values['seconds'] / cells:.2f} ms" for cells, values in taken.items()]
+        rows.append([stage, *times, *(f"{values['mb']} MB" for values in taken.values())])
+    cells = [f"{int(count):,} cells" for count in sizes]
+    return markdown(["stage", *cells, *(f"peak, {count}" for count in cells)], rows)
+
+
 def findings() -> str:
     """What the results show: `findings.md.j2` with the numbers of `embedded.json` and `results.json`."""
     from jinja2 import Environment, StrictUndefined
@@ -243,6 +256,7 @@ def metrics() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "answer": answer,
     "weights": weights,
+    "scale": scale,
     "findings": findings,
     "experiments": experiments,
     "models": models,
