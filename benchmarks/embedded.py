@@ -2,8 +2,8 @@
 
     python benchmarks/embedded.py --model runs/train-tiny/pipeline     # about 7 min on 2 CPU cores
 
-writes `embedded.json` and the model card, `README.md`, into the model's folder. `--model tiny` measures the model that
-is part of the package. README's table of results is then refreshed by `python docs/tables.py`.
+writes `embedded.json` and the model card, `README.md`, into the model's folder. `--model tiny` and `--model tiny2`
+measure the models that are part of the package. README's table of results is then refreshed by `python docs/tables.py`.
 
 A cell is a held-out caption and a seed: no training scene has the caption's combination of colour, object and word.
 The edits change img_ids directly, without `fluxlab.positions`. Captions and initial noise are the same for every edit.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 import fluxlab
 from fluxlab import sampling, scenes
+from fluxlab.config import model_names
 from fluxlab.experiment.cells import FLOOR_SHIFT
 from fluxlab.experiment.versions import commit
 from fluxlab.files import sha256_of
@@ -46,12 +47,12 @@ def unchanged(ids: Tensor) -> Tensor:
 
 def axis_zero(ids: Tensor) -> Tensor:
     """Set axis 0 of image ids, which is 0, to 1."""
-    return ids + torch.tensor([1.0, 0.0, 0.0])
+    return ids + torch.eye(ids.shape[-1])[0]
 
 
 def shifted(ids: Tensor) -> Tensor:
-    """Shift ids by the constant that runs use for their noise floor."""
-    return ids + torch.tensor(FLOOR_SHIFT)
+    """Shift ids by the constant that runs use for their noise floor: not on FLUX.2's axis of text order."""
+    return ids + torch.nn.functional.pad(torch.tensor(FLOOR_SHIFT), (0, ids.shape[-1] - len(FLOOR_SHIFT)))
 
 
 class Row(NamedTuple):
@@ -96,23 +97,23 @@ def heldout_captions(count: int, seed: int) -> list[str]:
 @torch.inference_mode()
 def images_of(pipe: Pipeline, captions: Sequence[str], seeds: Sequence[int], row: Row, steps: int) -> np.ndarray:
     """Return uint8 images `(cells, 64, 64, 3)` from the pipeline's own sampler with the row's ids."""
+    family, channels = pipe.family, pipe.autoencoder.params.z_channels
     rows, cols = (side // pipe.pixels_per_token for side in pipe.size)
-    ids = row.image(sampling.image_ids(1, rows, cols)).to(pipe.device)
+    ids = row.image(family.image_ids(rows, cols, 0))[None].to(pipe.device)
     times = pipe.schedule.times(steps, rows * cols)
     batches = []
     for start in range(0, len(captions), BATCH):
         part = slice(start, start + BATCH)
-        txt, y = (torch.cat(both) for both in zip(*(pipe.encode_prompt(text) for text in captions[part]), strict=True))
-        factor = pipe.autoencoder.params.factor
-        z = sampling.noise(
-            seeds[part], pipe.autoencoder.params.z_channels, pipe.size[0] // factor, pipe.size[1] // factor
-        )
-        txt_ids = row.text(sampling.text_ids(1, txt.shape[1])).to(pipe.device)
+        encoded = [pipe.encode_prompt(text) for text in captions[part]]
+        txt, *pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+        txt_ids = row.text(family.text_ids(txt.shape[1]))[None].to(pipe.device)
 
-        def velocity(x: Tensor, t: float, txt=txt, y=y, txt_ids=txt_ids) -> Tensor:
-            return pipe.transformer(x.to(pipe.dtype), ids, txt, txt_ids, torch.full((len(x),), t, device=x.device), y)
+        def velocity(x: Tensor, t: float, txt=txt, pooled=pooled, txt_ids=txt_ids) -> Tensor:
+            times = torch.full((len(x),), t, device=x.device)
+            return pipe.transformer(x.to(pipe.dtype), ids, txt, txt_ids, times, *pooled)
 
-        x = sampling.euler(velocity, sampling.pack(z).to(pipe.device), times)
+        noise = family.noise(seeds[part], channels, rows, cols, torch.float32)
+        x = sampling.euler(velocity, noise.to(pipe.device), times)
         batches.append((pipe.decode(x, rows, cols, "pt") * 255).round().byte().permute(0, 2, 3, 1).cpu())
     return torch.cat(batches).numpy()
 
@@ -181,10 +182,12 @@ def main() -> int:
     parser.add_argument("--only-baseline", action="store_true", help="skip the edits and controls")
     arguments = parser.parse_args()
 
-    folder = ROOT / "fluxlab" / "assets" / "tiny" if arguments.model == "tiny" else Path(arguments.model)
+    shipped = ROOT / "fluxlab" / "assets" / arguments.model
+    folder = shipped if shipped.is_dir() and arguments.model in model_names() else Path(arguments.model)
     pipe = fluxlab.load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     if pipe.max_sequence_length > 77:  # a bare folder does not state its text length; its tokenizer does
-        pipe.max_sequence_length, pipe.size = pipe.text.t5_tokenizer.model_max_length, (64, 64)
+        tokenizer = pipe.text.tokenizer if pipe.family.name == "flux2" else pipe.text.t5_tokenizer
+        pipe.max_sequence_length, pipe.size = tokenizer.model_max_length, (64, 64)
     captions, seeds = heldout_captions(arguments.cells, seed=1), list(range(arguments.cells))
     results = {
         "model": arguments.model,

@@ -16,11 +16,11 @@ _MEANINGS = {
     "letters": "share of letters right",
 }
 
-_TEXT = """# tiny: the FLUX that ships with fluxlab
+_TEXT = """# {name}: the {family} that ships with fluxlab
 
-A text-to-image model of {parameters:.1f} million parameters with FLUX.1's architecture: {hidden} wide,
-{double} double and {single} single blocks, heads of 64 split {axes} over (index, row, col) as FLUX.1 splits its 128, an
-autoencoder of factor 2 with {z} channels, and a small CLIP and T5 of its own. It draws 64 × 64 pixels on a 16 × 16
+A text-to-image model of {parameters:.1f} million parameters with {family}'s architecture: {hidden} wide,
+{double} double and {single} single blocks, heads of 64 split {axes} over {names} as {family} splits its 128, an
+autoencoder of factor 2 with {z} channels, and {text} of its own. It draws 64 × 64 pixels on a 16 × 16
 token grid: one coloured thing, with or without a sign of one or two words, or two things. It is small enough to run
 anywhere, and a program can check what is in its images.
 
@@ -58,8 +58,24 @@ What the article saw on FLUX.1 schnell:
 
 ## Limits
 It knows the {words} words of `fluxlab.scenes.VOCABULARY`. It was trained at 48 to 80 pixels per side, with flat colours
-and one font. Its results describe this model. They suggest what to try on FLUX.1 and are no evidence about it.
+and one font. Its results describe this model. They suggest what to try on {family} and are no evidence about it.
 """
+
+_FAMILIES = {
+    "FluxTransformer2DModel": {
+        "name": "tiny",
+        "family": "FLUX.1",
+        "names": "(index, row, col)",
+        "text": "a small CLIP and T5",
+    },
+    "Flux2Transformer2DModel": {
+        "name": "tiny2",
+        "family": "FLUX.2",
+        "names": "(t, h, w, l)",
+        "text": "a small Qwen3",
+    },
+}
+"""What the card says about a family, by the class of the transformer."""
 
 
 def shown(value: Sequence[float | None] | None, name: str) -> str:
@@ -96,6 +112,13 @@ def _start(start: dict | None) -> str:
         f", made by `{start['command']}` at commit `{start['commit']}`: {_stages(start)}" if "command" in start else ""
     )
     return f"| continues | the weights `{start['weights']}`{made} |\n"
+
+
+def _teacher(teacher: dict | None) -> str:
+    """Return the row about the model whose velocity a run learned; an empty string for a run without one."""
+    if not teacher:
+        return ""
+    return f"| teacher | the model with the weights `{teacher['weights']}`: its velocity was the target, and at first its hidden states |\n"
 
 
 def _guidance(stage: dict | None) -> str:
@@ -154,7 +177,8 @@ def card(results: dict, training: dict, folder: Path) -> str:
         command=training["command"],
         commit=training["commit"],
         training=_stages(training),
-        start=_start(training.get("start")),
+        start=_start(training.get("start")) + _teacher(training.get("teacher")),
+        **_FAMILIES[transformer["_class_name"]],
         megabytes=size / 1e6,
         curve=_table(
             ["step", *(str(step) for step, _ in training["curve"])],
