@@ -118,7 +118,8 @@ def _teacher(teacher: dict | None) -> str:
     """Return the row about the model whose velocity a run learned; an empty string for a run without one."""
     if not teacher:
         return ""
-    return f"| teacher | the model with the weights `{teacher['weights']}`: its velocity was the target, and at first its hidden states |\n"
+    weights = teacher["weights"]
+    return f"| teacher | the weights `{weights}`: their velocity was the target, and at first their hidden states |\n"
 
 
 def _guidance(stage: dict | None) -> str:
