@@ -175,6 +175,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", help="a name under configs/model or a folder")
     parser.add_argument("--cells", type=int, default=128)
+    parser.add_argument("--first-seed", type=int, default=0, help="other captions and seeds; the card is not written")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--sheet", type=Path, help="also write a PNG of the first images of every row")
@@ -188,7 +189,8 @@ def main() -> int:
     if pipe.max_sequence_length > 77:  # a bare folder does not state its text length; its tokenizer does
         tokenizer = pipe.text.tokenizer if pipe.family.name == "flux2" else pipe.text.t5_tokenizer
         pipe.max_sequence_length, pipe.size = tokenizer.model_max_length, (64, 64)
-    captions, seeds = heldout_captions(arguments.cells, seed=1), list(range(arguments.cells))
+    first = arguments.first_seed
+    captions, seeds = heldout_captions(arguments.cells, first + 1), list(range(first, first + arguments.cells))
     results = {
         "model": arguments.model,
         "weights": sha256_of(folder / WEIGHTS)[:12],
@@ -215,7 +217,7 @@ def main() -> int:
     print(f"signs with two words: {results['two_words']}")
     if arguments.sheet:
         sheet(arguments.sheet, made)
-    if not arguments.no_card and not arguments.only_baseline:
+    if not (arguments.no_card or arguments.only_baseline or first):
         (folder / "embedded.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         write_card(results, folder)
     return 0
