@@ -28,8 +28,8 @@ OBJECTIVES = {
 }
 """The title of each score, and the keys of its objective. A score is better the larger it is."""
 
-TRIES = 200_000
-"""Scenes that are drawn to find one that a prompt describes."""
+TRIES = 20_000
+"""Scenes that are drawn to find one arranged as a prompt describes."""
 
 
 @dataclass(frozen=True)
@@ -148,16 +148,18 @@ def rendered(place: Place, size: tuple[int, int]) -> "Image.Image":
     rng = np.random.default_rng(int.from_bytes(hashed[:8], "big"))
     for _ in range(TRIES):
         scene = scenes.sample_scene(rng, size, "all")
-        if _fits(wanted, scenes.wanted_of(scene)):
-            return Image.fromarray(scenes.render(_with_words(scene, wanted)))
+        if _arranged(wanted, scenes.wanted_of(scene)):
+            return Image.fromarray(scenes.render(_as_asked(scene, wanted)))
     raise UserError(f"objective.images=scenes: no scene found for {show(place.prompt)}; shorten the prompt")
 
 
-def _fits(wanted: scenes.Wanted, scene: scenes.Wanted) -> bool:
-    """Return whether a scene is what a caption asks for. The words of a sign count by their lengths only."""
-    if bool(wanted.relation) != bool(scene.relation) or _lengths(wanted) != _lengths(scene):
-        return False
-    return all(value is None or value == getattr(scene, key) for key, value in vars(wanted).items() if key != "sign")
+def _arranged(wanted: scenes.Wanted, scene: scenes.Wanted) -> bool:
+    """Return whether a scene has the arrangement of a caption: relation, place, and the lengths of the sign's words."""
+    return (
+        wanted.relation == scene.relation
+        and wanted.place in (None, scene.place)
+        and _lengths(wanted) == _lengths(scene)
+    )
 
 
 def _lengths(wanted: scenes.Wanted) -> tuple[int, int]:
@@ -165,10 +167,15 @@ def _lengths(wanted: scenes.Wanted) -> tuple[int, int]:
     return (len(wanted.sign), max(map(len, wanted.sign))) if wanted.sign else (0, 0)
 
 
-def _with_words(scene: scenes.Scene, wanted: scenes.Wanted) -> scenes.Scene:
-    if wanted.sign is None:
-        return scene
-    return replace(scene, sign=replace(scene.sign, words=wanted.sign))
+def _as_asked(scene: scenes.Scene, wanted: scenes.Wanted) -> scenes.Scene:
+    """Return a scene with the things, colours and words of the caption, which do not depend on its arrangement."""
+    asked = ((wanted.thing, wanted.colour), (wanted.second, wanted.second_colour))
+    things = tuple(
+        replace(thing, name=name or thing.name, colour=colour or thing.colour)
+        for thing, (name, colour) in zip(scene.things, asked, strict=False)
+    )
+    sign = scene.sign if wanted.sign is None else replace(scene.sign, words=wanted.sign)
+    return replace(scene, things=things, sign=sign)
 
 
 def _encoded(pipe: "Pipeline", image: "Image.Image", size: tuple[int, int], place: Place) -> torch.Tensor:

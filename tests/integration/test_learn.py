@@ -23,6 +23,27 @@ def program(factor, row):
     return f"{{a: {{op: scale, factor: {factor}, origin: centre}}, b: {{op: offset, by: {{row: {row}}}}}}}"
 
 
+def test_a_planted_scale_is_found(tmp_path):
+    """Images with factor 1.25 are given as files; the search starts at 0.7. For two arguments: the next test."""
+    edits = {"a": {"op": "scale", "factor": 1.25, "origin": "centre"}}
+    pipe = fluxlab.load_pipeline("tiny", dtype=torch.float32)
+    files = [tmp_path / f"{n}.png" for n in (0, 1)]
+    for file, image in zip(files, pipe.generate(PROMPTS[:2], 0, edits, steps=1), strict=True):
+        image.save(file)
+    words = [*COMMON[:-1], f"prompts={json.dumps(PROMPTS[:2])}", "seeds=1", "steps=1", f"out={tmp_path / 'out'}"]
+    words += ["objective=likeness", f"objective.images=[{files[0]},{files[1]}]", "starts=6", "updates=8", "rate=0.06"]
+    words += ["+variants.mine={a: {op: scale, factor: {learn: 0.7, min: 0.5, max: 2.2}, origin: centre}}"]
+    assert learn.main(words) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["values"]["a.factor"] == pytest.approx(1.25, rel=0.02)
+    rows = list(csv.DictReader((tmp_path / "out" / "curve.csv").open()))
+    assert [row["phase"] for row in rows] == ["scan"] * 6 + ["coarse"] * 4 + ["update"] * 4
+    assert float(rows[0]["a.factor"]) == 0.7
+    assert min(abs(float(row["a.factor"]) / 1.25 - 1) for row in rows[:6]) > 0.03  # the scan did not hit it
+    assert (tmp_path / "out" / "curve.png").stat().st_size > 10_000
+
+
+@pytest.mark.soak
 def test_a_planted_scale_and_offset_are_found(tmp_path, capsys):
     """The images of a run with factor 1.25 and row offset 6 are given as files; the search starts at 0.8 and 0."""
     store, out = tmp_path / "store", tmp_path / "out"
