@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fluxlab.errors import UserError
 from fluxlab.positions.registry import op
-from fluxlab.select.arguments import per_axis
+from fluxlab.select.arguments import AXES, per_axis
 from fluxlab.select.layout import Scope
 
 MOST_WINDOWS = 31
@@ -36,14 +36,14 @@ def windows(ids: Tensor, scope: Scope, trained: tuple[int, int], size: list[floa
     places = exact - least
     steps = [1] * ids.shape[1]
     for axis in (1, 2):
-        if scope.axes is not None and ("index", "row", "col")[axis] not in scope.axes:
+        if scope.axes is not None and AXES[axis] not in scope.axes:
             continue
         if size is not None:
             steps[axis] = int(size[axis] or 1)
         else:
             span, most = float(places[:, axis].max()), max(1, trained[axis - 1] - 1)
             steps[axis] = max(1, -(-int(-(-span // 1)) // most))
-    rows, cols = steps[1:]
+    rows, cols = steps[1:3]
     if rows + cols - 1 > MOST_WINDOWS:
         raise UserError(f"size: {rows} and {cols} make {rows + cols - 1} windows, expected at most {MOST_WINDOWS}")
     starts = [(rows, cols), *((n, cols) for n in range(1, rows)), *((rows, m) for m in range(1, cols))]
@@ -58,4 +58,4 @@ def _shared(ids: Tensor, places: Tensor, least: Tensor, size: tuple[int, int], s
         # a rounding error of positions must not move a token over a boundary
         shared = torch.where(x < n - 1e-4, 0.0, torch.ceil((x + 1 - n) / s - 1e-4))
         columns.append(ids[:, axis] if s == 1 else (least[axis] + shared).to(ids.dtype))
-    return torch.stack(columns, 1)
+    return torch.cat((torch.stack(columns, 1), ids[:, 3:]), dim=1)

@@ -2,19 +2,23 @@
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxlab.batching import context as context_of
+from fluxlab.config import config_folder
 from fluxlab.errors import UserError
 from fluxlab.model import Flux2Params, FluxParams
 from fluxlab.positions import Layout, Program, compile_programs
 from fluxlab.positions.at_step import program_at_step
+from fluxlab.positions.window_ops import windows
 from fluxlab.select.arguments import across, per_axis
 
 FLUX1_SIZES = FluxParams(16, 16, 24, 32, 64, 4.0, 2, 2, 2, (4, 14, 14), 10000, True, False)
 FLUX2_SIZES = Flux2Params(16, 16, 48, 64, 3.0, 2, 2, 3, (8, 8, 8, 8), 2000, False)
 TEXT, GRID, REFERENCE = 5, (3, 4), (2, 2)
+PRESETS = config_folder() / "op"
 
 
 def context(sizes=FLUX2_SIZES, references=()):
@@ -165,6 +169,36 @@ def test_ops_on_frequencies_compile(config):
         assert changed == [False, False, False, True]
     else:
         assert any(changed)
+
+
+WINDOWS = [{}, {"size": 2}, {"size": {"w": 2}}, {"axes": "h"}, {"axes": "plane", "size": [1, 2, 3]}]
+
+
+@pytest.mark.parametrize("given", WINDOWS, ids=str)
+def test_windows_are_those_of_flux1_and_keep_the_order_of_text(given):
+    edit = Program.from_config({"a": {"op": "windows", **given}}).edits[0]
+    layout = Layout(TEXT, (6, 8))
+    scope = layout.scope(torch.arange(TEXT, TEXT + 48), edit.where["axes"] if "axes" in given else None)
+    three = torch.cat((torch.zeros(48, 1), torch.cartesian_prod(torch.arange(6.0), torch.arange(8.0))), dim=1)
+    four = torch.cat((three, torch.arange(48.0)[:, None]), dim=1)
+    one, two = (windows(ids, scope, (3, 4), **edit.arguments) for ids in (three, four))
+    assert len(one) > 1
+    assert torch.equal(two[..., :3], one)
+    assert torch.equal(two[..., 3], four[None, :, 3].expand(len(two), -1))
+
+
+def test_every_op_compiles_on_four_axes():
+    """With the arguments of its preset. What an op does there is tested op by op."""
+    presets = sorted(PRESETS.glob("*.yaml"))
+    assert len(presets) > 40
+    for file in presets:
+        config = yaml.safe_load(file.read_text())
+        needs_reference = config.get("tokens") == "reference" or config["op"] == "place"
+        words = str(config.get("tokens", "")) + str(config.get("to", "")) + str(config.get("from", ""))
+        if config["op"] in ("resample", "inject", "ablate", "restart") or "words" in words or "???" in str(config):
+            continue
+        given = {"references": [REFERENCE]} if needs_reference else {}
+        compile_programs([Program.from_config({"a": config})], context(**given)).at(0.75)
 
 
 LACKING = [

@@ -1,0 +1,69 @@
+"""FLUX.2 at real size on a pretended card, as `test_fake_cuda` for FLUX.1."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxlab.probes import PROBES, Probe
+from tests.gpu.fake_device import FLAGS, IMAGE, UNAVAILABLE, available, captured, pretend
+from tests.gpu.real_size import pipeline2
+from tests.gpu.test_fake_cuda import PROMPT, REQUESTS, SELECTED, programs
+
+pytestmark = pytest.mark.skipif(not available(), reason=UNAVAILABLE)
+
+WEIGHTS_GB = {"klein4b": 7.75, "klein9b": 18.2, "flux2dev": 64.5}
+"""Of the transformers in bf16, as published."""
+
+
+@pytest.fixture(scope="module")
+def cuda():
+    with pretend("cuda") as device:
+        yield device
+
+
+@pytest.fixture(scope="module", params=list(WEIGHTS_GB))
+def each(request, cuda):
+    return pipeline2(request.param, "cuda")
+
+
+@pytest.fixture
+def pipe(each, cuda):
+    cuda.read_back.clear()
+    return each
+
+
+def test_an_image(pipe, cuda):
+    weights = sum(weight.nbytes for weight in pipe.transformer.parameters())
+    assert weights / 1e9 == pytest.approx(WEIGHTS_GB[pipe.name], rel=0.01)
+    (image,) = pipe.generate(PROMPT, steps=1)
+    assert image.size == (1024, 1024)
+    assert captured(cuda) == []
+
+
+def test_every_op_and_every_selection(pipe, cuda):
+    """The shapes of klein 4B stand for all: only depth and width differ."""
+    if pipe.name != "klein4b":
+        pytest.skip("of klein 4B")
+    every = [program for program in programs() if program["a"]["op"] not in ("mask", "place")]
+    every += [{"a": {"op": "shuffle", "tokens": "text"}}, {"a": {"op": "mirror", "axis": "l", "tokens": "text"}}]
+    images = pipe.generate(PROMPT, programs=[None, *every], steps=1, height=256, width=256)
+    assert len(images) == len(every) + 1
+    assert captured(cuda) == [(len(every) + 1, 256, 128)]  # the latents of a step, once, for ops that see them
+    cuda.read_back.clear()
+    where = [given for given in SELECTED.values() if given.get("blocks") != [0, 30]]  # klein 4B has 25
+    every = [{"a": {"op": "offset", "by": 3, **given}} for given in where]
+    pipe.generate(PROMPT, programs=every, steps=2, height=512, width=512)
+    assert captured(cuda) == []
+
+
+def test_reference_images_and_every_probe(pipe, cuda):
+    if pipe.name != "klein4b":
+        pytest.skip("of klein 4B")
+    image = Image.fromarray(np.zeros((256, 512, 3), np.uint8))
+    capture = {name: {"kind": name, "blocks": [0, 20], **REQUESTS.get(name, {})} for name in PROBES}
+    capture["activation"]["blocks"] = [20]
+    del capture["concepts"]  # of FLUX.1's text stream
+    probe = Probe({"max_mb": 4000, **capture})
+    pipe.generate(PROMPT, references=[[image]], steps=1, height=256, width=256, probe=probe)
+    assert {name.split(".")[0] for name in probe.arrays} == set(PROBES) - {"concepts"}
+    assert {dtype for _, dtype in cuda.read_back} >= {IMAGE, FLAGS}
