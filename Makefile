@@ -29,7 +29,7 @@ gpu: $(VENV)/.dev
 
 # FLUX.1-dev of random weights at its real size, within 6 GB of memory; 34 GB of disk.
 fullsize: $(VENV)/.dev
-	$(PY) -m benchmarks.fullsize $(FULLSIZE)
+	$(PY) -m benchmarks.fullsize $(if $(MODEL),--model $(MODEL)) $(FULLSIZE)
 
 soak: $(VENV)/.dev
 	$(PY) -m pytest tests -m soak

@@ -1,11 +1,14 @@
-"""`make fullsize`: FLUX.1-dev at its real size on this machine, streamed within a limit of memory.
+"""`make fullsize`: a model at its real size on this machine, within a limit of memory.
 
     python -m benchmarks.fullsize                          # 34 GB of disk, about 10 minutes on 2 CPU cores
+    python -m benchmarks.fullsize --model klein4b          # 16 GB of disk, about 5 minutes: make fullsize MODEL=klein4b
 
-Writes files with random weights: the transformer (23.8 GB, bf16), T5-XXL (9.5 GB), CLIP and the autoencoder. Then the
-command line draws an image of 256² and two controls in one step with 32 text tokens: with `memory=resident`, and with
-`memory.limit_gb`. Prints the peaks of both processes and whether their images are equal, and exits with 1 if a peak is
-above the limit or the images differ. Where the disk has not enough room, it says so and does nothing.
+Writes files with random weights. `dev` is FLUX.1-dev: the transformer (23.8 GB, bf16), T5-XXL (9.5 GB), CLIP and the
+autoencoder. `klein4b` is FLUX.2 [klein] 4B: the transformer (7.8 GB), Qwen3-4B (8.0 GB) and the autoencoder. Then the
+command line draws an image of 256² and two controls in one step with 32 text tokens: with `memory=resident`, and `dev`
+also with `memory.limit_gb`. FLUX.2 is not streamed: its language model is released before the transformer is loaded.
+Prints the peaks of the processes and whether their images are equal, and exits with 1 if the last peak is above the
+limit or the images differ. Where the disk has not enough room, it says so and does nothing.
 """
 
 import argparse
@@ -24,7 +27,8 @@ import torch
 
 from benchmarks.gpu_parts import machine
 from fluxlab.checkpoints.memory import total_memory
-from fluxlab.model import AUTOENCODERS, TRANSFORMERS, AutoEncoder, Flux
+from fluxlab.model import AUTOENCODERS, TRANSFORMERS, TRANSFORMERS2, AutoEncoder, AutoEncoder2, Flux, Flux2
+from fluxlab.training.text2 import tokenizer
 
 SPARE = 4 * 10**9
 """Bytes of the disk that stay free."""
@@ -32,15 +36,22 @@ SPARE = 4 * 10**9
 POOL = 1 << 24
 """Random values that all weights are cut from: drawing 17 billion of them would take longer than the image."""
 
+TRANSFORMER = "transformer.safetensors"
+LIMITS_GB = {"dev": 6.0, "klein4b": 12.0}
+"""The limit of memory of each model."""
+
 TINY = Path(__file__).resolve().parent.parent / "fluxlab" / "assets" / "tiny"
 
 
 def write_random(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Write a safetensors file of bf16 weights: norms are 1, everything else is small and random. Streams to disk."""
+    """Write a safetensors file of bf16 weights: norms are 1, everything else is small and random. Streams to disk.
+
+    A tensor without axes, which comes first, is the counter of a batch norm.
+    """
     header, at = {}, 0
     for name, shape in shapes.items():
-        size = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+        size = 2 * torch.Size(shape).numel() if shape else 8
+        header[name] = {"dtype": "BF16" if shape else "I64", "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
@@ -49,8 +60,11 @@ def write_random(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     with open(file, "wb") as out:
         out.write(len(content).to_bytes(8, "little") + content)
         for number, (name, shape) in enumerate(shapes.items()):
+            if not shape:
+                out.write(bytes(8))
+                continue
             left = torch.Size(shape).numel()
-            if len(shape) == 1 and ("norm" in name or name.endswith("scale")):
+            if len(shape) == 1 and ("norm" in name or name.endswith(("scale", "running_var"))):
                 out.write(torch.ones(left, dtype=torch.bfloat16).view(torch.uint8).numpy())
                 continue
             start = 7919 * number % POOL
@@ -61,11 +75,34 @@ def write_random(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def shapes_of(module: torch.nn.Module, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    return {prefix + name: tuple(value.shape) for name, value in module.state_dict().items()}
+    """Return the shapes of all weights, the counters of batch norms first."""
+    state = module.state_dict()
+    return {prefix + name: tuple(state[name].shape) for name in sorted(state, key=lambda name: state[name].ndim > 0)}
 
 
-def encoders() -> dict[str, tuple[object, dict[str, tuple[int, ...]]]]:
-    """Return config and shapes of CLIP-L and T5 v1.1 XXL, by folder."""
+Encoders = dict[str, tuple[object, dict[str, tuple[int, ...]]]]
+"""Config and shapes by folder."""
+
+
+def encoders(model: str) -> Encoders:
+    """Return CLIP-L and T5 v1.1 XXL of `dev`, Qwen3-4B of `klein4b`."""
+    return qwen() if model == "klein4b" else clip_and_t5()
+
+
+def qwen() -> Encoders:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, architectures=["Qwen3ForCausalLM"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        shapes = shapes_of(Qwen3ForCausalLM(config))
+    shapes.pop("lm_head.weight", None)  # the same tensor as the embedding
+    return {"text_encoder": (config, shapes)}
+
+
+def clip_and_t5() -> Encoders:
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     clip = CLIPTextConfig(
@@ -83,32 +120,39 @@ def encoders() -> dict[str, tuple[object, dict[str, tuple[int, ...]]]]:
     return {"text_encoder": (clip, shapes_of(modules[0])), "text_encoder_2": (t5, t5_shapes)}
 
 
-def files() -> dict[str, dict[str, tuple[int, ...]]]:
+def files(model: str) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the shapes of every weight file."""
     with torch.device("meta"):
-        transformer, autoencoder = Flux(TRANSFORMERS["dev"]), AutoEncoder(AUTOENCODERS["flux1"])
-    text = {f"{folder}/model.safetensors": shapes for folder, (_, shapes) in encoders().items()}
-    return {"flux1-dev.safetensors": shapes_of(transformer), "ae.safetensors": shapes_of(autoencoder), **text}
+        if model == "klein4b":
+            transformer, autoencoder = Flux2(TRANSFORMERS2[model]), AutoEncoder2(AUTOENCODERS["flux2"])
+        else:
+            transformer, autoencoder = Flux(TRANSFORMERS[model]), AutoEncoder(AUTOENCODERS["flux1"])
+    text = {f"{folder}/model.safetensors": shapes for folder, (_, shapes) in encoders(model).items()}
+    return {TRANSFORMER: shapes_of(transformer), "ae.safetensors": shapes_of(autoencoder), **text}
 
 
-def write_model(folder: Path) -> None:
-    """Write all files of the model. The tokenizers are the embedded model's."""
-    for name, (config, _) in encoders().items():
+def write_model(model: str, folder: Path) -> None:
+    """Write all files of the model. The tokenizers are those of embedded models."""
+    for name, (config, _) in encoders(model).items():
         (folder / name).mkdir(parents=True)
         config.save_pretrained(folder / name)
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(TINY / name, folder / name)
-    for name, shapes in files().items():
+    if model == "klein4b":
+        tokenizer(length=512).save_pretrained(folder / "tokenizer")
+    else:
+        for name in ("tokenizer", "tokenizer_2"):
+            shutil.copytree(TINY / name, folder / name)
+    for name, shapes in files(model).items():
         write_random(folder / name, shapes)
 
 
 def run(folder: Path, out: Path, *more: str) -> dict[str, float | str]:
     """Run the command line once. Return seconds, peaks in GB and a hash of the images."""
+    tokenizers = [f"model.tokenizers={folder}"] if (folder / "tokenizer_2").is_dir() else []
     command = [
-        sys.executable, "-m", "fluxlab.run", "+exp=hello", "model=local", f"model.path={folder}/flux1-dev.safetensors",
-        f"model.autoencoder={folder}/ae.safetensors", f"model.text={folder}", f"model.tokenizers={folder}",
+        sys.executable, "-m", "fluxlab.run", "+exp=hello", "model=local", f"model.path={folder}/{TRANSFORMER}",
+        f"model.autoencoder={folder}/ae.safetensors", f"model.text={folder}",
         "prompts=[a cat]", "seeds=1", "steps=1", "height=256", "width=256", "max_sequence_length=32", "device=cpu",
-        "dtype=bfloat16", "unknown_words=allow", "tracking=none", "cache=none", f"out={out}", *more,
+        "dtype=bfloat16", "unknown_words=allow", "tracking=none", "cache=none", f"out={out}", *tokenizers, *more,
     ]  # fmt: skip
     start = time.perf_counter()
     process = psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -140,30 +184,36 @@ def run(folder: Path, out: Path, *more: str) -> dict[str, float | str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit-gb", type=float, default=6.0)
+    parser.add_argument("--model", choices=list(LIMITS_GB), default="dev")
+    parser.add_argument("--limit-gb", type=float, help="default: 6 for dev, 12 for klein4b")
     parser.add_argument("--folder", type=Path, help="where to write the files (default: a temporary folder)")
     parser.add_argument("--json", type=Path, help="write the results here too")
     options = parser.parse_args()
-    needed = sum(2 * torch.Size(shape).numel() for shapes in files().values() for shape in shapes.values())
+    model, limit = options.model, options.limit_gb or LIMITS_GB[options.model]
+    needed = sum(2 * torch.Size(shape).numel() for shapes in files(model).values() for shape in shapes.values())
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         free = shutil.disk_usage(scratch).free
         if free < needed + SPARE:
             print(f"skipped: the disk has {free / 1e9:.1f} GB free, {(needed + SPARE) / 1e9:.1f} GB are needed")
             return 0
         start = time.perf_counter()
-        write_model(Path(scratch) / "model")
+        write_model(model, Path(scratch) / "model")
         print(f"wrote {needed / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s", flush=True)
-        rows = {}
-        for name, more in (("resident", ("memory=resident",)), ("limit", (f"memory.limit_gb={options.limit_gb:g}",))):
-            rows[name] = run(Path(scratch) / "model", Path(scratch) / name.replace(" ", "-"), *more)
+        rows: dict[str, dict[str, float | str]] = {}
+        kinds = {"resident": "memory=resident"} | ({"limit": f"memory.limit_gb={limit:g}"} if model == "dev" else {})
+        for name, more in kinds.items():
+            rows[name] = run(Path(scratch) / "model", Path(scratch) / name, more)
             print(f"{name}: {rows[name]}", flush=True)
-    ratio = rows["limit"]["seconds"] / rows["resident"]["seconds"]
-    equal = rows["limit"]["images"] == rows["resident"]["images"]
-    print(f"images equal: {equal}; limit ÷ resident: {ratio:.2f} in time")
+    last = list(rows.values())[-1]
+    equal = all(row["images"] == last["images"] for row in rows.values())
+    ratio = last["seconds"] / rows["resident"]["seconds"]
+    if len(rows) > 1:
+        print(f"images equal: {equal}; limit ÷ resident: {ratio:.2f} in time")
+    print(f"peak of {last['rss_gb']} GB, limit {limit:g} GB")
     if options.json:
-        record = {"limit_gb": options.limit_gb, "runs": rows, "ratio": round(ratio, 3), "memory": total_memory()}
-        options.json.write_text(json.dumps({"machine": machine("cpu"), **record}, indent=1) + "\n")
-    return 0 if equal and rows["limit"]["rss_gb"] <= options.limit_gb else 1
+        record = {"limit_gb": limit, "runs": rows, "ratio": round(ratio, 3), "memory": total_memory()}
+        options.json.write_text(json.dumps({"machine": machine("cpu"), "model": model, **record}, indent=1) + "\n")
+    return 0 if equal and last["rss_gb"] <= limit else 1
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ TEMPLATE = (
 """The words of Qwen's template are marks here: the model knows no words but those of the scenes."""
 
 
-def _tokenizer(length: int):
+def tokenizer(length: int):
     """Return a tokenizer of lower-cased words without punctuation. Other words become the unknown token."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -66,7 +66,7 @@ def language_model(*, length: int, width: int, layers: int) -> LanguageModelText
     model = Qwen3ForCausalLM(config)
     with torch.no_grad():
         model.get_input_embeddings().weight.normal_(0, 1)  # so that words differ in all states
-    return LanguageModelText(_tokenizer(length), model, "qwen3")
+    return LanguageModelText(tokenizer(length), model, "qwen3")
 
 
 def token_ids(text: LanguageModelText, prompts: list[str], length: int) -> dict[str, Tensor]:
