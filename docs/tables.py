@@ -9,70 +9,17 @@ import ast
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `docs` and `fluxlab` are those of this checkout
 
-EMBEDDED = ROOT / "fluxlab" / "assets" / "tiny" / "embedded.json"
-EARLIER = ROOT / "docs" / "earlier_weights.json"
-RESULTS = ROOT / "docs" / "results.json"
+from docs.measured import EMBEDDED, RESULTS, answer, findings, markdown, quoted, trace, weights  # noqa: E402, F401
+
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
-
-ANSWER_COLUMNS = {
-    "object": "object found",
-    "shape": "right shape",
-    "word": "word right",
-    "size": "object's size, px",
-    "ssim": "SSIM to baseline",
-}
-ROW_TITLES = {
-    "as trained": "unchanged (baseline)",
-    "all zero": "all ids 0",
-    "× 0.5": "ids × 0.5",
-    "× 2": "ids × 2",
-    "× 1.2": "ids × 1.2",
-    "axis 0 = 1": "axis 0 set to 1",
-    "noise floor": "*control: noise floor*",
-    "another seed": "*control: another seed*",
-}
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table, one line per row."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def answer() -> str:
-    """The article's edits of img_ids on the embedded model, with the two controls, from `embedded.json`."""
-    from fluxlab.training.card import shown
-
-    results = json.loads(EMBEDDED.read_text())
-    rows = [
-        [ROW_TITLES[name], *(shown(scores[column], column) for column in ANSWER_COLUMNS), article(results, name)]
-        for name, scores in {**results["edits"], **results["controls"]}.items()
-    ]
-    return markdown(["edit of `img_ids`", *ANSWER_COLUMNS.values(), "the article, FLUX.1 schnell"], rows)
-
-
-def weights() -> str:
-    """The embedded model's earlier and present weights: signs, and what the article's edits do."""
-    from fluxlab.training.card import shown
-
-    earlier, present = json.loads(EARLIER.read_text()), json.loads(EMBEDDED.read_text())
-    now = {**present["edits"], **present["controls"]}
-    columns = {"shape": "right shape", "word": "word right", "ssim": "SSIM to baseline"}
-    heads = [f"{title}, {when}" for title in columns.values() for when in (earlier["weights"], present["weights"])]
-    rows = [
-        [ROW_TITLES[name], *(shown(scores[column], column) for column in columns for scores in (before, now[name]))]
-        for name, before in earlier["edits"].items()
-    ]
-    return markdown(["edit of `img_ids`", *heads], rows)
 
 
 def scale() -> str:
@@ -86,32 +33,6 @@ def scale() -> str:
         rows.append([stage, *times, *(f"{values['mb']} MB" for values in taken.values())])
     cells = [f"{int(count):,} cells" for count in sizes]
     return markdown(["stage", *cells, *(f"peak, {count}" for count in cells)], rows)
-
-
-def findings() -> str:
-    """What the results show: `findings.md.j2` with the numbers of `embedded.json` and `results.json`."""
-    from jinja2 import Environment, StrictUndefined
-
-    page = Environment(undefined=StrictUndefined)
-    page.filters["percent"] = lambda score: f"{100 * score[0]:.0f} %"
-    page.filters["number"] = lambda score, digits: f"{score[0]:.{digits}f}"
-    page.filters["share"] = lambda row: f"{100 * row['mean']:.0f} %"
-    page.filters["interval"] = lambda row: f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-    return page.from_string((ROOT / "docs" / "findings.md.j2").read_text()).render(quoted()).strip()
-
-
-def quoted() -> dict[str, Any]:
-    """The rows that the findings quote, by the names they have in `findings.md.j2`."""
-    results, runs = json.loads(EMBEDDED.read_text()), json.loads(RESULTS.read_text())
-    names = ("base", "zero", "half", "double", "stretch", "axis0", "floor", "seed")
-    rows = {**results["edits"], **results["controls"]}
-    windows = {name: runs["step_window"][f"quarter_{i}"] for name, i in (("early", 1), ("late", 4))}
-    return {name: rows[title] for name, title in zip(names, ROW_TITLES, strict=True)} | windows
-
-
-def article(results: dict[str, Any], edit: str) -> str:
-    """What the article reports for an edit, or an empty cell."""
-    return "" if edit == "as trained" else results["sentences"].get(edit, "")
 
 
 def experiments() -> str:
@@ -258,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weights": weights,
     "scale": scale,
     "findings": findings,
+    "trace": trace,
     "experiments": experiments,
     "models": models,
     "words": words,

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 import fluxlab
-from docs import architecture, results, tables
+from docs import architecture, measured, results, tables
 from fluxlab.compose import compose
 from fluxlab.files import sha256_of
 from fluxlab.positions import Program
@@ -49,13 +49,14 @@ def test_a_stale_table_is_replaced_and_the_rest_kept():
 def test_the_numbers_belong_to_the_embedded_model():
     """After a new model run `python benchmarks/embedded.py --cells 192`, `docs/results.py` and `docs/tables.py`."""
     weights = sha256_of(results.WEIGHTS)[:12]
-    assert json.loads(tables.EMBEDDED.read_text())["weights"] == weights
-    assert json.loads(tables.RESULTS.read_text())["weights"] == weights
+    assert json.loads(measured.EMBEDDED.read_text())["weights"] == weights
+    assert json.loads(measured.RESULTS.read_text())["weights"] == weights
+    assert f"`{weights}`" in (tables.ROOT / "docs" / "learning.md").read_text()  # +exp=learn_offset, learn_sharpest
 
 
 def test_the_findings_follow_from_the_numbers():
     """Each sentence of docs/findings.md.j2. If one fails with a new embedded model, rewrite the sentence."""
-    rows = tables.quoted()
+    rows = measured.quoted()
     base, zero, half, double, stretch = (rows[name] for name in ("base", "zero", "half", "double", "stretch"))
     assert zero["object"][2] < 0.1 < min(base["object"][1], rows["seed"]["object"][1])  # 1: upper and lower bounds
     for factor, row in ((0.5, half), (1.2, stretch), (2, double)):  # 2
@@ -67,6 +68,24 @@ def test_the_findings_follow_from_the_numbers():
     assert rows["floor"]["ssim"][0] >= rows["axis0"]["ssim"][0] > 0.9 > rows["seed"]["ssim"][2]  # 4
     assert rows["late"]["ssim"]["high"] < rows["early"]["ssim"]["low"]  # 5
     assert rows["late"]["object"]["mean"] < 0.5 < rows["early"]["object"]["mean"]
+
+
+def test_the_text_on_the_trace_follows_from_the_numbers():
+    """What docs/interventions.md says below its table. If it fails with a new embedded model, rewrite the text."""
+    runs = json.loads(measured.RESULTS.read_text())
+    transfers, blocks, probe = runs["trace"], range(6), runs["freeflux_probe"]
+    for attribute, entry in measured.ENTERED.items():
+        by_block = [transfers[f"text → image, block {n}"][attribute] for n in blocks]
+        others = [row["mean"] for n, row in enumerate(by_block) if n != entry]
+        assert by_block[entry]["low"] > 0.4 > 0.01 > max(others)
+        for quadrant in ("text → text", "image → text"):
+            places = [f"block {n}" for n in blocks] + ["all blocks"]
+            assert all(transfers[f"{quadrant}, {place}"][attribute]["mean"] == 0 for place in places)
+        assert transfers["text → image, all blocks"][attribute]["low"] > 0.9
+    carry = {n for n in blocks for q in ("text", "image") if transfers[f"{q} → image, block {n}"]["place"]["low"] > 0.4}
+    psnr = [probe[f"none_{n}"]["psnr"] for n in blocks]
+    assert max(psnr[n]["high"] for n in carry) < min(psnr[n]["low"] for n in blocks if n not in carry)
+    assert carry == {0, 1, 3}
 
 
 PENDING = {"runs.md", "figures.md"}
