@@ -117,7 +117,7 @@ def ops_on_attention() -> str:
     """Every op that changes attention itself: arguments and the first line of its docstring."""
     from fluxlab.positions import ops_table
 
-    return ops_table(["attention", "scale", "rotation", "windows", "scores", "heads"])
+    return ops_table(["attention", "scale", "rotation", "windows", "scores", "heads", "text"])
 
 
 def ops_on_frequencies() -> str:

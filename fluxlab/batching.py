@@ -117,7 +117,8 @@ def context(
     """
     family = family_of(p)
     grids = [family.image_ids(rows, cols, n) for n, (rows, cols) in enumerate(layout.grids)]
-    ids = torch.cat([family.text_ids(layout.text), *grids])
+    texts = 1 + (layout.further // layout.text if layout.further else 0)  # each text of a region as that of the prompt
+    ids = torch.cat([*[family.text_ids(layout.text)] * texts, *grids])
     return Context(
         ids=ids[None].to(dtype),
         layout=layout,

@@ -92,7 +92,7 @@ def compiled(prepared: Prepared, programs: Program | Sequence[Program]) -> Compi
     Raises UserError for edits of activations, of which gradients are not computed.
     """
     programs, context = [programs] if isinstance(programs, Program) else list(programs), prepared.context
-    for edit in [edit for program in programs for edit in program.edits if edit.acts_on == "activations"]:
+    for edit in [edit for program in programs for edit in program.edits if edit.acts_on in ("activations", "text")]:
         raise UserError(f"{edit.path}: gradients are computed for edits of positions and attention, not for {edit.op}")
     if any(program.sees_latent for program in programs) and len(programs) == 1:
         programs = programs * len(prepared.noise)

@@ -163,7 +163,10 @@ class Pipeline(Velocities):
         shape = len(batch["prompts"]), 4 * self.autoencoder.params.z_channels
         x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype, self.family).to(self.device)
         most = None if any(map(positions.has_interventions, batch["programs"] or ())) else at_once
-        self.prepare(settings, batch["prompts"], probe, references=refs.most_tokens(extra), at_once=most)
+        further = refs.most_tokens(
+            extra, map(positions.region_prompts, batch["programs"] or ()), settings.max_sequence_length
+        )
+        self.prepare(settings, batch["prompts"], probe, references=further, at_once=most)
         velocity = self._velocity(
             batch["prompts"],
             batch["negative_prompts"],
@@ -251,7 +254,10 @@ class Pipeline(Velocities):
         sigmas = self.schedule.times(settings.steps, rows * cols)
         side = self.pixels_per_token
         sized = replace(settings, height=rows * side, width=cols * side)
-        self.prepare(sized, prompts, references=refs.most_tokens(extra))
+        further = refs.most_tokens(
+            extra, map(positions.region_prompts, batch["programs"] or ()), settings.max_sequence_length
+        )
+        self.prepare(sized, prompts, references=further)
         velocity = self._velocity(prompts, None, batch["programs"], settings, (rows, cols), sigmas, None, extra)
         finite = FiniteCheck(
             sampling.sample_names(prompts), settings.steps, self.dtype, lambda i: self._text_fault(prompts[i], settings)

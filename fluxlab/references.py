@@ -1,7 +1,7 @@
 """Reference images: further tokens behind those of the image, with ids of their own. Any number and size a sample."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,10 +16,14 @@ T = TypeVar("T")
 
 
 class Grids(NamedTuple):
-    """The token grids of a sequence, each (rows, cols): the image's, and those of its reference images in order."""
+    """The token grids of a sequence, each (rows, cols): the image's, and those of its reference images in order.
+
+    further: tokens of the texts of regions, in addition to those of the prompt.
+    """
 
     image: Size
     references: tuple[Size, ...] = ()
+    further: int = 0
 
     @classmethod
     def of(cls, grid: "Size | Grids") -> "Grids":
@@ -110,9 +114,10 @@ def encoded(
     ]
 
 
-def most_tokens(references: Sequence[References] | None) -> int:
-    """Return the tokens of the sample with the most."""
-    return max((sum(rows * cols for rows, cols in one.grids) for one in references or ()), default=0)
+def most_tokens(references: Sequence[References] | None, texts: Iterable[Sequence[str]] = (), length: int = 0) -> int:
+    """Return the largest numbers of tokens that references and further texts of `length` tokens add to a sample."""
+    most = max((sum(rows * cols for rows, cols in one.grids) for one in references or ()), default=0)
+    return most + length * max(map(len, texts), default=0)
 
 
 def joined(grid: "Size | Grids", references: Sequence[References] | None) -> tuple[Grids, Tensor | None]:
@@ -129,11 +134,15 @@ def behind(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x if tokens is None else torch.cat((x, tokens.to(x.dtype)), 1)
 
 
-def layouts(references: Sequence[References] | None) -> list[list[int]]:
-    """Return the samples with equal token grids, in order of appearance; no list without references."""
+def layouts(references: Sequence[References] | None, texts: Sequence[Sequence[str]] = ()) -> list[list[int]]:
+    """Return the samples with equal token grids and numbers of further texts, in order of appearance.
+
+    No list without references and texts.
+    """
     groups: dict[tuple, list[int]] = {}
-    for i, one in enumerate(references or ()):
-        groups.setdefault(one.grids, []).append(i)
+    for i in range(max(len(references or ()), len(texts))):
+        key = (references[i].grids if references else (), len(texts[i]) if texts else 0)
+        groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
@@ -142,7 +151,8 @@ def check_uniform(probe: Any, injects: bool) -> None:
     if probe is not None or injects:
         what = "probe: its arrays have one shape" if probe is not None else "programs: inject takes from another sample"
         raise UserError(
-            f"{what}, but the reference images of the samples differ in number or size; call generate() once for each"
+            f"{what}, but the samples differ in the number or size of reference images, or in the number of prompts "
+            "of regions; call generate() once for each"
         )
 
 

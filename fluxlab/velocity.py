@@ -43,7 +43,8 @@ class Velocities(ModelParts):
         programs part (`sampling.shared_rows`). at_once: the number of samples in one forward. With edits of activations
         all samples are in one forward, and nothing is shared.
         """
-        groups = refs.layouts(references)
+        further = [positions.region_prompts(program) for program in programs or [Program()] * len(prompts)]
+        groups = refs.layouts(references, further)
         if len(groups) > 1:
             refs.check_uniform(probe, any(map(positions.sources_of, programs or ())))
             columns = (prompts, negative_prompts, programs)
@@ -60,13 +61,17 @@ class Velocities(ModelParts):
                     at_once,
                 ),
             )
-        grid, behind = refs.joined(grid, references)
+        own_grid, behind = refs.joined(grid, references)
         batch, length, rounding = len(prompts), settings.max_sequence_length, settings.timestep_rounding
+        with_regions = own_grid._replace(further=len(further[0]) * length)
         batching.check_negatives(settings.true_cfg, negative_prompts)
-        self.text.check([*prompts, *(negative_prompts or ())], length, settings.truncate, settings.unknown_words)
+        every_text = [*prompts, *sum(further, ()), *(negative_prompts or ())]
+        self.text.check(every_text, length, settings.truncate, settings.unknown_words)
         guidance = placement.guidance_of(self, batch, settings)
 
-        def edits(texts: Sequence[str | None]) -> picking.Steady | picking.Picking:
+        def edits(
+            texts: Sequence[str | None], programs: Sequence[Program] | None, grid: refs.Grids
+        ) -> picking.Steady | picking.Picking:
             def make(programs: Sequence[Program] | None) -> Edits:
                 return tuple(
                     part(programs, texts, length, grid, sigmas) for part in (self._compile, self._interventions)
@@ -74,9 +79,9 @@ class Velocities(ModelParts):
 
             return picking.edits_of(programs, batch, lambda: self.context(None, length, grid, sigmas), make)
 
-        positive = edits(prompts)
+        positive = edits(prompts, programs, with_regions)
         if probe is not None:
-            probe.begin(self.context(prompts, length, grid, sigmas), batch)
+            probe.begin(self.context(prompts, length, with_regions, sigmas), batch)
             batching.check_captured(probe, programs)
         steps = [sampling.own_rows(batch)] * (len(sigmas) - 1)
         injects = any(map(positions.has_interventions, programs or ()))
@@ -87,10 +92,12 @@ class Velocities(ModelParts):
         together = [[samples for samples, _ in rows.parts(most)] for rows in steps]
 
         def conditioned(
-            texts: Sequence[str], edits: picking.Steady | picking.Picking, probe: Probe | None = None
+            texts: Sequence[str],
+            further: Sequence[Sequence[str]],
+            edits: picking.Steady | picking.Picking,
+            probe: Probe | None = None,
         ) -> sampling.Velocity:
-            encoded = [self.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
-            txt, *pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+            txt, *pooled = self._text_tokens(texts, further, length)
             known = placement.modulations(self, texts, settings, sigmas, together)
             layout = self.context(None, length, grid, sigmas).layout
             words = Concepts(self, probe, settings, sigmas, layout) if probe is not None and probe.concepts else None
@@ -133,14 +140,27 @@ class Velocities(ModelParts):
             return velocity
 
         if settings.true_cfg in (None, 1):  # v⁻ + 1 · (v⁺ - v⁻) is v⁺
-            return conditioned(prompts, positive, probe)
+            return conditioned(prompts, further, positive, probe)
         negatives = [""] * batch if negative_prompts is None else negative_prompts
-        # edits of words do not apply to negative prompts
-        named = any(program.names_words for program in programs or ())
-        negative = edits([None] * batch) if named else positive
+        negative = positive
+        # edits of words and texts of regions do not apply to negative prompts
+        if any(program.names_words for program in programs or ()) or further[0]:
+            negative = edits([None] * batch, [positions.without_regions(p) for p in programs], own_grid)
         return sampling.with_negative(
-            conditioned(prompts, positive, probe), conditioned(negatives, negative), settings.true_cfg
+            conditioned(prompts, further, positive, probe),
+            conditioned(negatives, [()] * batch, negative),
+            settings.true_cfg,
         )
+
+    def _text_tokens(self, texts: Sequence[str], further: Sequence[Sequence[str]], length: int) -> tuple[Tensor, ...]:
+        """Return the text tokens of a batch, each sample's followed by those of its regions, and what is pooled."""
+
+        def encode(text: str) -> tuple[Tensor, ...]:
+            return self.encode_prompt(text, length, truncate=True, unknown_words="allow")
+
+        tokens, *pooled = zip(*map(encode, texts), strict=True)
+        rows = [torch.cat([own, *(encode(p)[0] for p in more)], 1) for own, more in zip(tokens, further, strict=True)]
+        return torch.cat(rows), *map(torch.cat, pooled)
 
     def prepare(
         self,

@@ -17,6 +17,7 @@ from fluxlab.experiment.settings import device_of, dtype_of, resolve, threads_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.pipeline import Pipeline
+from fluxlab.positions import region_prompts
 from fluxlab.probes import Probe, concept_words
 
 Load = Callable[[ModelRow, torch.dtype | None, str, Texts], Pipeline]
@@ -86,7 +87,7 @@ class Inline:
             max(prompts, key=len),
             Probe(experiment.capture) if experiment.captures else None,
             len(batches),
-            runner.most_reference_tokens(experiment, settings),
+            runner.most_further_tokens(experiment, settings),
             most,
         )
         self.pipe.announce(prompts, settings.sampling, most)
@@ -99,8 +100,9 @@ def texts_of(experiment: Experiment) -> Texts:
     s = experiment.sampling
     true_cfg = experiment.model.true_cfg if s.true_cfg is None else s.true_cfg
     negatives = () if true_cfg in (None, 1) else (s.negative_prompt or "",)
-    words = concept_words(experiment.capture)
-    return Texts((*experiment.prompts, *negatives), s.max_sequence_length, s.truncate, s.unknown_words, words)
+    further = [prompt for program in experiment.variants.values() for prompt in region_prompts(program)]
+    prompts, words = (*experiment.prompts, *further, *negatives), concept_words(experiment.capture)
+    return Texts(prompts, s.max_sequence_length, s.truncate, s.unknown_words, words)
 
 
 @contextmanager

@@ -10,7 +10,16 @@ from fluxlab.experiment.cell import Cell
 from fluxlab.experiment.reference_images import grids, tokens
 from fluxlab.experiment.sources import meeting, places_of
 from fluxlab.experiment.spec import FIRST, REFERENCE_NAMES, SCHEMA, Experiment, unchanged
-from fluxlab.positions import Action, Program, actions, has_interventions, measuring_steps, shifted, with_sources
+from fluxlab.positions import (
+    Action,
+    Program,
+    actions,
+    has_interventions,
+    measuring_steps,
+    region_prompts,
+    shifted,
+    with_sources,
+)
 from fluxlab.sampling import Sampling, Schedule, shared_rows
 
 FLOOR_SHIFT = (3.0, -2.5, 7.0)
@@ -137,7 +146,8 @@ def batches(cells: Sequence[Cell], settings: Settings) -> list[list[Cell]]:
     """Return the distinct cells in batches of as many as `batch_tokens` allows, at least one.
 
     Cells that share their first steps are in one batch, even if they are more: `at_once` of them are in one forward.
-    All cells of a batch have one token layout: those whose reference images have equal sizes are put together.
+    All cells of a batch have one token layout: those whose reference images have equal sizes are put together, and
+    those with equal numbers of prompts of regions.
     Cells that take activations from others are put into one batch with them (`sources.with_sources_of`).
     """
     distinct: dict[str, Cell] = {}
@@ -145,7 +155,8 @@ def batches(cells: Sequence[Cell], settings: Settings) -> list[list[Cell]]:
         distinct.setdefault(cell.key, cell)
     layouts: dict[tuple, list[Cell]] = {}
     for cell in distinct.values():
-        layouts.setdefault(grids(cell.references, settings.pixels_per_token), []).append(cell)
+        layout = grids(cell.references, settings.pixels_per_token), len(region_prompts(cell.program))
+        layouts.setdefault(layout, []).append(cell)
     return [batch for in_order in layouts.values() for batch in _batches(in_order, settings)]
 
 
@@ -169,7 +180,7 @@ def _batches(cells: list[Cell], settings: Settings) -> list[list[Cell]]:
 
 def at_once(settings: Settings, cells: Sequence[Cell]) -> int:
     """Return how many samples of a batch are in one forward."""
-    most = max((tokens(cell.references, settings.pixels_per_token) for cell in cells), default=0)
+    most = max((_further_tokens(cell, settings) for cell in cells), default=0)
     return max(1, settings.batch_tokens // (settings.tokens + most))
 
 
@@ -178,6 +189,12 @@ def in_one_forward(samples: Sequence[Cell], settings: Settings) -> int:
     if any(has_interventions(cell.program) for cell in samples):
         return len(samples)
     return min(len(samples), at_once(settings, samples))
+
+
+def _further_tokens(cell: Cell, settings: Settings) -> int:
+    """Return the tokens of a cell's reference images and of the texts of its regions."""
+    texts = len(region_prompts(cell.program)) * settings.max_sequence_length
+    return texts + tokens(cell.references, settings.pixels_per_token)
 
 
 def step_rows(batch: Sequence[Cell], settings: Settings) -> list[int]:

@@ -142,8 +142,8 @@ def _reference_lines(experiment: Experiment, s: Settings) -> list[str]:
 
 
 def _most_tokens(experiment: Experiment, s: Settings) -> int:
-    """Return the tokens of the longest sequence, with reference images."""
-    return s.tokens + runner.most_reference_tokens(experiment, s)
+    """Return the tokens of the longest sequence, with reference images and texts of regions."""
+    return s.tokens + runner.most_further_tokens(experiment, s)
 
 
 def _without_text(lora: Lora) -> str:
@@ -231,7 +231,7 @@ def _streamed_line(
         rows, cols = pipe.grid(s.height, s.width)
         context = pipe.context(prompts, s.max_sequence_length, (rows, cols), pipe.schedule.times(s.steps, rows * cols))
         probes = placement.probe_bytes(Probe(experiment.capture), context, len(prompts), pipe.device)
-    references = runner.most_reference_tokens(experiment, s)
+    references = runner.most_further_tokens(experiment, s)
     work = placement.workload(s, max(1, len(prompts)), max(1, len(left)), probes, references, most)
     return f"memory     {make_plan(sizes, work, request, room, streams=True).describe()}"
 

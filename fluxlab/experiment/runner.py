@@ -19,6 +19,7 @@ from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import CELLS, EXPERIMENT, REFERENCES, Store
 from fluxlab.experiment.versions import versions
 from fluxlab.pipeline import Pipeline
+from fluxlab.positions import region_prompts
 from fluxlab.probes import INDEX, Probe, of_sample
 from fluxlab.progress import Progress
 
@@ -247,9 +248,10 @@ def run_batch(
     ]
 
 
-def most_reference_tokens(experiment: Experiment, settings: Settings) -> int:
-    """Return the tokens of the reference images of the cell with the most."""
-    return max((tokens(images, settings.pixels_per_token) for images in experiment.references), default=0)
+def most_further_tokens(experiment: Experiment, settings: Settings) -> int:
+    """Return the largest numbers of tokens that reference images and texts of regions add to a cell."""
+    images = max((tokens(images, settings.pixels_per_token) for images in experiment.references), default=0)
+    return images + settings.max_sequence_length * max(map(len, map(region_prompts, experiment.variants.values())))
 
 
 def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:

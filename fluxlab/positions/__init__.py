@@ -7,6 +7,7 @@ from fluxlab.positions import (
     latent_ops,
     ops,
     placement_ops,
+    region_ops,
     score_ops,
     window_ops,
 )
@@ -25,6 +26,7 @@ from fluxlab.positions.notes import Note, lint
 from fluxlab.positions.picked import measuring_steps
 from fluxlab.positions.program import Edit, Program
 from fluxlab.positions.program_tables import tables
+from fluxlab.positions.region_ops import region_prompts, without_regions
 from fluxlab.positions.registry import OPS, Op, load_plugins, loaded_plugins, op
 from fluxlab.positions.shift_invariance import noise_floor, shifted
 from fluxlab.positions.size_ops import split_resample
@@ -69,6 +71,8 @@ __all__ = [
     "ops",
     "ops_table",
     "placement_ops",
+    "region_ops",
+    "region_prompts",
     "score_ops",
     "shifted",
     "sources_of",
@@ -77,4 +81,5 @@ __all__ = [
     "where_table",
     "window_ops",
     "with_sources",
+    "without_regions",
 ]

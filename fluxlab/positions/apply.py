@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluxlab.errors import UserError, join
 from fluxlab.positions.calling import call, check_finite, check_type, head_factor, score_factor
+from fluxlab.positions.region_ops import hidden, region_masks
 from fluxlab.positions.registry import find_op
 from fluxlab.positions.resolved import Resolved
 from fluxlab.positions.waves import Seen, Waves, spectrum, unchanged
@@ -46,6 +47,10 @@ def resolve(edit: "Edit", context: Context, sample: int) -> Resolved:
         ends = torch.stack(list(selections.values()))
         # without one of its ends, such as a word that a negative prompt lacks, the edit does nothing
         tokens = (ends.any(0) & ends.any(1).all()).nonzero()[:, 0]
+    elif op.acts_on == "text":
+        given = edit.arguments["where"]
+        arguments["chosen"] = region_masks(given, context, sample, join(edit.path, "where"))
+        tokens = arguments["chosen"].any(0).nonzero()[:, 0]
     elif op.acts_on == "heads":
         tokens = torch.arange(context.layout.tokens, device=context.ids.device)
     else:
@@ -218,9 +223,11 @@ def blocked(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tenso
 
     Raises UserError if a query is left with no key to attend to.
     """
-    bias = ids.new_zeros(len(ids), len(ids))
+    bias = region_bias(edits, now, ids)
     for n, strength, _ in now:
         edit = edits[n]
+        if edit.acts_on == "text":
+            continue
         forbidden = call(edit)
         check_type(edit, forbidden, bias.shape, torch.bool)
         if isinstance(strength, Tensor):  # below 1: `learn` sees to it
@@ -230,6 +237,26 @@ def blocked(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tenso
         bias = torch.where(forbidden, bias + weight, bias)
         if torch.isneginf(bias).all(1).any():
             raise UserError(f"{edit.path}: leaves some tokens nothing to attend to, expected at least one key each")
+    return bias
+
+
+def region_bias(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tensor:
+    """Return the additive mask `(N, N)` of texts of regions. Strength s goes from none of their effect to all of it.
+
+    It multiplies the odds of what the edit hides by 1 - s, and those of what it shows by s.
+    """
+    bias = ids.new_zeros(len(ids), len(ids))
+    for n, edit in enumerate(edits):
+        layout = edit.context.layout
+        if edit.acts_on != "text" or not layout.further:  # without texts, as in notes
+            continue
+        strength = next((s for m, s, _ in now if m == n), 0.0)
+        chosen = edit.arguments["chosen"]
+        others = {key: value for key, value in edit.arguments.items() if key != "chosen"}
+        sees, plain = edit.op.function(chosen, layout, **others), hidden(chosen, layout)
+        for shown, share in ((sees & ~plain, strength), (plain & ~sees, 1 - strength)):
+            bias[shown] = math.log(share) if share > 0 else -math.inf
+        bias[~sees & ~plain] = -math.inf
     return bias
 
 
@@ -246,7 +273,7 @@ def try_out(edits: Sequence[Resolved], ids: Tensor, context: Context) -> None:
     for first, second in itertools.combinations(windows, 2):
         if first.blocks & second.blocks and any(a and b for a, b in zip(first.steps, second.steps, strict=True)):
             raise UserError(f"{second.path}: a second edit of windows in the same step and block as {first.path}")
-    masks = [n for n, edit in enumerate(edits) if edit.acts_on == "attention"]
+    masks = [n for n, edit in enumerate(edits) if edit.acts_on in ("attention", "text")]
     heads = range(context.heads) if any(edits[n].heads is not None for n in masks) else (None,)
     at_full_strength = {
         tuple(n for n in masks if edits[n].strength_in(step, sigma, block, head) == 1)

@@ -131,7 +131,7 @@ def program_at_step(
 
     def acting(s: int, b: int, h: int, shown: str) -> list[Resolved]:
         at_work = [edit for edit in edits if edit.strength_in(s, context.sigmas[s], b, h) > 0]
-        scores = ("attention", "scores", "heads")
+        scores = ("attention", "scores", "heads", "text")
         return [edit for edit in at_work if edit.touches(shown, h) or edit.acts_on in scores]
 
     first = next(

@@ -291,7 +291,7 @@ class Compiled:
         rows = []
         for which, now in enumerate(active):
             edits = self._samples[which]
-            now = [n for n in now if edits[n].acts_on == "attention"]
+            now = [n for n in now if edits[n].acts_on in ("attention", "text")]
             by_head = any(edits[n].heads is not None for n in now)
             heads = range(self._context.heads) if by_head else (0,)
             rows.append([self._blocked(which, tuple(n for n in now if edits[n].in_head(h))) for h in heads])
@@ -305,7 +305,10 @@ class Compiled:
 
     def _blocked(self, which: int, edits: tuple[int, ...]) -> Tensor | None:
         now = self._now(which, edits)
-        if not edits:
+        # the texts of regions are hidden where their edit does not act
+        if not edits and all(
+            edit.acts_on != "text" or not edit.context.layout.further for edit in self._samples[which]
+        ):
             return None
         make = lambda: blocked(self._samples[which], now, self._ids[which])  # noqa: E731
         return self._cache.get(("blocked", which, now), make)

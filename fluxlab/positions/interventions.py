@@ -17,7 +17,7 @@ from fluxlab.model.sites import OF_HEADS, Site
 from fluxlab.positions.activation_ops import VELOCITY
 from fluxlab.positions.apply import Resolved, resolve
 from fluxlab.positions.patching import Action, Patch, blend
-from fluxlab.select.layout import Context
+from fluxlab.select.layout import IMAGE, Context
 from fluxlab.select.tokens import resolve_tokens
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _plan(edit: Resolved, sample: int, batch: int, context: Context) -> Planned:
             f"{join(edit.path, 'source')}: {source['sample']}, expected a sample of this batch below {batch}"
         )
     velocity = VELOCITY in given["what"] and len(edit.blocks) == context.blocks
-    theirs, text = _theirs(edit, source["sample"], context), context.layout.text
+    theirs, text = _theirs(edit, source["sample"], context), context.layout.range(IMAGE)[0]
     on_image = None
     if velocity:
         behind = (edit.tokens >= text) & (theirs >= text)

@@ -106,7 +106,7 @@ class _Views:
 def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
     idle = set()
     for n, edit in enumerate(edits):
-        if edit.acts_on in ("size", "activations"):
+        if edit.acts_on in ("size", "activations", "text"):
             idle.add(n)
             continue
         if edit.acts_on in ("scores", "heads"):

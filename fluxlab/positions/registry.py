@@ -22,6 +22,7 @@ ACTS_ON = {
     "windows": WHERE,
     "scores": ("axes", "steps", "blocks", "heads", "strength"),
     "heads": ("steps", "blocks", "heads", "strength"),
+    "text": ("steps", "blocks", "heads", "strength"),
     "activations": ("tokens", "steps", "blocks", "heads", "seen_by", "strength"),
     "size": (),
 }

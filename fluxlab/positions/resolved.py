@@ -11,7 +11,7 @@ from fluxlab.positions.registry import Op
 from fluxlab.select.layout import Context, Scope
 from fluxlab.select.where import strength_at
 
-NO_TABLE = ("attention", "activations", "size", "scores", "heads")
+NO_TABLE = ("attention", "activations", "size", "scores", "heads", "text")
 """What ops act on that leave rotary tables as they are."""
 
 

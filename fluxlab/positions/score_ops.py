@@ -8,7 +8,7 @@ from torch import Tensor
 from fluxlab.errors import UserError
 from fluxlab.positions.registry import op
 from fluxlab.select import arguments as types
-from fluxlab.select.arguments import AXES
+from fluxlab.select.arguments import EVERY_AXIS
 from fluxlab.select.tokens import parse_tokens
 
 
@@ -46,8 +46,8 @@ def distance(
     queries, keys: positions `(N, A)`. from_, to: boolean `(N,)`. Returns factors `(N, N)`.
     """
     share = queries.new_zeros(len(queries), len(keys))
-    for axis, name in enumerate(AXES):
-        bound = trained[axis - 1] / 2 if beyond is None and axis else None if beyond is None else beyond[axis]
+    bounds = [None, trained[0] / 2, trained[1] / 2] if beyond is None else beyond
+    for axis, (name, bound) in enumerate(zip(EVERY_AXIS[: queries.shape[1]], bounds, strict=False)):
         if bound is None or (axes is not None and name not in axes):
             continue
         apart = (queries[:, None, axis] - keys[None, :, axis]).abs() - bound

@@ -17,6 +17,8 @@ def sizes(value: object, path: str) -> list[float | None]:
     numbers = per_axis(value, path)
     if any(n is not None and (n < 1 or n != int(n)) for n in numbers):
         raise UserError(f"{path}: {value}, expected whole numbers from 1")
+    if numbers[0] is not None and None in numbers[1:3]:
+        raise UserError(f"{path}: {value}, expected sizes of rows and columns")
     return numbers
 
 

@@ -16,12 +16,14 @@ TEXT, IMAGE, REFERENCE = 0, 1, 2
 class Layout:
     """The token layout of a sequence: text, then the image grid row by row, then the grid of each reference image.
 
-    `grid` and `references` are (rows, cols) in tokens.
+    `grid` and `references` are (rows, cols) in tokens. further: tokens of the texts of regions, behind those of the
+    prompt, which are no part of the kind TEXT.
     """
 
     text: int
     grid: tuple[int, int]
     references: tuple[tuple[int, int], ...] = ()
+    further: int = 0
     pixels_per_token: int = 16
 
     @property
@@ -30,14 +32,14 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        return self.text + sum(rows * cols for rows, cols in self.grids)
+        return self.text + self.further + sum(rows * cols for rows, cols in self.grids)
 
     def range(self, kind: int) -> tuple[int, int]:
         """Return the first token of a kind and one past its last."""
         if kind == TEXT:
             return 0, self.text
         sizes = [rows * cols for rows, cols in self.grids]
-        start = self.text + sum(sizes[: kind - IMAGE])
+        start = self.text + self.further + sum(sizes[: kind - IMAGE])
         return start, start + sizes[kind - IMAGE]
 
     def span(self, group: str) -> tuple[int, int]:

@@ -34,6 +34,7 @@ ARGUMENTS = {
     "mask": {"from": "image", "to": {"words": "cat"}},
     "offset": {"by": 1},
     "quantize": {"to": "bfloat16"},
+    "regions": {"prompts": ["a fox"], "where": [{"box": [0, 0, 8, 8]}]},
     "relocate": {"to": {"box": [0, 0, 8, 8]}, "tokens": {"words": "cat"}},
     "rotate": {"degrees": 30},
     "scale": {"factor": 1.2},
@@ -99,10 +100,20 @@ def test_an_image(pipe, cuda):
 
 
 def test_every_op(pipe, cuda):
-    elsewhere = ("mask", "place")  # a mask at full size, reference images
+    elsewhere = ("mask", "place", "regions", "sega")  # a mask at full size, reference images, longer text, latents
     every = [program for program in programs() if program["a"]["op"] not in elsewhere]
     assert len(pipe.generate(PROMPT, programs=[None, *every], steps=1, height=256, width=256)) == len(every) + 1
     assert captured(cuda) == [(len(every) + 1, 256, 64)]  # the latents of a step, once, for ops that see them
+
+
+def test_regions(pipe, cuda):
+    pipe.generate(PROMPT, programs={"a": {"op": "regions", **ARGUMENTS["regions"]}}, steps=1, height=256, width=256)
+    assert captured(cuda) == []
+
+
+def test_an_op_that_sees_the_latents_reads_them_back_once_a_step(pipe, cuda):
+    pipe.generate(PROMPT, programs=[None, {"a": {"op": "sega"}}], steps=2, height=256, width=256)
+    assert len(captured(cuda)) == 2
 
 
 def test_a_mask_and_a_resampled_image_at_full_size(pipe, cuda):

@@ -118,7 +118,7 @@ def test_by_hand(name):
 
 def test_every_op_has_a_test():
     shown = {edit.get("op", name) for name, (edit, _) in BY_HAND.items()}
-    own_files = ("frequencies", "activations", "size", "windows", "scores", "heads")
+    own_files = ("frequencies", "activations", "size", "windows", "scores", "heads", "text")
     elsewhere = {name for name, op in OPS.items() if op.acts_on in own_files}
     assert shown | elsewhere | {"layout", "text_line", "mask", "temperature", "drop", "place"} >= set(OPS)
 
