@@ -99,7 +99,7 @@ class Velocities(ModelParts):
         ) -> sampling.Velocity:
             txt, *pooled = self._text_tokens(texts, further, length)
             known = placement.modulations(self, texts, settings, sigmas, together)
-            layout = self.context(None, length, grid, sigmas).layout
+            layout = self.context(None, length, with_regions, sigmas).layout
             words = Concepts(self, probe, settings, sigmas, layout) if probe is not None and probe.concepts else None
 
             def forward(

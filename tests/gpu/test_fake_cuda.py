@@ -100,7 +100,7 @@ def test_an_image(pipe, cuda):
 
 
 def test_every_op(pipe, cuda):
-    elsewhere = ("mask", "place", "regions", "sega")  # a mask at full size, reference images, longer text, latents
+    elsewhere = ("mask", "place", "regions")  # a mask at full size, reference images, longer text
     every = [program for program in programs() if program["a"]["op"] not in elsewhere]
     assert len(pipe.generate(PROMPT, programs=[None, *every], steps=1, height=256, width=256)) == len(every) + 1
     assert captured(cuda) == [(len(every) + 1, 256, 64)]  # the latents of a step, once, for ops that see them
@@ -109,11 +109,6 @@ def test_every_op(pipe, cuda):
 def test_regions(pipe, cuda):
     pipe.generate(PROMPT, programs={"a": {"op": "regions", **ARGUMENTS["regions"]}}, steps=1, height=256, width=256)
     assert captured(cuda) == []
-
-
-def test_an_op_that_sees_the_latents_reads_them_back_once_a_step(pipe, cuda):
-    pipe.generate(PROMPT, programs=[None, {"a": {"op": "sega"}}], steps=2, height=256, width=256)
-    assert len(captured(cuda)) == 2
 
 
 def test_a_mask_and_a_resampled_image_at_full_size(pipe, cuda):

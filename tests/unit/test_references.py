@@ -103,7 +103,7 @@ def test_probe(pipe):
     assert some.coords["to_group"][1] == ["image"] * 2 + ["reference 0"] * 16
     assert fluxlab.probes.label(whole)["to_group"].values.tolist() == ["reference 1"] * 4
     with pytest.raises(
-        UserError, match="probe: its arrays have one shape, but the reference images of the samples differ"
+        UserError, match="probe: its arrays have one shape, but the samples differ in the number or size"
     ):
         pipe.generate("a red fox", [0, 1], references=[[SQUARE], [wide]], probe=Probe(capture), **OPTIONS)
 
@@ -112,7 +112,7 @@ def test_injecting_into_another_layout(pipe):
     wide = Image.new("RGB", (32, 16), "blue")
     inject = {"a": {"op": "inject", "source": 0, "what": "keys", "tokens": "all"}}
     given = [[SQUARE], [wide]]
-    with pytest.raises(UserError, match="programs: inject takes from another sample, but the reference images"):
+    with pytest.raises(UserError, match="programs: inject takes from another sample, but the samples"):
         pipe.generate("a red fox", [0, 1], [None, inject], references=given, **OPTIONS)
     pipe.generate("a red fox", [0, 1], [None, inject], references=[[SQUARE], [SQUARE]], **OPTIONS)
     velocity = {"a": {"op": "inject", "source": 0, "what": "velocity", "tokens": "all"}}

@@ -10,7 +10,7 @@ import fluxlab
 from fluxlab.engines.inline import texts_of
 from fluxlab.errors import UserError
 from fluxlab.positions import Layout, Program, compile_programs, lint, region_prompts
-from fluxlab.probes import Probe
+from fluxlab.probes import Capture, Probe
 from fluxlab.sampling import Sampling
 from tests.unit.test_positions_model import context
 
@@ -149,7 +149,8 @@ def test_a_run_encodes_the_prompts_of_regions():
     """Text is encoded before the transformer is loaded, and the encoders are then released."""
     variants = {"base": Program(), "two": Program.from_config(program([FOX, DOG], [LEFT, RIGHT]))}
     assert region_prompts(variants["two"]) == (FOX, DOG)
-    experiment = SimpleNamespace(prompts=(CAT,), variants=variants, sampling=Sampling())
+    model, capture = SimpleNamespace(true_cfg=None), Capture()
+    experiment = SimpleNamespace(prompts=(CAT,), variants=variants, sampling=Sampling(), model=model, capture=capture)
     assert texts_of(experiment).prompts == (CAT, FOX, DOG)
 
 
