@@ -11,6 +11,9 @@ from fluxlab.select import arguments as types
 from fluxlab.select.arguments import EVERY_AXIS
 from fluxlab.select.tokens import parse_tokens
 
+QUERIES = 256
+"""Queries whose distances are computed at a time."""
+
 
 @op(
     "distance",
@@ -45,17 +48,24 @@ def distance(
 
     queries, keys: positions `(N, A)`. from_, to: boolean `(N,)`. Returns factors `(N, N)`.
     """
-    share = queries.new_zeros(len(queries), len(keys))
     bounds = [None, trained[0] / 2, trained[1] / 2] if beyond is None else beyond
-    for axis, (name, bound) in enumerate(zip(EVERY_AXIS[: queries.shape[1]], bounds, strict=False)):
-        if bound is None or (axes is not None and name not in axes):
-            continue
-        apart = (queries[:, None, axis] - keys[None, :, axis]).abs() - bound
-        # rounding errors of positions must not count as distance
-        far = (apart / over).clamp(0, 1) if over else (apart > 1e-4).to(share)
-        share = torch.maximum(share, far)
-    share = torch.where(from_[:, None] & to[None], share, torch.zeros_like(share))
-    return 1 + (factor - 1) * share
+    bounded = [
+        (axis, bound)
+        for axis, (name, bound) in enumerate(zip(EVERY_AXIS[: queries.shape[1]], bounds, strict=False))
+        if bound is not None and (axes is None or name in axes)
+    ]
+
+    def part(queries: Tensor, from_: Tensor) -> Tensor:
+        share = queries.new_zeros(len(queries), len(keys))
+        for axis, bound in bounded:
+            apart = (queries[:, None, axis] - keys[None, :, axis]).abs() - bound
+            # rounding errors of positions must not count as distance
+            far = (apart / over).clamp(0, 1) if over else (apart > 1e-4).to(share)
+            share = torch.maximum(share, far)
+        return 1 + (factor - 1) * share * (from_[:, None] & to[None])
+
+    # some queries at a time: at 2048² a matrix of all tokens takes 1 GB
+    return torch.cat([part(*some) for some in zip(queries.split(QUERIES), from_.split(QUERIES), strict=True)])
 
 
 @op(
