@@ -27,7 +27,7 @@ from fluxlab.memory import Memory, ModelSizes, Room, Workload, make_plan
 from fluxlab.memory.costs import text_activation_bytes
 from fluxlab.memory.load import load_ends
 from fluxlab.memory.pages import let_go
-from fluxlab.memory.sizes import model_sizes, open_row
+from fluxlab.memory.sizes import open_row, sizes_of
 from fluxlab.memory.streaming import Streaming, room_of
 from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2, Flux2Params
 from fluxlab.model.text import TextEncoders
@@ -144,8 +144,7 @@ def streamed_sizes(
         if memory != Memory():
             raise UserError(f"memory: {row.path} is FLUX.2, whose weights are all resident; leave memory= out")
         return None
-    opened = open_row(row, dtype, device) if parts["transformer"].files else None
-    sizes = model_sizes(parts, dtype, opened, bool(row.lora))
+    sizes = sizes_of(row, parts, dtype, device)
     side = 128 * sizes.autoencoder.factor
     height, width = row.size or (side, side)
     work = Workload(1, height, width, row.max_sequence_length or TEXT_LENGTH, row.steps or 28)

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fluxlab import batching, sampling
-from fluxlab.memory import Workload
+from fluxlab.memory import Memory, ModelSizes, Plan, Room, Workload, make_plan
 from fluxlab.memory.modulations import Conditions, Inputs, Steps
+from fluxlab.memory.streaming import resident_bytes, room_of
+from fluxlab.model import FluxParams
 from fluxlab.parts import ModelParts
 from fluxlab.positions import Context
 from fluxlab.probes import WORKING, Probe, memory, resolve
@@ -36,6 +38,32 @@ def workload(
         batches=batches,
         samples=batch,
     )
+
+
+def resident_plan(parts: ModelParts, work: Callable[[], Workload]) -> Plan | None:
+    """Return the plan of a model that is on the device as a whole, which says what it takes; None for FLUX.2.
+
+    On a CPU the process counts as it is now, without the weights.
+    """
+    transformer, autoencoder = parts.transformer, parts.autoencoder
+    if not isinstance(transformer.params, FluxParams):
+        return None
+    weights = [weight for part in (transformer, autoencoder) for weight in part.parameters()]
+    sizes = ModelSizes(
+        transformer.params,
+        autoencoder.params,
+        dtype=parts.dtype,
+        stored=parts.dtype,
+        autoencoder_dtype=next(autoencoder.parameters()).dtype,
+        text_bytes=0,  # they have left the device
+        t5_layer_bytes=0,
+    )
+    room = room_of(parts.device)
+    if room.device == "cpu":
+        room = Room("cpu", room.free, max(0, resident_bytes() - sum(weight.nbytes for weight in weights)))
+    elif room.free is not None:
+        room = Room(room.device, room.free + sum(weight.nbytes for weight in weights))
+    return make_plan(sizes, work(), Memory("resident"), room)
 
 
 def probe_bytes(probe: Probe | None, context: Context, batch: int, device: torch.device) -> int:

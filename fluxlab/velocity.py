@@ -10,7 +10,7 @@ from torch import Tensor
 from fluxlab import batching, picking, placement, positions, sampling
 from fluxlab import references as refs
 from fluxlab.concepts import Concepts
-from fluxlab.memory import Plan
+from fluxlab.memory import Plan, Workload
 from fluxlab.parts import ModelParts
 from fluxlab.positions import Program
 from fluxlab.probes import Probe
@@ -179,15 +179,26 @@ class Velocities(ModelParts):
         """
         if self.streaming is None:
             return None
+        plan = self.streaming.prepare(self.workload(settings, prompts, probe, batches, references, at_once))
+        if plan.decoder == "host":
+            self.autoencoder.to("cpu")
+        return plan
+
+    def workload(
+        self,
+        settings: Sampling,
+        prompts: Sequence[str],
+        probe: Probe | None = None,
+        batches: int = 1,
+        references: int = 0,
+        at_once: int | None = None,
+    ) -> Workload:
+        """Return what batches as large as this one ask of the device. Arguments as for `prepare`."""
         settings = self.resolve(settings)
         length, grid = settings.max_sequence_length, self.grid(settings.height, settings.width)
         context = self.context(prompts, length, grid, self.schedule.times(settings.steps, math.prod(grid)))
         probes = placement.probe_bytes(probe, context, len(prompts), self.device)
-        work = placement.workload(settings, len(prompts), batches, probes, references, at_once)
-        plan = self.streaming.prepare(work)
-        if plan.decoder == "host":
-            self.autoencoder.to("cpu")
-        return plan
+        return placement.workload(settings, len(prompts), batches, probes, references, at_once)
 
     def announce(self, batches: Sequence[Sequence[str]], settings: Sampling, at_once: int | None = None) -> None:
         """Note the prompts of batches that will be sampled: a streamed model computes their modulations together."""

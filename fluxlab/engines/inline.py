@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from fluxlab import stopping
+from fluxlab import placement, stopping
 from fluxlab.conditioning import Texts
 from fluxlab.config import ModelRow
 from fluxlab.experiment import captures, runner
@@ -29,6 +29,7 @@ class Inline:
     def __init__(self, load: Load):
         self.load = load
         self.pipe: Pipeline | None = None
+        self._said = ""
 
     def settle(
         self, experiment: Experiment, known: Settings | None, batch_tokens: int | None, threads: int | None
@@ -74,15 +75,15 @@ class Inline:
                 yield from map(Done, group, failures)
 
     def _prepare(self, experiment: Experiment, settings: Settings, batches: Sequence[Batch]) -> int:
-        """Place the weights of a streamed model for the largest batch, print how, and return how many batches go
-        through its blocks in turn.
+        """Place the weights for the largest batch, print how, and return how many batches go through streamed blocks
+        in turn.
         """
-        if self.pipe.streaming is None or not batches:
+        if not batches:
             return 1
         work = [runner.with_sources_of(batch.cells) for batch in batches]
         prompts = [[cell.prompt for cell in group] for group in work]
         most = max(in_one_forward(group, settings) for group in work)
-        plan = self.pipe.prepare(
+        asked = (
             settings.sampling,
             max(prompts, key=len),
             Probe(experiment.capture) if experiment.captures else None,
@@ -90,8 +91,14 @@ class Inline:
             runner.most_further_tokens(experiment, settings),
             most,
         )
+        plan = self.pipe.prepare(*asked) or placement.resident_plan(self.pipe, lambda: self.pipe.workload(*asked))
         self.pipe.announce(prompts, settings.sampling, most)
-        print(f"memory: {plan.describe()}", flush=True)
+        if plan is None:
+            return 1
+        line = f"memory: {plan.describe()}"
+        if line != self._said:
+            print(line, flush=True)
+            self._said = line
         return plan.together
 
 

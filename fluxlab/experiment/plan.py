@@ -21,6 +21,7 @@ from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
 from fluxlab.loading import pipeline_without_weights, schedule_of, streamed_sizes
 from fluxlab.memory import Memory, ModelSizes, Room, make_plan
+from fluxlab.memory.sizes import sizes_of
 from fluxlab.memory.streaming import room_of
 from fluxlab.pipeline import Pipeline
 from fluxlab.probes import WORKING, Probe, memory, resolve
@@ -54,6 +55,7 @@ def plan(
     same = known is not None and store.record["digest"] == experiment.digest
     request, room = Memory.from_config(memory), room_of(device)
     placed = streamed_sizes(experiment.model, parts, dtype, device, request, room)
+    sizes = placed or sizes_of(experiment.model, parts, dtype, device)
     if same:
         resolved = known
     else:
@@ -92,8 +94,8 @@ def plan(
             *_headed("notes", notes(experiment, pipe, resolved)),
             _time_line(resolved, pipe, parts, left, _most_tokens(experiment, resolved)),
             _memory_line(resolved, pipe, parts, dtype, largest, _most_tokens(experiment, resolved))
-            if placed is None
-            else _streamed_line(experiment, resolved, pipe, placed, request, room, left),
+            if sizes is None
+            else _planned_line(experiment, resolved, pipe, sizes, request, room, left, placed is not None),
             *_attention_lines(experiment, resolved, pipe, store, batches(work[0][0], resolved)),
         ]
     )
@@ -215,7 +217,7 @@ def _memory_line(
     return f"memory     about {gb(weights + batch)}: weights {gb(weights)}, a batch {gb(batch)}{device}{short}"
 
 
-def _streamed_line(
+def _planned_line(
     experiment: Experiment,
     s: Settings,
     pipe: Pipeline,
@@ -223,8 +225,9 @@ def _streamed_line(
     request: Memory,
     room: Room,
     left: list[list[Cell]],
+    streams: bool,
 ) -> str:
-    """Return the plan of a model that is streamed. Word maps need the tokenizer."""
+    """Return where a model of FLUX.1 is kept, and what that takes. Word maps need the tokenizer."""
     prompts, probes = [cell.prompt for cell in max(left, key=len, default=[])], 0
     most = max((in_one_forward(samples, s) for samples in left), default=1)
     if experiment.captures and prompts and pipe.text.t5_tokenizer:
@@ -233,7 +236,11 @@ def _streamed_line(
         probes = placement.probe_bytes(Probe(experiment.capture), context, len(prompts), pipe.device)
     references = runner.most_further_tokens(experiment, s)
     work = placement.workload(s, max(1, len(prompts)), max(1, len(left)), probes, references, most)
-    return f"memory     {make_plan(sizes, work, request, room, streams=True).describe()}"
+    if streams:
+        return f"memory     {make_plan(sizes, work, request, room, streams=True).describe()}"
+    plan = make_plan(sizes, work, Memory("resident"), room)
+    short = ", not enough" if plan.free is not None and plan.peak_bytes > plan.free else ""
+    return f"memory     {plan.describe()}{short}"
 
 
 def _attention_lines(

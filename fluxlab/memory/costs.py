@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from fluxlab.model.autoencoder import AttnBlock
 from fluxlab.model.layers import DoubleStreamBlock, SingleStreamBlock
 
 ALIGN = 256
@@ -96,13 +97,18 @@ def autoencoder_counts(p: AutoEncoderParams) -> int:
 
 def decode_bytes(p: AutoEncoderParams, batch: int, height: int, width: int, itemsize: int) -> int:
     """Return the largest memory of decoding, its weights left out. Above 4 GB the decoder works in tiles by itself."""
-    whole = _maps(p, batch * height * width, itemsize)
-    if 3 * _width(p) * batch * height * width * itemsize <= 4e9:
-        return whole
-    latents = height * width // p.factor**2
+    whole, latents = _maps(p, batch * height * width, itemsize), height * width // p.factor**2
     middle = p.ch * p.ch_mult[-1] * latents
+    if 3 * _width(p) * batch * height * width * itemsize <= 4e9:
+        return max(whole, _attention_bytes(batch, latents, itemsize) + 5 * batch * middle * itemsize)
     images = (p.out_ch * (batch + 1) + 1) * height * width
-    return _maps(p, (64 * p.factor) ** 2, itemsize) + (middle + images) * itemsize
+    tiled = _maps(p, (64 * p.factor) ** 2, itemsize) + (middle + images) * itemsize
+    return max(tiled, _attention_bytes(1, latents, itemsize) + 5 * middle * itemsize)
+
+
+def _attention_bytes(batch: int, latents: int, itemsize: int) -> int:
+    """Scores in the middle of the decoder, before and after the softmax, of as many queries as are computed at once."""
+    return 2 * batch * min(latents**2, AttnBlock.scores) * max(4, itemsize)
 
 
 def _width(p: AutoEncoderParams) -> int:

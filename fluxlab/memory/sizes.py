@@ -10,12 +10,23 @@ from fluxlab.checkpoints.stored import Stored, local
 from fluxlab.config import ModelRow
 from fluxlab.memory.plan import ModelSizes
 from fluxlab.memory.source import WeightSource, is_mapped
+from fluxlab.model import Flux2Params
 
 
 def open_row(row: ModelRow, dtype: torch.dtype | None, device: torch.device) -> OpenWeights:
     """Open the transformer of a row that is on this machine. Only headers are read."""
     path = local(row.path, "transformer", row.variant)
     return open_weights(TRANSFORMER, path, dtype=dtype, device=device, variant=row.variant, unread=True)
+
+
+def sizes_of(
+    row: ModelRow, parts: Mapping[str, Stored], dtype: torch.dtype | None, device: torch.device
+) -> ModelSizes | None:
+    """Return the sizes of a model of FLUX.1 as its files give them; None for FLUX.2. parts: of `checkpoints.stored`."""
+    if isinstance(parts["transformer"].params, Flux2Params):
+        return None
+    opened = open_row(row, dtype, device) if parts["transformer"].files else None
+    return model_sizes(parts, dtype, opened, bool(row.lora))
 
 
 def model_sizes(

@@ -199,9 +199,10 @@ def test_a_plan_reads_no_weights_and_writes_nothing(folder, tmp_path, monkeypatc
     assert line_of(printed, "image").endswith("2 steps, guidance 3.5; 40 tokens: 4 × 6 image + 16 text")
     assert "  half      scale factor 0.5 on image" in printed.splitlines()
     assert re.search(r"about [\d.]+ (s|min|h), ", line_of(printed, "time"))
-    on_disk = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-    weights = float(re.search(r"weights ([\d.]+) MB", line_of(printed, "memory"))[1])
-    assert weights == pytest.approx(on_disk / 1e6, rel=0.03)
+    parts = stored(ModelRow("local", str(folder)))
+    assert line_of(printed, "memory").startswith("memory     resident, ")
+    weights = gb(sum(parts[name].bytes_as(None) for name in ("transformer", "autoencoder")))
+    assert f"weights {weights}, text first" in line_of(printed, "memory")
 
 
 def test_true_cfg_needs_a_second_forward(folder):

@@ -1,15 +1,20 @@
 """A pipeline whose blocks are streamed computes what one that is in memory computes."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import fluxlab
-from fluxlab import gradients
+from fluxlab import gradients, placement
 from fluxlab.checkpoints import save_transformer
+from fluxlab.checkpoints.stored import stored
 from fluxlab.errors import UserError
 from fluxlab.experiment.spec import Experiment
+from fluxlab.memory.costs import gb
 from fluxlab.positions import Program
 from fluxlab.probes import Probe
 
@@ -138,7 +143,10 @@ def test_a_run_is_the_same_run(tmp_path, capsys):
     asked = experiment()
     options = {"batch_tokens": 300, "cache": "none"}
     fluxlab.run_experiment(asked, tmp_path / "whole", memory="resident", **options)
-    capsys.readouterr()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: ")]
+    assert line.startswith("memory: resident, ")
+    weights = sum(part.bytes_as(None) for name, part in stored(asked.model).items() if name not in ("clip", "t5"))
+    assert f"weights {gb(weights)}, text first, a batch " in line
     fluxlab.run_experiment(asked, tmp_path / "streamed", memory="streamed", **options)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory: ")]
     assert "all 6 blocks streamed" in line
@@ -156,7 +164,31 @@ def test_the_plan_of_a_run(tmp_path):
     (line,) = [line for line in plan(asked, tmp_path, memory="streamed").splitlines() if line.startswith("memory ")]
     assert "streamed, " in line
     assert "all 6 blocks streamed" in line
-    assert "memory     about" in plan(asked, tmp_path)
+    assert "memory     resident, " in plan(asked, tmp_path)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux, to measure a peak again")
+def test_what_a_run_takes_is_planned():
+    """Within a tenth of the process's memory, at sizes at which activations are a good part of it."""
+    pipe = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu", memory="resident")
+    for output, phase, side in (("latent", "transformer", 256), ("pt", "decoder", 320)):
+        settings = fluxlab.Sampling(steps=1, height=side, width=side)
+        plan = placement.resident_plan(pipe, lambda settings=settings: pipe.workload(settings, PROMPTS[:1]))
+        now = plan.phases["transformer"] - plan.parts["activations"] - plan.parts["conditioning"]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        if output == "latent":
+            pipe.generate(PROMPTS[0], steps=1, height=side, width=side, output=output)
+        else:
+            latent = side // pipe.autoencoder.params.factor
+            with torch.inference_mode():
+                pipe.autoencoder.decode(torch.zeros(1, pipe.autoencoder.params.z_channels, latent, latent))
+        (peak,) = [
+            1024 * int(x.split()[1])
+            for x in Path("/proc/self/status").read_text().splitlines()
+            if x.startswith("VmHWM")
+        ]
+        assert plan.phases[phase] == pytest.approx(peak, rel=0.1)
+        assert plan.phases[phase] > 1.1 * now
 
 
 def velocity_and_gradient(pipe) -> list[torch.Tensor]:
