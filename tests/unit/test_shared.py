@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import fluxlab
 from fluxlab.compose.yaml_source import read_yaml
 from fluxlab.config import ModelRow
-from fluxlab.experiment.cells import at_once, batches, cells, step_rows
+from fluxlab.experiment.cells import at_once, batches, cells, references, step_rows
 from fluxlab.experiment.spec import Experiment, checked, read_variants
 from fluxlab.positions import Program, actions, compile_programs
 from fluxlab.probes import Probe
@@ -255,6 +255,29 @@ def test_batches_keep_cells_together_that_share_steps(names, size):
     for a, b in itertools.pairwise(grouped):
         assert len(a) + len(b) > size or len(a) > size
     assert at_once(base, every) == size
+
+
+def test_step_window_costs_the_least_that_is_possible():
+    """Counted by hand. Two images that were treated differently so far are different, so each needs its own forward."""
+    quarters = ["".join("1" if i // 5 == quarter else "0" for i in range(20)) for quarter in range(4)]
+    halves = ["1" * 10 + "0" * 10, "0" * 10 + "1" * 10]
+    fades = ["1" + "abcdefghijklmnopqrs", "0" + "ABCDEFGHIJKLMNOPQRS"]  # other strengths at each later step
+    treated = ["0" * 20, "1" * 20, *quarters, *halves, *fades]
+    least = len({one[: step + 1] for one in treated for step in range(20)})
+    assert least == 138
+    assert len({one[: step + 1] for one in treated[:-2] for step in range(20)}) == 100  # of 160, without the fades
+    file = read_yaml(Path("configs/exp/step_window.yaml"))
+    row = {"model": ModelRow("tiny", "fluxlab/assets/tiny"), "model_digest": "0" * 16}
+    variants = read_variants({"baseline": {}, **file["variants"]})
+    seeds = tuple(range(file["seeds"]))
+    experiment = checked(Experiment(name="test", variants=variants, prompts=tuple(file["prompts"]), seeds=seeds, **row))
+    base = settings_of(batch_tokens=4480, steps=20)
+    counted = [
+        sum(sum(step_rows(batch, base)) for batch in batches(part, base))
+        for part in (cells(experiment, base), references(experiment, base))
+    ]
+    assert counted == [8 * least, 2 * 20]
+    assert sum(counted) / (80 * 20 + 2 * 20) == pytest.approx(0.70, abs=0.005)
 
 
 def test_batches_without_shared_steps_are_those_of_earlier_releases():
