@@ -236,7 +236,7 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
     }
     fixed = room.used + parts["ends"] + parts["tables"] + parts["autoencoder"] + parts["conditioning"]
     running = fixed + cast + parts["activations"] + parts["probes"]
-    decoding = fixed + cast + parts["decoding"] + parts["probes"]
+    decoding = fixed + parts["decoding"] + parts["probes"]  # ring and casts are freed before
     making = room.used + parts["ends"] + parts["autoencoder"] + parts["modulations"]
     ring = max(stored) * SLOTS
     if on_cpu:  # the pages of one block, or a buffer that is filled and the one that is computed from

@@ -27,6 +27,7 @@ from fluxlab.measure import (
     table,
     to_csv,
 )
+from fluxlab.measure import summary as summaries
 from fluxlab.measure.images import sawtooth
 from fluxlab.measure.oracle import inspect
 from fluxlab.measure.registry import SCENE_SIDE, columns, evaluate, shown_metrics
@@ -964,3 +965,26 @@ def test_table_of_chosen_columns():
     assert sum("─" in line for line in lines) == 3  # no rule without controls
     with pytest.raises(ValueError, match="metrics: no 'ssim' in the summary"):
         table(summary, metrics=["ssim"])
+
+
+@pytest.mark.parametrize(("rows", "cells"), [(3, 8), (2, 300), (1, 9000)])
+def test_intervals_are_those_of_scipy(rows, cells):
+    """To the bit. Only the draws of a whole batch and of the last one differ in number."""
+    from scipy.stats import bootstrap
+
+    rng = np.random.default_rng(rows)
+    for samples in (rng.normal(size=(rows, cells)), (rng.random((rows, cells)) < 0.5).astype(float)):
+        expected = bootstrap(
+            (samples,),
+            np.mean,
+            axis=1,
+            n_resamples=summaries.RESAMPLES,
+            batch=max(1, 200_000 // cells),
+            vectorized=True,
+            confidence_level=0.95,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+        low, high = summaries._bounds(samples)
+        assert np.array_equal(low, expected.low)
+        assert np.array_equal(high, expected.high)
