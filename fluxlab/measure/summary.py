@@ -222,8 +222,8 @@ def _moments(samples: Sequence[np.ndarray]) -> list[tuple[float, float, float]]:
 
 def _bounds(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the low and high ends of the bootstrap's intervals for the means of the rows of (k, n) samples."""
-    # As scipy.stats.bootstrap with method="percentile", bit by bit, without its import of half a second. Its "bca" fails
-    # on nearly constant samples, which right-or-wrong metrics have.
+    # As scipy.stats.bootstrap with method="percentile", bit by bit, without its import of half a second. Its "bca"
+    # fails on nearly constant samples, which right-or-wrong metrics have.
     rng, n = np.random.default_rng(0), samples.shape[1]
     batch, means = max(1, 200_000 // n), []  # about 30 MB at a time
     for start in range(0, RESAMPLES, batch):
