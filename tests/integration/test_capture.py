@@ -267,7 +267,7 @@ def test_a_capture_over_the_budget_is_refused_before_the_run(model, plain, tmp_p
         (["+capture.x=3"], r"capture\.x: 3"),
         (["+capture.kind=words"], "a request without a name"),
         (["capture.max_mb=0"], r"capture\.max_mb: 0, expected a number above 0"),
-        (["capture=wrods"], "capture=wrods: there is none; .*available: distance, full, none, words"),
+        (["capture=wrods"], "capture=wrods: there is none; .*available: concepts, distance, full, none, words"),
         (["+capture.x={kind: similarity}"], r"capture\.x\.kind: similarity.*\n.*fluxlab\.probes\.similarity"),
     ],
 )

@@ -107,7 +107,7 @@ def test_a_shell_completes(tmp_path):
         (["+exp=helo"], "exp=helo: there is none; did you mean hello?; available: article"),
         (["+exp=hello", "model=dve"], "model=dve: there is none; did you mean dev?; available: "),
         (["+exp=hello", "model=5"], "model=5: expected one of dev, flux2dev, "),
-        (["+exp=hello", "capture={a: 1}"], "capture={a: 1}: expected one of distance, full, none, words;"),
+        (["+exp=hello", "capture={a: 1}"], "capture={a: 1}: expected one of concepts, distance, full, none, words;"),
         (["+exp=hello", "model=dev", "stepz=3"], "stepz: there is no such key"),
         (["+exp=hello", "model=dev", "+stepz=3"], "stepz: there is no such key"),
         (["+exp=hello", "model=dev", "steps=many"], "steps: 'many', expected a whole number"),
