@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.errors import UserError, join
-from fluxlab.positions.calling import call, check_finite, check_type, head_factor, score_factor
+from fluxlab.positions.calling import call, check_finite, check_type, head_factor, try_score_factor
 from fluxlab.positions.region_ops import hidden, region_masks
 from fluxlab.positions.registry import find_op
 from fluxlab.positions.resolved import Resolved
@@ -266,7 +266,7 @@ def try_out(edits: Sequence[Resolved], ids: Tensor, context: Context) -> None:
         if len(edit.tokens):
             apply_edits(ids.detach(), edits, [(n, 1.0, None)])
             if edit.acts_on == "scores":
-                score_factor(edit, 1.0, ids.detach(), ids.detach())
+                try_score_factor(edit, ids.detach())
             elif edit.acts_on == "heads":
                 head_factor(edit, ids.new_ones(context.heads))
     windows = [edit for edit in edits if edit.acts_on == "windows"]

@@ -3,36 +3,25 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fluxlab.errors import join
 from fluxlab.positions.apply import Placed, Resolved, apply_edits, resolve
-from fluxlab.positions.edit import Edit
 from fluxlab.positions.picked import example
 from fluxlab.positions.program import Program
+from fluxlab.positions.selection_notes import Note, selections
 from fluxlab.positions.waves import unchanged
 from fluxlab.select.arguments import is_list
-from fluxlab.select.layout import IMAGE, TEXT, Context
-from fluxlab.select.tokens import resolve_tokens
+from fluxlab.select.layout import IMAGE, Context
 
 STEPS = 5
 """Steps of different strength or noise level that are looked at: the first, the last, and some between them."""
 
+SILENT = "changes nothing: its strength is 0 at every step that it acts on"
+
 MANY_EDITS = 8
 """Edits beyond which pairs that cancel out are not searched for."""
-
-
-class Note(NamedTuple):
-    """where: the edit or key that the note is about, empty for the whole program. text: what was found."""
-
-    where: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.text}" if self.where else self.text
 
 
 def lint(program: Program, context: Context, sample: int = 0) -> list[Note]:
@@ -44,9 +33,11 @@ def lint(program: Program, context: Context, sample: int = 0) -> list[Note]:
     """
     program = example(program, context.layout)
     # edits of activations have an effect that only the model knows
-    edits = [resolve(edit, context, sample) for edit in program.edits if edit.acts_on != "activations"]
+    resolved = [resolve(edit, context, sample) for edit in program.edits]
+    edits = [edit for edit in resolved if edit.acts_on != "activations"]
     views = _Views(edits, context, context.ids[sample % len(context.ids)].detach())
-    notes = [note for edit in program.edits for note in _selections(edit, context, sample)]
+    notes = [note for edit in program.edits for note in selections(edit, context, sample)]
+    notes += [Note(edit.path, SILENT) for edit in resolved if edit.acts_on == "activations" and _is_silent(edit)]
     notes += _without_effect(edits, views)
     notes += _measured_early(edits, views)
     return list(dict.fromkeys(notes + _positions(views, context)))
@@ -106,7 +97,11 @@ class _Views:
 def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
     idle = set()
     for n, edit in enumerate(edits):
-        if edit.acts_on in ("size", "activations", "text"):
+        if len(edit.tokens) and _is_silent(edit):
+            idle.add(n)
+            yield Note(edit.path, SILENT)
+            continue
+        if edit.acts_on in ("size", "text"):
             idle.add(n)
             continue
         if edit.acts_on in ("scores", "heads"):
@@ -115,6 +110,8 @@ def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
                 yield Note(edit.path, "changes nothing: this prompt has none of its tokens")
             elif _factors(edit) <= {1}:
                 yield Note(edit.path, "changes nothing: its factor is 1")
+            elif edit.op.name == "distance" and _is_never_far(n, edit, views):
+                yield Note(edit.path, "changes nothing: no query that it selects is that far from a key")
             continue
         if edit.acts_on == "attention":
             if not len(edit.tokens):
@@ -125,9 +122,6 @@ def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
         if not len(edit.tokens):
             idle.add(n)
             yield Note(edit.path, "changes nothing: this prompt has none of its tokens")
-        elif all(state[n][0] == 0 for state in views.states):
-            idle.add(n)
-            yield Note(edit.path, "changes nothing: its strength is 0 at every step that it acts on")
         elif views.same({n}, until=n):
             idle.add(n)
             yield Note(edit.path, f"changes nothing{_reason(edit)}")
@@ -139,6 +133,22 @@ def _without_effect(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
         for a, b in itertools.combinations(rest, 2):
             if views.same({a, b}):
                 yield Note(edits[a].path, f"has no effect: {_last(edits[b].path)} undoes it")
+
+
+def _is_silent(edit: Resolved) -> bool:
+    return all(edit.state_at(step, sigma)[0] == 0 for step, sigma in enumerate(edit.context.sigmas[:-1]))
+
+
+def _is_never_far(n: int, edit: Resolved, views: _Views) -> bool:
+    """Return whether `distance` has factor 1 even between the extremes of each axis, which no pair exceeds."""
+    ends = []
+    for name in ("from_", "to"):
+        placed = [views.placed(state, [m for m in acts if m < n]) for state, acts in views]
+        chosen = torch.cat([one.ids[edit.arguments[name]] for one in placed])
+        ends.append(torch.stack((chosen.amin(0), chosen.amax(0))))
+    both = torch.ones(2, dtype=torch.bool)
+    arguments = {**edit.arguments, "from_": both, "to": both}
+    return bool((edit.op.function(*ends, edit.context.trained, edit.scope.axes, **arguments) == 1).all())
 
 
 def _reason(edit: Resolved) -> str:
@@ -194,41 +204,6 @@ def _measured_early(edits: Sequence[Resolved], views: _Views) -> Iterator[Note]:
 def _extent(ids: Tensor, context: Context) -> Tensor:
     start, stop = context.layout.range(IMAGE)
     return ids[start:stop].amax(0) - ids[start:stop].amin(0)
-
-
-def _selections(edit: Edit, context: Context, sample: int) -> Iterator[Note]:
-    """Note selections that are written as a part and are everything."""
-    where = edit.where
-    for key in ("tokens", "seen_by"):
-        if _is_part(where[key]) and edit.op != "mask":
-            yield from _tokens(where[key], join(edit.path, key), context, sample)
-    for key, value in edit.arguments.items():
-        if key in ("from", "to") and edit.op == "mask" and _is_part(value):
-            yield from _tokens(value, join(edit.path, key), context, sample)
-    resolved = resolve(edit, context, sample)
-    counts = {
-        "steps": (sum(resolved.steps), context.steps),
-        "blocks": (len(resolved.blocks), context.blocks),
-        "heads": (context.heads if resolved.heads is None else len(resolved.heads), context.heads),
-    }
-    for key, (chosen, count) in counts.items():
-        if where[key] != "all" and chosen == count > 1:
-            yield Note(join(edit.path, key), f"selects all {count} {key}")
-
-
-def _is_part(selection: Any) -> bool:
-    """Return whether a selection is written as a part of a kind of tokens."""
-    if is_list(selection):
-        return any(map(_is_part, selection))
-    return isinstance(selection, dict) and "reference" not in selection
-
-
-def _tokens(selection: Any, path: str, context: Context, sample: int) -> Iterator[Note]:
-    chosen = set(resolve_tokens(selection, context, sample, path).tolist())
-    for kind, name in ((TEXT, "text"), (IMAGE, "image")):
-        tokens = range(*context.layout.range(kind))
-        if len(tokens) > 1 and chosen.issuperset(tokens):
-            yield Note(path, f"selects all {len(tokens)} {name} tokens")
 
 
 def _positions(views: _Views, context: Context) -> list[Note]:

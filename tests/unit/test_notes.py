@@ -30,6 +30,8 @@ def by(n, **more):
     return {"op": "offset", "by": n, **more}
 
 
+REGION = {"op": "regions", "prompts": ["a fox"], "where": [{"box": [0, 0, 4, 8]}]}
+
 FOUND = [
     ([{"op": "zero"}], {}, f"64 of 64 image tokens {SHARE}"),
     ([{"op": "zero", "tokens": {"indices": [0, 1, 2]}}], {}, f"3 of 64 image tokens {SHARE}"),
@@ -50,6 +52,18 @@ FOUND = [
     ([{"op": "riflex"}], {}, "a: changes nothing: its factor is 1, since the image is not larger"),
     ([{"op": "windows"}], {}, "a: changes nothing: its size is 1, since the image is not larger than the 8 × 8 tokens"),
     ([{"op": "distance", "factor": 1}], {}, "a: changes nothing: its factor is 1"),
+    (
+        [{"op": "distance", "factor": 2, "beyond": [7, 7]}],
+        {},
+        "a: changes nothing: no query that it selects is that far",
+    ),
+    ([scaled(0.5), {"op": "distance", "factor": 2}], {}, "b: changes nothing: no query that it selects is that far"),
+    ([{"op": "distance", "factor": 2, "strength": 0}], {}, "a: changes nothing: its strength is 0"),
+    ([{"op": "mask", "from": "image", "to": "text", "strength": 0}], {}, "a: changes nothing: its strength is 0"),
+    ([{"op": "ablate", "what": "mlp", "strength": 0}], {}, "a: changes nothing: its strength is 0"),
+    ([REGION | {"strength": 0}], {}, "a: changes nothing: its strength is 0"),
+    ([REGION | {"where": [{"mask": ["#"]}]}], {}, "a.where[0]: selects all 64 image tokens"),
+    ([{"op": "distance", "factor": 2, "to": {"mask": ["#"]}}], {}, "a.to: selects all 64 image tokens"),
     ([{"op": "concentrate", "factor": 1, "to": 1}], {}, "a: changes nothing: its factor is 1"),
     ([{"op": "mask", "from": "text", "to": "all", "rule": "only"}], {}, "a: changes nothing: no query selected"),
     ([by(1), {"op": "set", "value": [0, 2, 2]}], {}, "a: has no effect: a later edit overwrites what it changes"),
@@ -81,6 +95,9 @@ QUIET = [
     [{"op": "temperature", "factor": 1.5, "tokens": {"words": ["hello"]}, "steps": [0, 1], "blocks": "double"}],
     [{"op": "relocate", "tokens": {"words": ["cat"]}, "to": [2, 3]}],
     [{"op": "gain", "factor": 1.2, "side": "keys"}],
+    [REGION],
+    [{"op": "distance", "factor": 2, "beyond": [6, 6]}],
+    [{"op": "distance", "factor": 2, "beyond": [7, 6]}],
     [{"op": "mirror", "steps": [0]}, {"op": "mirror", "steps": [1]}],  # not undone: they never act together
 ]
 

@@ -12,8 +12,10 @@ from fluxlab.errors import UserError
 from fluxlab.model import Flux, layers
 from fluxlab.positions import Program, compile_programs, noise_floor
 from fluxlab.positions.at_step import sequence
+from fluxlab.positions.registry import OPS, op
 from fluxlab.probes import Probe
 from fluxlab.probes.stream import attention_weights, tokens
+from fluxlab.select.tokens import parse_tokens
 from tests.unit.test_positions_model import GRID, PARAMS, TEXT, context, inputs, rotated, sharp, velocity
 
 N = TEXT + GRID[0] * GRID[1]
@@ -355,3 +357,23 @@ def test_two_windows_in_one_block():
         compile_programs([Program.from_config(edits)], context(**MORE))
     edits = {"a": {**edits["a"], "blocks": [0]}, "b": {**edits["b"], "blocks": [1]}}
     compile_programs([Program.from_config(edits)], context(**MORE))
+
+
+def test_a_long_sequence_is_tried_with_some_of_its_tokens():
+    """The factors of all 16,640 tokens of twice FLUX's size are 1 GB, and were computed by every check of a program."""
+    sizes = []
+
+    @op("traced", {"from": parse_tokens, "to": parse_tokens}, acts_on="scores")
+    def traced(queries, keys, trained, axes, from_=None, to=None):
+        """Fail where a query has the position of a key."""
+        sizes.append((len(queries), len(from_), int(from_.sum())))
+        return 1 + 0 * (queries[:, None] - keys[None]).square().sum(-1).reciprocal()
+
+    try:
+        context = sequence(grid=(128, 128), text=256)
+        edit = {"op": "traced", "from": "image", "to": "image"}
+        with pytest.raises(UserError, match=r"gave NaN or inf for 1024 of them, first for text token 0"):
+            compile_programs([Program.from_config({"a": edit})], context)
+    finally:
+        del OPS["traced"]
+    assert sizes == [(1024, 1024, 1008)]
