@@ -11,6 +11,7 @@ from fluxlab.checkpoints.finding import resolve
 from fluxlab.checkpoints.lora import lora_file, settings_file
 from fluxlab.checkpoints.manifest import manifest_hashes
 from fluxlab.checkpoints.text import open_encoders, text_files
+from fluxlab.checkpoints.text2 import language_tokenizer_folder, reads_language_model
 from fluxlab.checkpoints.tokenizer_files import FOLDERS as TOKENIZERS
 from fluxlab.checkpoints.tokenizer_files import find_tokenizers
 from fluxlab.config import Lora, ModelRow
@@ -48,7 +49,9 @@ def fingerprint(row: ModelRow, cache: Cache | None = None) -> str:
             if file != text:
                 files.setdefault("text", {})[file.name] = _sampled(file, cache)
     if row.tokenizers:
-        files["tokenizers"] = _digests(find_tokenizers(text, row.tokenizers), cache)
+        other = reads_language_model(text)
+        folder = language_tokenizer_folder(text, row.tokenizers) if other else find_tokenizers(text, row.tokenizers)
+        files["tokenizers"] = _digests(folder, cache)
     identity = {"files": files, "variant": row.variant}
     if row.lora:
         identity["lora"] = [[_lora_digests(lora), lora.scale] for lora in row.lora]

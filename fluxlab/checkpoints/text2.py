@@ -95,13 +95,25 @@ def load_language_model(
     return model.to(device).eval().requires_grad_(False)
 
 
+def reads_language_model(root: Path) -> bool:
+    """Return whether the text of a model at `root` is read by a language model, as FLUX.2's."""
+    file = root / ENCODER / "config.json"
+    return file.is_file() and read_json(file).get("model_type") in KINDS
+
+
+def language_tokenizer_folder(root: Path, given: "str | PathLike[str] | None" = None) -> Path:
+    """Return the tokenizer's folder, at `root` or in the folder `given`. Raises `CheckpointError` without one."""
+    folder = Path(given or root).expanduser() / TOKENIZER
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; pass tokenizers= (model.tokenizers=), a folder that has it")
+    return folder
+
+
 def load_language_tokenizer(root: Path, given: "str | PathLike[str] | None" = None) -> "PreTrainedTokenizerBase":
     """Load the tokenizer at `root`, or of the folder `given`. Raises `CheckpointError` without one or its template."""
     from transformers import AutoTokenizer
 
-    folder = Path(given or root).expanduser() / TOKENIZER
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; pass tokenizers= (model.tokenizers=), a folder that has it")
+    folder = language_tokenizer_folder(root, given)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions

@@ -104,6 +104,22 @@ def test_the_states_taken_are_written_with_the_model(text, tmp_path):
             open_language_model(tmp_path)
 
 
+def test_a_tokenizer_elsewhere_is_part_of_what_a_model_is(text, tmp_path):
+    from fluxlab.checkpoints import CheckpointError
+    from fluxlab.checkpoints.identity import fingerprint
+    from fluxlab.config import ModelRow
+
+    text.encoder.save_pretrained(tmp_path / "model" / "text_encoder")
+    text.tokenizer.save_pretrained(tmp_path / "other" / "tokenizer")
+    row = ModelRow("x", str(tmp_path / "model"), tokenizers=str(tmp_path / "other"))
+    before = fingerprint(row)
+    template = tmp_path / "other" / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert fingerprint(row) != before
+    with pytest.raises(CheckpointError, match=r"missing/tokenizer: no such folder"):
+        fingerprint(ModelRow("x", str(tmp_path / "model"), tokenizers=str(tmp_path / "missing")))
+
+
 def test_latents_in_flux2_s_form_are_those_of_flux1_s():
     torch.manual_seed(0)
     one = AutoEncoder(AutoEncoderParams(64, 3, 32, 3, (1, 1), 0, 4, 0.7, 0.2)).eval().requires_grad_(False)
