@@ -51,7 +51,8 @@ def test_the_numbers_belong_to_the_embedded_model():
     weights = sha256_of(results.WEIGHTS)[:12]
     assert json.loads(measured.EMBEDDED.read_text())["weights"] == weights
     assert json.loads(measured.RESULTS.read_text())["weights"] == weights
-    assert f"`{weights}`" in (tables.ROOT / "docs" / "learning.md").read_text()  # +exp=learn_offset, learn_sharpest
+    for page in ("learning.md", "interventions.md"):  # +exp=learn_offset, learn_sharpest; experiments.attribution
+        assert f"`{weights}`" in (tables.ROOT / "docs" / page).read_text()
 
 
 def test_the_findings_follow_from_the_numbers():
