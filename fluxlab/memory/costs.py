@@ -83,6 +83,13 @@ def activation_bytes(p: FluxParams, batch: int, tokens: int, itemsize: int) -> i
     return int(batch * tokens * p.hidden_size * (itemsize * wide + 2 * exact))
 
 
+def sample_bytes(p: FluxParams, text: int, tokens: int, size: int) -> int:
+    """Return what a sample has besides activations: text of its prompt and a copy in the batch, rotary tables, and four
+    copies of latents and velocity in fp32."""
+    latents = (tokens - text) * p.in_channels
+    return 2 * text * p.context_in_dim * size + 4 * (tokens * p.hidden_size // p.num_heads + 4 * latents)
+
+
 def waiting_bytes(p: FluxParams, batch: int, tokens: int, itemsize: int) -> int:
     """Return the memory of a batch that waits between two blocks: its residual, and the one that it replaces."""
     return 2 * batch * tokens * p.hidden_size * itemsize

@@ -198,7 +198,7 @@ def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
         "autoencoder": costs.autoencoder_counts(sizes.autoencoder) * decoder,
         "activations": costs.activation_bytes(p, work.batch, tokens, size),
         "waiting": costs.waiting_bytes(p, work.batch, tokens, size),
-        "conditioning": work.rows * work.text * p.context_in_dim * size,
+        "conditioning": work.rows * costs.sample_bytes(p, work.text, tokens, size),
         "probes": work.probe_bytes,
         "encoding": costs.text_activation_bytes(work.text, size),
         "decoding": costs.decode_bytes(sizes.autoencoder, work.batch, work.height, work.width, decoder),

@@ -6,7 +6,8 @@
 
 An operation that mixes devices raises, and so does reading a value of the device into Python, such as `bool(x.any())`.
 Copies to the host are recorded in `read_back`. fp64 on the device raises, because MPS has none. Storages on the device
-are counted, so that a network of 24 GB can be tried on any machine.
+are counted, so that a network of 24 GB can be tried on any machine. Operations in streams raise where one uses memory
+of another without waiting for it (`fake_streams`).
 """
 
 import contextlib
@@ -22,6 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from tests.gpu.fake_streams import Streams
 
 TYPES = {"cuda": 1, "mps": 13, "meta": 14}  # c10::DeviceType
 ATEN = torch.ops.aten
@@ -62,13 +65,13 @@ class _Shapes(FakeTensorMode):
 class FakeDevice(TorchDispatchMode):
     """Counts what is on the device and what is read back.
 
-    live, peak: bytes of the storages on the device, now and at most. read_back: shape and dtype of each copy to the
-    host, in order. moved: the same of each copy to the device.
+    live, peak: bytes of the storages on the device, now and at most. pinned: bytes of pinned memory that was taken.
+    read_back: shape and dtype of each copy to the host, in order. moved: the same of each copy to the device.
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, size: int = CARD):
         super().__init__()
-        self.kind = kind
+        self.kind, self.size, self.streams, self.pinned = kind, size, Streams(), 0
         self.live = self.peak = 0
         self.read_back: list[tuple[tuple[int, ...], torch.dtype]] = []
         self.moved: list[tuple[tuple[int, ...], torch.dtype]] = []
@@ -81,6 +84,8 @@ class FakeDevice(TorchDispatchMode):
             return args[0].fake_device
         leaves = tree_leaves((args, kwargs))
         here = any(isinstance(x, FakeTensor) for x in leaves)
+        if kwargs.get("pin_memory"):
+            return self._pin(func(*args, **{**kwargs, "pin_memory": False}))
         if not here and not any(isinstance(x, torch.device) and x.type == self.kind for x in leaves):
             return func(*args, **kwargs)
         if func is ATEN._fused_sdp_choice.default:
@@ -93,9 +98,30 @@ class FakeDevice(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         with self._fake:
             result = func(*args, **kwargs)
+        self._order(func, args, kwargs, leaves)
         if not here:
             self.moved += [(tuple(x.shape), x.dtype) for x in leaves if isinstance(x, torch.Tensor)]
         return tree_map(self._counted, result)
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.pinned += tensor.untyped_storage().nbytes()
+        self.streams.pinned(tensor.untyped_storage()._cdata)
+        return tensor
+
+    def _order(self, func, args, kwargs, leaves) -> None:
+        """Note what an operation reads and writes. Views do neither."""
+        if func.is_view:
+            return
+        written = [
+            value
+            for i, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for value in tree_leaves(args[i] if i < len(args) else kwargs.get(argument.name))
+        ]
+        tensors, targets = (
+            [x.untyped_storage()._cdata for x in part if isinstance(x, torch.Tensor)] for part in (leaves, written)
+        )
+        self.streams.operation(tensors, targets)
 
     def _attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False):
         """What a recent card runs: flash without a mask, the memory-efficient kernel with one."""
@@ -118,18 +144,20 @@ class FakeDevice(TorchDispatchMode):
             self._sizes[storage._cdata] = storage.nbytes()
             self.live += storage.nbytes()
             self.peak = max(self.peak, self.live)
+            self.streams.allocated(storage._cdata)
             weakref.finalize(storage, self._freed, storage._cdata)
         return x
 
     def _freed(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
+        self.streams.freed(key)
 
 
 @contextlib.contextmanager
-def pretend(kind: str) -> Iterator[FakeDevice]:
-    """Give this machine a device of a kind, "cuda" or "mps", while the block runs."""
-    device = FakeDevice(kind)
-    used = lambda *_: (CARD - device.live, CARD)  # noqa: E731
+def pretend(kind: str, size: int = CARD) -> Iterator[FakeDevice]:
+    """Give this machine a device of a kind, "cuda" or "mps", while the block runs. size: its bytes."""
+    device = FakeDevice(kind, size)
+    used = lambda *_: (size - device.live, size)  # noqa: E731
     changes: dict[str, object] = {
         "torch.Tensor.to": _with_index(torch.Tensor.to, torch.device(kind, 0)),
         "torch.tensor": _on_host_first(torch.tensor),
@@ -140,10 +168,15 @@ def pretend(kind: str) -> Iterator[FakeDevice]:
         "torch.cuda.get_device_name": lambda *_: "a pretended card",
         "torch.cuda.synchronize": lambda *_: None,
         "torch.cuda.mem_get_info": used,
-        "torch.cuda.Event": mock.MagicMock,
+        "torch.cuda.Event": device.streams.event,
+        "torch.cuda.Stream": device.streams.stream,
+        "torch.cuda.stream": device.streams.using,
+        "torch.cuda.current_stream": lambda *_: device.streams.every[0],
+        "torch.cuda.empty_cache": lambda: None,
+        "torch.Tensor.record_stream": lambda *_: None,
         "torch.backends.mps.is_available": lambda: kind == "mps",
         "torch.mps.is_available": lambda: kind == "mps",
-        "torch.mps.recommended_max_memory": lambda: CARD,
+        "torch.mps.recommended_max_memory": lambda: size,
         "torch.mps.driver_allocated_memory": lambda: device.live,
     }
     with contextlib.ExitStack() as stack:
