@@ -144,7 +144,7 @@ class _Streams(Site):
 
         A word has the position of the first text token, and sees keys at the positions at which that token sees them.
         """
-        text = self._layout.text
+        text, _ = self._layout.range(IMAGE)  # with the texts of regions
         queries, keys = self._tables[0], plain_keys(self._tables[1])
         seen = self._keys[b : b + 1]
         if isinstance(keys, KeyGroups):

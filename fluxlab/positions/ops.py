@@ -29,6 +29,9 @@ Origin = str | PerAxis
 LAYOUTS = ("flux", "flux2", "qwen", "lumina2", "z_image")
 """Models whose ids `layout` reproduces."""
 
+SPELLINGS = {"flux1": "flux", "lumina": "lumina2", "zimage": "z_image"}
+"""Other names of these models. A program has the same digest with them."""
+
 ORIGIN = types.word_or(types.per_axis, "corner", "centre")
 
 
@@ -196,7 +199,7 @@ def centre(ids: Tensor, scope: Scope) -> Tensor:
     return torch.where((scope.kind == TEXT)[:, None], _widen(diagonal, ids), ids - _widen(half, ids))
 
 
-@op("layout", {"like": types.choice(*LAYOUTS), "axis": types.axis}, tokens="all")
+@op("layout", {"like": types.choice(*LAYOUTS, spellings=SPELLINGS), "axis": types.axis}, tokens="all")
 def layout(ids: Tensor, scope: Scope, like: str, axis: str | int = "index") -> Tensor:
     """Place tokens as another model does. `axis` numbers the text of flux2, lumina2 and z_image.
 

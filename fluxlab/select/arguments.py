@@ -110,13 +110,14 @@ def interval(value: Any, path: str) -> list[float]:
     return [low, high]
 
 
-def choice(*words: str) -> ArgumentType:
-    """Return the type of an argument that is one of `words`."""
+def choice(*words: str, spellings: Mapping[str, str] | None = None) -> ArgumentType:
+    """Return the type of an argument that is one of `words`. spellings: others that are read as one of them."""
 
     def parse(value: Any, path: str) -> str:
-        if value not in words or not isinstance(value, str):
+        word = (spellings or {}).get(value, value) if isinstance(value, str) else value
+        if word not in words or not isinstance(word, str):
             raise wrong(path, value, " or ".join(words), words)
-        return value
+        return word
 
     parse.__doc__ = ", ".join(words[:-1]) + f" or {words[-1]}"
     return parse

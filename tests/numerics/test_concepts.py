@@ -183,3 +183,12 @@ def test_the_preset_on_the_embedded_model():
     assert maps.labels("word") == ["cat", "star", "sign"]
     assert np.abs(maps.values.sum(3) - 1).max() <= 1e-6
     assert maps.values.std() > 0.05
+
+
+def test_texts_of_regions_are_text_that_words_do_not_see(pipe):
+    """At strength 0 the image does not see them either: whatever they are, maps are those without regions."""
+    where = [{"box": [0, 0, 1, 0.5], "unit": "fraction"}]
+    texts = [{"a": {"op": "regions", "prompts": [p], "where": where, "strength": 0}} for p in ("a blue star", "a fox")]
+    maps = [capture(pipe, programs=program)[0].values for program in (None, *texts)]
+    for other in maps[1:]:
+        assert np.abs(other - maps[0]).max() <= 1e-4

@@ -179,6 +179,15 @@ def test_layouts_of_other_models(like):
     assert [tuple(row) for row in scattered.ids().tolist()] == moved  # whatever the ids were before
 
 
+@pytest.mark.parametrize(("like", "other"), [("flux1", "flux"), ("lumina", "lumina2"), ("zimage", "z_image")])
+def test_other_spellings_of_layouts(like, other):
+    """They are one program: the digest is that of the name which stores have."""
+    first, second = (Program.from_config({"a": {"op": "layout", "like": name}}) for name in (like, other))
+    assert first == second
+    assert first.digest == second.digest
+    assert first.to_config()["a"]["like"] == other
+
+
 def test_a_layout_on_another_axis():
     assert edited({"op": "layout", "like": "z_image", "axis": "col"})[:2] == [(0, 0, 1), (0, 0, 2)]
     assert edited({"op": "layout", "like": "flux2", "tokens": "text"})[2:] == [tuple(map(float, row)) for row in GRID]
