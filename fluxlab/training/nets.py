@@ -58,6 +58,13 @@ def tokens_of(text: Text, prompts: list[str], length: int) -> dict[str, Tensor]:
     }
 
 
+def tokenizers_of(text: Text) -> Text:
+    """Return the tokenizers of text encoders, without the networks: what processes that draw batches need."""
+    if isinstance(text, LanguageModelText):
+        return LanguageModelText(text.tokenizer, None, text.kind)
+    return TextEncoders(text.clip_tokenizer, None, text.t5_tokenizer, None)
+
+
 def text_with(text: Text, nets: Nets) -> Text:
     """Return text encoders with the tokenizers of `text` and the networks of `nets`."""
     if isinstance(text, LanguageModelText):

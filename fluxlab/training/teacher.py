@@ -5,6 +5,7 @@ targets too while training starts (hints, arXiv 1412.6550).
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +15,21 @@ from fluxlab.errors import UserError
 from fluxlab.loading import load_pipeline
 from fluxlab.model import Rotary
 from fluxlab.model.sites import Site
-from fluxlab.training.nets import Nets, tokens_of
+from fluxlab.training.nets import Nets, Text, tokenizers_of, tokens_of
 
 PREFIX = "teacher_"
+
+
+@dataclass
+class Reader:
+    """The tokenizers of a teacher, and the length of its text."""
+
+    text: Text
+    length: int
+
+    def tokens(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Return what the teacher reads of some prompts, as entries of a batch."""
+        return {PREFIX + key: value for key, value in tokens_of(self.text, prompts, self.length).items()}
 
 
 class Teacher:
@@ -25,13 +38,9 @@ class Teacher:
     def __init__(self, name: str, device: str):
         # bf16, without autocast: its products are computed by oneDNN on a CPU
         pipe = load_pipeline(name, torch.bfloat16, device, cache="none")
-        self.text = pipe.text
         self.nets = Nets(pipe.transformer, pipe.text).eval().requires_grad_(False)
-        self.params, self.length = pipe.transformer.params, pipe.max_sequence_length
-
-    def tokens(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Return what it reads of some prompts, as entries of a batch."""
-        return {PREFIX + key: value for key, value in tokens_of(self.text, prompts, self.length).items()}
+        self.params = pipe.transformer.params
+        self.reader = Reader(tokenizers_of(pipe.text), pipe.max_sequence_length)
 
     @torch.no_grad()
     def __call__(self, x: Tensor, batch: Mapping[str, Tensor], table: Rotary) -> tuple[Tensor, list[Tensor]]:

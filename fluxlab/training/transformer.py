@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fluxlab.model import Rotary
-from fluxlab.training.nets import Nets, Text, tokens_of
+from fluxlab.training.nets import Nets, Text, tokenizers_of, tokens_of
 from fluxlab.training.pool import Pool, captions
 from fluxlab.training.seeds import numpy_rng, torch_rng
-from fluxlab.training.teacher import Teacher
+from fluxlab.training.teacher import Reader
 
 
 def optimizers(nets: Nets, *, muon_lr: float, adam_lr: float, text_lr: float) -> list[torch.optim.Optimizer]:
@@ -75,11 +75,11 @@ class Batches(Dataset):
         t_mean: dict[int, float],
         full_share: float,
         t_std: float,
-        teacher: Teacher | None = None,
-        hints: Callable[[int], float] = lambda step: 0.0,
+        teacher: Reader | None = None,
+        hints: Callable[[int], float] | None = None,
     ):
         self.teacher, self.hints = teacher, hints
-        self.pools, self.phases, self.text = {pool.size: pool for pool in pools}, phases, text
+        self.pools, self.phases, self.text = {pool.size: pool for pool in pools}, phases, tokenizers_of(text)
         self.seed, self.length, self.unknown, self.t_mean = seed, length, unknown, t_mean
         self.full_share, self.t_std = full_share, t_std
 
@@ -111,7 +111,7 @@ class Batches(Dataset):
         }
         if self.teacher:
             parts |= self.teacher.tokens(texts)
-            if hint := self.hints(step):
+            if self.hints and (hint := self.hints(step)):
                 parts["hint"] = torch.tensor(hint)
         return size, parts
 

@@ -1,17 +1,24 @@
 """The trainer's parts for the FLUX.2 family: text, latents in FLUX.2's form, and what a teacher teaches."""
 
+import pickle
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 
 from fluxlab.errors import UserError
 from fluxlab.families import FLUX1, FLUX2
 from fluxlab.model import AutoEncoder, AutoEncoder2, AutoEncoderParams
-from fluxlab.scenes import VOCABULARY
+from fluxlab.scenes import VOCABULARY, sample_scene
 from fluxlab.training import text2
 from fluxlab.training.autoencoder import as_flux2
-from fluxlab.training.nets import Nets, new_nets, table_for, text_with, tokens_of
+from fluxlab.training.nets import Nets, new_nets, table_for, text_with, tokenizers_of, tokens_of
+from fluxlab.training.pool import Pool
 from fluxlab.training.recipe import AutoencoderRecipe, Recipe, check
-from fluxlab.training.teacher import check_hints, taught_loss, with_states
+from fluxlab.training.stages import hint_weight
+from fluxlab.training.teacher import Reader, check_hints, taught_loss, with_states
+from fluxlab.training.transformer import Batches, Phase
 
 SMALL = {
     "family": "flux2", "hidden_size": 64, "depth": 1, "depth_single_blocks": 1, "lm_width": 32, "text_layers": 3,
@@ -193,6 +200,22 @@ def test_attention_of_a_taught_step_is_attention(text):
     assert fast.requires_grad
     assert not torch.equal(fast, flash)
     assert (fast - exact).abs().max() < 3 * (flash - exact).abs().max()
+
+
+def test_hints_fade_and_batches_can_be_sent_to_workers(text):
+    given = recipe(hints=2.0, hint_steps=10)
+    assert [hint_weight(given, step) for step in (0, 5, 10, 99)] == [2, 1, 0, 0]
+    pool = Pool((12, 16), [sample_scene(np.random.default_rng(0), (48, 64))], torch.zeros(1, 12, 16), torch.ones(1, 12))
+    settings = {"seed": 0, "length": LENGTH, "unknown": 0.0, "t_mean": {0: 0.0}, "full_share": 1.0, "t_std": 1.0}
+    hints, text = partial(hint_weight, given), tokenizers_of(text)
+    batches = Batches([pool], [Phase(0, (12, 16), 1.0, 2)], text, **settings, teacher=Reader(text, LENGTH), hints=hints)
+    again = pickle.loads(pickle.dumps(batches))  # as workers that are not forked get them
+    for step, hint in ((0, 2.0), (5, 1.0), (10, None)):
+        (_, one), (_, two) = batches[step], again[step]
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        assert torch.equal(one["teacher_lm_ids"], one["lm_ids"])
+        assert (one["hint"].item() if "hint" in one else None) == hint
 
 
 def test_hidden_states_need_the_same_blocks():
