@@ -64,6 +64,10 @@ def weights() -> str:
     return markdown(["edit of `img_ids`", *heads], rows)
 
 
+IDEAS = {"dose": "dose_response", "edits": "dose_edits", "steps": "step_roles"}
+"""The names of runs in `ideas.md.j2`."""
+
+
 def findings() -> str:
     """What the results show: `findings.md.j2` with the numbers of `embedded.json` and `results.json`."""
     from jinja2 import Environment, StrictUndefined
@@ -74,6 +78,19 @@ def findings() -> str:
     page.filters["share"] = lambda row: f"{100 * row['mean']:.0f} %"
     page.filters["interval"] = lambda row: f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
     return page.from_string((ROOT / "docs" / "findings.md.j2").read_text()).render(quoted()).strip()
+
+
+def ideas() -> str:
+    """What the experiments on the article's ideas show: `ideas.md.j2` with the numbers of `results.json`."""
+    from jinja2 import Environment, StrictUndefined
+
+    page, runs = Environment(undefined=StrictUndefined), json.loads(RESULTS.read_text())
+    page.filters["fixed"] = lambda value, digits: f"{value:.{digits}f}"
+    page.filters["interval"] = lambda row, digits=2: (
+        f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    )
+    rows = {name: runs[run] for name, run in IDEAS.items()}
+    return page.from_string((ROOT / "docs" / "ideas.md.j2").read_text()).render(rows).strip()
 
 
 def quoted() -> dict[str, Any]:

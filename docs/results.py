@@ -1,4 +1,4 @@
-"""Run the experiments that README and docs quote on the embedded model: `python docs/results.py`, about 12 min on 2 CPU
+"""Run the experiments that README and docs quote on the embedded model: `python docs/results.py`, about 14 min on 2 CPU
 cores. `python docs/results.py step_window` runs one of them, `--runs FOLDER` keeps the run folders and resumes them.
 
 Writes `docs/results.json`: rows of each run's `summary.csv`, or of the table of its figure. Run it when the embedded
@@ -16,7 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "fluxlab" / "assets" / "tiny" / "transformer" / "diffusion_pytorch_model.safetensors"
 RESULTS = ROOT / "docs" / "results.json"
-QUOTED = {"step_window": ("ssim", "object"), "freeflux_probe": ("psnr",), "trace": ()}
+QUOTED = {
+    "step_window": ("ssim", "object"),
+    "freeflux_probe": ("psnr",),
+    "trace": (),
+    **dict.fromkeys(("dose_response", "dose_edits", "step_roles"), ("ssim", "psnr")),
+}
 """Experiment: metrics that are kept. Of `trace`, what `experiments.tracetable` reads in the images instead."""
 
 

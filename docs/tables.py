@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `docs` and `fluxlab` are those of this checkout
 
-from docs.measured import EMBEDDED, RESULTS, answer, findings, markdown, quoted, trace, weights  # noqa: E402, F401
+from docs.measured import EMBEDDED, RESULTS, answer, findings, ideas, markdown, quoted, trace, weights  # noqa: E402, F401
 
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -179,6 +179,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "weights": weights,
     "scale": scale,
     "findings": findings,
+    "ideas": ideas,
     "trace": trace,
     "experiments": experiments,
     "models": models,

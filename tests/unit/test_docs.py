@@ -1,7 +1,9 @@
 """README, CONTRIBUTING and docs/ describe the project as it is."""
 
 import importlib.util
+import itertools
 import json
+import math
 import re
 import shlex
 from dataclasses import fields
@@ -69,6 +71,21 @@ def test_the_findings_follow_from_the_numbers():
     assert rows["floor"]["ssim"][0] >= rows["axis0"]["ssim"][0] > 0.9 > rows["seed"]["ssim"][2]  # 4
     assert rows["late"]["ssim"]["high"] < rows["early"]["ssim"]["low"]  # 5
     assert rows["late"]["object"]["mean"] < 0.5 < rows["early"]["object"]["mean"]
+
+
+def test_the_findings_on_ideas_follow_from_the_numbers():
+    """Each sentence of docs/ideas.md.j2. If one fails with a new embedded model, rewrite the sentence."""
+    runs = json.loads(measured.RESULTS.read_text())
+    dose, edits, steps = (runs[name] for name in measured.IDEAS.values())
+    assert max(dose["x0_5"]["ssim"]["high"], dose["x2"]["ssim"]["high"]) < edits["another seed"]["ssim"]["mean"]  # 1
+    cosines = {f: (sum(math.cos(f * 10000 ** (-i / 14)) for i in range(14)) + 14) / 28 for f in (1, 0.5, 2)}
+    assert [round(value, 3) for value in cosines.values()] == [0.977, 0.994, 0.925]
+    assert edits["index_16"]["ssim"]["low"] > edits["another seed"]["ssim"]["high"]  # 2
+    for name in ("row_16", "col_16"):
+        assert edits[name]["ssim"]["low"] < edits["another seed"]["ssim"]["mean"] < edits[name]["ssim"]["high"] + 0.1
+    windows = [steps[name]["psnr"] for name in ("first", "second", "third", "last")]  # 3
+    assert max(windows, key=lambda row: row["mean"]) is windows[2]
+    assert all(a["low"] < b["high"] and b["low"] < a["high"] for a, b in itertools.pairwise(windows))
 
 
 def test_the_text_on_the_trace_follows_from_the_numbers():
