@@ -157,3 +157,38 @@ def test_text_encoders_are_mapped(text_folder, tmp_path):
 def test_a_cast_of_text_encoders_costs_its_result(text_folder, tmp_path):
     found = measure("text", text_folder, "bfloat16", tmp_path)
     assert found["peak"] <= 1.05 * found["size"] + 300e6
+
+
+PLANNED = """
+from pathlib import Path
+
+import torch
+
+import fluxlab
+from fluxlab import placement
+
+pipe = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu", memory="resident")
+pipe.generate("a cat", steps=1, height=32, width=32)  # a run has encoded its prompts before it plans
+for output, phase, side in (("latent", "transformer", 256), ("pt", "decoder", 320)):
+    settings = fluxlab.Sampling(steps=1, height=side, width=side)
+    plan = placement.resident_plan(pipe, lambda: pipe.workload(settings, ["a cat"]))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    if output == "latent":
+        pipe.generate("a cat", steps=1, height=side, width=side, output=output)
+    else:
+        latents = torch.zeros(1, pipe.autoencoder.params.z_channels, side // 2, side // 2)
+        with torch.inference_mode():
+            pipe.autoencoder.decode(latents)
+    (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+    print(plan.phases[phase], 1024 * int(peak))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux, to measure a peak again")
+def test_a_process_takes_what_is_planned():
+    """Within a tenth, with activations of tens and scores of hundreds of megabytes."""
+    done = subprocess.run([sys.executable, "-c", PLANNED], capture_output=True, text=True, check=True)
+    for line in done.stdout.splitlines():
+        planned, peak = map(int, line.split())
+        assert planned == pytest.approx(peak, rel=0.1)
+    assert len(done.stdout.splitlines()) == 2
