@@ -21,8 +21,9 @@ TWO = ["a red fox on the left holding a sign that says open", "a blue heart on t
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_runs(name, tmp_path):
     out = tmp_path / "run"
+    steps = 10 if name == "step_roles" else 4  # fewer have no step below σ = 0.375
     less = [f"prompts=[{','.join(TWO)}]"] if name == "trace" else []
-    assert command_line.main([f"+exp={name}", "seeds=1", "steps=4", "tracking=none", f"out={out}", *less]) == 0
+    assert command_line.main([f"+exp={name}", "seeds=1", f"steps={steps}", "tracking=none", f"out={out}", *less]) == 0
     run = read_store(out)
     baseline_rows = [row for row in run.metrics if row["variant"] == run.baseline]
     assert len(run.metrics) == len(run.variants) * len(baseline_rows)
