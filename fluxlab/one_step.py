@@ -46,8 +46,8 @@ def one_step(
     about half of n forwards.
 
     images: one per sample, as `Pipeline.encode` takes them. programs: each is applied to every sample. Raises
-    `UserError` for σ outside of 0 … 1, a streamed model, programs that change sizes, activations or pick tokens, and
-    `NonFiniteError` if a velocity is not finite.
+    `UserError` for σ outside of 0 … 1, a streamed model, programs that change sizes, activations or the text,
+    or pick tokens, and `NonFiniteError` if a velocity is not finite.
     """
     if isinstance(sigma, bool) or not 0 < sigma <= 1:
         raise UserError(f"sigma={sigma!r}: expected a noise level above 0 and at most 1")
@@ -91,8 +91,11 @@ def _first_block(program: Program, pipe: Pipeline) -> int:
     Raises `UserError` for a program whose effect begins elsewhere.
     """
     p = pipe.transformer.params
-    if positions.has_interventions(program) or positions.split_resample(program)[1] is not None:
-        raise UserError(f"programs: one step cannot compare {program.describe()}, which acts on activations or sizes")
+    resampled = positions.split_resample(program)[1] is not None
+    if resampled or positions.has_interventions(program) or positions.region_prompts(program):
+        raise UserError(
+            f"programs: one step cannot compare {program.describe()}, which acts on activations, sizes or the text"
+        )
     blocks = [resolve_blocks(e.where["blocks"], p.depth, p.depth_single_blocks, e.path) for e in program.edits]
     return min((min(chosen) for chosen in blocks), default=p.depth + p.depth_single_blocks)
 

@@ -43,7 +43,8 @@ class Velocities(ModelParts):
         programs part (`sampling.shared_rows`). at_once: the number of samples in one forward. With edits of activations
         all samples are in one forward, and nothing is shared.
         """
-        further = [positions.region_prompts(program) for program in programs or [Program()] * len(prompts)]
+        of_programs = [positions.region_prompts(program) for program in programs or [Program()]]
+        further = of_programs * len(prompts) if len(of_programs) == 1 else of_programs  # one may stand for all samples
         groups = refs.layouts(references, further)
         if len(groups) > 1:
             refs.check_uniform(probe, any(map(positions.sources_of, programs or ())))

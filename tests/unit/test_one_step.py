@@ -110,8 +110,13 @@ def test_a_program_without_effect(pipe, images):
     ("programs", "sigma", "message"),
     [
         ([{}], 0, "sigma=0: expected a noise level"),
-        ([{"a": {"op": "resample"}}], 0.5, "acts on activations or sizes"),
-        ([{"a": {"op": "ablate", "what": "mlp", "blocks": 0}}], 0.5, "acts on activations or sizes"),
+        (
+            [{"a": {"op": "regions", "prompts": ["a fox"], "where": [{"box": [0, 0, 2, 2]}], "blocks": [3]}}],
+            0.5,
+            "acts on activations, sizes or the text",
+        ),
+        ([{"a": {"op": "resample"}}], 0.5, "acts on activations, sizes or the text"),
+        ([{"a": {"op": "ablate", "what": "mlp", "blocks": 0}}], 0.5, "acts on activations, sizes or the text"),
     ],
 )
 def test_what_one_step_refuses(pipe, images, programs, sigma, message):
