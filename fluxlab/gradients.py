@@ -19,7 +19,8 @@ from fluxlab.errors import UserError
 from fluxlab.families import FLUX1
 from fluxlab.model.attention import Attended, Tap, score_factors
 from fluxlab.model.sites import Site
-from fluxlab.positions import Compiled, Context, Program, compile_programs
+from fluxlab.positions import Compiled, Context, Program, compile_programs, region_prompts
+from fluxlab.references import Grids
 from fluxlab.sampling import Sampling
 from fluxlab.select.layout import IMAGE
 from fluxlab.select.tokens import parse_tokens, resolve_tokens
@@ -35,7 +36,8 @@ Step = Callable[[int, Tensor], Tensor]
 class Prepared:
     """What the velocity of a batch depends on besides its programs. noise: `(B, N, C)`. context: that of programs.
 
-    keep: keep the activations of every step for the backward pass instead of computing them again.
+    keep: keep the activations of every step for the backward pass instead of computing them again. regions: prompts of
+    regions, whose text follows that of each sample.
     """
 
     pipe: "Pipeline"
@@ -45,6 +47,7 @@ class Prepared:
     noise: Tensor
     context: Context
     keep: bool = False
+    regions: tuple[str, ...] = ()
 
     @property
     def sigmas(self) -> Sequence[float]:
@@ -60,8 +63,9 @@ def prepare(
     seeds: Sequence[int],
     settings: Sampling | None = None,
     keep: bool = False,
+    regions: Sequence[str] = (),
 ) -> Prepared:
-    """Encode the prompts and draw the noise of a batch. keep: as in `Prepared`.
+    """Encode the prompts and draw the noise of a batch. keep, regions: as in `Prepared`.
 
     Raises UserError as `Pipeline.sample` does.
     """
@@ -73,27 +77,32 @@ def prepare(
     if settings.true_cfg not in (None, 1):
         raise UserError(f"true_cfg={settings.true_cfg}: gradients go through one forward per step, leave it out")
     length, (rows, cols) = settings.max_sequence_length, pipe.grid(settings.height, settings.width)
-    encoded = [pipe.encode_prompt(p, length, settings.truncate, settings.unknown_words) for p in prompts]
-    txt, y = (torch.cat(parts).clone() for parts in zip(*encoded, strict=True))
+    pipe.text.check([*prompts, *regions], length, settings.truncate, settings.unknown_words)
+    txt, y = (part.clone() for part in pipe.text_tokens(prompts, [regions] * len(prompts), length))
     exact = torch.promote_types(pipe.dtype, torch.float32)
     guidance = None
     if pipe.transformer.params.guidance_embed:
         guidance = torch.full((len(prompts),), float(settings.guidance), dtype=exact, device=pipe.device)
     channels = 4 * pipe.autoencoder.params.z_channels
     noise = batching.start(seeds, None, len(prompts), channels, (rows, cols), pipe.dtype).to(pipe.device, exact)
-    context = pipe.context(prompts, length, (rows, cols), pipe.schedule.times(settings.steps, rows * cols))
+    grids = Grids((rows, cols), further=len(regions) * length)
+    context = pipe.context(prompts, length, grids, pipe.schedule.times(settings.steps, rows * cols))
     context = replace(context, ids=context.ids.to(pipe.device))  # arguments with gradients are there, too
-    return Prepared(pipe, txt, y, guidance, noise, context, keep)
+    return Prepared(pipe, txt, y, guidance, noise, context, keep, tuple(regions))
 
 
 def compiled(prepared: Prepared, programs: Program | Sequence[Program]) -> Compiled:
     """Compile one program for the whole batch, or one per sample. Arguments may be tensors with gradients.
 
-    Raises UserError for edits of activations, of which gradients are not computed.
+    Raises UserError for edits of activations, of which gradients are not computed, and for other prompts of regions
+    than those of `prepared`.
     """
     programs, context = [programs] if isinstance(programs, Program) else list(programs), prepared.context
-    for edit in [edit for program in programs for edit in program.edits if edit.acts_on in ("activations", "text")]:
+    for edit in [edit for program in programs for edit in program.edits if edit.acts_on == "activations"]:
         raise UserError(f"{edit.path}: gradients are computed for edits of positions and attention, not for {edit.op}")
+    for prompts in map(region_prompts, programs):
+        if prompts != prepared.regions:
+            raise UserError(f"programs: prompts of regions {list(prompts)}, but the batch has {list(prepared.regions)}")
     if any(program.sees_latent for program in programs) and len(programs) == 1:
         programs = programs * len(prepared.noise)
     if not any(program.names_words for program in programs):

@@ -98,7 +98,7 @@ class Velocities(ModelParts):
             edits: picking.Steady | picking.Picking,
             probe: Probe | None = None,
         ) -> sampling.Velocity:
-            txt, *pooled = self._text_tokens(texts, further, length)
+            txt, *pooled = self.text_tokens(texts, further, length)
             known = placement.modulations(self, texts, settings, sigmas, together)
             layout = self.context(None, length, with_regions, sigmas).layout
             words = Concepts(self, probe, settings, sigmas, layout) if probe is not None and probe.concepts else None
@@ -153,7 +153,7 @@ class Velocities(ModelParts):
             settings.true_cfg,
         )
 
-    def _text_tokens(self, texts: Sequence[str], further: Sequence[Sequence[str]], length: int) -> tuple[Tensor, ...]:
+    def text_tokens(self, texts: Sequence[str], further: Sequence[Sequence[str]], length: int) -> tuple[Tensor, ...]:
         """Return the text tokens of a batch, each sample's followed by those of its regions, and what is pooled."""
 
         def encode(text: str) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from fluxlab.errors import UserError
 from fluxlab.gradients import Prepared, Score, checkpointed, compiled, frozen, prepare, stepping
 from fluxlab.model.rope import frequencies
 from fluxlab.model.sites import OF_HEADS, SITES, Site
-from fluxlab.positions import Program
+from fluxlab.positions import Program, region_prompts
 from fluxlab.probes import Captured
 from fluxlab.sampling import Sampling
 from fluxlab.select.arguments import AXES
@@ -44,8 +44,9 @@ def of_gains(
     its head by g. Gradients are exact. Memory: the hidden states between the blocks of one step, the activations of
     one block, and the latents of each step. Raises UserError for what does not fit the model.
     """
-    prepared = prepare(pipe, prompts, seeds, settings)
-    edits = compiled(prepared, Program.from_config(program, "program"))
+    program = Program.from_config(program, "program")
+    prepared = prepare(pipe, prompts, seeds, settings, regions=region_prompts(program))
+    edits = compiled(prepared, program)
     gains = ones(prepared).requires_grad_()
     with torch.enable_grad(), checkpointed(pipe), frozen(pipe):
         (found,) = torch.autograd.grad(score(prepared, partial(stepping, prepared, edits, gains=gains)).mean(), gains)
@@ -63,8 +64,9 @@ def with_gains(
     settings: Sampling | None = None,
 ) -> Tensor:
     """Return the scores `(len(gains), B)` under gains `(steps or 1, blocks, H, d/2)` of the queries' tables."""
-    prepared = prepare(pipe, prompts, seeds, settings)
-    edits = compiled(prepared, Program.from_config(program, "program"))
+    program = Program.from_config(program, "program")
+    prepared = prepare(pipe, prompts, seeds, settings, regions=region_prompts(program))
+    edits = compiled(prepared, program)
     whole = ones(prepared)
     with torch.no_grad():
         every = [score(prepared, partial(stepping, prepared, edits, gains=whole * gain.to(whole))) for gain in gains]
@@ -143,9 +145,9 @@ def of_patches(
     for name in what:
         if name not in SITES:
             raise UserError(f"what: {name!r}, expected some of {', '.join(SITES)}")
-    prepared = prepare(pipe, prompts, seeds, settings)
-    context = prepared.context
-    edits = compiled(prepared, [Program.from_config(program, "programs") for program in programs])
+    programs = [Program.from_config(program, "programs") for program in programs]
+    prepared = prepare(pipe, prompts, seeds, settings, regions=region_prompts(programs[0]))
+    context, edits = prepared.context, compiled(prepared, programs)
     like = {"dtype": prepared.noise.dtype, "device": prepared.noise.device}
     dials = {
         name: torch.zeros(

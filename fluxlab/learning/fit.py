@@ -15,6 +15,7 @@ from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.gradients import Prepared, checkpointed, compiled, frozen, prepare, stepping
 from fluxlab.learning.arguments import Template, described
 from fluxlab.learning.objectives import Objective, Place
+from fluxlab.positions import region_prompts
 from fluxlab.sampling import Sampling
 from fluxlab.training.state import read_tensors, write_tensors
 
@@ -69,7 +70,12 @@ class Problem:
         return [self.places[i : i + self.batch] for i in range(0, len(self.places), self.batch)]
 
     def prepared(self, part: Sequence[Place]) -> Prepared:
-        return prepare(self.pipe, [p.prompt for p in part], [p.seed for p in part], self.settings, keep=self.keep)
+        prompts, seeds, regions = (
+            [p.prompt for p in part],
+            [p.seed for p in part],
+            region_prompts(self.template.program),
+        )
+        return prepare(self.pipe, prompts, seeds, self.settings, keep=self.keep, regions=regions)
 
     def scores(self, program: Any) -> list[float]:
         """Return the score of a program at each place, without gradients."""

@@ -255,8 +255,12 @@ def region_bias(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> T
         others = {key: value for key, value in edit.arguments.items() if key != "chosen"}
         sees, plain = edit.op.function(chosen, layout, **others), hidden(chosen, layout)
         for shown, share in ((sees & ~plain, strength), (plain & ~sees, 1 - strength)):
-            bias[shown] = math.log(share) if share > 0 else -math.inf
-        bias[~sees & ~plain] = -math.inf
+            if isinstance(share, Tensor):  # between 0 and 1: `learn` sees to it
+                weight = torch.log(share).to(bias)
+            else:
+                weight = math.log(share) if share > 0 else -math.inf  # fp64, as above
+            bias = torch.where(shown, weight, bias)
+        bias = torch.where(~sees & ~plain, -math.inf, bias)
     return bias
 
 

@@ -16,7 +16,6 @@ from fluxlab.sampling import Sampling
 from tests import tiny
 from tests.numerics.test_probes import sharpen
 
-REGIONS = {"a": {"op": "regions", "prompts": ["a fox"], "where": [{"box": [0, 0, 2, 2]}]}}
 SETTINGS = Sampling(steps=2, height=16, width=24, max_sequence_length=24)
 PROMPTS, SEEDS, H = ["a red cat", "the blue fox"], [1, 2], 1e-4
 
@@ -116,7 +115,6 @@ def test_errors(pipe, pictures):
     score = likeness(pictures)
     for arguments, message in [
         ({"program": {"a": {"op": "ablate", "what": "mlp"}}}, "gradients are computed for edits of positions"),
-        ({"program": REGIONS}, "gradients are computed for edits of positions and attention, not for regions"),
         ({"settings": Sampling(true_cfg=4.0)}, "true_cfg=4.0: gradients go through one forward"),
     ]:
         with pytest.raises(UserError, match=message):

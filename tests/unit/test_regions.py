@@ -1,12 +1,14 @@
 """Prompts of regions: against attention written out, the plain prompt where a region covers everything, and errors."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fluxlab
+from fluxlab import gradients
 from fluxlab.engines.inline import texts_of
 from fluxlab.errors import UserError
 from fluxlab.positions import Layout, Program, compile_programs, lint, region_prompts
@@ -143,6 +145,30 @@ def test_captures_and_words(pipe):
     half = maps.shape[-1] // 2
     assert (maps[..., half:] == 0).all()
     assert (maps[..., :half] > 0).all()
+
+
+def test_the_gradient_of_the_strength(pipe):
+    """The latents are those of `generate`, and their gradient that of central differences in fp64."""
+    settings, parsed = Sampling(steps=2, height=32, width=32), Program.from_config(program([FOX, DOG], [LEFT, RIGHT]))
+
+    def latents(prepared, strength):
+        edits = Program(tuple(replace(edit, where={**edit.where, "strength": strength}) for edit in parsed.edits))
+        return gradients.sampled(prepared, gradients.stepping(prepared, gradients.compiled(prepared, edits)))
+
+    exact = fluxlab.load_pipeline("tiny", dtype=torch.float64, device="cpu")
+    single, double = (
+        gradients.prepare(p, [CAT, DOG], [0, 1], settings, regions=region_prompts(parsed)) for p in (pipe, exact)
+    )
+    edit = program([FOX, DOG], [LEFT, RIGHT], strength=0.7)
+    with torch.no_grad():
+        expected = pipe.generate([CAT, DOG], [0, 1], edit, height=32, width=32, **MORE)
+        assert far(latents(single, 0.7), expected) < 1e-4
+        difference = (latents(double, 0.7 + 1e-5) - latents(double, 0.7 - 1e-5)) / 2e-5
+    strength = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad((latents(double, strength) * difference).sum(), strength)
+    assert found.item() == pytest.approx(difference.square().sum().item(), rel=1e-4)
+    with pytest.raises(UserError, match=r"prompts of regions \['a red fox'\], but the batch has"):
+        gradients.compiled(double, Program.from_config(program([FOX], [LEFT])))
 
 
 def test_a_run_encodes_the_prompts_of_regions():
