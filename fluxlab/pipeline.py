@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fluxlab import batching, positions, sampling
+from fluxlab import batching, editing, positions, sampling
 from fluxlab import references as refs
 from fluxlab.batching import Programs
 from fluxlab.errors import UserError
@@ -265,3 +265,6 @@ class Pipeline(Velocities):
         noise = sampling.invert(velocity, x.expand(len(prompts), -1, -1), sigmas, iterations, finite.watch(on_step))
         finite.finish(noise)
         return noise
+
+    # functions of (pipe, image, …) in a package of their own
+    inpaint = editing.inpaint

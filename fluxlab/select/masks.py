@@ -45,6 +45,16 @@ def parse_mask(value: Any, path: str) -> list[str]:
     return rows
 
 
+def read_mask(value: Any, path: str) -> "np.ndarray":
+    """Return a mask as a boolean array `(rows, cols)`: a PIL image, or what `parse_mask` reads."""
+    from PIL import Image
+
+    if isinstance(value, Image.Image):
+        _check_size(value.height, value.width, path)
+        return _selected(value, path)
+    return to_array(parse_mask(value, path))
+
+
 def _row(row: Any, path: str) -> str:
     if isinstance(row, str):
         if not row or set(row) - {"#", "."}:

@@ -1,0 +1,62 @@
+"""Known tokens: latents that follow a given path through the steps while the other tokens are sampled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fluxlab.errors import UserError
+from fluxlab.positions import Program
+from fluxlab.sampling import OnStep
+
+PATHS = ("inverted", "noised")
+
+Path = list[Tensor]
+"""Latents `(B, N, C)` before the first step, then after each step. The last are those of the image."""
+
+
+def one_way(known: Bool[Tensor, " n"]) -> Program:
+    """Return the program in which text and known image tokens do not attend to the other image tokens.
+
+    known: which image tokens are known. Text is included, since it would pass on what it reads in the other tokens.
+    """
+    inside, outside = ([int(n) for n in which.nonzero()[:, 0]] for which in (known, ~known))
+    edit = {"op": "mask", "from": ["text", {"indices": inside}], "to": {"indices": outside}}
+    return Program.from_config({"one_way": edit})
+
+
+def inverted_path(pipe: Any, images: Tensor, prompts: Sequence[str], options: dict[str, Any]) -> Path:
+    """Return the latents of an inversion at every step of sampling. options: of `Pipeline.invert`."""
+    latents, _, _ = pipe.encode(images)
+    path = [latents.expand(len(prompts), -1, -1)]
+    pipe.invert(images, prompts, **options, on_step=lambda i, t, x: path.append(x.clone()))
+    return path[::-1]
+
+
+def noised_path(latents: Float[Tensor, "b n c"], noise: Float[Tensor, "b n c"], sigmas: Sequence[float]) -> Path:
+    """Return (1 - t)·latents + t·noise at each t of the schedule: what the model sees of an image in training."""
+    return [(1 - t) * latents + t * noise for t in sigmas[:-1]] + [latents.expand_as(noise)]
+
+
+def hold(path: Path, known: Bool[Tensor, " n"], on_step: OnStep | None = None) -> OnStep:
+    """Return an `on_step` that puts the known tokens on their path after each step, then calls `on_step`."""
+
+    def after_step(i: int, t: float, x: Tensor) -> None:
+        x[:, known] = path[i + 1][:, known]
+        if on_step is not None:
+            on_step(i, t, x)
+
+    return after_step
+
+
+def check_path(path: str) -> None:
+    """Raise `UserError` for an unknown kind of path."""
+    if path not in PATHS:
+        raise UserError(f"path={path!r}: expected {' or '.join(PATHS)}")
+
+
+def start(noise: Float[Tensor, "b n c"], path: Path, known: Bool[Tensor, " n"]) -> Float[Tensor, "b n c"]:
+    """Return the latents before the first step: the path where tokens are known, noise elsewhere."""
+    return torch.where(known[:, None], path[0], noise)
