@@ -158,6 +158,7 @@ def pretend(kind: str, size: int = CARD) -> Iterator[FakeDevice]:
     """Give this machine a device of a kind, "cuda" or "mps", while the block runs. size: its bytes."""
     device = FakeDevice(kind, size)
     used = lambda *_: (size - device.live, size)  # noqa: E731
+    stream, event = device.streams.classes()
     changes: dict[str, object] = {
         "torch.Tensor.to": _with_index(torch.Tensor.to, torch.device(kind, 0)),
         "torch.tensor": _on_host_first(torch.tensor),
@@ -168,8 +169,8 @@ def pretend(kind: str, size: int = CARD) -> Iterator[FakeDevice]:
         "torch.cuda.get_device_name": lambda *_: "a pretended card",
         "torch.cuda.synchronize": lambda *_: None,
         "torch.cuda.mem_get_info": used,
-        "torch.cuda.Event": device.streams.event,
-        "torch.cuda.Stream": device.streams.stream,
+        "torch.cuda.Event": event,
+        "torch.cuda.Stream": stream,
         "torch.cuda.stream": device.streams.using,
         "torch.cuda.current_stream": lambda *_: device.streams.every[0],
         "torch.cuda.empty_cache": lambda: None,

@@ -44,11 +44,13 @@ def test_every_op_and_every_selection(pipe, cuda):
     """The shapes of klein 4B stand for all: only depth and width differ."""
     if pipe.name != "klein4b":
         pytest.skip("of klein 4B")
-    every = [program for program in programs() if program["a"]["op"] not in ("mask", "place")]
+    every = [program for program in programs() if program["a"]["op"] not in ("mask", "place", "regions")]
     every += [{"a": {"op": "shuffle", "tokens": "text"}}, {"a": {"op": "mirror", "axis": "l", "tokens": "text"}}]
     images = pipe.generate(PROMPT, programs=[None, *every], steps=1, height=256, width=256)
     assert len(images) == len(every) + 1
     assert captured(cuda) == [(len(every) + 1, 256, 128)]  # the latents of a step, once, for ops that see them
+    (regions,) = [program for program in programs() if program["a"]["op"] == "regions"]  # another length of text
+    pipe.generate(PROMPT, programs=regions, steps=1, height=256, width=256)
     cuda.read_back.clear()
     where = [given for given in SELECTED.values() if given.get("blocks") != [0, 30]]  # klein 4B has 25
     every = [{"a": {"op": "offset", "by": 3, **given}} for given in where]
