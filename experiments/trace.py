@@ -13,14 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.results import INTERVALS, all_cells, conditions, controls, mean_text, opening, plain_name
+from experiments.results import INTERVALS, all_cells, conditions, controls, mean_text, opening, plain_name, save_table
 from experiments.style import COLUMN, OKABE_ITO, PAGE, figure, out_argument, paper, refusing_parser, save, save_caption
-from experiments.tracetable import ATTRIBUTES, QUADRANTS, SOURCE, Patch, Row, patches, table_rows, to_csv
+from experiments.tracetable import ATTRIBUTES, QUADRANTS, SOURCE, Patch, Row, patches, table_rows
 from fluxlab.compose import guarded
 from fluxlab.config import config_folder
 from fluxlab.drawing.legend import legend_below
 from fluxlab.experiment.reading import Run, read_store
-from fluxlab.files import write_atomic
 from fluxlab.measure.summary import CONTROLS
 
 if TYPE_CHECKING:
@@ -47,9 +46,7 @@ def make(run: Run, folder: Path, widths: Sequence[str] = ("column", "page")) -> 
     stem, written = folder / f"{plain_name(run)}-transfer", []
     for width in widths:
         written += save(draw(run, found, rows, width), stem.with_name(f"{stem.name}-{width}"))
-    table = stem.with_name(f"{stem.name}.csv")
-    table.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(table, to_csv(rows))
+    table = save_table(rows, stem.with_name(f"{stem.name}.csv"))
     return [*written, save_caption(caption(run, found, rows), stem), table]
 
 

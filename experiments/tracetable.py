@@ -1,7 +1,5 @@
 """The numbers of `experiments.trace`: what of its source does a patched image show, by quadrant, block and step?"""
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -154,14 +152,3 @@ def table_rows(run: Run, found: Sequence[Patch]) -> list[Row]:
             start = (patch.variant, patch.quadrant, patch.blocks, steps, attribute, source["n"])
             rows.append(dict(zip(COLUMNS, (*start, *values), strict=True)))
     return rows
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """Return the rows as CSV: numbers with 6 digits, missing ones empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        shown = {key: f"{value:.6g}" for key, value in row.items() if isinstance(value, float)}
-        writer.writerow(row | {key: "" if value == "nan" else value for key, value in shown.items()})
-    return text.getvalue()

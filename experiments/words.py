@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.results import conditions, counted, label, number, opening, plain_name
+from experiments.results import conditions, counted, label, number, opening, plain_name, save_table
 from experiments.style import COLUMN, OKABE_ITO, PAGE, figure, paper, save, save_caption
-from experiments.wordtable import Row, table_rows, to_csv
+from experiments.wordtable import Row, table_rows
 from fluxlab.compose import guarded
 from fluxlab.drawing.legend import legend_below
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run, read_store
-from fluxlab.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,9 +54,7 @@ def make(
     stem, written = folder / f"{plain_name(run)}-words", []
     for width in widths:
         written += save(draw(run, rows, shown, width), stem.with_name(f"{stem.name}-{width}"))
-    table = stem.with_name(f"{stem.name}.csv")
-    table.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(table, to_csv(rows))
+    table = save_table(rows, stem.with_name(f"{stem.name}.csv"))
     return [*written, save_caption(caption(run, rows, shown), stem), table]
 
 

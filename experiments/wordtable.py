@@ -1,7 +1,5 @@
 """The numbers of `experiments.words`: attention of words to what they name, by block, with intervals."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -106,14 +104,3 @@ def table_row(
     values += [beyond[end] for end in ("mean", "low", "high")]
     values += [ratio[f"paired_{end}"] for end in ("mean", "low", "high")]
     return dict(zip(COLUMNS, (variant, kind, *of, ratio["n"], *values), strict=True))
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """Return the rows as CSV: numbers with 6 digits, missing ones empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        shown = {key: f"{value:.6g}" for key, value in row.items() if isinstance(value, float)}
-        writer.writerow(row | {key: "" if value == "nan" else value for key, value in shown.items()})
-    return text.getvalue()

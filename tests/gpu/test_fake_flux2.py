@@ -14,6 +14,9 @@ pytestmark = pytest.mark.skipif(not available(), reason=UNAVAILABLE)
 WEIGHTS_GB = {"klein4b": 7.75, "klein9b": 18.2, "flux2dev": 64.5}
 """Of the transformers in bf16, as published."""
 
+SHAPES = pytest.mark.parametrize("each", ["klein4b"], indirect=True, scope="module")
+"""The shapes of klein 4B stand for all models: only depth and width differ."""
+
 
 @pytest.fixture(scope="module")
 def cuda():
@@ -40,10 +43,8 @@ def test_an_image(pipe, cuda):
     assert captured(cuda) == []
 
 
+@SHAPES
 def test_every_op_and_every_selection(pipe, cuda):
-    """The shapes of klein 4B stand for all: only depth and width differ."""
-    if pipe.name != "klein4b":
-        pytest.skip("of klein 4B")
     every = [program for program in programs() if program["a"]["op"] not in ("mask", "place", "regions")]
     every += [{"a": {"op": "shuffle", "tokens": "text"}}, {"a": {"op": "mirror", "axis": "l", "tokens": "text"}}]
     images = pipe.generate(PROMPT, programs=[None, *every], steps=1, height=256, width=256)
@@ -58,9 +59,8 @@ def test_every_op_and_every_selection(pipe, cuda):
     assert captured(cuda) == []
 
 
+@SHAPES
 def test_reference_images_and_every_probe(pipe, cuda):
-    if pipe.name != "klein4b":
-        pytest.skip("of klein 4B")
     image = Image.fromarray(np.zeros((256, 512, 3), np.uint8))
     capture = {name: {"kind": name, "blocks": [0, 20], **REQUESTS.get(name, {})} for name in PROBES}
     capture["activation"]["blocks"] = [20]
