@@ -65,10 +65,11 @@ def _first(recipe: Recipe, folder: Path) -> Path:
 
 
 def _usage() -> str:
-    lines = []
-    for file in sorted((config_folder() / "train").glob("*.yaml")):
+    lines, files = [], sorted((config_folder() / "train").glob("*.yaml"))
+    width = max(len(file.stem) for file in files) + 2
+    for file in files:
         said = [line[2:] for line in file.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
-        lines.append(f"  {file.stem:<10}{said[0] if said else ''}")
+        lines.append(f"  {file.stem:<{width}}{said[0] if said else ''}")
     return "\n".join(["python -m fluxlab.train +train=<name> [key=value …]", "", "Recipes:", *lines])
 
 

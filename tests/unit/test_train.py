@@ -12,8 +12,10 @@ from fluxlab import scenes
 from fluxlab.checkpoints import CheckpointError
 from fluxlab.checkpoints.manifest import verify_manifest, write_manifest
 from fluxlab.compose import compose
+from fluxlab.config import config_folder
 from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
 from fluxlab.sampling import with_negative
+from fluxlab.train import main
 from fluxlab.training.guidance import guided
 from fluxlab.training.nets import Nets, new_nets, table_for, tokens_of
 from fluxlab.training.pool import NOISE_WORD, build_pool, captions, draw_chunk, draw_scenes, token_weights
@@ -304,3 +306,9 @@ def test_errors_of_use_take_at_most_three_lines_and_exit_2(arguments, said):
     assert done.returncode == 2
     assert said in done.stderr
     assert 1 <= len(done.stderr.splitlines()) <= 3
+
+
+def test_the_usage_has_a_column_of_names(capsys):
+    assert main([]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert {line.split()[0] for line in lines} == {file.stem for file in (config_folder() / "train").glob("*.yaml")}
