@@ -12,6 +12,7 @@ from typing import Any
 from fluxlab.errors import UserError, join, unknown_key, wrong
 
 ArgumentType = Callable[[Any, str], Any]
+"""May have the attribute `words`: all values that it accepts; or `suggestions`: words that it accepts, among others."""
 
 AXES = ("index", "row", "col")
 """FLUX.1's names of the id axes, in their order. Programs are written down with these names."""
@@ -120,6 +121,7 @@ def choice(*words: str, spellings: Mapping[str, str] | None = None) -> ArgumentT
         return word
 
     parse.__doc__ = ", ".join(words[:-1]) + f" or {words[-1]}"
+    parse.words = words
     return parse
 
 
@@ -134,6 +136,7 @@ def word_or(other: ArgumentType, *words: str) -> ArgumentType:
         return value
 
     parse.__doc__ = f"{', '.join(words)} or {(other.__doc__ or '').partition(chr(10))[0]}"
+    parse.suggestions = words
     return parse
 
 
@@ -145,6 +148,9 @@ def axis(value: Any, path: str) -> str:
         accepted = f"an axis: {', '.join(AXES)}, order, t, h, w, l or 0 … {len(EVERY_AXIS) - 1}"
         raise wrong(path, value, accepted, tuple(_SPELLINGS))
     return _SPELLINGS[value]
+
+
+axis.words = EVERY_AXIS
 
 
 def named_axes(value: Any, path: str) -> list[str]:

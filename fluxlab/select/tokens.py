@@ -51,6 +51,9 @@ def parse_tokens(value: Any, path: str) -> str | dict | list:
     return {form: _PARSE[form](value[form], join(path, form)), **_parse_extra(form, value, path)}
 
 
+parse_tokens.suggestions = (*GROUPS, PADDING)
+
+
 def _parse_extra(form: str, value: Mapping, path: str) -> dict:
     if form in ("box", "mask"):
         default = "tokens" if form == "box" else "fraction"
