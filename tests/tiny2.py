@@ -11,6 +11,7 @@ QWEN_TEMPLATE = (
     "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
     "{%- endif %}"
 )
+SHORT_TEMPLATE = "{%- for message in messages %}{{- '<|im_start|>' + message.content + '<|im_end|>' }}{%- endfor %}"
 MISTRAL_TEMPLATE = (
     "{{- bos_token }}{%- for message in messages %}{%- if message.role == 'system' %}"
     "{{- '[SYSTEM_PROMPT]' + message.content[0].text + '[/SYSTEM_PROMPT]' }}"
@@ -18,14 +19,20 @@ MISTRAL_TEMPLATE = (
 )
 
 
-def tokenizer(mistral: bool = False):
-    """A byte-level tokenizer like Qwen's and Mistral's, of single bytes and a few words, with a chat template."""
+def tokenizer(mistral: bool = False, words: tuple[str, ...] = ()):
+    """A byte-level tokenizer like Qwen's and Mistral's, of single bytes and a few words, with a chat template.
+
+    words: one token each, also after a space. The template then has one token before the prompt and one after it.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("c", "a"), ("ca", "t"), ("r", "e"), ("re", "d"), ("Ġ", "s"), ("h", "e"), ("l", "o")]
-    vocab = {token: i for i, token in enumerate([*letters, *("".join(merge) for merge in merges)])}
+    merges = [] if words else [("c", "a"), ("ca", "t"), ("r", "e"), ("re", "d"), ("Ġ", "s"), ("h", "e"), ("l", "o")]
+    for word in words:  # letter by letter
+        merges += [(word[:i], word[i]) for i in range(1, len(word))] + [("Ġ", word)]
+    merges = list(dict.fromkeys(merges))
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*letters, *("".join(merge) for merge in merges)]))}
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -34,14 +41,17 @@ def tokenizer(mistral: bool = False):
     core.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
     named = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} if mistral else {}
     named = named or {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    template = MISTRAL_TEMPLATE if mistral else QWEN_TEMPLATE
+    template = MISTRAL_TEMPLATE if mistral else SHORT_TEMPLATE if words else QWEN_TEMPLATE
     return PreTrainedTokenizerFast(
         tokenizer_object=core, chat_template=template, padding_side="right", model_max_length=4096, **named
     )
 
 
-def diffusers_pipeline(*, dev: bool = False, distilled: bool = True, seed: int = 0):
-    """A random `Flux2KleinPipeline`, or with `dev` a `Flux2Pipeline`, of a few 100k parameters."""
+def diffusers_pipeline(*, dev: bool = False, distilled: bool = True, seed: int = 0, words: tuple[str, ...] = ()):
+    """A random `Flux2KleinPipeline`, or with `dev` a `Flux2Pipeline`, of a few 100k parameters.
+
+    words: as in `tokenizer`.
+    """
     import diffusers
     from transformers import (
         Mistral3Config,
@@ -53,9 +63,9 @@ def diffusers_pipeline(*, dev: bool = False, distilled: bool = True, seed: int =
     )
 
     torch.manual_seed(seed)
-    words = tokenizer(mistral=dev)
+    own_tokenizer = tokenizer(mistral=dev, words=words)
     sizes = {
-        "vocab_size": len(words),
+        "vocab_size": len(own_tokenizer),
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 31 if dev else 28,
@@ -84,7 +94,7 @@ def diffusers_pipeline(*, dev: bool = False, distilled: bool = True, seed: int =
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
         "vae": diffusers_autoencoder(seed),
         "text_encoder": encoder,
-        "tokenizer": words,
+        "tokenizer": own_tokenizer,
         "transformer": diffusers_transformer(guidance=dev, seed=seed, gates=8),  # so that images depend on the text
     }
     if dev:

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-import fluxlab
 from fluxlab.model import layers
 from fluxlab.model.attention import attend
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import apply_rotary
 from fluxlab.probes import PROBES, Probe
-from tests import tiny
+from tests import families
 
-TEXT, STEPS, BLOCKS, HEADS = 24, 2, 4, 2
+TEXT, STEPS, HEADS = 24, 2, 2
 PROMPT = "a red cat holding a sign"
 PROGRAMS = {
     "untouched": None,
@@ -36,11 +35,27 @@ BOX = {"box": [1, 1, 3, 4]}
 SPOTS = [{"indices": [0, 7, 2]}, {"words": "sign"}]
 
 
+@pytest.fixture(scope="module", params=families.NAMES)
+def family(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    pipe = fluxlab.load_pipeline(tiny.save(tmp_path_factory.mktemp("folder"), guidance=False))
+def pipe(family):
+    pipe = families.load(family)
     sharpen(pipe.transformer)
     return pipe
+
+
+@pytest.fixture
+def blocks(family) -> int:
+    return families.BLOCKS[family]
+
+
+@pytest.fixture
+def cat(family) -> int:
+    """The text token "cat" of `PROMPT`."""
+    return families.FIRST[family] + 2
 
 
 def sharpen(flux) -> None:
@@ -100,7 +115,7 @@ def dense(monkeypatch):
 
 def stacked(dense, of=0) -> np.ndarray:
     """`(B, steps, blocks, H, N, N)`."""
-    every = torch.stack([pair[of] for pair in dense]).unflatten(0, (STEPS, BLOCKS))
+    every = torch.stack([pair[of] for pair in dense]).unflatten(0, (STEPS, -1))
     return every.permute(2, 0, 1, 3, 4, 5).numpy()
 
 
@@ -123,18 +138,22 @@ class Dense(NamedTuple):
     image: np.ndarray
     box: np.ndarray
     spots: np.ndarray
+    first: int
 
     @property
     def grid(self) -> tuple[int, ...]:
         return self.p.shape[:4]
 
 
-def named(size, word_sign=5):
-    """Return rows, cols, and the tokens of the image, of `BOX` and of `SPOTS`, for images of `size`."""
+def named(size, first=0):
+    """Return rows, cols, and the tokens of the image, of `BOX` and of `SPOTS`, for images of `size`.
+
+    first: the token of the prompt's first word.
+    """
     rows, cols = size[0] // 4, size[1] // 4
     image = TEXT + np.arange(rows * cols)
     box = image.reshape(rows, cols)[1:3, 1:4].ravel()
-    return rows, cols, image, box, np.sort([word_sign, *image[[0, 7, 2]]])
+    return rows, cols, image, box, np.sort([first + 5, *image[[0, 7, 2]]])
 
 
 REFERENCES: dict[str, tuple[dict, Callable]] = {}
@@ -165,7 +184,7 @@ def map_of_spots(d):
 
 @reference(kind="words", words=["cat", "sign"])
 def words(d):
-    cat, sign = [2], [5]
+    cat, sign = [d.first + 2], [d.first + 5]
     at = np.stack([d.p[..., d.image, :][..., w].sum(-1) for w in (cat, sign)], 4)
     of = np.stack([d.p[..., w, :][..., d.image].mean(-2) for w in (cat, sign)], 4)
     return {"": np.stack((at, of), 4).reshape(*d.grid, 2, 2, d.rows, d.cols)}
@@ -173,14 +192,14 @@ def words(d):
 
 @reference(kind="words", direction="image_to_word")
 def all_words(d):
-    tokens = [[0], [1], [2], [3], [4], [5]]  # a#1 red cat holding a#2 sign
+    tokens = [[d.first + i] for i in range(6)]  # a#1 red cat holding a#2 sign
     maps = np.stack([d.p[..., d.image, :][..., w].sum(-1) for w in tokens], 4)
     return {"": maps.reshape(*d.grid, 1, 6, d.rows, d.cols)}
 
 
 @reference(kind="regions", regions={"box": BOX, "cat": {"words": "cat"}, "spots": SPOTS})
 def regions(d):
-    parts = [d.box, [2], d.spots]
+    parts = [d.box, [d.first + 2], d.spots]
     sums = [np.stack([d.p[..., a, :][..., b].sum(-1).mean(-1) for b in parts], -1) for a in parts]
     return {"": np.stack(sums, -2)}
 
@@ -256,12 +275,12 @@ def test_every_kind_has_a_reference():
 
 
 @pytest.mark.parametrize(("size", "batch"), CASES, ids=lambda part: "+".join(map(str, part))[:24])
-def test_against_dense_softmax(pipe, dense, size, batch):
-    capture = {name: request for name, (request, _) in REFERENCES.items()}
+def test_against_dense_softmax(pipe, dense, size, batch, family):
+    capture, first = {name: request for name, (request, _) in REFERENCES.items()}, families.FIRST[family]
     _, arrays = generate(pipe, [PROGRAMS[name] for name in batch], capture, size)
     found, d = (
         {name: one.values for name, one in arrays.items()},
-        Dense(*map(stacked, (dense, dense), (0, 1)), *named(size)),
+        Dense(*map(stacked, (dense, dense), (0, 1)), *named(size, first), first),
     )
     for name, (request, function) in REFERENCES.items():
         for output, expected in function(d).items():
@@ -289,7 +308,7 @@ def test_the_programs_differ(pipe, dense):
             assert np.abs(p[i] - p[j]).max() > 1e-3, (i, j)
 
 
-def test_selected_and_averaged(pipe, dense):
+def test_selected_and_averaged(pipe, dense, cat, blocks):
     common = {"kind": "words", "words": ["cat"], "direction": "image_to_word"}
     selected = {"steps": [1], "blocks": {"single": "all", "double": [0]}, "heads": [1]}
     capture = {
@@ -303,11 +322,11 @@ def test_selected_and_averaged(pipe, dense):
     }
     _, arrays = generate(pipe, [PROGRAMS["groups"], PROGRAMS["temperature"]], capture)
     p, (rows, cols, image, box, _) = stacked(dense), named((16, 24))
-    cat = p[..., image, 2].reshape(2, STEPS, BLOCKS, HEADS, 1, 1, rows, cols)
-    some = cat[:, 1:][:, :, [0, 2, 3]][:, :, :, 1:]
+    cat = p[..., image, cat].reshape(2, STEPS, blocks, HEADS, 1, 1, rows, cols)
+    some = cat[:, 1:][:, :, [0, *range(2, blocks)]][:, :, :, 1:]
     close(arrays["some"].values, some)
-    assert arrays["some"].labels("block") == [0, 2, 3]
-    assert arrays["some"].coords["stream"] == (("block",), ["double", "single", "single"])
+    assert arrays["some"].labels("block") == [0, *range(2, blocks)]
+    assert arrays["some"].coords["stream"] == (("block",), ["double"] + ["single"] * (blocks - 2))
     for n, key in enumerate(("steps", "blocks", "heads"), 1):
         close(arrays[key].values, cat.mean(n))
         assert f"{key[:-1]}" not in arrays[key].axes
@@ -323,8 +342,15 @@ def test_selected_and_averaged(pipe, dense):
     close(arrays["similarity"].values[..., 0], overlap)
 
 
+AXES = {
+    "flux1": (["index"] * 2 + ["row"] * 7 + ["col"] * 7, [1, 100, 1]),
+    "flux2": (["index"] * 4 + ["row"] * 4 + ["col"] * 4 + ["order"] * 4, [1, 2000**0.25, 2000**0.5]),
+}
+"""The axis of each rotary pair, by the names that every family shares, and the first wavelengths over 2π."""
+
+
 @pytest.mark.parametrize("name", ["untouched", "temperature", "drop", "groups"])
-def test_pairs_sum_to_the_logit(pipe, dense, name):
+def test_pairs_sum_to_the_logit(pipe, dense, name, cat, family):
     point = {"indices": [5]}
     capture = {
         "pair": {"kind": "logits", "from": point, "to": {"words": "cat"}},
@@ -332,14 +358,15 @@ def test_pairs_sum_to_the_logit(pipe, dense, name):
         "against": {"kind": "logits", "from": point, "to": BOX, "against": "all"},
     }
     _, arrays = generate(pipe, [PROGRAMS[name]], capture)
-    scores, (_, _, image, box, spots) = stacked(dense, 1), named((16, 24))
+    scores, (_, _, image, box, spots) = stacked(dense, 1), named((16, 24), families.FIRST[family])
     query = image[5]
-    close(arrays["pair"].values.sum(-1), scores[..., query, 2])
+    close(arrays["pair"].values.sum(-1), scores[..., query, cat])
     close(arrays["region"].values.sum(-1), scores[..., spots, :][..., box].mean((-1, -2)))
     close(arrays["against"].values.sum(-1), scores[..., query, box].mean(-1) - scores[..., query, :].mean(-1))
     pair = arrays["pair"]
-    assert pair.coords["axis"][1] == ["index"] * 2 + ["row"] * 7 + ["col"] * 7
-    assert pair.coords["wavelength"][1][:3] == pytest.approx([2 * math.pi, 2 * math.pi * 100, 2 * math.pi])
+    axes, wavelengths = AXES[family]
+    assert pair.coords["axis"][1] == axes
+    assert pair.coords["wavelength"][1][: len(wavelengths)] == pytest.approx([2 * math.pi * w for w in wavelengths])
 
 
 def test_each_pair_is_its_own_share(pipe):
@@ -352,7 +379,7 @@ def test_each_pair_is_its_own_share(pipe):
     change = np.abs(np.diff(arrays["pair"].values, axis=0)).reshape(HEADS, -1)
     axis = np.array(arrays["pair"].coords["axis"][1])
     assert change[:, axis != "row"].max() <= 1e-6
-    assert change[:, axis == "row"][:, :4].min() > 1e-5  # long wavelengths change little
+    assert change[:, axis == "row"][:, :3].min() > 1e-5  # long wavelengths change little
 
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
@@ -397,8 +424,8 @@ def test_log_sum_exp_of_every_kernel(dtype, grad, masked, keys):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 1e-4), (torch.float64, 1e-6)], ids=["bf16", "fp64"])
 @pytest.mark.parametrize("size", [(16, 24), (64, 64)], ids=["flash", "long"])
-def test_other_dtypes(tmp_path, dense, dtype, bound, size):
-    pipe = fluxlab.load_pipeline(tiny.save(tmp_path, guidance=False), dtype=dtype)
+def test_other_dtypes(family, blocks, dense, dtype, bound, size):
+    pipe = families.load(family, dtype=dtype)
     sharpen(pipe.transformer)
     capture = {"all": {"kind": "map", "from": {"box": [0, 0, 2, 2]}, "to": "all"}}
     plain, _ = generate(pipe, [None], None, size)
@@ -407,18 +434,19 @@ def test_other_dtypes(tmp_path, dense, dtype, bound, size):
     assert torch.equal(plain, probed)
     rows, cols, image, _, _ = named(size)
     spot = image.reshape(rows, cols)[:2, :2].ravel()
-    found = arrays["all"].values.reshape(1, STEPS, BLOCKS, HEADS, 4, -1)
+    found = arrays["all"].values.reshape(1, STEPS, blocks, HEADS, 4, -1)
     close(found, stacked(dense)[..., spot, :], bound)
 
 
-def test_the_negative_prompt_is_not_recorded(pipe, dense):
+def test_the_negative_prompt_is_not_recorded(pipe, dense, cat, blocks):
     capture = {"words": {"kind": "words", "words": "cat", "direction": "image_to_word"}}
     _, arrays = generate(pipe, [None], capture, true_cfg=3, negative_prompts="a dog")
     half = len(dense) // 2
-    assert half == STEPS * BLOCKS
+    assert half == STEPS * blocks
     rows, cols, image, _, _ = named((16, 24))
-    each = torch.stack([p for p, _ in dense]).reshape(STEPS, 2, BLOCKS, 1, HEADS, *dense[0][0].shape[-2:])
+    each = torch.stack([p for p, _ in dense]).reshape(STEPS, 2, blocks, 1, HEADS, *dense[0][0].shape[-2:])
     # the order of the two forward passes of a step does not matter
-    both = [each[:, n, :, 0].numpy()[..., image, 2].reshape(1, STEPS, BLOCKS, HEADS, 1, 1, rows, cols) for n in (0, 1)]
+    to_cat = [each[:, n, :, 0].numpy()[..., image, cat] for n in (0, 1)]
+    both = [maps.reshape(1, STEPS, blocks, HEADS, 1, 1, rows, cols) for maps in to_cat]
     errors = sorted(np.abs(arrays["words"].values - one).max() for one in both)
     assert errors[0] <= 1e-5 < 1e-3 < errors[1]

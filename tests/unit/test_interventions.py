@@ -18,16 +18,21 @@ from fluxlab.positions.activation_ops import inject
 from fluxlab.positions.at_step import sequence
 from fluxlab.positions.patching import Action, Patch
 from fluxlab.probes import Probe
-from tests import tiny
+from tests import families
 from tests.stores import settings
 
 TEXT, PROMPTS = 24, ("a red cat holding a sign", "the blue fox on the left")
 KEYS = {"op": "inject", "source": 0, "what": ["keys", "values"]}
 
 
+@pytest.fixture(scope="module", params=families.NAMES)
+def family(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return fluxlab.load_pipeline(tiny.save(tmp_path_factory.mktemp("folder"), guidance=False))
+def pipe(family):
+    return families.load(family)
 
 
 def latents(pipe, *programs, prompts=PROMPTS, seeds=3, size=(16, 24), **more):
@@ -129,9 +134,10 @@ def test_stretch(pipe):
     assert torch.equal(latents(pipe, None, edit), latents(pipe, None, given))
 
 
-def test_words_are_found_in_their_own_prompts(pipe):
+def test_words_are_found_in_their_own_prompts(pipe, family):
+    word = {"indices": [families.FIRST[family] + 2], "of": "text"}
     edit = {**KEYS, "tokens": {"words": ["fox"]}, "from": {"words": ["cat"]}}
-    numbers = {**KEYS, "tokens": {"indices": [2], "of": "text"}, "from": {"indices": [2], "of": "text"}}
+    numbers = {**KEYS, "tokens": word, "from": word}
     assert torch.equal(latents(pipe, None, edit), latents(pipe, None, numbers))
 
 
@@ -176,7 +182,7 @@ def test_a_probe_reads_attention_and_activations_after_the_edits(pipe):
         ({**KEYS, "from": "image", "tokens": "image", "map": [0, 1]}, "2 numbers, expected one for each of the 24"),
         ({**KEYS, "map": "near"}, "map: 'near', expected same, stretch, match or a list"),
         ({**KEYS, "tokens": "text", "from": "text", "map": "stretch"}, "stretch needs tokens and from that fill"),
-        ({**KEYS, "blocks": 9}, "blocks: 9, expected a block below 4"),
+        ({**KEYS, "blocks": 9}, "blocks: 9, expected a block below [45]"),
         ({"op": "ablate", "what": "keys"}, "what: 'keys', expected a site: attention, mlp, or all"),
         ({"op": "ablate", "what": "mlp", "seen_by": "text"}, "seen_by: a key of inject"),
         ({"op": "inject", "source": 0, "what": "velocity", "blocks": 1}, "velocity is the output of the whole model"),

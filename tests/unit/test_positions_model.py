@@ -8,20 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fluxlab
-from fluxlab.model import Flux, FluxParams
+from fluxlab.families import family_of
+from fluxlab.model import Flux, Flux2, Flux2Params, FluxParams
 from fluxlab.model.groups import KeyGroups, attend_in_groups
 from fluxlab.model.rope import rotary_table
 from fluxlab.positions import Context, Layout, Program, Prompt, compile_programs, noise_floor
-from fluxlab.sampling import euler, image_ids, text_ids
-from tests import tiny
+from fluxlab.sampling import euler
+from tests import families
 
 TEXT, GRID = 5, (4, 3)
 PARAMS = FluxParams(8, 8, 12, 10, 32, 2.0, 2, 2, 2, (4, 6, 6), 10000, True, False)
+PARAMS2 = Flux2Params(8, 8, 10, 32, 2.0, 2, 2, 2, (4, 4, 4, 4), 2000, False)
 WORDS = Prompt("a cat says hi", ((0, 1), (2, 5), (6, 10), (11, 13), (0, 0)))
 
 
-def sharp(flux: Flux) -> Flux:
+def sharp(flux: Flux | Flux2) -> Flux | Flux2:
     """Make attention sharper and stronger, since random weights hardly depend on positions."""
     with torch.no_grad():
         for name, weight in flux.named_parameters():
@@ -31,10 +32,15 @@ def sharp(flux: Flux) -> Flux:
     return flux.eval()
 
 
-@pytest.fixture(scope="module")
-def flux() -> Flux:
+def of_size(params: FluxParams | Flux2Params) -> Flux | Flux2:
+    """Return a model of this size with random weights."""
     torch.manual_seed(0)
-    return sharp(Flux(PARAMS)).requires_grad_(False)
+    return sharp((Flux if isinstance(params, FluxParams) else Flux2)(params)).requires_grad_(False)
+
+
+@pytest.fixture(scope="module", params=[PARAMS, PARAMS2], ids=families.NAMES)
+def flux(request) -> Flux | Flux2:
+    return of_size(request.param)
 
 
 def inputs(batch: int = 1, dtype=torch.float32, seed: int = 0) -> dict:
@@ -47,18 +53,24 @@ def inputs(batch: int = 1, dtype=torch.float32, seed: int = 0) -> dict:
     return {**drawn, "timesteps": torch.full((batch,), 0.6, dtype=dtype)}
 
 
-def context(dtype=torch.float32, **more) -> Context:
-    ids = torch.cat((text_ids(1, TEXT), image_ids(1, *GRID)), 1).to(dtype)
-    p = PARAMS
+def context(dtype=torch.float32, p=PARAMS, **more) -> Context:
+    family = family_of(p)
+    ids = torch.cat((family.text_ids(TEXT), family.image_ids(*GRID, 0)))[None].to(dtype)
     sizes = (p.axes_dim, p.theta, p.depth, p.depth_single_blocks, p.num_heads)
     return Context(ids, Layout(TEXT, GRID), *sizes, **{"sigmas": (1.0, 0.6, 0.2, 0.0), "prompts": [WORDS], **more})
 
 
 def velocity(flux, programs, t=0.6, dtype=torch.float32, **more):
     programs = [Program.from_config(p) for p in programs]
-    rotary, mask = compile_programs(programs, context(dtype, **more)).at(t)
-    x = inputs(len(programs), dtype)
-    return flux(x["img"], None, x["txt"], None, x["timesteps"], x["y"], rotary=rotary, mask=mask)
+    rotary, mask = compile_programs(programs, context(dtype, flux.params, **more)).at(t)
+    return call(flux, inputs(len(programs), dtype), rotary=rotary, mask=mask)
+
+
+def call(flux, x: dict, ids=None, **more):
+    """Return the velocity of `inputs`. FLUX.2 has no pooled text."""
+    ids = (None, None) if ids is None else (ids[:, TEXT:], ids[:, :TEXT])
+    pooled = (x["y"],) if isinstance(flux, Flux) else ()
+    return flux(x["img"], ids[0], x["txt"], ids[1], x["timesteps"], *pooled, **more)
 
 
 PROGRAMS = {
@@ -84,9 +96,7 @@ PROGRAMS = {
 
 
 def test_identity_is_bit_equal(flux):
-    x = inputs()
-    ids = context().ids
-    plain = flux(x["img"], ids[:, TEXT:], x["txt"], ids[:, :TEXT], x["timesteps"], x["y"])
+    plain = call(flux, inputs(), context(p=flux.params).ids)
     nothing = {"a": {"op": "zero", "strength": 0}, "b": {"op": "scale", "factor": 1}, "c": {"op": "zero", "steps": [0]}}
     for program in ({}, nothing):
         assert torch.equal(velocity(flux, [program]), plain)
@@ -143,12 +153,12 @@ def test_an_edit_of_a_block_changes_it_and_later_blocks(flux, k, edit):
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_an_edit_of_a_step_changes_it_and_later_steps(flux, s, edit):
     def path(program):
-        ctx = context()
+        ctx = context(p=flux.params)
         compiled, x, states = compile_programs([Program.from_config(program)], ctx), inputs(), []
 
         def field(img, t):
             rotary, mask = compiled.at(t)
-            return flux(img, None, x["txt"], None, torch.full((1,), t), x["y"], rotary=rotary, mask=mask)
+            return call(flux, {**x, "img": img, "timesteps": torch.full((1,), t)}, rotary=rotary, mask=mask)
 
         euler(field, x["img"], ctx.sigmas, lambda i, t, img: states.append(img))
         return states
@@ -157,27 +167,32 @@ def test_an_edit_of_a_step_changes_it_and_later_steps(flux, s, edit):
     assert [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)] == [step < s for step in range(3)]
 
 
+DOUBLE = [of_size(params).double() for params in (PARAMS, PARAMS2)]
+
+
 @settings(deadline=None, max_examples=15)
-@given(st.permutations(range(GRID[0] * GRID[1])), st.sampled_from(["double", "head", "drop", "fading"]))
-def test_equivariance(permutation, name):
+@given(
+    st.sampled_from(DOUBLE),
+    st.permutations(range(GRID[0] * GRID[1])),
+    st.sampled_from(["double", "head", "drop", "fading"]),
+)
+def test_equivariance(flux, permutation, name):
     """If tokens and ids are permuted together, the output is permuted."""
-    torch.manual_seed(0)
-    flux = sharp(Flux(PARAMS)).double().requires_grad_(False)
-    x, ctx = inputs(dtype=torch.float64), context(torch.float64)
+    x, ctx = inputs(dtype=torch.float64), context(torch.float64, flux.params)
     ids = compile_programs([Program.from_config(PROGRAMS[name])], ctx).ids(0.6, head=1)[None]
-    rest = (x["txt"], ids[:, :TEXT], x["timesteps"], x["y"])
-    plain = flux(x["img"], ids[:, TEXT:], *rest)
-    moved = flux(x["img"][:, permutation], ids[:, TEXT:][:, permutation], *rest)
+    plain = call(flux, x, ids)
+    order = torch.cat((torch.arange(TEXT), TEXT + torch.tensor(permutation)))
+    moved = call(flux, {**x, "img": x["img"][:, permutation]}, ids[:, order])
     assert torch.allclose(moved, plain[:, permutation], atol=1e-10)
 
 
-def rotated(x, ids):
+def rotated(x, ids, p=PARAMS):
     """RoPE written out: `(H, N, d)` rotated by the angles id · ω."""
     out = torch.empty_like(x)
     start = 0
-    for a, dim in enumerate(PARAMS.axes_dim):
+    for a, dim in enumerate(p.axes_dim):
         for k in range(dim // 2):
-            angle = ids[..., a] * PARAMS.theta ** (-2 * k / dim)
+            angle = ids[..., a] * p.theta ** (-2 * k / dim)
             x0, x1 = x[..., start + 2 * k], x[..., start + 2 * k + 1]
             out[..., start + 2 * k] = angle.cos() * x0 - angle.sin() * x1
             out[..., start + 2 * k + 1] = angle.sin() * x0 + angle.cos() * x1
@@ -221,7 +236,8 @@ def dense_model(flux, program, monkeypatch):
     """Run the model with an attention that takes the ids of each query, key and head from `Compiled`."""
     from fluxlab.model import layers
 
-    compiled = compile_programs([Program.from_config(program)], context(torch.float64))
+    p = flux.params
+    compiled = compile_programs([Program.from_config(program)], context(torch.float64, p))
     block = iter(range(4))
 
     def attention(q, k, v, keys, mask, tap):
@@ -230,8 +246,8 @@ def dense_model(flux, program, monkeypatch):
             at = compiled.ids(0.6, n_block, "queries", h)
             scales = compiled.scales(0.6, n_block, h)
             for n in range(q.shape[2]):
-                seen = rotated(k[0, h], compiled.ids(0.6, n_block, "keys", h, query=n))
-                scores = (rotated(q[0, h, n], at[n]) * scales[n] * seen).sum(-1) / 4
+                seen = rotated(k[0, h], compiled.ids(0.6, n_block, "keys", h, query=n), p)
+                scores = (rotated(q[0, h, n], at[n], p) * scales[n] * seen).sum(-1) / 4
                 if mask is not None:
                     scores = scores + mask.expand(1, 2, *mask.shape[2:])[0, h, n]
                 out[0, h, n] = scores.softmax(-1) @ v[0, h]
@@ -252,8 +268,7 @@ def dense_model(flux, program, monkeypatch):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_against_dense_attention(flux, name, monkeypatch):
     """The whole model against an attention with every score computed one by one, for every kind of program."""
-    double = Flux(PARAMS).double().eval()
-    double.load_state_dict(flux.state_dict())
+    double = copy.deepcopy(flux).double()
     with torch.no_grad():
         expected = dense_model(double, PROGRAMS[name], monkeypatch)
         output = velocity(double, [PROGRAMS[name]], dtype=torch.float64)
@@ -263,23 +278,25 @@ def test_against_dense_attention(flux, name, monkeypatch):
 def test_a_mask_hides(flux):
     """Image tokens do not depend on keys that are masked from them."""
     program = {"a": {"op": "mask", "from": "image", "to": "text"}}
-    rotary, mask = compile_programs([Program.from_config(program)], context()).at(0.6)
+    rotary, mask = compile_programs([Program.from_config(program)], context(p=flux.params)).at(0.6)
     x = inputs()
-    outputs = [
-        flux(x["img"], None, txt, None, x["timesteps"], x["y"], rotary=rotary, mask=mask)
-        for txt in (x["txt"], -x["txt"])
-    ]
+    outputs = [call(flux, {**x, "txt": txt}, rotary=rotary, mask=mask) for txt in (x["txt"], -x["txt"])]
     assert torch.equal(*outputs)
     assert not torch.equal(velocity(flux, [program]), velocity(flux, [{}]))
 
 
-def test_gradcheck():
+SMALL = [
+    FluxParams(4, 4, 3, 3, 12, 1.0, 1, 1, 1, (4, 4, 4), 100, True, False),
+    Flux2Params(4, 4, 3, 16, 1.0, 1, 1, 1, (4, 4, 4, 4), 100, False),
+]
+
+
+@pytest.mark.parametrize("small", SMALL, ids=families.NAMES)
+def test_gradcheck(small):
     """Gradients flow through program, table and model."""
-    torch.manual_seed(0)
-    small = FluxParams(4, 4, 3, 3, 12, 1.0, 1, 1, 1, (4, 4, 4), 100, True, False)
-    flux = sharp(Flux(small)).double().requires_grad_(False)
-    layout = Layout(2, (2, 2))
-    ids = torch.cat((text_ids(1, 2), image_ids(1, 2, 2)), 1).double() + 0.1 * torch.rand(1, 6, 3).double()
+    flux, layout, family = of_size(small).double(), Layout(2, (2, 2)), family_of(small)
+    ids = torch.cat((family.text_ids(2), family.image_ids(2, 2, 0)))[None].double()
+    ids = ids + 0.1 * torch.rand_like(ids)
     img, txt, y = torch.randn(1, 4, 4).double(), torch.randn(1, 2, 3).double(), torch.randn(1, 3).double()
     edits = {
         "a": {"op": "scale", "factor": 1.3, "origin": "centre", "strength": 0.7},
@@ -292,25 +309,24 @@ def test_gradcheck():
     def out(ids):
         ctx = Context(ids, layout, small.axes_dim, small.theta, 1, 1, 1)
         rotary, mask = compile_programs([Program.from_config(edits)], ctx).at(1.0)
-        return flux(img, None, txt, None, torch.ones(1).double(), y, rotary=rotary, mask=mask)
+        x = {"img": img, "txt": txt, "y": y, "timesteps": torch.ones(1).double()}
+        return call(flux, x, rotary=rotary, mask=mask)
 
     assert torch.autograd.gradcheck(out, (ids.requires_grad_(),))
 
 
 def test_a_position_found_by_gradient_descent(flux):
     """The position of a moved token is recovered by minimising the difference in the output."""
-    x = inputs()
+    more = [0.0] * (len(flux.params.axes_dim) - 3)
 
     def run(where):
-        ids = context().ids.index_put((torch.tensor([0]), torch.tensor([TEXT + 4])), where[None])
-        rotary, _ = compile_programs([Program()], context_of(ids)).at(0.6)
-        return flux(x["img"], None, x["txt"], None, x["timesteps"], x["y"], rotary=rotary)
+        ctx = context(p=flux.params)
+        ids = ctx.ids.index_put((torch.tensor([0]), torch.tensor([TEXT + 4])), where[None])
+        rotary, _ = compile_programs([Program()], dataclasses.replace(ctx, ids=ids)).at(0.6)
+        return call(flux, inputs(), rotary=rotary)
 
-    def context_of(ids):
-        return dataclasses.replace(context(), ids=ids)
-
-    target = run(torch.tensor([0.0, 1.5, 0.5])).detach()
-    where = torch.tensor([0.0, 1.0, 1.0], requires_grad=True)
+    target = run(torch.tensor([0.0, 1.5, 0.5, *more])).detach()
+    where = torch.tensor([0.0, 1.0, 1.0, *more], requires_grad=True)
     optimiser = torch.optim.Adam([where], lr=0.05)
     losses = []
     for _ in range(80):
@@ -320,7 +336,7 @@ def test_a_position_found_by_gradient_descent(flux):
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.02 * losses[0]
-    assert (where.detach() - torch.tensor([0.0, 1.5, 0.5])).abs().max() < 0.1
+    assert (where.detach() - torch.tensor([0.0, 1.5, 0.5, *more])).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "drop"])
@@ -334,9 +350,9 @@ def test_noise_floor_of_dropped_rotation(flux):
     assert noise_floor(lambda program: velocity(flux, [program]), Program.from_config(PROGRAMS["drop"])) > 1e-3
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    return fluxlab.load_pipeline(tiny.save(tmp_path_factory.mktemp("folder"), guidance=False, dynamic_shift=False))
+@pytest.fixture(scope="module", params=families.NAMES)
+def pipe(request):
+    return families.load(request.param)
 
 
 CALL = {
@@ -408,7 +424,7 @@ def test_an_fp64_model_takes_fp64_tables(pipe):
             [{"a": {"op": "zero", "tokens": {"words": ["fox"]}}}],
             r"^programs\[0\]\.a\.tokens\.words: 'fox' is not in the prompt",
         ),
-        ([{"a": {"op": "zero", "blocks": [4]}}], r"^programs\[0\]\.a\.blocks: 4, expected a block below 4"),
+        ([{"a": {"op": "zero", "blocks": [9]}}], r"^programs\[0\]\.a\.blocks: 9, expected a block below [45]"),
         ([{"a": {"op": "zero", "steps": [3]}}], r"^programs\[0\]\.a\.steps: 3, expected a step of this run, 0 … 2"),
         ("scale", r"^programs: 'scale', expected a mapping of edits"),
         (3, r"^programs: 3, expected a mapping of edits"),
