@@ -9,6 +9,8 @@ from fluxlab.drawing.pictures import data_url, plot_png
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
 
+UNCHANGED = "the ids of all tokens are those of the model"
+
 
 @dataclass(frozen=True)
 class PositionPlot:
@@ -33,7 +35,8 @@ def _draw(program: str, grid: tuple[int, int], text: int, prompt: str, steps: in
     """Draw a program's tokens at the first step and block where it acts.
 
     The store has no tokenizer, so every word of the prompt counts as one token. A program that cannot be read, for
-    example because its plugin is not loaded, has no plot.
+    example because its plugin is not loaded, has no plot. Nor has one whose edits leave all ids as they are, such as an
+    edit of activations or frequencies: a run may have hundreds of them.
     """
     from fluxlab.drawing import position_plot as plot
     from fluxlab.sampling.schedule import Schedule
@@ -48,6 +51,8 @@ def _draw(program: str, grid: tuple[int, int], text: int, prompt: str, steps: in
         state = replace(state, labels={key: text for key, text in state.labels.items() if key != "block"})
     except UserError as error:
         return PositionPlot(missing=str(error))
+    if state.program and state.before.equal(state.after):
+        return PositionPlot(missing=UNCHANGED)
     png = io.BytesIO()
     with plot.style(plot.STYLE):
         plot.draw_positions(state).savefig(png, format="png", dpi=100)

@@ -1,5 +1,6 @@
-"""Every experiment of `configs/exp` runs on the embedded model, with few steps and one seed."""
+"""Every experiment of `configs/exp` runs on the embedded model, with few steps, few prompts and one seed."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image
 
 from fluxlab import run as command_line
+from fluxlab.compose import compose
 from fluxlab.experiment.reading import read_store
 
 NAMES = sorted(
@@ -18,12 +20,17 @@ NAMES = sorted(
 TWO = ["a red fox on the left holding a sign that says open", "a blue heart on the right holding a sign that says rain"]
 
 
+def composed(name: str) -> command_line.RunConfig:
+    return compose("config", command_line.RunConfig, "schema", [f"+exp={name}"])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_runs(name, tmp_path):
     out = tmp_path / "run"
     steps = 10 if name == "step_roles" else 4  # fewer have no step below σ = 0.375
-    less = [f"prompts=[{','.join(TWO)}]"] if name == "trace" else []
-    assert command_line.main([f"+exp={name}", "seeds=1", f"steps={steps}", "tracking=none", f"out={out}", *less]) == 0
+    prompts = TWO if name == "trace" else composed(name).prompts[:1]
+    words = [f"prompts={json.dumps(prompts)}", "seeds=1", f"steps={steps}", "tracking=none", f"out={out}"]
+    assert command_line.main([f"+exp={name}", *words]) == 0
     run = read_store(out)
     baseline_rows = [row for row in run.metrics if row["variant"] == run.baseline]
     assert len(run.metrics) == len(run.variants) * len(baseline_rows)

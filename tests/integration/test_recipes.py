@@ -29,7 +29,7 @@ STEP = re.compile(
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    ignored = shutil.ignore_patterns("__pycache__", "golden")
+    ignored = shutil.ignore_patterns("golden")  # compiled files stay valid: times of files are copied too
     for folder in COPIED:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for name in FILES:

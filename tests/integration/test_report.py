@@ -494,6 +494,12 @@ def test_position_plots_use_the_prompt_and_the_schedule():
     assert "words" in position_plot._draw(program, (16, 16), 24, "a red fox", 16, schedules[0]).missing
 
 
+def test_programs_that_leave_the_ids_have_no_position_plot():
+    for edit in ({"op": "scale", "factor": 1}, {"op": "pi"}):
+        plot = position_plot._draw(json.dumps({"a": edit}), (16, 16), 24, "a red cat", 4, json.dumps({}))
+        assert (plot.url, plot.missing) == ("", position_plot.UNCHANGED)
+
+
 @pytest.mark.parametrize("program", [{}, {"a": {"op": "zero"}}, {"a": {"op": "set", "value": 1, "axes": "index"}}])
 def test_legend_entries_have_the_same_colours_in_every_position_plot(program):
     """In a palette of its own a plot would lose the colour of a legend entry that has few pixels elsewhere."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fluxlab import run as command_line
 from fluxlab.checkpoints.random import write_random
 
 IN_OPEN = 0x20
@@ -54,13 +55,17 @@ def model(tmp_path_factory):
     return folder
 
 
-def run(model, out, *words):
+def run(model, out, *words, process=False):
+    """Return the images of a run, in this process or in one of its own."""
     arguments = [
         *("+exp=hello", "model=local", f"model.path={model}", "model.max_sequence_length=24", "prompts=[a cat,a fox]"),
         *("height=16", "width=16", "steps=2", "seeds=1", "tracking=none", "device=cpu", f"out={out}", *words),
     ]
-    ran = subprocess.run([sys.executable, "-m", "fluxlab.run", *arguments], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    if process:
+        ran = subprocess.run([sys.executable, "-m", "fluxlab.run", *arguments], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+    else:
+        assert command_line.main(arguments) == 0
     return {file.name: file.read_bytes() for file in sorted((out / "cells").glob("*.png"))}
 
 
@@ -75,7 +80,7 @@ def test_the_second_run_opens_no_file_of_the_encoders(model, tmp_path):
     assert opens.read() >= {*ENCODERS, transformer}
     first = run(model, tmp_path / "first", cache)
     assert opens.read() >= {*ENCODERS, transformer}
-    second = run(model, tmp_path / "second", cache, "+variants.zero.a.op=zero")  # another experiment
+    second = run(model, tmp_path / "second", cache, "+variants.zero.a.op=zero", process=True)  # another experiment
     opened = opens.read()
     assert transformer in opened
     assert not opened & ENCODERS
