@@ -28,7 +28,7 @@ def sizes(name: str, stored: torch.dtype) -> ModelSizes:
         stored=stored,
         autoencoder_dtype=bf16,
         text_bytes=2 * (T5 + CLIP),
-        t5_layer_bytes=2 * T5_LAYER,
+        text_layer_bytes=2 * T5_LAYER,
     )
 
 

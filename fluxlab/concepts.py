@@ -2,7 +2,8 @@
 
 Each word is a text token with a stream of its own through the double blocks, with the weights of the text. It attends
 to the words of its request and to all tokens but the text. Nothing attends to it, so that the image does not change.
-After Helbling et al., the token is the first one of the word's encoding by T5, and the pooled text is zero.
+After Helbling et al., the token is the first one of the word's encoding by T5, and the pooled text is zero. In FLUX.2,
+which has no pooled text, it is the last token of the word, which has read the others, at its place in the template.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,17 +39,18 @@ class Concepts:
     def __init__(
         self, parts: ModelParts, probe: Probe, settings: Sampling, sigmas: Sequence[float], layout: Layout
     ) -> None:
-        """Raises `UserError` for a word that the text encoders do not know, and for a model that is not FLUX.1."""
+        """Raises `UserError` for a word that the text encoders do not know."""
         self.probe, self._flux, self._layout = probe, parts.transformer, layout
         length = settings.max_sequence_length
         self._states: dict[tuple[str, ...], Tensor] = {}
+        self._places: dict[tuple[str, ...], list[int]] = {}
         for words, path in probe.concepts.items():
-            if not isinstance(parts.transformer, Flux):
-                raise UserError(f"{path}: concepts need FLUX.1's text stream; FLUX.2 is not supported")
             for word in words if settings.unknown_words != "allow" else ():
                 _check(parts, word, length, path)
             encoded = [parts.encode_prompt(word, length, truncate=True, unknown_words="allow")[0] for word in words]
-            self._states[words] = torch.cat([txt[:, :1] for txt in encoded], 1)
+            places = self._places[words] = [parts.text.token_of(word, length) for word in words]
+            states = [txt[:, place : place + 1] for txt, place in zip(encoded, places, strict=True)]
+            self._states[words] = torch.cat(states, 1)
         self._modulations = text_modulations(parts, settings, sigmas)
 
     def sites(
@@ -67,7 +69,9 @@ class Concepts:
             return sites
         observers: Sequence[Observe | None] = self.probe.observers(tables) or []
         streams = [
-            _Stream(self._flux.txt_in(self._states[words]), words, depth) for words, depth in depths.items() if depth
+            _Stream(self._flux.txt_in(self._states[words]), words, depth, self._places[words])
+            for words, depth in depths.items()
+            if depth
         ]
         joined: list[Site | None] = list(sites) if sites else [None] * blocks
         for n in range(deepest):
@@ -78,11 +82,14 @@ class Concepts:
 
 
 class _Stream:
-    """The hidden states of the words of one request, `(1, C, D)`, or one for each sample after the first block."""
+    """The hidden states of the words of one request, `(1, C, D)`, or one for each sample after the first block.
 
-    def __init__(self, start: Tensor, words: tuple[str, ...], depth: int) -> None:
+    places: the text token at whose position each word is.
+    """
+
+    def __init__(self, start: Tensor, words: tuple[str, ...], depth: int, places: list[int]) -> None:
         self.states: Sequence[Tensor] = [start]
-        self.words, self.depth = words, depth
+        self.words, self.depth, self.places = words, depth, places
 
 
 class _Streams(Site):
@@ -130,7 +137,7 @@ class _Streams(Site):
         states = stream.states if len(stream.states) == len(attention) else [*stream.states] * len(attention)
         moved, maps = [], []
         for b, state in enumerate(states):
-            keys, values, tables = self._seen(b, state.shape[1])
+            keys, values, tables = self._seen(b, stream.places)
             after, words = through(self._block, state, self._modulations, keys, values, tables)
             image = rearrange(attention[b, :, start:stop], "H N d -> N (H d)")
             exact = torch.promote_types(image.dtype, torch.float32)
@@ -139,19 +146,19 @@ class _Streams(Site):
         stream.states = moved
         return torch.stack(maps)
 
-    def _seen(self, b: int, words: int) -> tuple[Tensor, Tensor, BlockTables]:
-        """Return keys and values of sample b but for the text, `(1, H, n, d)`, and the tables of words in its place.
+    def _seen(self, b: int, places: list[int]) -> tuple[Tensor, Tensor, BlockTables]:
+        """Return keys and values of sample b but for the text, `(1, H, n, d)`, and the tables of words at `places`.
 
-        A word has the position of the first text token, and sees keys at the positions at which that token sees them.
+        A word has the position of a text token, and all see keys at the positions at which that of the first sees them.
         """
         text, _ = self._layout.range(IMAGE)  # with the texts of regions
         queries, keys = self._tables[0], plain_keys(self._tables[1])
         seen = self._keys[b : b + 1]
         if isinstance(keys, KeyGroups):
-            first = [bool((part == 0).any()) for part in keys.on_host or keys.queries]
+            first = [bool((part == places[0]).any()) for part in keys.on_host or keys.queries]
             keys = keys.tables[first.index(True)]
             seen = apply_rotary(seen, _of_sample(keys, b))
-        tables = tuple(_first(_of_sample(table, b), words) for table in (queries, keys))
+        tables = tuple(_at(_of_sample(table, b), places) for table in (queries, keys))
         return seen[:, :, text:], self._values[b : b + 1, :, text:], tables
 
 
@@ -179,7 +186,10 @@ def text_modulations(parts: ModelParts, settings: Sampling, sigmas: Sequence[flo
 
     def inputs(t: float) -> Inputs:
         times = sampling.round_timesteps(placement.filled(1, t, device), rounding)
-        return times, torch.zeros(1, flux.params.vec_in_dim, dtype=parts.dtype, device=device), guidance
+        pooled = []
+        if isinstance(flux, Flux):
+            pooled.append(torch.zeros(1, flux.params.vec_in_dim, dtype=parts.dtype, device=device))
+        return times, *pooled, guidance
 
     if parts.streaming is None:
         vectors: dict[float, Tensor] = {}
@@ -188,7 +198,7 @@ def text_modulations(parts: ModelParts, settings: Sampling, sigmas: Sequence[flo
             if t not in vectors:
                 vectors.clear()
                 vectors[t] = flux.conditioning(*inputs(t))
-            return tuple(flux.double_blocks[n].txt_mod(vectors[t]))
+            return flux.text_modulations(vectors[t], n)
 
         return own
     forwards = tuple(sigmas[:-1])
@@ -201,8 +211,8 @@ def _of_sample(table: Rotary, b: int) -> Rotary:
     return Rotary(*(part[b : b + 1] if len(part) > 1 else part for part in table))
 
 
-def _first(table: Rotary, words: int) -> Rotary:
-    return Rotary(*(part[:, :, :1].expand(-1, -1, words, -1) for part in table))
+def _at(table: Rotary, places: list[int]) -> Rotary:
+    return Rotary(*(part[:, :, places] for part in table))
 
 
 def _check(parts: ModelParts, word: str, length: int, path: str) -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxlab.cache import Cache, read_tensors, write_tensors
-from fluxlab.checkpoints.casting import dtype_for
+from fluxlab.checkpoints.casting import check_finite, dtype_for
 from fluxlab.checkpoints.finding import resolve
 from fluxlab.checkpoints.identity import language_model_fingerprint
 from fluxlab.checkpoints.manifest import verify_manifest
+from fluxlab.checkpoints.memory import free_memory
 from fluxlab.checkpoints.text2 import load_language_model, load_language_tokenizer, open_language_model
-from fluxlab.conditioning import Texts, computed_by
+from fluxlab.conditioning import ROOM, Texts, computed_by
+from fluxlab.model.layerwise import Use, layer_by_layer
 from fluxlab.model.text2 import KINDS, LanguageModelText
 
 if TYPE_CHECKING:
@@ -46,11 +48,17 @@ class StoredLanguageModel(LanguageModelText):
     ):
         self.root, self.device, self.cache = root, device, cache
         self.tokenizer = load_language_tokenizer(root, tokenizers)
+        self.room: int | None = None
+        """Bytes of the device that the language model may take. None: what is free on a GPU, no limit on the CPU."""
+        self.after_block: Use | None = None
+        """Called with every layer after it is used, if the language model runs one layer at a time."""
         self._given = variant, tokenizers
         self._opened = open_language_model(root, variant)
         self._dtype = dtype_for(self._opened.entries.values(), dtype, device, root)
         self.kind = self._opened.kind
         self._model: PreTrainedModel | None = None
+        self._layerwise = False  # it stays in main memory, one layer at a time is on the device
+        self._unread = False  # its weights are checked layer by layer, so that they need not be in memory together
         self._handed_out = False
         self._kept: dict[tuple[str, int], Tensor] = {}
 
@@ -59,9 +67,11 @@ class StoredLanguageModel(LanguageModelText):
 
     @property
     def encoder(self) -> "PreTrainedModel":
+        if self._layerwise:
+            self._model = None  # a caller that asks for it gets all of it, on the device
         self._handed_out = True
         self._kept.clear()
-        return self._load()
+        return self._load(whole=True)
 
     @property
     def width(self) -> int:
@@ -79,7 +89,7 @@ class StoredLanguageModel(LanguageModelText):
     def to(self, device: torch.device) -> None:
         self.device = device
         if self._handed_out:
-            super().to(device)
+            self.encoder.to(device)
         else:
             self.release()
 
@@ -101,7 +111,7 @@ class StoredLanguageModel(LanguageModelText):
         self.check(texts.prompts, length, texts.truncate, texts.unknown_words)
         if self._handed_out:
             return
-        for prompt in dict.fromkeys(texts.prompts):
+        for prompt in dict.fromkeys((*texts.prompts, *texts.words)):
             self._kept[prompt, length] = self._known(prompt, length)
         self.release()
 
@@ -118,16 +128,42 @@ class StoredLanguageModel(LanguageModelText):
         key = self.cache and self._key(prompt, length)
         if self.cache and (tensors := read_tensors(self.cache, key)):
             return tensors["txt"]
-        txt = LanguageModelText(self.tokenizer, self._load(), self.kind).states(prompt, length)[0].cpu()
+        txt = self._encoded(prompt, length).cpu()
         if self.cache:
             write_tensors(self.cache, key, {"txt": txt})
         return txt
 
-    def _load(self) -> "PreTrainedModel":
+    def _encoded(self, prompt: str, length: int) -> Tensor:
+        model = LanguageModelText(self.tokenizer, self._load(), self.kind)
+        if not self._layerwise:
+            return model.states(prompt, length)[0]
+        with layer_by_layer(model.encoder.get_decoder(), self.device, self._before_layer, self._after_layer):
+            return model.states(prompt, length, self.device)[0]
+
+    def _before_layer(self, layer: nn.Module) -> None:
+        for name, weight in layer.named_parameters() if self._unread else ():
+            check_finite(weight, [(name, weight)], self.root)
+
+    def _after_layer(self, layer: nn.Module) -> None:
+        if self.after_block:
+            self.after_block(layer)
+
+    def _load(self, whole: bool = False) -> "PreTrainedModel":
         if self._model is None:
             verify_manifest(self.root, of_text=True)
-            self._model = load_language_model(self._opened, self._dtype, self.device, self._given[0])
+            self._layerwise = not whole and not self._fits()
+            self._unread = self._layerwise and self.device.type == "cpu"
+            device = torch.device("cpu") if self._layerwise else self.device
+            options = {"variant": self._given[0], "check": not self._unread}
+            self._model = load_language_model(self._opened, self._dtype, device, **options)
         return self._model
+
+    def _fits(self) -> bool:
+        free = self.room
+        if free is None and self.device.type != "cpu":
+            free = free_memory(self.device)
+            free = None if free is None else int(ROOM * free)
+        return free is None or sum(self.size().values()) <= free
 
     def _key(self, prompt: str, length: int) -> str:
         parts = {

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fluxlab import batching, sampling
+from fluxlab import batching
 from fluxlab.errors import UserError
-from fluxlab.families import FLUX1
 from fluxlab.model.attention import Attended, Tap, score_factors
 from fluxlab.model.sites import Site
 from fluxlab.positions import Compiled, Context, Program, compile_programs, region_prompts
@@ -36,13 +35,13 @@ Step = Callable[[int, Tensor], Tensor]
 class Prepared:
     """What the velocity of a batch depends on besides its programs. noise: `(B, N, C)`. context: that of programs.
 
-    keep: keep the activations of every step for the backward pass instead of computing them again. regions: prompts of
-    regions, whose text follows that of each sample.
+    pooled: FLUX.1's pooled text, `(B, V)`; nothing for FLUX.2. keep: keep the activations of every step for the
+    backward pass instead of computing them again. regions: prompts of regions, whose text follows that of each sample.
     """
 
     pipe: "Pipeline"
     txt: Tensor
-    y: Tensor
+    pooled: tuple[Tensor, ...]
     guidance: Tensor | None
     noise: Tensor
     context: Context
@@ -69,8 +68,6 @@ def prepare(
 
     Raises UserError as `Pipeline.sample` does.
     """
-    if pipe.family is not FLUX1:
-        raise UserError(f"gradients are computed through FLUX.1 only, and this model is {pipe.family.title}")
     if pipe.streaming is not None and not pipe.streaming.residency.mapped:
         raise UserError("gradients need every block's weights in memory: load the model with memory='resident'")
     settings = pipe.resolve(settings or Sampling())
@@ -78,17 +75,18 @@ def prepare(
         raise UserError(f"true_cfg={settings.true_cfg}: gradients go through one forward per step, leave it out")
     length, (rows, cols) = settings.max_sequence_length, pipe.grid(settings.height, settings.width)
     pipe.text.check([*prompts, *regions], length, settings.truncate, settings.unknown_words)
-    txt, y = (part.clone() for part in pipe.text_tokens(prompts, [regions] * len(prompts), length))
+    txt, *pooled = (part.clone() for part in pipe.text_tokens(prompts, [regions] * len(prompts), length))
     exact = torch.promote_types(pipe.dtype, torch.float32)
     guidance = None
     if pipe.transformer.params.guidance_embed:
         guidance = torch.full((len(prompts),), float(settings.guidance), dtype=exact, device=pipe.device)
     channels = 4 * pipe.autoencoder.params.z_channels
-    noise = batching.start(seeds, None, len(prompts), channels, (rows, cols), pipe.dtype).to(pipe.device, exact)
+    noise = batching.start(seeds, None, len(prompts), channels, (rows, cols), pipe.dtype, pipe.family)
+    noise = noise.to(pipe.device, exact)
     grids = Grids((rows, cols), further=len(regions) * length)
     context = pipe.context(prompts, length, grids, pipe.schedule.times(settings.steps, rows * cols))
     context = replace(context, ids=context.ids.to(pipe.device))  # arguments with gradients are there, too
-    return Prepared(pipe, txt, y, guidance, noise, context, keep, tuple(regions))
+    return Prepared(pipe, txt, tuple(pooled), guidance, noise, context, keep, tuple(regions))
 
 
 def compiled(prepared: Prepared, programs: Program | Sequence[Program]) -> Compiled:
@@ -164,7 +162,7 @@ def stepping(
             assert chosen is None, "gains and sites both act at the sites of a block"
             chosen = [_Gain(gain) for gain in gains[step]]
         extra = {"sites": chosen, "taps": taps and taps(step)}
-        args = (x.to(prepared.pipe.dtype), None, prepared.txt, None, prepared.times(step), prepared.y)
+        args = (x.to(prepared.pipe.dtype), None, prepared.txt, None, prepared.times(step), *prepared.pooled)
         v = model(*args, prepared.guidance, rotary=placement.rotary, mask=placement.mask, **extra)
         return v.to(x.dtype)
 
@@ -242,8 +240,8 @@ def sharpness() -> Score:
 
     def score(prepared: Prepared, make: Make) -> Tensor:
         rows, cols = prepared.context.layout.grid
-        decoder = prepared.pipe.autoencoder
-        z = sampling.unpack(sampled(prepared, make()), rows, cols).to(decoder.decoder.conv_in.weight.dtype)
+        decoder, family = prepared.pipe.autoencoder, prepared.pipe.family
+        z = family.unpack(sampled(prepared, make()), rows, cols).to(decoder.decoder.conv_in.weight.dtype)
         images = decoder.decode(z, tile=None)
         images = (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
         weights = torch.tensor([0.2126, 0.7152, 0.0722], dtype=images.dtype, device=images.device)

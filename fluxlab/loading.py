@@ -21,7 +21,6 @@ from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
 from fluxlab.conditioning import Texts, encoders_of
 from fluxlab.conditioning2 import language_model_of
 from fluxlab.config import Lora, ModelRow, find_row, with_loras
-from fluxlab.errors import UserError
 from fluxlab.families import family_of
 from fluxlab.memory import Memory, ModelSizes, Room, Workload, make_plan
 from fluxlab.memory.costs import text_activation_bytes
@@ -139,12 +138,7 @@ def streamed_sizes(
     """
     if memory.mode == "resident":
         return None
-    parts = parts or stored(row)
-    if isinstance(parts["transformer"].params, Flux2Params):
-        if memory != Memory():
-            raise UserError(f"memory: {row.path} is FLUX.2, whose weights are all resident; leave memory= out")
-        return None
-    sizes = sizes_of(row, parts, dtype, device)
+    sizes = sizes_of(row, parts or stored(row), dtype, device)
     side = 128 * sizes.autoencoder.factor
     height, width = row.size or (side, side)
     work = Workload(1, height, width, row.max_sequence_length or TEXT_LENGTH, row.steps or 28)
@@ -156,7 +150,8 @@ def text_limit(sizes: ModelSizes, memory: Memory, room: Room, texts: Texts | Non
     """Return the bytes that text encoders may take, before the transformer is on the device; None for no limit."""
     free = room.free if memory.limit_bytes is None else memory.limit_bytes
     length = (texts and texts.max_sequence_length) or TEXT_LENGTH
-    return None if free is None else max(0, free - room.used - text_activation_bytes(length, sizes.dtype.itemsize))
+    needed = text_activation_bytes(sizes.transformer, length, sizes.dtype.itemsize)
+    return None if free is None else max(0, free - room.used - needed)
 
 
 def assemble(
@@ -281,10 +276,14 @@ class _SilentEncoder(nn.Module):
     def get_decoder(self):
         """Return a function like a language model: enough states that are all 0."""
 
-        def decoder(input_ids: torch.Tensor, **_) -> SimpleNamespace:
-            return SimpleNamespace(hidden_states=[self.zeros.expand(*input_ids.shape, -1)] * 64)
+        def decoder(inputs_embeds: torch.Tensor, **_) -> SimpleNamespace:
+            return SimpleNamespace(hidden_states=[inputs_embeds] * 64)
 
         return decoder
+
+    def get_input_embeddings(self):
+        """Return a function like a table of embeddings that are all 0."""
+        return lambda ids: self.zeros.expand(*ids.shape, -1)
 
     def forward(self, ids: torch.Tensor) -> "_States":
         return _States((self.zeros.expand(*ids.shape, -1),))

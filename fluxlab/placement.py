@@ -9,7 +9,6 @@ from fluxlab import batching, sampling
 from fluxlab.memory import Memory, ModelSizes, Plan, Room, Workload, make_plan
 from fluxlab.memory.modulations import Conditions, Inputs, Steps
 from fluxlab.memory.streaming import resident_bytes, room_of
-from fluxlab.model import FluxParams
 from fluxlab.parts import ModelParts
 from fluxlab.positions import Context
 from fluxlab.probes import WORKING, Probe, memory, resolve
@@ -40,14 +39,12 @@ def workload(
     )
 
 
-def resident_plan(parts: ModelParts, work: Callable[[], Workload]) -> Plan | None:
-    """Return the plan of a model that is on the device as a whole, which says what it takes; None for FLUX.2.
+def resident_plan(parts: ModelParts, work: Callable[[], Workload]) -> Plan:
+    """Return the plan of a model that is on the device as a whole, which says what it takes.
 
     On a CPU the process counts as it is now, without the weights.
     """
     transformer, autoencoder = parts.transformer, parts.autoencoder
-    if not isinstance(transformer.params, FluxParams):
-        return None
     weights = [weight for part in (transformer, autoencoder) for weight in part.parameters()]
     sizes = ModelSizes(
         transformer.params,
@@ -56,7 +53,7 @@ def resident_plan(parts: ModelParts, work: Callable[[], Workload]) -> Plan | Non
         stored=parts.dtype,
         autoencoder_dtype=next(autoencoder.parameters()).dtype,
         text_bytes=0,  # they have left the device
-        t5_layer_bytes=0,
+        text_layer_bytes=0,
     )
     room = room_of(parts.device)
     if room.device == "cpu":
@@ -103,13 +100,13 @@ def conditions_of(
 
     def conditions() -> Conditions:
         encoded = [parts.encode_prompt(text, length, truncate=True, unknown_words="allow") for text in texts]
-        y = torch.cat([pooled for _, pooled in encoded])
+        pooled = [torch.cat(part) for part in list(zip(*encoded, strict=True))[1:]]  # FLUX.2 has none
         guidance = guidance_of(parts, len(texts), settings)
 
         def inputs(now: tuple[float, tuple[int, ...]]) -> Inputs:
             t, samples = now
             times = sampling.round_timesteps(filled(len(samples), t, parts.device), rounding)
-            return times, batching.rows(y, samples), batching.rows(guidance, samples)
+            return times, *(batching.rows(part, samples) for part in (*pooled, guidance))
 
         return Conditions(forwards, inputs, sum(len(samples) for _, samples in forwards))
 

@@ -23,7 +23,7 @@ from fluxlab.model.sites import OF_HEADS, SITES, Site
 from fluxlab.positions import Program, region_prompts
 from fluxlab.probes import Captured
 from fluxlab.sampling import Sampling
-from fluxlab.select.arguments import AXES
+from fluxlab.select.arguments import EVERY_AXIS
 
 if TYPE_CHECKING:
     from fluxlab.pipeline import Pipeline
@@ -83,7 +83,7 @@ def ones(prepared: Prepared) -> Tensor:
 def labelled(values: Tensor, prepared: Prepared) -> Captured:
     context = prepared.context
     dims = context.axes_dim
-    axis = [name for name, dim in zip(AXES, dims, strict=True) for _ in range(dim // 2)]
+    axis = [name for name, dim in zip(EVERY_AXIS[: len(dims)], dims, strict=True) for _ in range(dim // 2)]
     turns = torch.cat([frequencies(dim, context.theta) for dim in dims])
     coords = {
         **_coords(context.sigmas, context.double, context.blocks),

@@ -15,7 +15,7 @@ from fluxlab.checkpoints.hub import is_hub_id
 from fluxlab.checkpoints.keys import Rows
 from fluxlab.checkpoints.lora_names import Where, bare, layers
 from fluxlab.config import Lora
-from fluxlab.model import FluxParams
+from fluxlab.model import Flux2Params, FluxParams
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """The names that Diffusers and PEFT give to a LoRA in a folder."""
@@ -82,12 +82,12 @@ def settings_file(file: Path) -> Path | None:
     return settings if file.name == FILES[1] and settings.is_file() else None
 
 
-def read_additions(lora: Lora, p: FluxParams, shapes: Mapping[str, tuple[int, ...]]) -> list[Addition]:
+def read_additions(lora: Lora, p: FluxParams | Flux2Params, shapes: Mapping[str, tuple[int, ...]]) -> list[Addition]:
     """Return what a LoRA adds to a transformer of these sizes. Names and shapes are read, no values but alphas.
 
-    shapes: of our tensors. Accepts BFL's, Diffusers' and PEFT's, kohya's, XLabs' and ComfyUI's names. A missing alpha
-    equals the rank. Raises `CheckpointError`, in one line, for tensors that this model does not have or that do not fit
-    it, for incomplete pairs, parts of text encoders, and other kinds of adapters.
+    shapes: of our tensors. Accepts BFL's, Diffusers' and PEFT's, kohya's and ComfyUI's names, and XLabs' of FLUX.1. A
+    missing alpha equals the rank. Raises `CheckpointError`, in one line, for tensors that this model does not have or
+    that do not fit it, for incomplete pairs, parts of text encoders, and other kinds of adapters.
     """
     file = lora_file(lora)
     entries, metadata = open_tensors([file])
@@ -133,7 +133,7 @@ def _check_kind(entries: Mapping[str, Entry], file: Path) -> None:
 Modules = dict[str, tuple[list[Where], dict[str, Entry]]]
 
 
-def _modules(entries: Mapping[str, Entry], p: FluxParams) -> tuple[Modules, list[str]]:
+def _modules(entries: Mapping[str, Entry], p: FluxParams | Flux2Params) -> tuple[Modules, list[str]]:
     """Return the tensors of each layer by kind, and the names that belong to no layer."""
     known, found, unknown = layers(p), {}, []
     for name, entry in entries.items():

@@ -35,7 +35,7 @@ def merge_loras(model: Flux | Flux2, loras: Sequence[Lora] | None) -> None:
     merge_changes(model, loras, changes_of(model, loras))
 
 
-def changes_of(model: Flux, loras: Sequence[Lora] | None) -> dict[str, list[Addition]]:
+def changes_of(model: Flux | Flux2, loras: Sequence[Lora] | None) -> dict[str, list[Addition]]:
     """Return what LoRAs add to each weight, by its name. Weights may be on "meta". Errors as of `merge_loras`."""
     changes: dict[str, list[Addition]] = defaultdict(list)
     for lora in loras or ():
@@ -44,7 +44,7 @@ def changes_of(model: Flux, loras: Sequence[Lora] | None) -> dict[str, list[Addi
     return dict(changes)
 
 
-def merge_changes(model: Flux, loras: Sequence[Lora] | None, changes: Mapping[str, Sequence[Addition]]) -> None:
+def merge_changes(model: Flux | Flux2, loras: Sequence[Lora] | None, changes: Mapping[str, Sequence[Addition]]) -> None:
     """Add what `changes_of` returned, or a part of it, to the weights of a transformer, as `merge_loras` does."""
     if not changes:
         return
@@ -68,7 +68,7 @@ def merge_changes(model: Flux, loras: Sequence[Lora] | None, changes: Mapping[st
 
 
 @contextmanager
-def merged(model: Flux, loras: Sequence[Lora] | None) -> Iterator[None]:
+def merged(model: Flux | Flux2, loras: Sequence[Lora] | None) -> Iterator[None]:
     """Add LoRAs to the weights of a transformer as `merge_loras` does, and put the weights themselves back at the end.
 
     Nothing is subtracted, so that the weights are the same to the bit. Raises `CheckpointError` also for a transformer
@@ -94,8 +94,6 @@ def merged(model: Flux, loras: Sequence[Lora] | None) -> Iterator[None]:
 
 
 def _additions(model: Flux | Flux2, lora: Lora) -> list[Addition]:
-    if isinstance(model, Flux2):
-        raise CheckpointError(f"{lora.path}: LoRAs are merged into FLUX.1 only, and this model is FLUX.2")
     return read_additions(lora, model.params, {name: tuple(w.shape) for name, w in model.named_parameters()})
 
 

@@ -26,12 +26,14 @@ from fluxlab.errors import UserError
 from fluxlab.model import AUTOENCODERS, TRANSFORMERS, TRANSFORMERS2, Flux2Params
 
 _PUBLISHED = {"clip": 123_060_480, "t5": 4_762_310_656}  # parameters of FLUX.1's
-_QWEN3_4B, _QWEN3_8B = ("qwen3", 4_022_468_096), ("qwen3", 8_190_735_360)
+# parameters, and those of the largest layer: the embeddings
+_QWEN3_4B = ("qwen3", 4_022_468_096, 151936 * 2560)
+_QWEN3_8B = ("qwen3", 8_190_735_360, 151936 * 4096)
 _PUBLISHED2 = {
     "klein4b": _QWEN3_4B,
     "klein4b_base": _QWEN3_4B,
     "klein9b": _QWEN3_8B,
-    "flux2dev": ("mistral3", 24_011_361_280),
+    "flux2dev": ("mistral3", 24_011_361_280, 131072 * 5120),
 }
 _LAYERS = {"clip": 49408 * 768, "t5": 4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096}  # of their largest layers
 _FOLDERS = {
@@ -162,12 +164,15 @@ def published(row: ModelRow) -> dict[str, Stored]:
     name = names[row.path]
     flux2 = name in TRANSFORMERS2
     sizes = {"transformer": known[name], "autoencoder": AUTOENCODERS["flux2" if flux2 else "flux1"]}
-    text = {_PUBLISHED2[name][0]: _PUBLISHED2[name][1]} if flux2 else _PUBLISHED
+    text, layers = _PUBLISHED, _LAYERS
+    if flux2:
+        kind, count, layer = _PUBLISHED2[name]
+        text, layers = {kind: count}, {kind: layer}
     shapes = {part: [weight.numel() for weight in on_meta(params).parameters()] for part, params in sizes.items()}
     counts = {**shapes, **{part: [count] for part, count in text.items()}}
     bf16 = torch.bfloat16
     return {
-        part: Stored((), len(numbers), Counter({bf16: sum(numbers)}), bf16, sizes.get(part), _LAYERS.get(part, 0))
+        part: Stored((), len(numbers), Counter({bf16: sum(numbers)}), bf16, sizes.get(part), layers.get(part, 0))
         for part, numbers in counts.items()
     }
 

@@ -31,8 +31,7 @@ def needed(pipe: "Pipeline", settings: Sampling, batch: int, objective: str) -> 
     if objective != "sharpness":
         return found
     params, dtype = pipe.autoencoder.params, next(pipe.autoencoder.parameters()).dtype
-    size = rows * pipe.pixels_per_token // params.factor, cols * pipe.pixels_per_token // params.factor
-    return found.with_decoder(decoder_bytes(params, batch, *size, dtype))
+    return found.with_decoder(decoder_bytes(params, batch, rows, cols, dtype))
 
 
 def keeps_all(pipe: "Pipeline", settings: Sampling, batch: int, objective: str, memory_gb: float | None) -> bool:

@@ -1,25 +1,30 @@
 """Bytes of weights and activations, from sizes alone. Weights are exact. Activations are those of a device."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
+from torch import nn
 
-from fluxlab.model import AutoEncoder, AutoEncoderParams, Flux, FluxParams
+from fluxlab.checkpoints.networks import architecture_of
+from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
 from fluxlab.model.autoencoder import AttnBlock
-from fluxlab.model.layers import DoubleStreamBlock, SingleStreamBlock
 
 ALIGN = 256
 """Bytes at which each tensor of a block starts in its buffer. Matrix products on a GPU want at least 16."""
 
-MODULATIONS = (".img_mod.", ".txt_mod.", ".modulation.", ".adaLN_modulation.")
-"""Parts of the names of weights whose products depend on time, guidance and pooled text only."""
+_MODULATION = re.compile(r"(?:^|\.)\w*_?(?:mod|modulation)(?:_img|_txt)?\.")
+"""Of the names of weights whose products depend on time, guidance and pooled text only."""
+
+Params = FluxParams | Flux2Params
+Decoder = AutoEncoderParams | AutoEncoder2Params
 
 
 def is_modulation(name: str) -> bool:
-    """Return whether a parameter of `Flux` computes shifts, scales and gates."""
-    return any(part in f".{name}" for part in MODULATIONS)
+    """Return whether a parameter of a transformer computes shifts, scales and gates."""
+    return _MODULATION.search(name) is not None
 
 
 def aligned(size: int) -> int:
@@ -32,77 +37,87 @@ def buffer_bytes(counts: Iterable[int], itemsize: int) -> int:
     return sum(aligned(count * itemsize) for count in counts)
 
 
-@lru_cache
-def block_counts(p: FluxParams, double: bool) -> tuple[int, ...]:
-    """Return the number of elements of each tensor of a block, without its modulations."""
+def one_block(p: Params, double: bool) -> Params:
+    """Return the sizes of a transformer with one double or one single block."""
+    return replace(p, depth=int(double), depth_single_blocks=int(not double))
+
+
+def _on_meta(p: Params | Decoder) -> nn.Module:
     with torch.device("meta"):
-        block = (
-            DoubleStreamBlock(p.hidden_size, p.num_heads, p.mlp_ratio, p.qkv_bias)
-            if double
-            else SingleStreamBlock(p.hidden_size, p.num_heads, p.mlp_ratio)
-        )
+        return architecture_of(p).build(p)
+
+
+@lru_cache
+def block_counts(p: Params, double: bool) -> tuple[int, ...]:
+    """Return the number of elements of each tensor of a block, without its modulations."""
+    model = _on_meta(one_block(p, double))
+    (block,) = [*model.double_blocks, *model.single_blocks]
     return tuple(weight.numel() for name, weight in block.named_parameters() if not is_modulation(name))
 
 
 @lru_cache
-def end_counts(p: FluxParams) -> tuple[int, ...]:
-    """Return the number of elements of each tensor outside of the blocks, without the final modulation."""
-    with torch.device("meta"):
-        ends = Flux(_without_blocks(p))
+def end_counts(p: Params) -> tuple[int, ...]:
+    """Return the number of elements of each tensor outside of the blocks, without modulations."""
+    ends = _on_meta(_without_blocks(p))
     return tuple(weight.numel() for name, weight in ends.named_parameters() if not is_modulation(name))
 
 
-def _without_blocks(p: FluxParams) -> FluxParams:
+def _without_blocks(p: Params) -> Params:
     return replace(p, depth=0, depth_single_blocks=0)
 
 
-def modulation_width(p: FluxParams) -> int:
+def modulation_width(p: Params) -> int:
     """Return the number of shifts, scales and gates of one sample at one time: of all blocks and the final layer."""
-    return (12 * p.depth + 3 * p.depth_single_blocks + 2) * p.hidden_size
+    return sum(architecture_of(p).build.modulation_layers(p).values()) * p.hidden_size
 
 
-def modulation_count(p: FluxParams) -> int:
+@lru_cache
+def modulation_count(p: Params) -> int:
     """Return the number of parameters that compute the modulations."""
-    return modulation_width(p) * (p.hidden_size + 1)
+    shared, double, single = (
+        sum(weight.numel() for name, weight in _on_meta(sizes).named_parameters() if is_modulation(name))
+        for sizes in (_without_blocks(p), one_block(p, True), one_block(p, False))
+    )
+    return shared + p.depth * (double - shared) + p.depth_single_blocks * (single - shared)
 
 
-def transformer_bytes(p: FluxParams, itemsize: int) -> int:
+def transformer_bytes(p: Params, itemsize: int) -> int:
     """Return the bytes of all weights of a transformer."""
     blocks = p.depth * sum(block_counts(p, True)) + p.depth_single_blocks * sum(block_counts(p, False))
     return (blocks + sum(end_counts(p)) + modulation_count(p)) * itemsize
 
 
-def activation_bytes(p: FluxParams, batch: int, tokens: int, itemsize: int) -> int:
+def activation_bytes(p: Params, batch: int, tokens: int, itemsize: int) -> int:
     """Return the largest memory of one forward, its inputs left out, with a fused attention kernel.
 
     It is reached at the end of a single block: residual before and after, joint projection, GELU of the MLP, their
-    concatenation, attention and its input in the model's dtype; q and k in fp32. MLPs count `mlp_ratio` each.
+    concatenation, attention and its input in the model's dtype; q and k in fp32. MLPs count `mlp_ratio` each. SwiGLU,
+    whose maps are four MLPs before there are q and k, takes no more.
     """
     wide = 8 + 3 * p.mlp_ratio
     exact = max(4, itemsize)
     return int(batch * tokens * p.hidden_size * (itemsize * wide + 2 * exact))
 
 
-def sample_bytes(p: FluxParams, text: int, tokens: int, size: int) -> int:
+def sample_bytes(p: Params, text: int, tokens: int, size: int) -> int:
     """Return what a sample has besides activations: text of its prompt and a copy in the batch, rotary tables, and four
     copies of latents and velocity in fp32."""
     latents = (tokens - text) * p.in_channels
     return 2 * text * p.context_in_dim * size + 4 * (tokens * p.hidden_size // p.num_heads + 4 * latents)
 
 
-def waiting_bytes(p: FluxParams, batch: int, tokens: int, itemsize: int) -> int:
+def waiting_bytes(p: Params, batch: int, tokens: int, itemsize: int) -> int:
     """Return the memory of a batch that waits between two blocks: its residual, and the one that it replaces."""
     return 2 * batch * tokens * p.hidden_size * itemsize
 
 
 @lru_cache
-def autoencoder_counts(p: AutoEncoderParams) -> int:
+def autoencoder_counts(p: Decoder) -> int:
     """Return the number of parameters of an autoencoder."""
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in AutoEncoder(p).parameters())
+    return sum(weight.numel() for weight in _on_meta(p).parameters())
 
 
-def decode_bytes(p: AutoEncoderParams, batch: int, height: int, width: int, itemsize: int) -> int:
+def decode_bytes(p: Decoder, batch: int, height: int, width: int, itemsize: int) -> int:
     """Return the largest memory of decoding, its weights left out. Above 4 GB the decoder works in tiles by itself."""
     whole, latents = _maps(p, batch * height * width, itemsize), height * width // p.factor**2
     middle = p.ch * p.ch_mult[-1] * latents
@@ -118,18 +133,24 @@ def _attention_bytes(batch: int, latents: int, itemsize: int) -> int:
     return 2 * batch * min(latents**2, AttnBlock.scores) * max(4, itemsize)
 
 
-def _width(p: AutoEncoderParams) -> int:
+def _width(p: Decoder) -> int:
     """Return the channels after the last upsampling, the widest map of full size."""
     return p.ch * p.ch_mult[min(1, len(p.ch_mult) - 1)]
 
 
-def _maps(p: AutoEncoderParams, pixels: int, itemsize: int) -> int:
+def _maps(p: Decoder, pixels: int, itemsize: int) -> int:
     """Three maps of full size. In 16 bits the statistics of a group norm need more: measured, 3.75."""
     return int((3.75 if itemsize < 4 else 3) * _width(p) * pixels * itemsize)
 
 
-def text_activation_bytes(tokens: int, itemsize: int) -> int:
-    """Return the memory of T5-XXL above its weights: scores of 64 heads in two copies, and three maps of the MLP."""
+def text_activation_bytes(p: Params, tokens: int, itemsize: int) -> int:
+    """Return the memory of a text encoder above its weights.
+
+    T5-XXL: scores of 64 heads in two copies, and three maps of the MLP. FLUX.2's language models, by their width: the
+    states of 40 layers, three maps of an MLP of at most 6.4 widths, and what attention takes.
+    """
+    if isinstance(p, Flux2Params):
+        return 67 * tokens * p.context_in_dim // 3 * itemsize
     return 64 * tokens**2 * (4 + itemsize) + 3 * tokens * 10240 * itemsize
 
 

@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 
-from fluxlab.memory.costs import activation_bytes, gb
-from fluxlab.model import AutoEncoder, AutoEncoderParams, FluxParams
-from fluxlab.model.layers import DoubleStreamBlock, SingleStreamBlock
+from fluxlab.checkpoints.networks import architecture_of
+from fluxlab.families import family_of
+from fluxlab.memory.costs import activation_bytes, gb, one_block
+from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
 from fluxlab.model.rope import Rotary
 from fluxlab.model.sites import Site
 
@@ -57,7 +57,14 @@ class GradientMemory:
 
 
 def gradient_memory(
-    p: FluxParams, batch: int, text: int, image: int, steps: int, dtype: torch.dtype, *, every_step: bool = False
+    p: FluxParams | Flux2Params,
+    batch: int,
+    text: int,
+    image: int,
+    steps: int,
+    dtype: torch.dtype,
+    *,
+    every_step: bool = False,
 ) -> GradientMemory:
     """Return the memory of a gradient through `steps` forwards of `batch` samples.
 
@@ -79,22 +86,24 @@ def gradient_memory(
 
 
 @lru_cache
-def saved_bytes(p: FluxParams, batch: int, text: int, image: int, dtype: torch.dtype, double: bool) -> int:
+def saved_bytes(
+    p: FluxParams | Flux2Params, batch: int, text: int, image: int, dtype: torch.dtype, double: bool
+) -> int:
     """Return the bytes that autograd keeps of one block, its inputs and weights left out, with fused attention."""
     found: dict[int, int] = {}
     with FakeTensorMode(), torch.enable_grad():
-        block = (
-            DoubleStreamBlock(p.hidden_size, p.num_heads, p.mlp_ratio, p.qkv_bias)
-            if double
-            else SingleStreamBlock(p.hidden_size, p.num_heads, p.mlp_ratio)
-        )
-        weights = {name: torch.empty_like(w, dtype=dtype) for name, w in block.named_parameters()}
+        model = architecture_of(p).build(one_block(p, double))
+        for module in model.modules():  # `to` cannot change the dtype of such tensors
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[name] = nn.Parameter(torch.empty_like(weight, dtype=dtype), requires_grad=False)
+        (block,) = [*model.double_blocks, *model.single_blocks]
         tokens, exact = text + image, torch.promote_types(dtype, torch.float32)
         table = Rotary(*(torch.empty(1, 1, tokens, sum(p.axes_dim) // 2, dtype=exact) for _ in range(2)))
         given = [torch.empty(batch, n, p.hidden_size, dtype=dtype) for n in ((image, text) if double else (tokens,))]
         gain = torch.empty(p.num_heads, sum(p.axes_dim) // 2, dtype=exact).requires_grad_()
         inputs, vec = [x.requires_grad_() for x in given], torch.empty(batch, p.hidden_size, dtype=dtype)
-        held, outside = [], {_id(x) for x in (*inputs, vec, *table, gain, *weights.values())}
+        held, outside = [], {_id(x) for x in (*inputs, vec, *table, gain, *model.parameters())}
 
         def pack(x: Tensor) -> Tensor:
             if _id(x) not in outside:
@@ -103,17 +112,20 @@ def saved_bytes(p: FluxParams, batch: int, text: int, image: int, dtype: torch.d
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            functional_call(block, weights, (*inputs, vec, (table, table), None, None, _Gains(gain)))
+            block(*inputs, model.modulations(vec)[0], (table, table), None, None, _Gains(gain))
     return sum(found.values())
 
 
 @lru_cache
-def decoder_bytes(p: AutoEncoderParams, batch: int, rows: int, cols: int, dtype: torch.dtype) -> int:
-    """Return the bytes that autograd keeps of decoding latents `(batch, C, rows, cols)`, weights left out."""
+def decoder_bytes(
+    p: AutoEncoderParams | AutoEncoder2Params, batch: int, rows: int, cols: int, dtype: torch.dtype
+) -> int:
+    """Return the bytes that autograd keeps of decoding `rows` × `cols` tokens, weights left out."""
     found: dict[int, int] = {}
     with FakeTensorMode(), torch.enable_grad():
-        model = AutoEncoder(p).requires_grad_(False)
-        held, outside = [], {_id(w) for w in model.parameters()}
+        model = architecture_of(p).build(p).requires_grad_(False)
+        tokens = torch.empty(batch, rows * cols, 4 * p.z_channels).requires_grad_()
+        held, outside = [], {_id(w) for w in (*model.parameters(), *model.buffers())}
 
         def pack(x: Tensor) -> Tensor:
             if _id(x) not in outside:
@@ -122,7 +134,7 @@ def decoder_bytes(p: AutoEncoderParams, batch: int, rows: int, cols: int, dtype:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model.decode(torch.empty(batch, p.z_channels, rows, cols).requires_grad_(), tile=None)
+            model.decode(family_of(p).unpack(tokens, rows, cols), tile=None)
     return sum(found.values()) * dtype.itemsize // 4
 
 

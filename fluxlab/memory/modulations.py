@@ -1,4 +1,7 @@
-"""Modulations that are known in advance: shifts, scales and gates depend on time, guidance and pooled text only."""
+"""Modulations that are known in advance: shifts, scales and gates depend on time, guidance and pooled text only.
+
+In FLUX.1 each block has its own. In FLUX.2 all blocks of a kind share them, and there is no pooled text.
+"""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,16 +12,16 @@ from torch import Tensor
 
 from fluxlab.memory.costs import modulation_width
 from fluxlab.memory.plan import KEPT
-from fluxlab.model import Flux, FluxParams
-from fluxlab.model.layers import Affine, Modulations
+from fluxlab.model import Flux, Flux2
+from fluxlab.model.layers import Modulations
 from fluxlab.model.linear import linear, uses_onednn
 
-Weights = Callable[[], Iterator[tuple[Tensor, Tensor]]]
-"""Returns weight and bias of every modulation on the device, in the order of `linear_names`, one after the other."""
+Weights = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
+"""Returns weight and bias of every modulation on the device, one by one, in the order of `modulation_layers`."""
 
 
-Inputs = tuple[Tensor, Tensor, Tensor | None]
-"""Of `Flux.conditioning`: the model's timesteps `(B,)`, pooled text `(B, V)`, guidance `(B,)`."""
+Inputs = tuple[Tensor | None, ...]
+"""Of the model's `conditioning`: timesteps `(B,)`, in FLUX.1 the pooled text `(B, V)`, and guidance `(B,)`."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,8 @@ class Conditions:
     rows: int
 
 
-def linear_names(p: FluxParams) -> list[str]:
-    """Return the names of the layers that compute modulations, in the order of a table's columns."""
-    double = [f"double_blocks.{i}.{stream}_mod.lin" for i in range(p.depth) for stream in ("img", "txt")]
-    single = [f"single_blocks.{i}.modulation.lin" for i in range(p.depth_single_blocks)]
-    return [*double, *single, "final_layer.adaLN_modulation.1"]
-
-
 @torch.no_grad()
-def tables(flux: Flux, vectors: Sequence[Tensor], weights: Weights) -> list[Tensor]:
+def tables(flux: Flux | Flux2, vectors: Sequence[Tensor], weights: Weights) -> list[Tensor]:
     """Return all modulations `(B, W)` of each conditioning vector `(B, D)`.
 
     Each layer's weights are needed once. The result has the bits of a forward with that vector. Where a row of a
@@ -61,21 +57,13 @@ def tables(flux: Flux, vectors: Sequence[Tensor], weights: Weights) -> list[Tens
     return [part for row in rows for part in row.split(counts if len(rows) == 1 else [len(row)])]
 
 
-def split(table: Tensor, p: FluxParams) -> list[Modulations]:
-    """Return the modulations of each block and of the final layer from a table `(B, W)`: `Flux.forward` takes them."""
-    parts = table[:, None, :].split(p.hidden_size, dim=-1)
-    sets = [Affine(*parts[i : i + 3]) for i in range(0, len(parts) - 2, 3)]
-    double = [tuple(sets[4 * i : 4 * i + 4]) for i in range(p.depth)]
-    return [*double, *((affine,) for affine in sets[4 * p.depth :]), (Affine(*parts[-2:], None),)]
-
-
 class KnownModulations:
     """The tables of a run, made for several batches at a time, because each time reads 27 % of the weights.
 
     They are kept on the host. A batch's own are on the device while it is sampled.
     """
 
-    def __init__(self, flux: Flux, weights: Weights):
+    def __init__(self, flux: Flux | Flux2, weights: Weights):
         self._flux, self._weights = flux, weights
         self._coming: dict[Hashable, Callable[[], Conditions]] = {}
         self._tables: dict[Hashable, dict[Hashable, Tensor]] = {}
@@ -140,4 +128,4 @@ class Steps:
         if now not in self._on_device:
             made = self._known.get(self._key, self._conditions, now)
             self._on_device = {forward: table.to(flux.img_in.weight.device) for forward, table in made.items()}
-        return split(self._on_device[now], flux.params)
+        return flux.split_modulations(self._on_device[now], flux.params)

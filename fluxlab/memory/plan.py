@@ -7,9 +7,8 @@ import torch
 
 from fluxlab.errors import UserError
 from fluxlab.memory import costs
-from fluxlab.memory.costs import gb
+from fluxlab.memory.costs import Decoder, Params, gb
 from fluxlab.memory.request import Memory
-from fluxlab.model import AutoEncoderParams, FluxParams
 
 SPARE = 10**9
 """Bytes of a GPU that stay free if no limit is given: for its kernels' workspaces and other programs."""
@@ -38,16 +37,17 @@ class ModelSizes:
     stored_blocks: bytes of each block as its file has it, without modulations; None means all tensors in `stored`.
     mapped: whether a CPU can compute from the pages of the files, because they hold every tensor in one piece and in
         `dtype`. changed: whether LoRAs are added to blocks as they are used.
-    text_bytes: both text encoders once loaded. t5_layer_bytes: the largest of T5's layers, its embeddings included.
+    text_bytes: all text encoders once loaded. text_layer_bytes: the largest layer of the largest one, its embeddings
+        included.
     """
 
-    transformer: FluxParams
-    autoencoder: AutoEncoderParams
+    transformer: Params
+    autoencoder: Decoder
     dtype: torch.dtype
     stored: torch.dtype
     autoencoder_dtype: torch.dtype
     text_bytes: int
-    t5_layer_bytes: int
+    text_layer_bytes: int
     stored_blocks: tuple[int, ...] | None = None
     mapped: bool = False
     changed: bool = False
@@ -71,7 +71,7 @@ class ModelSizes:
 class Workload:
     """What a run asks of the model at once.
 
-    batch: samples in one forward. height, width: pixels. text: T5 tokens. references: tokens of reference images.
+    batch: samples in one forward. height, width: pixels. text: text tokens. references: tokens of reference images.
     steps: for which modulations are kept. probe_bytes: arrays and working memory of probes, a batch.
     batches: how many batches are to be computed. samples: of a whole batch, if not all of them are in one forward.
     """
@@ -112,7 +112,7 @@ class Plan:
     resident: indices of blocks that stay on the device, double blocks first. The others are streamed.
     together: batches that go through a streamed block before the next one is loaded.
     text: "first" (encoded before the transformer is on the device, then the encoders are gone), or "layers" (as first,
-        one layer of T5 at a time).
+        one layer of T5 or of the language model at a time).
     decoder: "device", or "host" if an image cannot be decoded in what the device has.
     parts: bytes on the device by name. phases: bytes in use while text is encoded, while the transformer runs and
         while images are decoded. pinned_bytes: of the host's ring. step_bytes: read from files in one pass over all
@@ -200,7 +200,7 @@ def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
         "waiting": costs.waiting_bytes(p, work.batch, tokens, size),
         "conditioning": work.rows * costs.sample_bytes(p, work.text, tokens, size),
         "probes": work.probe_bytes,
-        "encoding": costs.text_activation_bytes(work.text, size),
+        "encoding": costs.text_activation_bytes(p, work.text, size),
         "decoding": costs.decode_bytes(sizes.autoencoder, work.batch, work.height, work.width, decoder),
     }
 
@@ -271,7 +271,7 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
         )
     alone = room.used + parts["encoding"]
     text = "first" if free is None or alone + parts["text"] <= free else "layers"
-    phases["text"] = alone + (parts["text"] if text == "first" else sizes.t5_layer_bytes)
+    phases["text"] = alone + (parts["text"] if text == "first" else sizes.text_layer_bytes)
     room_for_more = 0 if free is None else free - max(phases["transformer"], phases["decoder"])
     each = max(1, parts["waiting"] + parts["probes"] + parts["tables"] + parts["conditioning"])
     streamed = sum(stored) - parts["resident"]

@@ -12,27 +12,27 @@ from fluxlab.checkpoints.casting import check_finite
 from fluxlab.checkpoints.lora import Addition
 from fluxlab.checkpoints.merge import merge
 from fluxlab.memory.costs import is_modulation
-from fluxlab.memory.modulations import Conditions, KnownModulations, Steps, linear_names
+from fluxlab.memory.modulations import Conditions, KnownModulations, Steps
 from fluxlab.memory.pages import MappedPages, let_go
 from fluxlab.memory.plan import CPU_DEPTH, CPU_SLOTS, PINNED, SLOTS, Plan
 from fluxlab.memory.ring import Engine, Reader, Ring, engine_for
 from fluxlab.memory.source import Unit, WeightSource
 from fluxlab.memory.turns import Turns
-from fluxlab.model import Flux
+from fluxlab.model import Flux, Flux2
 
 T = TypeVar("T")
 
 
 class Residency:
-    """Places the weights of a `Flux` according to a plan, and gives each block its weights while it is computed.
+    """Places the weights of a transformer according to a plan, and gives each block its weights while it is computed.
 
-    `Flux.forward` does not know of it: it acts before and after a block. Weights of a block that is not being computed
+    Its `forward` does not know of it: it acts before and after a block. Weights of a block that is not being computed
     are on the meta device, or mapped from their file on a CPU.
     """
 
     def __init__(
         self,
-        flux: Flux,
+        flux: Flux | Flux2,
         source: WeightSource,
         device: torch.device,
         engine: Engine | None = None,
@@ -258,14 +258,14 @@ class Residency:
         """Return the modulations of a batch, whose weights are read if no batch before it had the same conditions."""
         return self.known.of(key, conditions)
 
-    def _modulation_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
-        layers = linear_names(self.flux.params)
+    def _modulation_weights(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        layers = list(self.flux.modulation_layers(self.flux.params))
         if self.mapped:
             for name in layers:
                 layer = self.flux.get_submodule(name)
                 check_finite(layer.weight, [(f"{name}.weight", layer.weight)], self.source.path)
                 yield layer.weight, layer.bias
-                let_go([layer.weight, layer.bias])
+                let_go(layer.parameters())
             return
         units = list(range(self.source.modulations, len(self.source.units)))
         reader = self._reader(units, depth=1 if self.device.type == "cpu" else 2)
@@ -281,8 +281,12 @@ class Residency:
                 count = sum(name.endswith("weight") for name in views)
                 for name in itertools.islice(names, count):
                     inner = name.removeprefix(prefix)
-                    weight, bias = (views[f"{inner}.{kind}"].to(self.dtype) for kind in ("weight", "bias"))
-                    yield self._changed(f"{name}.weight", weight), self._changed(f"{name}.bias", bias)
+                    made = {
+                        kind: self._changed(f"{name}.{kind}", views[f"{inner}.{kind}"].to(self.dtype))
+                        for kind in ("weight", "bias")
+                        if f"{inner}.{kind}" in views
+                    }
+                    yield made["weight"], made.get("bias")
         finally:
             reader.close()
 

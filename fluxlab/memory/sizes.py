@@ -10,7 +10,6 @@ from fluxlab.checkpoints.stored import Stored, local
 from fluxlab.config import ModelRow
 from fluxlab.memory.plan import ModelSizes
 from fluxlab.memory.source import WeightSource, is_mapped
-from fluxlab.model import Flux2Params
 
 
 def open_row(row: ModelRow, dtype: torch.dtype | None, device: torch.device) -> OpenWeights:
@@ -19,12 +18,8 @@ def open_row(row: ModelRow, dtype: torch.dtype | None, device: torch.device) -> 
     return open_weights(TRANSFORMER, path, dtype=dtype, device=device, variant=row.variant, unread=True)
 
 
-def sizes_of(
-    row: ModelRow, parts: Mapping[str, Stored], dtype: torch.dtype | None, device: torch.device
-) -> ModelSizes | None:
-    """Return the sizes of a model of FLUX.1 as its files give them; None for FLUX.2. parts: of `checkpoints.stored`."""
-    if isinstance(parts["transformer"].params, Flux2Params):
-        return None
+def sizes_of(row: ModelRow, parts: Mapping[str, Stored], dtype: torch.dtype | None, device: torch.device) -> ModelSizes:
+    """Return the sizes of a model as its files give them. parts: of `checkpoints.stored`."""
     opened = open_row(row, dtype, device) if parts["transformer"].files else None
     return model_sizes(parts, dtype, opened, bool(row.lora))
 
@@ -37,6 +32,8 @@ def model_sizes(
     loras: whether LoRAs are added to the transformer. On a CPU they are added once to weights that are mapped.
     """
     transformer, autoencoder = parts["transformer"], parts["autoencoder"]
+    encoders = [part for name, part in parts.items() if name not in ("transformer", "autoencoder")]
+    largest = max(encoders, key=lambda part: part.parameters.total())
     computed = opened.target.dtype if opened else dtype or transformer.dtype
     stored, blocks, mapped = computed, None, False
     if opened is not None:
@@ -51,8 +48,8 @@ def model_sizes(
         computed,
         stored,
         dtype or autoencoder.dtype,
-        text_bytes=sum(parts[name].bytes_as(dtype) for name in ("clip", "t5")),
-        t5_layer_bytes=parts["t5"].layer * (dtype or parts["t5"].dtype).itemsize,
+        text_bytes=sum(part.bytes_as(dtype) for part in encoders),
+        text_layer_bytes=largest.layer * (dtype or largest.dtype).itemsize,
         stored_blocks=blocks,
         mapped=mapped,
         changed=loras and not mapped,

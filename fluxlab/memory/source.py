@@ -16,7 +16,7 @@ from fluxlab.checkpoints.keys import Recipe
 from fluxlab.checkpoints.networks import OpenNetwork
 from fluxlab.checkpoints.read import OpenWeights
 from fluxlab.memory.costs import aligned, is_modulation
-from fluxlab.model import FluxParams
+from fluxlab.model import Flux2Params, FluxParams
 
 CHUNK = 32 << 20
 """Bytes of one read. Several threads read the chunks of a block."""
@@ -48,7 +48,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Unit:
-    """Weights that are read together: a block without its modulations, or the modulations of one block.
+    """Weights that are read together: a block without its modulations, or modulations, those of one block together.
 
     prefix: of the weights' full names. size: bytes of the buffer that holds them.
     """
@@ -92,11 +92,17 @@ class Unit:
 class WeightSource:
     """The units of a transformer in its open files.
 
-    Blocks are numbered from 0, double blocks first. The unit `modulations + i` has the modulations of block i, and the
-    last one those of the final layer.
+    Blocks are numbered from 0, double blocks first. The units from `modulations` on have the modulations: those of each
+    block, or in FLUX.2 each layer that blocks share, and those of the final layer.
     """
 
-    def __init__(self, net: OpenNetwork, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], params: FluxParams):
+    def __init__(
+        self,
+        net: OpenNetwork,
+        recipe: Recipe,
+        shapes: Mapping[str, tuple[int, ...]],
+        params: FluxParams | Flux2Params,
+    ):
         self.path, self.params = net.path, params
         self._files: dict[Path, int] = {}
         offsets: dict[str, tuple[Path, int]] = {}
@@ -106,11 +112,15 @@ class WeightSource:
         names = [f"double_blocks.{i}." for i in range(params.depth)]
         names += [f"single_blocks.{i}." for i in range(params.depth_single_blocks)]
         self.blocks = self.modulations = len(names)
-        inside = {
-            prefix: [name for name in shapes if name.startswith(prefix)] for prefix in [*names, "final_layer.adaLN_"]
-        }
-        self.units = [_unit(prefix, False, inside[prefix], net, recipe, shapes, at) for prefix in names]
-        self.units += [_unit(prefix, True, inside[prefix], net, recipe, shapes, at) for prefix in inside]
+        groups = {prefix: [name for name in shapes if name.startswith(prefix)] for prefix in names}
+        self.units = [_unit(prefix, False, inside, net, recipe, shapes, at) for prefix, inside in groups.items()]
+        layers = net.architecture.build.modulation_layers(params)
+        of_layers = dict.fromkeys(
+            next((p for p in names if layer.startswith(p)), f"{layer.rpartition('.')[0]}.") for layer in layers
+        )
+        for prefix in of_layers:
+            inside = [name for name in shapes if name.startswith(prefix)]
+            self.units.append(_unit(prefix, True, inside, net, recipe, shapes, at))
 
     @property
     def stored_blocks(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from fluxlab.errors import UserError
 from fluxlab.model.attention import Tap
 from fluxlab.model.inputs import block_masks, block_tables, check_sizes, per_block
 from fluxlab.model.layers import (
+    Affine,
     BlockTables,
     DoubleStreamBlock,
     LastLayer,
@@ -135,3 +136,26 @@ class Flux(nn.Module):
                 raise UserError("guidance is missing: this model is guidance-distilled; FLUX.1 dev takes 3.5")
             vec = vec + self.guidance_in(timestep_embedding(guidance, dtype))
         return vec + self.vector_in(y)
+
+    def modulations(self, vec: Tensor) -> list[Modulations]:
+        """Return the adaLN parameters of each block and of the final layer, as `forward` takes them."""
+        return [part.modulations(vec) for part in (*self.double_blocks, *self.single_blocks, self.final_layer)]
+
+    def text_modulations(self, vec: Tensor, block: int) -> Modulations:
+        """Return the two sets of a double block's text stream."""
+        return tuple(self.double_blocks[block].txt_mod(vec))
+
+    @staticmethod
+    def modulation_layers(p: FluxParams) -> dict[str, int]:
+        """Return the layers that compute modulations, by name, and how many vectors `(D,)` each returns."""
+        double = [f"double_blocks.{i}.{stream}_mod.lin" for i in range(p.depth) for stream in ("img", "txt")]
+        single = [f"single_blocks.{i}.modulation.lin" for i in range(p.depth_single_blocks)]
+        return dict.fromkeys(double, 6) | dict.fromkeys(single, 3) | {"final_layer.adaLN_modulation.1": 2}
+
+    @staticmethod
+    def split_modulations(table: Tensor, p: FluxParams) -> list[Modulations]:
+        """Return what `modulations` does from the outputs of `modulation_layers`, side by side in a table `(B, W)`."""
+        parts = table[:, None, :].split(p.hidden_size, dim=-1)
+        sets = [Affine(*parts[i : i + 3]) for i in range(0, len(parts) - 2, 3)]
+        double = [tuple(sets[4 * i : 4 * i + 4]) for i in range(p.depth)]
+        return [*double, *((affine,) for affine in sets[4 * p.depth :]), (Affine(*parts[-2:], None),)]

@@ -15,7 +15,15 @@ from fluxlab.errors import UserError
 from fluxlab.model.attention import Tap
 from fluxlab.model.flux2_layers import DoubleStreamBlock2, SingleStreamBlock2
 from fluxlab.model.inputs import block_masks, block_tables, check_sizes, per_block
-from fluxlab.model.layers import BlockTables, LastLayer, MLPEmbedder, Modulation, Modulations, timestep_embedding
+from fluxlab.model.layers import (
+    Affine,
+    BlockTables,
+    LastLayer,
+    MLPEmbedder,
+    Modulation,
+    Modulations,
+    timestep_embedding,
+)
 from fluxlab.model.rope import Rotary
 from fluxlab.model.sites import Site
 
@@ -132,3 +140,20 @@ class Flux2(nn.Module):
         single = tuple(self.single_stream_modulation(vec))
         depths = self.params.depth, self.params.depth_single_blocks
         return [double] * depths[0] + [single] * depths[1] + [self.final_layer.modulations(vec)]
+
+    def text_modulations(self, vec: Tensor, block: int) -> Modulations:
+        """Return the two sets of the text stream, which all double blocks share."""
+        return tuple(self.double_stream_modulation_txt(vec))
+
+    @staticmethod
+    def modulation_layers(p: Flux2Params) -> dict[str, int]:
+        """Return the layers that compute modulations, by name, and how many vectors `(D,)` each returns."""
+        double = [f"double_stream_modulation_{stream}.lin" for stream in ("img", "txt")]
+        return dict.fromkeys(double, 6) | {"single_stream_modulation.lin": 3, "final_layer.adaLN_modulation.1": 2}
+
+    @staticmethod
+    def split_modulations(table: Tensor, p: Flux2Params) -> list[Modulations]:
+        """Return what `modulations` does from the outputs of `modulation_layers`, side by side in a table `(B, W)`."""
+        *parts, shift, scale = table[:, None, :].split(p.hidden_size, dim=-1)
+        sets = tuple(Affine(*parts[i : i + 3]) for i in range(0, len(parts), 3))
+        return [sets[:4]] * p.depth + [sets[4:]] * p.depth_single_blocks + [(Affine(shift, scale, None),)]

@@ -119,6 +119,10 @@ class TextEncoders:
         )
         return tuple(map(tuple, encoded.offset_mapping))
 
+    def token_of(self, word: str, max_sequence_length: int) -> int:
+        """Return the token that stands for a word that is encoded by itself: the first one, as in ConceptAttention."""
+        return 0
+
     @property
     def has_tokenizer(self) -> bool:
         """Whether prompts can be split into tokens: not for a plan of a model that is still to be fetched."""

@@ -111,6 +111,14 @@ class LanguageModelText:
         tokens of the template."""
         return self._all_spans(prompt)[:max_sequence_length]
 
+    def token_of(self, word: str, max_sequence_length: int) -> int:
+        """Return the token that stands for a word that is encoded by itself: its last one, which has read the others.
+
+        Helbling et al. take it too (ConceptAttention for FLUX.2 [dev]).
+        """
+        spans = self.spans(word, max_sequence_length)
+        return max((i for i, (start, end) in enumerate(spans) if end > start), default=0)
+
     @torch.inference_mode()
     def encode(
         self, prompt: str, max_sequence_length: int, truncate: bool = False, unknown_words: str = "error"
@@ -122,13 +130,19 @@ class LanguageModelText:
         self.check([prompt], max_sequence_length, truncate, unknown_words)
         return self.states(prompt, max_sequence_length)
 
-    def states(self, prompt: str, max_sequence_length: int) -> tuple[Float[Tensor, "1 l t"]]:
-        """Return what `encode` returns for a prompt that was checked."""
+    def states(
+        self, prompt: str, max_sequence_length: int, device: torch.device | None = None
+    ) -> tuple[Float[Tensor, "1 l t"]]:
+        """Return what `encode` returns for a prompt that was checked. device: where it is computed, if not where the
+        weights are (`fluxlab.model.layerwise`)."""
         tokens = self._tokenize(
             prompt, padding="max_length", truncation=True, max_length=max_sequence_length, return_tensors="pt"
         )
         decoder = self.encoder.get_decoder()  # without the head that predicts words
-        given = {key: tokens[key].to(self.encoder.device) for key in ("input_ids", "attention_mask")}
+        # the embedding is a table: its rows are picked where it is
+        embedded = self.encoder.get_input_embeddings()(tokens["input_ids"].to(self.encoder.device))
+        given = {"inputs_embeds": embedded, "attention_mask": tokens["attention_mask"]}
+        given = {key: part.to(device or self.encoder.device) for key, part in given.items()}
         states = decoder(**given, output_hidden_states=True, use_cache=False).hidden_states
         return (joined(states, self.layers),)
 

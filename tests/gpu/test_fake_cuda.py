@@ -205,7 +205,7 @@ def test_dev_with_word_maps_fits_its_plan(pipes, cuda):
         stored=torch.bfloat16,
         autoencoder_dtype=torch.bfloat16,
         text_bytes=text,
-        t5_layer_bytes=0,
+        text_layer_bytes=0,
     )
     work = Workload(batch=1, height=1024, width=1024, text=512, steps=1, probe_bytes=sum(needed.values()))
     plan = make_plan(sizes, work, Memory("resident"), Room("cuda", None))

@@ -103,38 +103,45 @@ def test_check(folder, capsys):
     assert "parameters; finite, and differ between prompts; the language model" in text
 
 
-REFUSED = {
-    "l on FLUX.1": (["model=tiny", "+variants.a={a: {op: offset, by: 1, axes: l}}"], "no axis for the order of text"),
-    "a LoRA": (["lora=[{path: a.safetensors}]"], "a.safetensors"),
-    "like": (["+model.like=dev"], "says how FLUX.1 samples"),
-}
-
-
-@pytest.mark.parametrize("what", ["a LoRA", "like"])
-def test_what_is_refused_takes_one_line(folder, tmp_path, capsys, what):
-    import torch
-    from safetensors.torch import save_file
-
-    file = tmp_path / "a.safetensors"
-    save_file({"single_blocks.0.linear1.lora_A.weight": torch.zeros(2, 64)}, file)
-    more, expected = REFUSED[what]
-    more = [word.replace("a.safetensors", str(file)).replace("+model.like", "model.like") for word in more]
-    assert run.main(words(folder, tmp_path / "out", *more, exp="hello")) == 2
+def test_what_is_refused_takes_one_line(folder, tmp_path, capsys):
+    assert run.main(words(folder, tmp_path / "out", "model.like=dev", exp="hello")) == 2
     error = capsys.readouterr().err
-    assert expected in error
+    assert "says how FLUX.1 samples" in error
     assert len(error.strip().splitlines()) <= 3
 
 
-def test_gradients_are_refused(folder):
-    from fluxlab.gradients import prepare
+def test_a_streamed_run_with_a_lora(folder, tmp_path, capsys):
+    """The store is that of a resident run, and the plan says what is streamed."""
+    import torch
+    from safetensors.torch import save_file
 
-    with pytest.raises(UserError, match=r"through FLUX\.1 only, and this model is FLUX\.2"):
-        prepare(fluxlab.load_pipeline(folder, cache="none"), ["a red cat"], [0])
+    draw = torch.Generator().manual_seed(0)
+    down, up = (torch.randn(shape, generator=draw) * 0.3 for shape in ((2, 64), (576, 2)))
+    layer = "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj"
+    save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, tmp_path / "a.safetensors")
+    lora = f"lora=[{{path: {tmp_path / 'a.safetensors'}}}]"
+    images = {}
+    for name, more in {"resident": [lora], "streamed": [lora, "memory=streamed"]}.items():
+        assert run.main(words(folder, tmp_path / name, "seeds=1", *more, exp="hello")) == 0
+        images[name] = pixels(tmp_path / name, "baseline")
+    assert "all 5 blocks streamed" in capsys.readouterr().out
+    assert np.array_equal(images["streamed"], images["resident"])
 
 
-def test_streaming_is_refused(folder):
-    with pytest.raises(UserError, match=r"is FLUX\.2, whose weights are all resident"):
-        fluxlab.load_pipeline(folder, cache="none", memory="streamed")
+def test_learn_and_attribution(folder, tmp_path, capsys):
+    from fluxlab import learn
+    from fluxlab.learning import attribute
+
+    mine = "+variants.mine={a: {op: offset, by: {order: {learn: 1.0, min: -4, max: 4}}, tokens: text}}"
+    settings = ["objective=sharpness", "updates=1", "starts=1", "seeds=2", "steps=1"]
+
+    def own(out, *more):
+        return [word for word in words(folder, tmp_path / out, *more, exp="hello") if "tracking" not in word]
+
+    assert learn.main(own("learned", mine, *settings)) == 0
+    assert "a.by" in (tmp_path / "learned" / "result.json").read_text()
+    assert attribute.main(own("found", "objective=sharpness", "seeds=1", "steps=1")) == 0
+    assert "order" in capsys.readouterr().out
 
 
 def test_an_autoencoder_of_the_other_family(folder):

@@ -7,17 +7,18 @@ import torch
 import fluxlab
 from fluxlab.errors import UserError
 from fluxlab.probes import Probe
-from tests import tiny, tiny2
+from tests import families, tiny
 
 LENGTH, DOUBLE, HEADS = 24, 2, 2
-OPTIONS = {"steps": 2, "max_sequence_length": LENGTH, "height": 16, "width": 24, "output": "latent", "guidance": 3.5}
+OPTIONS = {"steps": 2, "max_sequence_length": LENGTH, "height": 16, "width": 24, "output": "latent"}
 WORDS = ["fox", "world", "a sign"]
 REQUEST = {"kind": "concepts", "words": WORDS, "blocks": "double"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("folder"))
+@pytest.fixture(scope="module", params=families.NAMES)
+def folder(request, tmp_path_factory):
+    """FLUX.1 with guidance, FLUX.2 without."""
+    return tiny.save(tmp_path_factory.mktemp("folder")) if request.param == "flux1" else families.folder("flux2")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_against_diffusers(pipe):
     found, _ = capture(pipe)
     assert found.axes == ("sample", "step", "block", "word", "row", "col")
     assert found.labels("word") == WORDS
-    expected = of_diffusers().numpy()
+    expected = (of_diffusers() if pipe.family.name == "flux1" else of_diffusers2()).numpy()
     values = found.values[0, -1].reshape(DOUBLE, len(WORDS), -1)
     assert np.ptp(expected, axis=-1).min() > 1e-3  # not the same everywhere
     assert np.abs(values - expected).max() <= 1e-5
@@ -90,6 +91,39 @@ def of_diffusers() -> torch.Tensor:
     return torch.stack(shares)
 
 
+@torch.no_grad()
+def of_diffusers2() -> torch.Tensor:
+    """The same of FLUX.2. Each word is its last token in the chat template, at that token's position."""
+    import diffusers
+
+    theirs = diffusers.Flux2KleinPipeline.from_pretrained(families.folder("flux2"))
+    theirs.set_progress_bar_config(disable=True)
+    model, seen, hooks = theirs.transformer, {}, []
+    for n, block in enumerate(model.transformer_blocks):
+        before = block.register_forward_pre_hook(
+            lambda m, args, kwargs, n=n: seen.update({(n, "input"): kwargs}), with_kwargs=True
+        )
+        out = block.attn.to_out[0].register_forward_pre_hook(lambda m, args, n=n: seen.update({(n, "image"): args[0]}))
+        hooks += [before, out]
+    options = {"num_inference_steps": 2, "guidance_scale": 1, "max_sequence_length": LENGTH, "output_type": "latent"}
+    theirs(prompt="a red cat", generator=torch.Generator().manual_seed(7), height=16, width=24, **options)
+    for hook in hooks:
+        hook.remove()
+    places = [1, 1, 2]  # of the last token of "fox", "world" and "a sign", after that of the template
+    encoded = [theirs.encode_prompt(word, max_sequence_length=LENGTH)[0] for word in WORDS]
+    words = model.context_embedder(torch.stack([txt[:, i] for txt, i in zip(encoded, places, strict=True)], 1))
+    shares = []
+    for n, block in enumerate(model.transformer_blocks):
+        read = block.attn.to_add_out.register_forward_pre_hook(lambda m, args: seen.update(words=args[0]))
+        own = seen[n, "input"]
+        rows = [*places, *range(LENGTH, own["image_rotary_emb"][0].shape[0])]
+        tables = tuple(part[rows] for part in own["image_rotary_emb"])
+        words, _ = block(**{**own, "encoder_hidden_states": words, "image_rotary_emb": tables})
+        read.remove()
+        shares.append((seen["words"][0] @ seen[n, "image"][0].mT).softmax(0))
+    return torch.stack(shares)
+
+
 def test_no_bit_of_the_image_changes(pipe, folder):
     plain = pipe.generate("a red cat", 7, **OPTIONS)
     assert torch.equal(capture(pipe)[1], plain)
@@ -121,7 +155,8 @@ def test_steps_blocks_and_means(pipe):
 
 def test_a_shift_of_all_positions_changes_nothing(pipe):
     """Words stand where the text does, so that only positions relative to the text count."""
-    shifted, _ = capture(pipe, programs={"a": {"op": "offset", "by": [3, 5, 7], "tokens": "all"}})
+    by = {"kind": 3, "row": 5, "col": 7} | ({"order": 2} if pipe.family.name == "flux2" else {})
+    shifted, _ = capture(pipe, programs={"a": {"op": "offset", "by": by, "tokens": "all"}})
     assert np.abs(shifted.values - capture(pipe)[0].values).max() <= 1e-4
 
 
@@ -159,18 +194,16 @@ def test_errors(pipe, request_, message):
 
 
 def test_an_unknown_word_and_the_budget(pipe):
-    with pytest.raises(UserError, match=r"capture.c.words: the text encoders have no token for '☃'"):
-        capture(pipe, {**REQUEST, "words": ["fox", "☃"]})
+    if pipe.family.name == "flux1":  # FLUX.2's language models read every character
+        with pytest.raises(UserError, match=r"capture.c.words: the text encoders have no token for '☃'"):
+            capture(pipe, {**REQUEST, "words": ["fox", "☃"]})
     with pytest.raises(UserError, match=r"capture.max_mb: 0.01, but \d+ MB are needed"):
         pipe.generate("a red cat", probe=Probe({"max_mb": 0.01, "c": REQUEST}), **OPTIONS)
 
 
-def test_windows_and_flux2_are_refused(pipe, tmp_path):
+def test_windows_are_refused(pipe):
     with pytest.raises(UserError, match="windows has several tables"):
         capture(pipe, programs={"a": {"op": "windows", "size": 2}})
-    pipe2 = fluxlab.load_pipeline(tiny2.save(tmp_path))
-    with pytest.raises(UserError, match=r"capture.c.words: .* FLUX.2 is not supported"):
-        pipe2.generate("a cat", probe=Probe({"c": {**REQUEST, "words": ["cat", "red"]}}), steps=1)
 
 
 def test_the_preset_on_the_embedded_model():

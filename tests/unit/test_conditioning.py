@@ -15,6 +15,7 @@ from fluxlab.config import ModelRow
 from fluxlab.errors import UserError
 from fluxlab.model.t5_blocks import blockwise_states
 from fluxlab.model.text import TextEncoders
+from tests import families
 
 PROMPTS = ("a cat", "holding a sign", "")
 LENGTH = 16
@@ -290,3 +291,41 @@ def test_single_files_and_their_other_encoder(folder, tmp_path, cache, opened):
         second = loading.load_row(row, cache=cache, device="cpu", texts=Texts(PROMPTS))
         assert opened == []
         assert same(encoded(first), encoded(second))
+
+
+def test_a_language_model_goes_layer_by_layer_where_it_does_not_fit(monkeypatch):
+    """FLUX.2's. Equal bits; each layer is checked and let go by itself; who asks for the model gets all of it."""
+    from fluxlab import conditioning2
+    from fluxlab.model.layerwise import layer_by_layer
+
+    pipe, layered = families.load("flux2"), families.load("flux2")
+    calls, used = [], []
+    monkeypatch.setattr(conditioning2, "layer_by_layer", lambda *given: calls.append(1) or layer_by_layer(*given))
+    (size,) = layered.text.size().values()
+    layered.text.after_block = used.append
+    layered.text.room = size
+    assert same(encoded(layered), encoded(pipe))
+    assert calls == []
+    layered.text.release()
+    layered.text.room = size - 1
+    assert same(encoded(layered), encoded(pipe))
+    layers = len(pipe.text.encoder.get_decoder().layers)
+    assert (len(calls), len(used)) == (len(PROMPTS), len(PROMPTS) * (layers + 1))
+    assert same([layered.text.encoder.get_input_embeddings().weight], [pipe.text.encoder.get_input_embeddings().weight])
+    assert same(encoded(layered), encoded(pipe))
+    assert len(calls) == len(PROMPTS)
+
+
+def test_a_layer_that_is_not_finite_is_found_when_it_is_used(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(families.folder("flux2"), tmp_path / "model")
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    weights = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    weights["model.layers.3.mlp.up_proj.weight"][1, 2] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    for room in (None, 1):
+        pipe = fluxlab.load_pipeline(folder, cache="none")
+        pipe.text.room = room
+        with pytest.raises(UserError, match=r"mlp\.up_proj\.weight holds 1 values"):
+            encoded(pipe)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import yaml
 
-import fluxlab
 from fluxlab.compose import compose
 from fluxlab.config import config_folder
 from fluxlab.errors import UserError
@@ -19,6 +18,7 @@ from fluxlab.learning.result import curve, intervals
 from fluxlab.positions import Context, Layout, Program, compile_programs
 from fluxlab.run import main as run
 from fluxlab.sampling import Sampling, image_ids, text_ids
+from tests import families
 
 SIGMAS = (1.0, 0.6, 0.0)
 
@@ -130,13 +130,13 @@ def test_what_changes_in_jumps_or_not_at_all(program):
         check_smooth(read_template(program, "variants.x"), context())
 
 
-def test_the_gradient_of_a_loss_is_that_of_finite_differences(tmp_path):
+@pytest.mark.parametrize("family", families.NAMES)
+def test_the_gradient_of_a_loss_is_that_of_finite_differences(family):
     from functools import partial
 
-    from tests import tiny
     from tests.numerics.test_probes import sharpen
 
-    pipe = fluxlab.load_pipeline(tiny.save(tmp_path, guidance=False))
+    pipe = families.load(family)
     sharpen(pipe.transformer)
     pipe.transformer.double()
     template = read_template(

@@ -28,7 +28,7 @@ DEV = ModelSizes(
     stored=BF16,
     autoencoder_dtype=BF16,
     text_bytes=2 * (123_060_480 + 4_762_310_656),  # CLIP-L and T5 v1.1 XXL
-    t5_layer_bytes=2 * (32128 * 4096 + 64 * 32),
+    text_layer_bytes=2 * (32128 * 4096 + 64 * 32),
 )
 DEV_FP8 = ModelSizes(*[FP8 if name == "stored" else value for name, value in vars(DEV).items()])
 WORD_MAPS = 450 * 10**6

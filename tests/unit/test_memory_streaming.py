@@ -13,15 +13,18 @@ from fluxlab.checkpoints import CheckpointError, load_transformer, save_transfor
 from fluxlab.checkpoints.networks import TRANSFORMER
 from fluxlab.checkpoints.read import open_weights
 from fluxlab.memory import modulations, residency
+from fluxlab.memory.costs import is_modulation
 from fluxlab.memory.load import load_ends
-from fluxlab.memory.modulations import Conditions, linear_names, split
+from fluxlab.memory.modulations import Conditions
 from fluxlab.memory.plan import Plan, spread
 from fluxlab.memory.ring import DirectEngine, Reader, Ring
 from fluxlab.memory.source import WeightSource
 from fluxlab.memory.turns import Turns
-from fluxlab.model import Flux, FluxParams
+from fluxlab.model import Flux, Flux2, Flux2Params, FluxParams
+from tests import families
 
 PARAMS = FluxParams(8, 8, 12, 10, 32, 4.0, 2, 2, 3, (4, 6, 6), 10000, True, True)
+PARAMS2 = Flux2Params(8, 8, 10, 32, 2.0, 2, 2, 3, (4, 4, 4, 4), 2000, True)
 BLOCKS = PARAMS.depth + PARAMS.depth_single_blocks
 
 
@@ -80,10 +83,11 @@ class LateEngine(DirectEngine):
             self.wait(mark)
 
 
-@pytest.fixture(scope="module")
-def model() -> Flux:
+@pytest.fixture(scope="module", params=[(Flux, PARAMS), (Flux2, PARAMS2)], ids=families.NAMES)
+def model(request) -> Flux | Flux2:
     torch.manual_seed(0)
-    flux = Flux(PARAMS).eval().requires_grad_(False)
+    build, params = request.param
+    flux = build(params).eval().requires_grad_(False)
     for name, weight in flux.named_parameters():
         weight.normal_(0, 0.25 if weight.ndim > 1 else 0.1)
         if name.endswith("norm.scale"):
@@ -110,23 +114,29 @@ def _metadata(path):
         return file.metadata()
 
 
-def inputs(batch: int = 2, dtype=torch.float32, seed: int = 1) -> dict:
+def inputs(flux: Flux | Flux2, batch: int = 2, dtype=torch.float32, seed: int = 1) -> dict:
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(batch, *shape, generator=g)  # noqa: E731
+    axes = len(flux.params.axes_dim)
     return {
         "img": draw(12, 8).to(dtype),
-        "img_ids": draw(12, 3),
+        "img_ids": draw(12, axes),
         "txt": draw(5, 10).to(dtype),
-        "txt_ids": draw(5, 3),
+        "txt_ids": draw(5, axes),
         "timesteps": torch.linspace(1, 0.2, batch),
-        "y": draw(12).to(dtype),
+        **({"y": draw(12).to(dtype)} if isinstance(flux, Flux) else {}),
         "guidance": torch.linspace(1, 4, batch),
     }
 
 
+def conditioned(x: dict, t: float | None = None) -> tuple:
+    """Return the arguments of `conditioning`, with all times replaced by `t`."""
+    times = x["timesteps"] if t is None else torch.full_like(x["timesteps"], t)
+    return times, *(x[key] for key in ("y", "guidance") if key in x)
+
+
 def run(placed: residency.Residency, x: dict, key="a") -> torch.Tensor:
-    times = x["timesteps"]
-    conditions = Conditions((0.5,), lambda _: (times, x["y"], x["guidance"]), len(times))
+    conditions = Conditions((0.5,), lambda _: conditioned(x), len(x["timesteps"]))
     steps = placed.modulations(key, lambda: conditions)
     return placed.flux(**x, modulations=steps.at(0.5))
 
@@ -147,7 +157,7 @@ CASES = [
 @torch.inference_mode()
 def test_every_mixture_computes_the_same_bits(files, name, dtype, late, monkeypatch):
     whole = load_transformer(files / name, dtype=dtype)
-    x = inputs(dtype=whole.img_in.weight.dtype)
+    x = inputs(whole, dtype=whole.img_in.weight.dtype)
     expected = whole(**x)
     assert expected.isfinite().all()
     if late:  # without it, a CPU computes from the pages of the file
@@ -171,20 +181,21 @@ def test_blocks_without_weights_are_an_error(files, monkeypatch):
     monkeypatch.setattr("fluxlab.memory.load.is_mapped", lambda opened: False)
     placed = open_transformer(files / "fp32.safetensors")
     placed.place(plan(1))
-    run(placed, inputs())
+    x = inputs(placed.flux)
+    run(placed, x)
     blocks = placed.blocks
     assert not any(weight.is_meta for name, weight in blocks[1].named_parameters() if "mod" not in name)
     for i in (0, 2, 3, 4):
         assert all(weight.is_meta for weight in blocks[i].parameters())
     with pytest.raises(RuntimeError, match="pass modulations="):
-        placed.flux(**inputs())
+        placed.flux(**x)
 
 
 @torch.inference_mode()
 def test_a_plan_may_change(files, model, monkeypatch):
     monkeypatch.setattr("fluxlab.memory.load.is_mapped", lambda opened: False)
     placed = open_transformer(files / "fp32.safetensors", engine=LateEngine(0.001))
-    x = inputs()
+    x = inputs(model)
     expected = load_transformer(files / "fp32.safetensors")(**x)
     for resident in [(1, 3), (), (0, 1, 2, 3, 4), (2,), (1, 4)]:
         placed.place(plan(*resident))
@@ -200,14 +211,11 @@ def test_modulations_are_those_of_a_forward(files):
     same = open_transformer(files / "bf16.safetensors")
     for streamed, flux in ((same, whole), (placed, load_transformer(files / "e4m3.safetensors"))):
         for batch in (1, 3):
-            x = inputs(batch, torch.bfloat16)
-            conditions = Conditions(
-                (1.0, 0.5), lambda t, b=batch, x=x: (torch.full((b,), t), x["y"], x["guidance"]), 2 * batch
-            )
+            x = inputs(flux, batch, torch.bfloat16)
+            conditions = Conditions((1.0, 0.5), lambda t, x=x: conditioned(x, t), 2 * batch)
             steps = streamed.modulations(batch, lambda c=conditions: c)
             for t in (1.0, 0.5, 0.25):  # the last one is not in the schedule
-                vec = flux.conditioning(torch.full((batch,), t), x["y"], x["guidance"])
-                expected = [m.modulations(vec) for m in (*flux.double_blocks, *flux.single_blocks, flux.final_layer)]
+                expected = flux.modulations(flux.conditioning(*conditioned(x, t)))
                 for got, want in zip(steps.at(t), expected, strict=True):
                     for a, b in zip(got, want, strict=True):
                         for left, right in zip(a, b, strict=True):
@@ -219,8 +227,8 @@ def test_tables_of_announced_batches_are_made_together(files, monkeypatch):
     placed = open_transformer(files / "fp32.safetensors")
     batches = {}
     for key in range(5):
-        x = inputs(2, seed=key)
-        batches[key] = Conditions((1.0, 0.5), lambda t, x=x: (torch.full((2,), t), x["y"], x["guidance"]), 4)
+        x = inputs(placed.flux, 2, seed=key)
+        batches[key] = Conditions((1.0, 0.5), lambda t, x=x: conditioned(x, t), 4)
         placed.known.announce(key, lambda key=key: batches[key])
     for key in range(5):
         placed.modulations(key, lambda key=key: batches[key]).at(1.0)
@@ -239,14 +247,16 @@ def test_tables_of_announced_batches_are_made_together(files, monkeypatch):
     assert other.known.made == 3  # two batches at a time
 
 
-def test_names_of_modulations_cover_a_table():
-    with torch.device("meta"):
-        flux = Flux(PARAMS)
-    width = sum(flux.get_submodule(name).out_features for name in linear_names(PARAMS))
-    blocks = split(torch.arange(float(width))[None], PARAMS)
+def test_names_of_modulations_cover_a_table(model):
+    layers = model.modulation_layers(model.params)
+    width = sum(model.get_submodule(name).out_features for name in layers)
+    assert width == sum(layers.values()) * 32
+    blocks = model.split_modulations(torch.arange(float(width))[None], model.params)
     assert len(blocks) == BLOCKS + 1
-    columns = [part[0, 0] for block in blocks for affine in block for part in affine if part is not None]
+    own = blocks if isinstance(model, Flux) else [blocks[0], blocks[2], blocks[-1]]  # FLUX.2 shares the others
+    columns = [part[0, 0] for block in own for affine in block for part in affine if part is not None]
     assert torch.equal(torch.cat(columns), torch.arange(float(width)))
+    assert {name.rpartition(".")[0] for name in model.state_dict() if is_modulation(name)} == set(layers)
 
 
 @torch.inference_mode()
@@ -262,7 +272,7 @@ def test_damaged_weights_are_found_when_a_block_is_used(files, tmp_path, monkeyp
             placed = open_transformer(tmp_path / "x.safetensors")
             placed.place(plan(1))
             with pytest.raises(CheckpointError, match=r"single_blocks\.1\.linear1\.weight holds 1 values") as error:
-                run(placed, inputs())
+                run(placed, inputs(placed.flux))
             assert len(str(error.value).splitlines()) == 1
             placed.close()
 
@@ -274,7 +284,7 @@ def test_a_file_that_shrinks(files, tmp_path):
     path.write_bytes(path.read_bytes()[:60_000])
     placed.place(plan())
     with pytest.raises(OSError, match="ends before byte"), torch.inference_mode():
-        run(placed, inputs(dtype=torch.bfloat16))
+        run(placed, inputs(placed.flux, dtype=torch.bfloat16))
     placed.close()
 
 
@@ -330,7 +340,7 @@ def test_batches_together_load_each_block_once(files, monkeypatch):
     engine = LateEngine(0.001)
     placed = open_transformer(files / "e4m3.safetensors", engine=engine)
     placed.place(plan(1, 3))
-    xs = [inputs(batch, torch.bfloat16, seed) for seed, batch in enumerate((1, 2, 3))]
+    xs = [inputs(whole, batch, torch.bfloat16, seed) for seed, batch in enumerate((1, 2, 3))]
     expected = [whole(**x) for x in xs]
 
     def sample(i):
@@ -400,6 +410,6 @@ def test_the_source_reads_what_a_file_holds(files):
             assert torch.equal(weight, state[f"{unit.prefix}{name}"])
             assert weight.data_ptr() % 64 == buffer.data_ptr() % 64
             covered.add(f"{unit.prefix}{name}")
-    assert covered == {name for name in state if "blocks" in name or "adaLN" in name}
+    assert covered == {name for name in state if "blocks" in name or is_modulation(name)}
     assert len(whole) > sum(placed.source.stored_blocks)
     assert replace(plan(), resident=(1,)).streamed == (0, 2, 3, 4)
