@@ -6,7 +6,7 @@ PY = $(VENV)/bin/python
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: run test test-unit test-versions test-processors gpu fullsize lint soak docs clean
+.PHONY: run test test-unit test-versions test-processors figures gpu fullsize lint soak docs clean
 
 run: $(VENV)/.core
 	$(PY) -m fluxlab.run +exp=article
@@ -22,6 +22,10 @@ test-versions:
 
 test-processors: $(VENV)/.dev
 	PYTHON=$(PY) tests/processors.sh
+
+# Every figure, from its runs to figures/. One of them, or another model: make figures FIGURES="steps model=schnell"
+figures: $(VENV)/.core
+	$(PY) -m experiments.every $(FIGURES)
 
 # On a machine with a card, at most 10 minutes. Other options: make gpu GPU="--budget 240 --parts forward"
 gpu: $(VENV)/.dev

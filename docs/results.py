@@ -1,5 +1,6 @@
-"""Run the experiments that README and docs quote on the embedded model: `python docs/results.py`, about 14 min on 2 CPU
-cores. `python docs/results.py step_window` runs one of them, `--runs FOLDER` keeps the run folders and resumes them.
+"""Run the experiments that README and docs quote on the embedded model: `python docs/results.py`, about 40 min on 2 CPU
+cores. `python docs/results.py step_window` runs one of them. `--runs FOLDER` keeps the run folders and resumes them:
+`--runs runs/figures` takes those that `make figures` has made.
 
 Writes `docs/results.json`: rows of each run's `summary.csv`, or of the table of its figure. Run it when the embedded
 model changes, and after it `python docs/tables.py`.
@@ -26,6 +27,8 @@ QUOTED = {
 
 
 def main(arguments: Sequence[str]) -> int:
+    sys.path.insert(0, str(ROOT))
+    from experiments import every
     from fluxlab import run
     from fluxlab.files import sha256_of
 
@@ -44,8 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for name in asked.experiments or QUOTED:
             out = (asked.runs or Path(temporary)) / name
-            words = ["model=tiny", "device=cpu", "tracking=none", f"out={out}", *overrides(name)]
-            code = run.main([f"+exp={name}", *words])
+            code = run.main(every.run_of(name, out.parent, ["model=tiny", "device=cpu"]))
             if code:
                 return code
             results[name] = transfers(out) if name == "trace" else rows(out, QUOTED[name])
@@ -53,26 +55,25 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def overrides(name: str) -> list[str]:
-    """Return what differs from the experiment's file: FreeFlux's probe gets the prompts of `trace`."""
-    import yaml
-
-    if name != "freeflux_probe":
-        return []
-    trace = yaml.safe_load((ROOT / "configs" / "exp" / "trace.yaml").read_text())
-    return [f"prompts={json.dumps(trace['prompts'])}", f"steps={trace['steps']}"]
-
-
 def rows(store: Path, metrics: Sequence[str]) -> dict[str, dict[str, dict[str, float | int | None]]]:
-    """Return a store's summary: variant → metric → n, mean, low and high."""
+    """Return a store's summary: variant → metric → n, mean, low and high.
+
+    first: the value of the first prompt and seed, which a test computes again.
+    """
     from fluxlab.experiment.reading import read_store
 
-    found: dict = {}
-    for row in read_store(store).summary:
-        if row["metric"] in metrics and not row["variant"].startswith("by_"):  # FreeFlux's keys that move
+    run, found = read_store(store), {}
+    first = {}
+    for row in run.metrics:
+        first.setdefault(row["variant"], row)
+    for row in run.summary:
+        name, metric = row["variant"], row["metric"]
+        if metric in metrics:
             numbers = {key: row[key] for key in ("n", "mean", "low", "high")}
+            if name in first:  # controls are not among the cells
+                numbers["first"] = first[name][metric]
             finite = {key: None if math.isnan(value) else round(value, 6) for key, value in numbers.items()}
-            found.setdefault(row["variant"], {})[row["metric"]] = finite
+            found.setdefault(name, {})[metric] = finite
     return found
 
 
@@ -81,7 +82,6 @@ def transfers(store: Path) -> dict[str, dict[str, dict[str, float | int]]]:
 
     Patches of a part of the steps are left out.
     """
-    sys.path.insert(0, str(ROOT))
     from experiments.tracetable import patches, table_rows
     from fluxlab.experiment.reading import read_store
 

@@ -1,4 +1,4 @@
-"""The tour: its two files agree, neither contains outputs, and it runs."""
+"""The notebooks: their two files agree, neither contains outputs, and they run."""
 
 import ast
 import os
@@ -42,25 +42,49 @@ def test_no_functions_or_classes_are_defined(script):
     assert not [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, defined)]
 
 
-def test_the_tour_runs(tmp_path):
+def run(name: str, scratch: Path, folder: Path):
+    """Return the executed notebook. Raises if a cell does."""
     from nbclient import NotebookClient
 
-    notebook = nbformat.read(FOLDER / "tour.ipynb", as_version=4)
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "IPYTHONDIR": str(tmp_path)}
-    environment["JUPYTER_RUNTIME_DIR"] = str(tmp_path)
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute(env=environment)  # raises if a cell does
-    types = {
-        i: [kind for output in cell.get("outputs", ()) for kind in output.get("data", {})]
-        for i, cell in enumerate(notebook.cells)
-    }
-    images = [i for i, kinds in types.items() if "image/png" in kinds]
-    assert [_heading(notebook, i) for i in images] == ["An edit", "An edit", "Images", "An experiment"]
-    printed = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
-    assert "img_ids (1, 256, 3) torch.float32" in printed
-    assert "half" in printed
-    differences = dict(line.split(":") for line in printed.splitlines() if line.startswith("  ids "))
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    environment = {**os.environ, "TMPDIR": str(scratch), "IPYTHONDIR": str(scratch)}
+    environment["JUPYTER_RUNTIME_DIR"] = str(scratch)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute(env=environment)
+    return notebook
+
+
+def images(notebook) -> list[str]:
+    """Return the heading above each cell with an image."""
+    kinds = [[k for output in cell.get("outputs", ()) for k in output.get("data", {})] for cell in notebook.cells]
+    return [_heading(notebook, i) for i, found in enumerate(kinds) if "image/png" in found]
+
+
+def printed(notebook) -> str:
+    return "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+
+
+def test_the_tour_runs(tmp_path):
+    notebook = run("tour", tmp_path, tmp_path)
+    assert images(notebook) == ["An edit", "An edit", "Images", "An experiment"]
+    text = printed(notebook)
+    assert "img_ids (1, 256, 3) torch.float32" in text
+    assert "half" in text
+    differences = dict(line.split(":") for line in text.splitlines() if line.startswith("  ids "))
     assert int(differences["  ids halved"]) > 5 * int(differences["  ids shifted"])  # which is rounding
+
+
+def test_your_own_op_runs(tmp_path):
+    notebook = run("your_own_op", tmp_path, tmp_path)
+    assert images(notebook) == ["Look at it", "Look at it", "Measure it", "Measure it"]
+    text = printed(notebook)
+    assert "Move columns by `by` × row, so that the image leans." in text
+    assert "a.by: 'a lot', expected a number" in text
+
+
+def test_the_findings_are_redrawn(tmp_path):
+    notebook = run("findings", tmp_path, FOLDER)
+    assert len(images(notebook)) == 4
+    assert "images per mean: 64" in printed(notebook)
 
 
 def _heading(notebook, i: int) -> str:

@@ -1,0 +1,73 @@
+"""`make figures` from runs to files, and the results that docs quote."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments import every
+from fluxlab import run as command_line
+from fluxlab.config import config_folder
+from fluxlab.experiment.reading import read_store
+
+ROOT = Path(__file__).parents[2]
+RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())
+
+
+def test_a_figure_is_made_from_its_runs_and_runs_are_continued(tmp_path, capfd):
+    words = ["steps", "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "figures")]
+    words += ["prompts=[a red fox, a blue star]", "seeds=1", "steps=10"]
+    assert every.main(words) == 0
+    made = sorted(file.name for file in (tmp_path / "figures").iterdir())
+    assert made == sorted(
+        ["step_roles-roles.txt", *(f"step_roles-roles-{w}.{end}" for w in ("column", "page") for end in ("pdf", "png"))]
+    )
+    capfd.readouterr()
+    assert every.main(words) == 0
+    assert "nothing missing" in capfd.readouterr().out
+
+
+def test_every_command_names_a_file_of_the_project():
+    for name in every.FIGURES:
+        for module, *_ in every.commands(name, Path("runs"), Path("figures")):
+            assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file(), module
+    runs = {key for lines in every.FIGURES.values() for line in lines for key in re.findall(r"{(\w+)}", line)}
+    for name in runs - {"runs"} | set(every.MANY):
+        assert (config_folder() / "exp" / f"{name}.yaml").is_file(), name
+
+
+def test_a_script_that_fails_ends_the_command(tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(every.FIGURES, "steps", ("experiments.roles {runs}",))
+    assert every.main(["steps", "--runs", str(tmp_path), "-o", str(tmp_path)]) == 2
+    error = capfd.readouterr().err
+    assert "figure steps: the command above ended with exit code 2" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "nothing: no figure has this name; expected article"),
+        (["ids", "steps=3"], "ids: makes no run, so steps=3 has no effect on it"),
+        (["--far"], "unrecognized arguments: --far; see --help"),
+    ],
+)
+def test_wrong_words(words, message, capsys):
+    assert every.main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["step_roles", "freeflux_probe"])
+def test_what_docs_quote_is_what_the_runs_give(name, tmp_path):
+    """The first prompt and seed of every variant again. Other processors round differently."""
+    prompts, *others = every.overrides(name)
+    first = json.dumps(json.loads(prompts.removeprefix("prompts="))[:1])
+    words = [f"+exp={name}", "model=tiny", "device=cpu", "tracking=none", f"out={tmp_path / 'run'}"]
+    assert command_line.main([*words, *others, f"prompts={first}", "seeds=[0]"]) == 0
+    rows = {row["variant"]: row for row in read_store(tmp_path / "run").metrics}
+    assert set(rows) == set(RESULTS[name]) - {"noise floor", "another seed"}
+    for variant, row in rows.items():
+        quoted = RESULTS[name][variant]["psnr"]
+        assert quoted["n"] == 64
+        assert row["psnr"] == pytest.approx(quoted["first"], abs=1.0) or math.isinf(row["psnr"])
