@@ -1,8 +1,8 @@
-"""`make figures`, or `python -m experiments.every [name …] [key=value …]`: every figure, from its runs to its files.
+"""`make figures`, or `python -m experiments.every`: every figure, from its runs to its files.
 
-Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. About half an hour on
-2 CPU cores with the embedded model, and about a minute once the runs exist. key=value words are passed on to the runs,
-such as model=schnell device=cuda. `--list` shows the commands.
+Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes half an
+hour on 2 CPU cores with the embedded model, and a minute once the runs exist. key=value words are passed on to the
+runs, such as model=schnell device=cuda. `--list` shows the commands.
 """
 
 import json
@@ -38,9 +38,9 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "trace": ("experiments.trace {trace}",),
     "attribution": ("experiments.attribution",),
 }
-"""Figure: modules to call after each other. {name} is the folder of the run of `configs/exp/<name>.yaml`, {runs} theirs.
+"""Figure: modules to call after each other. {name} is the folder of the run of `configs/exp/<name>.yaml`.
 
-Scripts of `experiments` get `-o` too.
+{runs} is the folder of all runs. Scripts of `experiments` get `-o` too.
 """
 
 WITHOUT_RUNS = ("ids", "schedule", "attribution")

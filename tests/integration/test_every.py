@@ -16,17 +16,20 @@ ROOT = Path(__file__).parents[2]
 RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())
 
 
-def test_a_figure_is_made_from_its_runs_and_runs_are_continued(tmp_path, capfd):
+def test_a_figure_is_made_from_its_runs_and_runs_are_continued(tmp_path):
+    def written():
+        return {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/cells/*.png")}
+
     words = ["steps", "--runs", str(tmp_path / "runs"), "-o", str(tmp_path / "figures")]
-    words += ["prompts=[a red fox, a blue star]", "seeds=1", "steps=10"]
+    words += ["prompts=[a red fox]", "seeds=1", "steps=10"]
     assert every.main(words) == 0
     made = sorted(file.name for file in (tmp_path / "figures").iterdir())
     assert made == sorted(
         ["step_roles-roles.txt", *(f"step_roles-roles-{w}.{end}" for w in ("column", "page") for end in ("pdf", "png"))]
     )
-    capfd.readouterr()
+    before = written()
     assert every.main(words) == 0
-    assert "nothing missing" in capfd.readouterr().out
+    assert written() == before != {}
 
 
 def test_every_command_names_a_file_of_the_project():
@@ -58,7 +61,7 @@ def test_wrong_words(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["step_roles", "freeflux_probe"])
+@pytest.mark.parametrize("name", [pytest.param("step_roles", marks=pytest.mark.soak), "freeflux_probe"])
 def test_what_docs_quote_is_what_the_runs_give(name, tmp_path):
     """The first prompt and seed of every variant again. Other processors round differently."""
     prompts, *others = every.overrides(name)
