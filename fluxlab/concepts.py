@@ -212,7 +212,8 @@ def _of_sample(table: Rotary, b: int) -> Rotary:
 
 
 def _at(table: Rotary, places: list[int]) -> Rotary:
-    return Rotary(*(part[:, :, places] for part in table))
+    # slices, because a list of numbers would be copied to the device
+    return Rotary(*(torch.cat([part[:, :, i : i + 1] for i in places], dim=2) for part in table))
 
 
 def _check(parts: ModelParts, word: str, length: int, path: str) -> None:

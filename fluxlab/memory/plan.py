@@ -208,11 +208,11 @@ def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
 def _resident(sizes: ModelSizes, work: Workload, room: Room, free: int | None) -> Plan:
     p, parts = sizes.transformer, _common(sizes, work)
     parts["transformer"] = costs.transformer_bytes(p, sizes.dtype.itemsize)
-    weights = room.used + parts["transformer"] + parts["autoencoder"]
+    kept = room.used + parts["transformer"] + parts["autoencoder"] + parts["conditioning"] + parts["probes"]
     phases = {
         "text": room.used + parts["text"] + parts["encoding"],
-        "transformer": weights + parts["conditioning"] + parts["activations"] + parts["probes"],
-        "decoder": weights + parts["decoding"] + parts["probes"],
+        "transformer": kept + parts["activations"],
+        "decoder": kept + parts["decoding"],
     }
     every = tuple(range(sizes.blocks))
     return Plan(room.device, False, sizes.blocks, every, 1, "first", "device", parts, phases, free=free)

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from fluxlab.memory import Memory, ModelSizes, Room, Workload, make_plan
 from fluxlab.probes import PROBES, Probe
 from tests.gpu.fake_device import FLAGS, IMAGE, UNAVAILABLE, available, captured, pretend
 from tests.gpu.real_size import pipeline2
@@ -63,9 +65,34 @@ def test_every_op_and_every_selection(pipe, cuda):
 def test_reference_images_and_every_probe(pipe, cuda):
     image = Image.fromarray(np.zeros((256, 512, 3), np.uint8))
     capture = {name: {"kind": name, "blocks": [0, 20], **REQUESTS.get(name, {})} for name in PROBES}
-    capture["activation"]["blocks"] = [20]
-    del capture["concepts"]  # of FLUX.1's text stream
+    capture["activation"]["blocks"], capture["concepts"]["blocks"] = [20], [1]
     probe = Probe({"max_mb": 4000, **capture})
     pipe.generate(PROMPT, references=[[image]], steps=1, height=256, width=256, probe=probe)
-    assert {name.split(".")[0] for name in probe.arrays} == set(PROBES) - {"concepts"}
+    assert {name.split(".")[0] for name in probe.arrays} == set(PROBES)
     assert {dtype for _, dtype in cuda.read_back} >= {IMAGE, FLAGS}
+
+
+@SHAPES
+def test_an_image_fits_its_plan(pipe, cuda):
+    """Of everything resident; the plan may promise more than is used, by at most a tenth."""
+    encoder = sum(weight.nbytes for weight in pipe.text.encoder.parameters())
+    weights = sum(weight.nbytes for part in (pipe.transformer, pipe.autoencoder) for weight in part.parameters())
+    others = cuda.live - encoder - weights
+    pipe._encoded.clear()
+    sizes = ModelSizes(
+        pipe.transformer.params,
+        pipe.autoencoder.params,
+        dtype=torch.bfloat16,
+        stored=torch.bfloat16,
+        autoencoder_dtype=torch.bfloat16,
+        text_bytes=encoder,
+        text_layer_bytes=0,
+    )
+    work = Workload(batch=1, height=1024, width=1024, text=512, steps=1)
+    plan = make_plan(sizes, work, Memory("resident"), Room("cuda", None))
+    assert plan.parts["transformer"] + plan.parts["autoencoder"] == weights
+    cuda.peak = cuda.live
+    pipe.generate(PROMPT, steps=1)
+    traced = cuda.peak - others - encoder  # the plan encodes text first, this pipeline keeps its encoder
+    assert traced <= plan.peak_bytes
+    assert plan.peak_bytes <= 1.1 * traced
