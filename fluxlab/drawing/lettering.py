@@ -9,6 +9,7 @@ import unicodedata
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import ImageDraw, ImageFont, features
@@ -23,10 +24,21 @@ def one_line(text: str) -> str:
 
 
 @cache
-def _face(size: int, bold: bool, shaped: bool) -> ImageFont.FreeTypeFont:
+def _fonts() -> Path:
+    """Return the folder of matplotlib's fonts. matplotlib is imported only if its data are apart from its package."""
+    spec = find_spec("matplotlib")
+    for package in spec.submodule_search_locations if spec else ():
+        folder = Path(package) / "mpl-data" / "fonts" / "ttf"
+        if (folder / "DejaVuSans.ttf").is_file():
+            return folder
     import matplotlib
 
-    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"DejaVuSans{'-Bold' if bold else ''}.ttf"
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+@cache
+def _face(size: int, bold: bool, shaped: bool) -> ImageFont.FreeTypeFont:
+    file = _fonts() / f"DejaVuSans{'-Bold' if bold else ''}.ttf"
     return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.RAQM if shaped else ImageFont.Layout.BASIC)
 
 

@@ -9,6 +9,7 @@ from fluxlab.errors import UserError
 from fluxlab.memory import costs
 from fluxlab.memory.costs import Decoder, Params, gb
 from fluxlab.memory.request import Memory
+from fluxlab.memory.scatter import most
 
 SPARE = 10**9
 """Bytes of a GPU that stay free if no limit is given: for its kernels' workspaces and other programs."""
@@ -180,14 +181,6 @@ def make_plan(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, str
     return _streamed(sizes, work, memory, room, free)
 
 
-def spread(count: int, blocks: int) -> tuple[int, ...]:
-    """Return `count` of `blocks` indices, scattered evenly: after each resident block as few streamed ones as can be.
-
-    The first block is streamed if any is, so that it can be read while text is encoded.
-    """
-    return tuple(block for block in range(blocks) if (block + 1) * count // blocks > block * count // blocks)
-
-
 def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
     p, size = sizes.transformer, sizes.dtype.itemsize
     latents = sizes.autoencoder.factor * 2
@@ -253,7 +246,7 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
     elif on_cpu or (memory.mode == "streamed" and memory.limit_bytes is None):
         resident = ()
     else:
-        resident = _most(stored, left(ring, decode_peak))
+        resident = most(stored, left(ring, decode_peak))
     parts |= {"resident": sum(stored[block] for block in resident), "ring": ring}
     phases = {
         "modulations": making + parts["resident"],
@@ -292,12 +285,3 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
         step_bytes=streamed,
         free=free,
     )
-
-
-def _most(stored: list[int], room: int) -> tuple[int, ...]:
-    """Return the largest scattered set of blocks that fits."""
-    for count in range(len(stored), 0, -1):
-        chosen = spread(count, len(stored))
-        if sum(stored[block] for block in chosen) <= room:
-            return chosen
-    return ()

@@ -1,7 +1,6 @@
 """The weights of one transformer: which are on the device, and how the others get there when they are needed."""
 
 import itertools
-import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from fluxlab.checkpoints.casting import check_finite
 from fluxlab.checkpoints.lora import Addition
 from fluxlab.checkpoints.merge import merge
+from fluxlab.memory.attaching import eager, empty_parameter, needs_modulations, set_parameter
 from fluxlab.memory.costs import is_modulation
 from fluxlab.memory.modulations import Conditions, KnownModulations, Steps
 from fluxlab.memory.pages import MappedPages, let_go
@@ -57,10 +57,10 @@ class Residency:
         self._views: dict[Any, dict[str, nn.Parameter]] = {}
         self.known = KnownModulations(flux, self._modulation_weights)
         if not self.mapped:
-            flux.register_forward_pre_hook(_needs_modulations, with_kwargs=True)
+            flux.register_forward_pre_hook(needs_modulations, with_kwargs=True)
         for i, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(_eager(self._before(i)))
-            block.register_forward_hook(_eager(self._after(i)), always_call=True)
+            block.register_forward_pre_hook(eager(self._before(i)))
+            block.register_forward_hook(eager(self._after(i)), always_call=True)
 
     def place(self, plan: Plan) -> None:
         """Load the blocks that are resident in `plan`, and let go of the others.
@@ -240,12 +240,12 @@ class Residency:
 
     def _give(self, block: int, views: dict[str, nn.Parameter]) -> None:
         for name, parameter in views.items():
-            _set(self.blocks[block], name, parameter)
+            set_parameter(self.blocks[block], name, parameter)
 
     def _take_away(self, block: int) -> None:
         """Leave tensors of the right shape without values. Computing with them raises an error."""
         for weight in self.source.units[block].weights:
-            _set(self.blocks[block], weight.name, _empty(weight.shape, self.dtype))
+            set_parameter(self.blocks[block], weight.name, empty_parameter(weight.shape, self.dtype))
 
     def _remove(self, block: int) -> None:
         self._take_away(block)
@@ -289,22 +289,3 @@ class Residency:
                     yield made["weight"], made.get("bias")
         finally:
             reader.close()
-
-
-def _eager(hook: Callable) -> Callable:
-    """Return a hook that a compiled block does not trace. Without one, the large import of torch._dynamo is spared."""
-    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook
-
-
-def _needs_modulations(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("modulations") is None:  # oneDNN would compute with weights that are not there
-        raise RuntimeError("the weights of this transformer's modulations are not in memory: pass modulations=")
-
-
-def _set(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    path, _, leaf = name.rpartition(".")
-    module.get_submodule(path)._parameters[leaf] = parameter
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

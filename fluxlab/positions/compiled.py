@@ -1,7 +1,7 @@
 """Programs compiled to rotary tables and masks. Equal tables are one tensor, built once and shared."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,31 +9,11 @@ from torch import Tensor
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import Rotary, rotary_table
 from fluxlab.model.varied import Keys, Variation, Varied
-from fluxlab.positions.apply import (
-    Now,
-    Placed,
-    Resolved,
-    apply_edits,
-    blocked,
-)
-from fluxlab.positions.joining import Cache, join, join_masks, query_groups, same, same_values
+from fluxlab.positions.apply import Now, Placed, Resolved, apply_edits, blocked
+from fluxlab.positions.joining import Cache, Placement, join, join_masks, query_groups, same, same_values
 from fluxlab.positions.variations import has_variation, make_variation
 from fluxlab.positions.waves import Seen, Waves, unchanged
 from fluxlab.select.layout import Context
-
-if TYPE_CHECKING:
-    pass
-
-
-class Placement(NamedTuple):
-    """The arguments `rotary=` and `mask=` of `Flux.forward` at one step.
-
-    rotary: one table for all blocks, or (queries, keys) for each block. mask: None, or for each block an additive mask
-    `(B or 1, H or 1, N, N)` or None. Equal tables and equal masks are the same object.
-    """
-
-    rotary: Rotary | list[tuple[Rotary, Keys]]
-    mask: list[Tensor | None] | None
 
 
 class Compiled:

@@ -1,13 +1,25 @@
 """Tables and masks of samples and heads, joined to those of a batch, and a cache so that equal ones are one tensor."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fluxlab.model.rope import Rotary
+from fluxlab.model.varied import Keys
 from fluxlab.positions.resolved import Resolved
+
+
+class Placement(NamedTuple):
+    """The arguments `rotary=` and `mask=` of `Flux.forward` at one step.
+
+    rotary: one table for all blocks, or (queries, keys) for each block. mask: None, or for each block an additive mask
+    `(B or 1, H or 1, N, N)` or None. Equal tables and equal masks are the same object.
+    """
+
+    rotary: Rotary | list[tuple[Rotary, Keys]]
+    mask: list[Tensor | None] | None
 
 
 class Cache:

@@ -22,7 +22,12 @@ class PositionPlot:
 
 
 def position_plot(run: Run, variant: str, prompt: str) -> PositionPlot:
-    """Return the plot of a variant at the run's own size and schedule. Words are looked up in `prompt`."""
+    """Return the plot of a variant at the run's own size and schedule. Words are looked up in `prompt`.
+
+    If no variant of the run has a program, there is nothing to compare the unchanged positions with, and no plot.
+    """
+    if not any(other["program"] for other in run.record["variants"].values()):
+        return PositionPlot(missing=UNCHANGED)
     settings = run.record["settings"]
     program = json.dumps(run.record["variants"][variant]["program"])
     grid = tuple(settings[side] // settings["pixels_per_token"] for side in ("height", "width"))

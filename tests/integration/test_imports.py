@@ -12,7 +12,19 @@ from fluxlab.run import main
 assert main(sys.argv[1:]) == 0
 print("modules:" + json.dumps(sorted(sys.modules)))
 """
-NEVER = {"diffusers", "wandb", "ray", "xarray", "pandas", "torchvision", "IPython", "submitit"}
+NEVER = {
+    "diffusers",
+    "wandb",
+    "ray",
+    "xarray",
+    "pandas",
+    "torchvision",
+    "IPython",
+    "submitit",
+    "scipy.stats",
+    "matplotlib",
+}
+"""matplotlib draws programs, and this run has none. scipy.stats takes half a second."""
 ONLY_TO_ENCODE = {"transformers", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
 """What transformers' networks import: about two seconds."""
 BUDGET = 2600

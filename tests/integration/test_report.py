@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -492,6 +493,12 @@ def test_position_plots_use_the_prompt_and_the_schedule():
     assert plots[0].startswith("data:image/png;base64,")
     assert plots[0] != plots[1]  # σ falls to 0.5 at another step
     assert "words" in position_plot._draw(program, (16, 16), 24, "a red fox", 16, schedules[0]).missing
+
+
+def test_a_run_without_programs_has_no_position_plot():
+    """There is nothing to compare the unchanged positions with, and matplotlib takes a tenth of `+exp=hello`."""
+    run = SimpleNamespace(record={"variants": {"baseline": {"program": {}}, "again": {"program": {}}}})
+    assert position_plot.position_plot(run, "baseline", "a red cat").missing == position_plot.UNCHANGED
 
 
 def test_programs_that_leave_the_ids_have_no_position_plot():

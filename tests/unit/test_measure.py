@@ -28,7 +28,7 @@ from fluxlab.measure import (
     to_csv,
 )
 from fluxlab.measure import summary as summaries
-from fluxlab.measure.images import sawtooth
+from fluxlab.measure.images import sawtooth, squared_error
 from fluxlab.measure.oracle import inspect
 from fluxlab.measure.registry import SCENE_SIDE, columns, evaluate, shown_metrics
 from fluxlab.measure.summary import complete, effects
@@ -988,3 +988,13 @@ def test_intervals_are_those_of_scipy(rows, cells):
         low, high = summaries._bounds(samples)
         assert np.array_equal(low, expected.low)
         assert np.array_equal(high, expected.high)
+
+
+def test_squared_error_is_that_of_scikit_image():
+    """Bit by bit: psnr and rmse of stores that exist stay as they are."""
+    from skimage.metrics import mean_squared_error
+
+    g = np.random.default_rng(0)
+    for shape in ((64, 64, 3), (37, 53, 3), (7, 7, 3)):
+        a, b = (g.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
+        assert squared_error(Sample(a), Sample(b)) == mean_squared_error(a, b)

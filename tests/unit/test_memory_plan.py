@@ -17,7 +17,7 @@ from fluxlab.memory.costs import (
     transformer_bytes,
 )
 from fluxlab.memory.pages import MappedPages
-from fluxlab.memory.plan import spread
+from fluxlab.memory.scatter import spread
 from fluxlab.model import AUTOENCODERS, TRANSFORMERS, Flux
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn

@@ -16,8 +16,9 @@ from fluxlab.memory import modulations, residency
 from fluxlab.memory.costs import is_modulation
 from fluxlab.memory.load import load_ends
 from fluxlab.memory.modulations import Conditions
-from fluxlab.memory.plan import Plan, spread
+from fluxlab.memory.plan import Plan
 from fluxlab.memory.ring import DirectEngine, Reader, Ring
+from fluxlab.memory.scatter import spread
 from fluxlab.memory.source import WeightSource
 from fluxlab.memory.turns import Turns
 from fluxlab.model import Flux, Flux2, Flux2Params, FluxParams
