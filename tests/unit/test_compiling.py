@@ -9,6 +9,7 @@ from fluxlab.model import compiling
 from fluxlab.model.compiling import compile_blocks
 from fluxlab.probes import Probe
 from fluxlab.sampling import Sampling
+from tests import families
 
 PROGRAMS = [
     None,
@@ -90,3 +91,21 @@ def test_no_compiler(pipe, monkeypatch):
 def test_not_a_boolean():
     with pytest.raises(UserError, match="compile='yes': expected true or false"):
         Sampling(compile="yes").check()
+
+
+@pytest.mark.soak
+def test_blocks_of_flux2(monkeypatch):
+    """Equal bits with the same operators, for a batch with several programs."""
+    torch._dynamo.reset()
+    graphs, pipe = [], families.load("flux2")
+    options = {"height": 32, "width": 32, "steps": 1, "max_sequence_length": 16, "output": "latent"}
+    expected = pipe.generate("a red cat", 0, PROGRAMS[:3], **options)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("fluxlab.pipeline.compile_blocks", lambda model, on: compile_blocks(model, True, backend))
+    assert torch.equal(pipe.generate("a red cat", 0, PROGRAMS[:3], **options), expected)
+    assert len(graphs) >= 2 * len(compiling.REGIONS)  # the checks of shapes under pytest compile some twice
+    torch._dynamo.reset()

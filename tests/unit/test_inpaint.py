@@ -5,10 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-import fluxlab
 from fluxlab.errors import UserError
 from fluxlab.positions import Program
-from tests import tiny
+from tests import families
 
 PROMPT = "a cat"
 SETTINGS = {"steps": 2, "max_sequence_length": 16}
@@ -16,10 +15,9 @@ HOLE = np.zeros((4, 4), bool)
 HOLE[1:3, 2:] = True
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    folder = tiny.save(tmp_path_factory.mktemp("folder"), guidance=False, dynamic_shift=False)
-    return fluxlab.load_pipeline(folder, dtype=torch.float32)
+@pytest.fixture(scope="module", params=families.NAMES)
+def pipe(request):
+    return families.load(request.param, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -4,22 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-import fluxlab
 from fluxlab.errors import NonFiniteError, UserError
-from tests import tiny
+from tests import families
 
 CALL = {"height": 16, "width": 16, "steps": 3, "max_sequence_length": 16}
 PROMPTS = ["a cat", "a red fox", "the dog"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.save(tmp_path_factory.mktemp("folder"), guidance=False, dynamic_shift=False)
-
-
-@pytest.fixture
-def pipe(folder):
-    return fluxlab.load_pipeline(folder)
+@pytest.fixture(params=families.NAMES)
+def pipe(request):
+    return families.load(request.param)
 
 
 def poison(pipe, sample: int, step: int, value: float = float("nan")) -> None:
@@ -78,16 +72,22 @@ def test_infinite_pixels_are_not_clamped_to_white(pipe):
 
 
 def test_a_non_finite_prompt_embedding_is_named_as_the_cause(pipe):
+    if pipe.family.name == "flux1":
+        name, table, token = "T5", pipe.text.t5.shared, pipe.text.t5_tokenizer("cat").input_ids[0]
+    else:
+        name, table = "the language model", pipe.text.encoder.get_input_embeddings()
+        token = pipe.text.tokenizer(" cat").input_ids[0]
     with torch.no_grad():
-        pipe.text.t5.shared.weight[pipe.text.t5_tokenizer("cat").input_ids[0]] = float("nan")
-    with pytest.raises(NonFiniteError, match="T5 encodes its prompt to NaN") as raised:
+        table.weight[token] = float("nan")
+    with pytest.raises(NonFiniteError, match=f"{name} encodes its prompt to NaN") as raised:
         pipe.generate(PROMPTS, 0, **CALL)
     assert raised.value.steps == {0: 0}
     assert [result is None for result in raised.value.results] == [True, False, False]
 
 
-def test_float16_overflow_is_explained(folder):
-    pipe = fluxlab.load_pipeline(folder, dtype=torch.float16)
+@pytest.mark.parametrize("family", families.NAMES)
+def test_float16_overflow_is_explained(family):
+    pipe = families.load(family, dtype=torch.float16)
     with torch.no_grad():
         pipe.autoencoder.decoder.conv_in.weight.mul_(1e5)
     with pytest.raises(NonFiniteError, match=r"(?s)decodes.*float16 overflows above 65504.*bfloat16 or float32"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from fluxlab import UserError, roles
 from fluxlab.one_step import one_step, replayed
 from fluxlab.positions import Program
 from fluxlab.sampling import Sampling
+from tests import families
 from tests.stores import make_store
 
 PROMPTS = ["a red fox on the left", "a blue star"]
@@ -20,6 +22,11 @@ PROMPTS = ["a red fox on the left", "a blue star"]
 @pytest.fixture(scope="module")
 def pipe():
     return fluxlab.load_pipeline("tiny", dtype=torch.float32)
+
+
+@pytest.fixture(params=["tiny", "flux2"])
+def each(request, pipe):
+    return pipe if request.param == "tiny" else replace(families.load("flux2"), max_sequence_length=16)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +49,10 @@ FREEFLUX = [
 ]
 
 
-def test_scores_are_those_of_whole_forwards_to_the_bit(pipe, images):
+def test_scores_are_those_of_whole_forwards_to_the_bit(each, images):
     """Against velocities that are computed without sharing, from x built by hand."""
-    programs, sigma = [FREEFLUX[5], FREEFLUX[2], FREEFLUX[7], FREEFLUX[12]], 0.6
+    pipe = each
+    programs, sigma = [FREEFLUX[4], FREEFLUX[2], FREEFLUX[7], FREEFLUX[12]], 0.6
     found = one_step(pipe, images, PROMPTS, [3, 4], programs, sigma)
     clean, rows, cols = pipe.encode(images)
     noise = pipe.family.noise([3, 4], clean.shape[-1] // 4, rows, cols, torch.float32)
