@@ -18,10 +18,10 @@ from statistics import median
 import fluxlab
 from fluxlab import engines
 from fluxlab.experiment.engine import Engine
-from fluxlab.experiment.runner import every_batch
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import open_store
 from fluxlab.experiment.versions import versions
+from fluxlab.experiment.work import every_batch
 
 
 def per_batch(engine: Engine, experiment: Experiment, settings, folder: Path) -> float:

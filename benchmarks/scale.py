@@ -32,13 +32,14 @@ from PIL import Image
 
 import fluxlab
 from fluxlab.engines import Inline
-from fluxlab.experiment import effects, runner
+from fluxlab.experiment import effects
 from fluxlab.experiment.cells import Settings
 from fluxlab.experiment.plan import plan
 from fluxlab.experiment.reading import read_store
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store, open_store
 from fluxlab.experiment.versions import versions
+from fluxlab.experiment.work import every_batch, is_done
 from fluxlab.loading import load_row
 from fluxlab.report.products import grid, page
 
@@ -68,7 +69,7 @@ def _no_wait(file: int) -> None:
 def write(experiment: Experiment, settings: Settings, store: Store) -> None:
     """Write an image for every cell that the store lacks."""
     side = settings.height
-    for batch in runner.every_batch(experiment, settings):
+    for batch in every_batch(experiment, settings):
         for cell in batch.cells:
             seed = int.from_bytes(hashlib.sha256(cell.key.encode()).digest()[:8])
             pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
@@ -90,15 +91,15 @@ def stages(cells: int, side: int, folder: Path, only_check: bool) -> dict[str, d
     settings = Inline(load_row).settle(experiment_of(100, side), None, None, 1)  # they do not depend on the prompts
 
     def complete(store: Store) -> bool:
-        batches = runner.every_batch(experiment, settings)
-        return all(runner.is_done(store, experiment, cell, batch.folder) for batch in batches for cell in batch.cells)
+        batches = every_batch(experiment, settings)
+        return all(is_done(store, experiment, cell, batch.folder) for batch in batches for cell in batch.cells)
 
     def drawn(out: Path) -> None:
         run = read_store(out, check=False)
         grid(run)
         page(run)
 
-    timed("list", lambda: runner.every_batch(experiment, settings))
+    timed("list", lambda: sum(len(batch.cells) for batch in every_batch(experiment, settings)))
     out = folder / "run"
     with open_store(out) as store:
         store.write_experiment(experiment, settings, versions(), "benchmarks/scale.py")

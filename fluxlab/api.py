@@ -177,8 +177,9 @@ def complete_store(
     from fluxlab import engines
     from fluxlab.experiment import captures, effects
     from fluxlab.experiment.costs import number
-    from fluxlab.experiment.runner import fill, lacking
+    from fluxlab.experiment.runner import fill
     from fluxlab.experiment.store import open_store
+    from fluxlab.experiment.work import lacking
     from fluxlab.report.wandb import tracking as tracker
 
     settings, placed = tracker.checked(tracking), Memory.from_config(memory)

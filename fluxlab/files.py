@@ -1,5 +1,6 @@
 """Atomic writes and hashes of files."""
 
+import filecmp
 import hashlib
 import os
 import secrets
@@ -10,11 +11,11 @@ from typing import BinaryIO
 PARTIAL = ".part"
 
 
-def write_atomic(path: Path, content: "bytes | str | Callable[[BinaryIO], None]") -> None:
+def write_atomic(path: Path, content: "bytes | str | Callable[[BinaryIO], None]", unless_equal: bool = False) -> None:
     """Write a file atomically: a reader, or a crash, sees either the old file or the complete new one.
 
     content: bytes, text (UTF-8), or a function that writes into the open file. A process that is killed leaves a hidden
-    file in the same folder, which `sweep` removes.
+    file in the same folder, which `sweep` removes. unless_equal: leave a file that already has this content as it is.
     """
     partial = path.with_name(
         f".{path.name}.{secrets.token_hex(6)}{PARTIAL}"
@@ -27,6 +28,9 @@ def write_atomic(path: Path, content: "bytes | str | Callable[[BinaryIO], None]"
                 handle.write(content.encode() if isinstance(content, str) else content)
             handle.flush()
             os.fsync(handle.fileno())
+        if unless_equal and path.is_file() and filecmp.cmp(partial, path, shallow=False):
+            partial.unlink()
+            return
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

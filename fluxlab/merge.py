@@ -57,9 +57,9 @@ def merge(folders: Sequence[Path], out: Path) -> int:
     """
     from fluxlab.api import tabulate
     from fluxlab.experiment import captures
-    from fluxlab.experiment.runner import every_batch, lacking
     from fluxlab.experiment.spec import from_request
     from fluxlab.experiment.store import Store, open_store
+    from fluxlab.experiment.work import every_batch, lacking
 
     sources = [Store(folder) for folder in dict.fromkeys(folders)]
     for source in sources:

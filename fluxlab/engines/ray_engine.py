@@ -15,9 +15,9 @@ from fluxlab.engines.ray_worker import Answer, compared_versions
 from fluxlab.errors import UserError, show
 from fluxlab.experiment.cells import Batch, Settings
 from fluxlab.experiment.engine import Done
-from fluxlab.experiment.runner import is_done
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
+from fluxlab.experiment.work import is_done
 from fluxlab.files import PARTIAL, write_atomic
 from fluxlab.memory import Memory
 from fluxlab.positions import loaded_plugins

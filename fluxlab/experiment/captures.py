@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from fluxlab.errors import UserError
-from fluxlab.experiment.cells import Cell, Settings, at_once, batches, cells
+from fluxlab.experiment.cells import Settings, at_once, batches, cells, portions
 from fluxlab.experiment.reference_images import sizes
 from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import Experiment
@@ -44,12 +44,11 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: boo
         prompt, message = failed[0]
         same = len(set(messages)) == 1
         raise UserError(message if same else f"{message}\nThe prompt is {prompt!r}.")
-    every_cell = cells(experiment, settings)
-    message = _first_error(check_prompts, every_cell, settings)
+    message = _first_error(check_prompts, experiment, settings)
     if message:
-        counts = range(at_once(settings, every_cell) - 1, 0, -1)
+        counts = range(at_once(settings, cells(experiment, settings)) - 1, 0, -1)
         smaller = (replace(settings, batch_tokens=size * settings.tokens) for size in counts)
-        fits = next((s.batch_tokens for s in smaller if not _first_error(check_prompts, every_cell, s)), None)
+        fits = next((s.batch_tokens for s in smaller if not _first_error(check_prompts, experiment, s)), None)
         if fits is None:
             raise UserError(f"{message}\nOr fewer variants that act alike in the first step: they are one batch.")
         elsewhere = " with another out= folder" if fixed else ""
@@ -65,11 +64,17 @@ def _error(check_prompts: CheckPrompts, prompts: Sequence[str]) -> str:
     return ""
 
 
-def _first_error(check_prompts: CheckPrompts, every_cell: Sequence[Cell], settings: Settings) -> str:
+def _first_error(check_prompts: CheckPrompts, experiment: Experiment, settings: Settings) -> str:
     """Return why the first batch that cannot be captured cannot; "" if all can."""
-    every_batch = map(with_sources_of, batches(every_cell, settings))
-    compositions = dict.fromkeys(tuple(cell.prompt for cell in batch) for batch in every_batch)
-    return next(filter(None, (_error(check_prompts, prompts) for prompts in compositions)), "")
+    per_prompt, tried = len(experiment.variants) * len(experiment.seeds), set()
+    for prompts in portions(experiment, per_prompt):
+        for batch in batches(cells(experiment, settings, prompts), settings):
+            composition = tuple(cell.prompt for cell in with_sources_of(batch))
+            if composition not in tried:
+                tried.add(composition)
+                if message := _error(check_prompts, composition):
+                    return message
+    return ""
 
 
 def write_index(experiment: Experiment, settings: Settings, store: Store) -> None:

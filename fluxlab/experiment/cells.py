@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -100,31 +100,48 @@ def cell_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cells(experiment: Experiment, settings: Settings) -> list[Cell]:
-    """Return every cell in the experiment's order: the baseline first, then variants as listed; prompts; seeds."""
+def cells(experiment: Experiment, settings: Settings, prompts: Sequence[str] | None = None) -> list[Cell]:
+    """Return every cell in the experiment's order: the baseline first, then variants as listed; prompts; seeds.
+
+    prompts: those whose cells are returned; None means all.
+    """
     names = sorted(experiment.variants, key=lambda name: name != experiment.baseline)
     return [
         _cell(experiment, name, experiment.variants[name], prompt, seed, settings)
         for name in names
-        for prompt in experiment.prompts
+        for prompt in (experiment.prompts if prompts is None else prompts)
         for seed in experiment.seeds
     ]
 
 
-def references(experiment: Experiment, settings: Settings) -> list[Cell]:
+def references(experiment: Experiment, settings: Settings, prompts: Sequence[str] | None = None) -> list[Cell]:
     """Return the cells of the two controls that are not cells of the experiment.
 
     For every prompt, the noise floor at the first seed. With one seed, also the baseline at a neighbouring seed, which
     is the control "another seed"; with several seeds that control uses the baseline's own cells.
+    prompts: as for `cells`.
     """
     baseline, seed = experiment.variants[experiment.baseline], experiment.seeds[0]
     noise_floor, another_seed = REFERENCE_NAMES
     shifted_ids = shifted(baseline, list(FLOOR_SHIFT))
-    prompts = experiment.prompts
+    prompts = experiment.prompts if prompts is None else prompts
     controls = [_cell(experiment, noise_floor, shifted_ids, prompt, seed, settings) for prompt in prompts]
     if len(experiment.seeds) == 1:
         controls += [_cell(experiment, another_seed, baseline, prompt, seed ^ 1, settings) for prompt in prompts]
     return controls
+
+
+PORTION = 4096
+"""Cells that are listed at a time."""
+
+
+def portions(experiment: Experiment, per_prompt: int) -> Iterator[Sequence[str]]:
+    """Yield the prompts in groups that have about `PORTION` cells, `per_prompt` each, so that memory does not grow
+    with the number of prompts.
+    """
+    count = max(1, PORTION // per_prompt)
+    for start in range(0, len(experiment.prompts), count):
+        yield experiment.prompts[start : start + count]
 
 
 def _cell(experiment: Experiment, variant: str, program: Program, prompt: str, seed: int, settings: Settings) -> Cell:

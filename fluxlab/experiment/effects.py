@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,40 +76,37 @@ def measure(
     without an image has a row without values; so has every cell whose baseline has no image.
     """
     names = metric_names(experiment)
-    every_cell = cells(experiment, settings)
-    by_column: dict[tuple[str, int], list[int]] = {}
-    for i, cell in enumerate(every_cell):
-        by_column.setdefault((cell.prompt, cell.seed), []).append(i)
-    table_of_cells = _Table(every_cell, names)
+    rows = _Table(experiment, names)
     control_rows: list[Row] = []
-    controls = {(cell.variant, cell.prompt): cell for cell in references(experiment, settings)}
     noise_floor, another_seed = REFERENCE_NAMES
-
     sample = partial(_sample, store, settings.pixels_per_token, models or {})
-    with Progress("measured", len(every_cell), every=10, unit="image") as progress:
+    with Progress("measured", len(rows), every=10, unit="image") as progress:
         done = 0
-        for (prompt, seed), column in by_column.items():
-            first = every_cell[column[0]]
-            baseline = sample(first, CELLS)
-            for i in column:
-                image = baseline if every_cell[i].key == first.key else sample(every_cell[i], CELLS)
-                table_of_cells.values[i] = _values(names, image, baseline)
-            if seed == experiment.seeds[0]:
-                shifted = controls[noise_floor, prompt]
-                control_rows.append(_row(shifted, names, _values(names, sample(shifted, REFERENCES), baseline)))
-            other, folder = controls.get((another_seed, prompt)), REFERENCES
-            if other is None:  # the baseline of the same prompt at the next seed
-                following = experiment.seeds[(experiment.seeds.index(seed) + 1) % len(experiment.seeds)]
-                other, folder = every_cell[by_column[prompt, following][0]], CELLS
-            control_row = _row(other, names, _values(names, sample(other, folder), baseline))
-            control_rows.append(control_row | {"variant": another_seed, "seed": seed})
-            done += len(column)
-            progress(done)
+        for prompt in experiment.prompts:
+            of_seed: dict[int, list[Cell]] = {}
+            for cell in cells(experiment, settings, [prompt]):
+                of_seed.setdefault(cell.seed, []).append(cell)
+            controls = {cell.variant: cell for cell in references(experiment, settings, [prompt])}
+            for n, (seed, column) in enumerate(of_seed.items()):
+                baseline = sample(column[0], CELLS)
+                for cell in column:
+                    image = baseline if cell.key == column[0].key else sample(cell, CELLS)
+                    rows.put(cell, _values(names, image, baseline))
+                if n == 0:
+                    shifted = controls[noise_floor]
+                    control_rows.append(_row(shifted, names, _values(names, sample(shifted, REFERENCES), baseline)))
+                other, folder = controls.get(another_seed), REFERENCES
+                if other is None:  # the baseline of the same prompt at the next seed
+                    other, folder = of_seed[experiment.seeds[(n + 1) % len(experiment.seeds)]][0], CELLS
+                control_row = _row(other, names, _values(names, sample(other, folder), baseline))
+                control_rows.append(control_row | {"variant": another_seed, "seed": seed})
+                done += len(column)
+                progress(done)
     control_rows.sort(key=lambda row: REFERENCE_NAMES.index(row["variant"]))
-    store.write(METRICS_FILE, to_csv(table_of_cells))
+    store.write(METRICS_FILE, to_csv(rows))
     store.write(REFERENCES_FILE, to_csv(control_rows))
-    table_of_cells.more = control_rows
-    summarised = summary.summarise(table_of_cells, experiment.baseline, names)
+    rows.more = control_rows
+    summarised = summary.summarise(rows, experiment.baseline, names)
     store.write(SUMMARY_FILE, summary.to_csv(summarised))
 
 
@@ -133,22 +130,37 @@ def _sample(
 
 
 class _Table(Sequence[Row]):
-    """The rows of metrics.csv, made when they are asked for: numbers are kept in an array, a large run has millions.
+    """The rows of metrics.csv in the experiment's order, made when they are asked for: a large run has millions.
 
-    values: one row per cell, nan where there is no value. more: rows that follow those of the cells.
+    Of a cell only its numbers and 16 bytes of its key are kept. more: rows that follow those of the cells.
     """
 
-    def __init__(self, every_cell: Sequence[Cell], names: Sequence[str]):
-        self.cells, self.names, self.more = every_cell, names, []
-        self.values = np.full((len(every_cell), len(names)), math.nan)
+    def __init__(self, experiment: Experiment, names: Sequence[str]):
+        self.variants = sorted(experiment.variants, key=lambda name: name != experiment.baseline)
+        self.digests = [experiment.variants[name].digest for name in self.variants]
+        self.prompts, self.seeds, self.names, self.more = experiment.prompts, experiment.seeds, names, []
+        shape = len(self.variants), len(self.prompts), len(self.seeds)
+        self.places = [{value: i for i, value in enumerate(part)} for part in (self.variants, self.prompts, self.seeds)]
+        self.values = np.full((*shape, len(names)), math.nan)
+        self.keys = np.zeros((*shape, 16), np.uint8)
+
+    def put(self, cell: Cell, values: Sequence[float]) -> None:
+        """Keep a cell's numbers, nan where there is no value."""
+        parts = zip(self.places, (cell.variant, cell.prompt, cell.seed), strict=True)
+        place = tuple(places[value] for places, value in parts)
+        self.values[place] = values
+        self.keys[place] = list(bytes.fromhex(cell.key))
 
     def __len__(self) -> int:
-        return len(self.cells) + len(self.more)
+        return self.values[..., 0].size + len(self.more)
 
     def __getitem__(self, i: int) -> Row:
-        if i < len(self.cells):
-            return _row(self.cells[i], self.names, self.values[i].tolist())
-        return self.more[i - len(self.cells)]
+        shape = self.keys.shape[:-1]
+        if i >= math.prod(shape):
+            return self.more[i - math.prod(shape)]
+        v, p, s = place = tuple(map(int, np.unravel_index(i, shape)))
+        keys = self.variants[v], self.prompts[p], self.seeds[s], self.digests[v], self.keys[place].tobytes().hex()
+        return dict(zip((*KEYS, *self.names), (*keys, *self.values[place].tolist()), strict=True))
 
 
 def _values(names: Sequence[str], image: Sample | None, baseline: Sample | None) -> list[float]:
@@ -163,18 +175,16 @@ def _row(cell: Cell, names: Sequence[str], values: Sequence[float]) -> Row:
     return dict(zip((*KEYS, *names), (*keys, *values), strict=True))
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """Return rows as CSV: numbers with 6 digits, empty for nan."""
-    parts = []
-    for start in range(0, len(rows), 1000):  # a StringIO takes 4 bytes per character
+def to_csv(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield rows as CSV, some at a time: numbers with 6 digits, empty for nan."""
+    for start in range(0, len(rows), 1000):
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         if start == 0:
             writer.writeheader()
         for i in range(start, min(start + 1000, len(rows))):
             writer.writerow({key: _csv_value(value) for key, value in rows[i].items()})
-        parts.append(text.getvalue())
-    return "".join(parts)
+        yield text.getvalue()
 
 
 def _csv_value(value: Any) -> Any:

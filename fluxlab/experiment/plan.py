@@ -19,6 +19,7 @@ from fluxlab.experiment.notes import notes
 from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
+from fluxlab.experiment.work import is_done, unused_images
 from fluxlab.loading import pipeline_without_weights, schedule_of, streamed_sizes
 from fluxlab.memory import Memory, ModelSizes, Room, make_plan
 from fluxlab.memory.sizes import sizes_of
@@ -70,7 +71,7 @@ def plan(
     for cell, folder in (entry for batch in every_batch for entry in batch):
         if store and store.has(cell, folder):
             stored_images.add((cell.key, folder))
-        if store and runner.is_done(store, experiment, cell, folder):
+        if store and is_done(store, experiment, cell, folder):
             done.add((cell.key, folder))
     left = [
         with_sources_of([cell for cell, _ in batch])
@@ -82,7 +83,7 @@ def plan(
         captures.check(experiment, pipe, resolved, fixed=same)
     largest = max(_together([cell for cell, _ in batch], resolved) for batch in every_batch)
     content = f"holds {len(stored_images)} of {sum(map(len, every_batch))} images" if stored_images else "new"
-    changed = runner.unused_images(experiment, resolved, store) if store and not same else ""
+    changed = unused_images(experiment, resolved, store) if store and not same else ""
     return "\n".join(
         [
             f"{experiment.name}: {experiment.caption}".removesuffix(": "),

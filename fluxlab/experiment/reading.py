@@ -1,6 +1,6 @@
 """Read a finished store: where reports, figures and trackers begin. Nothing here writes."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -59,8 +59,8 @@ class Run:
         return list(dict.fromkeys((row["prompt"], row["seed"]) for row in self.metrics))
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str, int], int]:
-        return {(row["variant"], row["prompt"], row["seed"]): i for i, row in enumerate(self.metrics)}
+    def _rows(self) -> "_Numbers":
+        return _Numbers(self)
 
     def cell(self, variant: str, prompt: str, seed: int) -> Row:
         """Return a cell's row of metrics. Raises `KeyError` for a cell that the experiment does not have."""
@@ -131,6 +131,30 @@ class Run:
         return self.record["variants"][variant]["describe"]
 
 
+class _Numbers(Mapping[tuple[str, str, int], int]):
+    """The number of the row of every (variant, prompt, seed).
+
+    Rows are in the experiment's order: every place of the first variant, then of the next. Their numbers are computed
+    from that, since a large run has millions of cells.
+    """
+
+    def __init__(self, run: Run):
+        self._variants = {variant: n for n, variant in enumerate(run.variants)}
+        self._places = {place: n for n, place in enumerate(run.places)}
+        if len(run.metrics) != len(self):
+            raise UserError(f"{run.path / METRICS_FILE}: {len(run.metrics)} rows, expected {len(self)}; run it again")
+
+    def __getitem__(self, key: tuple[str, str, int]) -> int:
+        variant, *place = key
+        return self._variants[variant] * len(self._places) + self._places[tuple(place)]
+
+    def __len__(self) -> int:
+        return len(self._variants) * len(self._places)
+
+    def __iter__(self) -> Iterator[tuple[str, str, int]]:
+        return ((variant, *place) for variant in self._variants for place in self._places)
+
+
 def read_run(folder: "str | PathLike[str]") -> Run:
     """Read a finished store: images, tables, summary, attention.
 
@@ -162,5 +186,5 @@ def read_store(path: "str | PathLike[str]", check: bool = True) -> Run:
     tables = [read_table(path / name) for name in names]
     metrics, references, rows = tables
     if metrics:
-        rows = summary.complete(rows, [*metrics, *references], metrics[0]["variant"])
+        rows = summary.complete(rows, lambda: [*metrics, *references], metrics[0]["variant"])
     return Run(path, record, metrics, references, rows)

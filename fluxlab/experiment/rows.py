@@ -51,6 +51,26 @@ def choose(rows: Sequence[Row], which: Iterable[int]) -> Sequence[Row]:
     return rows.choose(which) if isinstance(rows, Rows) else [rows[i] for i in which]
 
 
+class _Keys(Sequence[str]):
+    """The keys of cells, in 16 bytes each."""
+
+    def __init__(self):
+        self._bytes = bytearray()
+
+    def append(self, key: str) -> None:
+        """Add a key. Raises ValueError unless it has 32 hex digits."""
+        content = bytes.fromhex(key)
+        if len(content) != 16:
+            raise ValueError(f"cell {key!r}: expected 32 hex digits")
+        self._bytes += content
+
+    def __len__(self) -> int:
+        return len(self._bytes) // 16
+
+    def __getitem__(self, i: int) -> str:
+        return self._bytes[16 * i : 16 * i + 16].hex()
+
+
 def read_table(file: Path) -> Rows:
     """Return the rows of one of a store's CSV files. Raises `UserError` if it is missing or damaged."""
     texts: dict[str, str] = {}  # a name or prompt is one object, however many rows have it
@@ -59,10 +79,12 @@ def read_table(file: Path) -> Rows:
             lines = csv.reader(handle)
             names = next(lines, [])
             columns: dict[str, Any] = {name: [] if name in (*_TEXT, *_WHOLE) else array("d") for name in names}
+            columns |= {name: _Keys() for name in names if name == "cell"}
             count = 0
             for line in filter(None, lines):
                 for name, text in zip(names, line, strict=True):
-                    columns[name].append(_value(name, texts.setdefault(text, text) if name in _TEXT else text))
+                    one = name in _TEXT and name != "cell"
+                    columns[name].append(_value(name, texts.setdefault(text, text) if one else text))
                 count += 1
     except FileNotFoundError:
         raise UserError(f"{file}: missing, so the run is not finished; run its command again") from None

@@ -8,7 +8,7 @@ import torch
 from fluxlab import stopping
 from fluxlab.errors import BatchError, NonFiniteError, UserError, show
 from fluxlab.experiment import captures
-from fluxlab.experiment.cells import Batch, Cell, Settings, at_once, batches, cells, references
+from fluxlab.experiment.cells import Batch, Cell, Settings, at_once, batches, cells
 from fluxlab.experiment.costs import number
 from fluxlab.experiment.engine import Engine
 from fluxlab.experiment.reference_images import opened, sizes, tokens
@@ -16,8 +16,9 @@ from fluxlab.experiment.settings import check_counts, check_kernel, check_unchan
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.sources import numbered, with_sources_of
 from fluxlab.experiment.spec import Experiment
-from fluxlab.experiment.store import CELLS, EXPERIMENT, REFERENCES, Store
+from fluxlab.experiment.store import CELLS, EXPERIMENT, Store
 from fluxlab.experiment.versions import versions
+from fluxlab.experiment.work import Survey, every_portion, is_done, survey, unused_images
 from fluxlab.pipeline import Pipeline
 from fluxlab.positions import region_prompts
 from fluxlab.probes import INDEX, Probe, of_sample
@@ -89,10 +90,8 @@ def fill(
                 check_unchanged(settings, store.path, batch_tokens=batch_tokens, threads=threads)
                 _record(experiment, store, settings, command)
     check_unchanged(settings, store.path, batch_tokens=batch_tokens, threads=threads)
-    work = [batch for batch in every_batch(experiment, settings) if shard is None or shard.has(batch.number)]
-    done = {(c.key, b.folder) for b in work for c in b.cells if is_done(store, experiment, c, b.folder)}
-    missing = [batch for batch in work if not _all_in(batch, done)]
-    if missing:
+    stored = survey(experiment, settings, store, shard)
+    if stored.done < stored.total:
         for line in engine.check(experiment, settings, same):
             print(f"note: {line}", flush=True)
     damaged = store.damaged
@@ -101,8 +100,8 @@ def fill(
     if damaged or store.record.get("request") != experiment.request():
         _record(experiment, store, settings, command)
     filled = Filled(settings)
-    if missing:
-        _compute(experiment, store, engine, filled, work, done, report, command, shard)
+    if stored.done < stored.total:
+        _compute(experiment, store, engine, filled, stored, report, command, shard)
     if shard is None:
         captures.write_index(experiment, filled.settings, store)
     return filled
@@ -122,17 +121,6 @@ def _record(experiment: Experiment, store: Store, settings: Settings, command: s
     store.write_experiment(experiment, settings, versions(), command)
 
 
-def every_batch(experiment: Experiment, settings: Settings) -> list[Batch]:
-    """Return the batches of all cells and controls, in order."""
-    parts = ((CELLS, cells(experiment, settings)), (REFERENCES, references(experiment, settings)))
-    grouped = [(folder, tuple(group)) for folder, part in parts for group in batches(part, settings)]
-    return [Batch(i, folder, group) for i, (folder, group) in enumerate(grouped)]
-
-
-def _all_in(batch: Batch, done: set[tuple[str, str]]) -> bool:
-    return all((cell.key, batch.folder) in done for cell in batch.cells)
-
-
 def check_name(experiment: Experiment, store: Store) -> None:
     """Raise `UserError` for a store that belongs to an experiment of another name: its tables would be replaced."""
     if store.name and store.name != experiment.name:
@@ -142,69 +130,49 @@ def check_name(experiment: Experiment, store: Store) -> None:
         )
 
 
-def is_done(store: Store, experiment: Experiment, cell: Cell, folder: str) -> bool:
-    """Return whether the store has a cell's image, and its attention arrays. Controls have no arrays."""
-    captured = experiment.captures if folder == CELLS else ""
-    return store.has(cell, folder) and (not captured or store.has_arrays(cell, captured))
-
-
-def lacking(experiment: Experiment, settings: Settings, store: Store) -> int:
-    """Return how many images have no file yet, without opening those that have one."""
-    present = store.listing(experiment.captures)
-    needed = {(cell.key, batch.folder) for batch in every_batch(experiment, settings) for cell in batch.cells}
-    return sum(entry not in present for entry in needed)
-
-
-def unused_images(experiment: Experiment, settings: Settings, store: Store) -> str:
-    """Return a line about images in the store that are not part of the changed experiment; "" if there are none."""
-    counts = store.other_cells({cell.key for cell in cells(experiment, settings)})
-    if not counts:
-        return ""
-    listed = ", ".join(f"{variant} ({count})" for variant, count in counts.items())
-    return (
-        f"the experiment has changed: {number(sum(counts.values()), 'image')} in {store.path / CELLS} "
-        f"left out of the tables: {listed}"
-    )
-
-
 def _compute(
     experiment: Experiment,
     store: Store,
     engine: Engine,
     filled: Filled,
-    work: Sequence[Batch],
-    done: set[tuple[str, str]],
+    stored: Survey,
     report: Callable[[int, int], None],
     command: str,
     shard: Shard | None,
 ) -> None:
-    """Compute every batch of `work` that is not all `done`, in smaller batches once memory runs out."""
-    total = len({(cell.key, batch.folder) for batch in work for cell in batch.cells})
+    """Compute every incomplete batch, one portion after the other, in smaller batches once memory runs out."""
+    settings, done = filled.settings, stored.done
     # without a terminal a line every 5 s: the first one comes with the first batch
-    with Progress("images", total, len(done), every=5, unit="image") as progress, stopping.deferred():
-        while True:
-            missing = [batch for batch in work if not _all_in(batch, done)]
-            try:
-                for ended in engine.compute(experiment, filled.settings, store, missing):
-                    batch = ended.batch
-                    filled.failures += ended.failures
-                    filled.errors += [ended.error] if ended.error and ended.error not in filled.errors else []
-                    filled.written += len(batch.cells) - len(ended.failures)
-                    done |= {(cell.key, batch.folder) for cell in batch.cells}
-                    progress(len(done), batch.cells[0].variant)
-                    report(len(done), total)
-                return
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                filled.settings = halved(filled.settings, error)
-            if shard is None:
-                store.write_experiment(experiment, filled.settings, versions(), command)
-                work = every_batch(experiment, filled.settings)
-            else:  # other shards keep their batches, so this one splits its own
-                work = [part for batch in work for part in _split(batch, filled.settings)]
+    with Progress("images", stored.total, done, every=5, unit="image") as progress, stopping.deferred():
+        for portion in every_portion(experiment, settings):
+            incomplete = [batch for batch in portion if stored.incomplete[batch.number]]
+            ended = {c.key for b in incomplete for c in b.cells if is_done(store, experiment, c, b.folder)}
+            while incomplete and not stopping.asked():
+                work = incomplete if filled.settings is settings else _split(incomplete, filled.settings, shard)
+                missing = [batch for batch in work if any(cell.key not in ended for cell in batch.cells)]
+                try:
+                    for result in engine.compute(experiment, filled.settings, store, missing):
+                        cells_of = result.batch.cells
+                        filled.failures += result.failures
+                        if result.error and result.error not in filled.errors:
+                            filled.errors.append(result.error)
+                        filled.written += len(cells_of) - len(result.failures)
+                        done += sum(cell.key not in ended for cell in cells_of)
+                        ended |= {cell.key for cell in cells_of}
+                        progress(done, cells_of[0].variant)
+                        report(done, stored.total)
+                    break
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    filled.settings = halved(filled.settings, error)
+                if shard is None:
+                    store.write_experiment(experiment, filled.settings, versions(), command)
 
 
-def _split(batch: Batch, settings: Settings) -> list[Batch]:
-    return [replace(batch, cells=tuple(group)) for group in batches(batch.cells, settings)]
+def _split(batches_of: Sequence[Batch], settings: Settings, shard: Shard | None) -> list[Batch]:
+    """Return batches of a portion as smaller ones. Other shards keep their batches, so that each is split alone."""
+    if shard is None:
+        batches_of = [replace(batches_of[0], cells=tuple(cell for batch in batches_of for cell in batch.cells))]
+    return [replace(batch, cells=tuple(group)) for batch in batches_of for group in batches(batch.cells, settings)]
 
 
 def run_batch(

@@ -16,7 +16,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -157,14 +157,6 @@ class Store:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_arrays(file, arrays)
 
-    def listing(self, captures: str = "") -> set[tuple[str, str]]:
-        """Return (key, folder) of every image whose JSON exists, and with a capture, whose arrays exist."""
-        found = {(file.stem, folder) for folder in (CELLS, REFERENCES) for file in (self.path / folder).glob("*.json")}
-        if captures:
-            captured = {file.stem for file in (self.path / ATTENTION / captures).glob("*.safetensors")}
-            found = {(key, folder) for key, folder in found if folder == REFERENCES or key in captured}
-        return found
-
     def other_cells(self, keys: Collection[str]) -> dict[str, int]:
         """Return how many images of each variant are in `cells/` under a key that is not in `keys`."""
         counts: dict[str, int] = {}
@@ -177,12 +169,15 @@ class Store:
                 counts[variant] = counts.get(variant, 0) + 1
         return counts
 
-    def write(self, name: str, content: "bytes | str") -> None:
-        """Write a file. A file that already has this content is left as it is."""
+    def write(self, name: str, content: "bytes | str | Iterable[str]") -> None:
+        """Write a file. A file that already has this content is left as it is. Text may come in parts."""
         file = self.path / name
-        new = content.encode() if isinstance(content, str) else content
-        if not (file.is_file() and file.read_bytes() == new):
-            write_atomic(file, new)
+        if isinstance(content, bytes | str):
+            new = content.encode() if isinstance(content, str) else content
+            if not (file.is_file() and file.read_bytes() == new):
+                write_atomic(file, new)
+        else:
+            write_atomic(file, lambda handle: handle.writelines(map(str.encode, content)), unless_equal=True)
 
     def remove(self, name: str) -> None:
         """Remove a file that is out of date."""
@@ -191,7 +186,7 @@ class Store:
     def seal(self) -> None:
         """Write the manifest: one line per file, sorted by name."""
         names = [name for name in files_in(self.path, TRACKERS) if name != MANIFEST and not is_lock(name)]
-        self.write(MANIFEST, "".join(self.manifest.lines(names, self.verify)))
+        self.write(MANIFEST, self.manifest.lines(names, self.verify))
         del self.manifest
 
     def sealed(self, names: Collection[str]) -> bool:

@@ -3,7 +3,8 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,14 +41,14 @@ def summarise(rows: Rows, baseline: str, metrics: Sequence[str]) -> list[dict[st
     cell, and infinite numbers other than psnr.
     """
     table = _Table(rows, metrics)
-    if baseline not in table.places:
-        raise UserError(f"baseline={baseline!r}: not in the rows, which have {', '.join(map(repr, table.places))}")
+    if baseline not in table.rows:
+        raise UserError(f"baseline={baseline!r}: not in the rows, which have {', '.join(map(repr, table.rows))}")
     unknown = [name for name in metrics if name not in table.found]
     if unknown:
         raise UserError(f"metrics: {unknown[0]!r} is in none of the rows")
     summary: list[dict[str, Any]] = []
     samples: list[np.ndarray] = []
-    for variant in table.places:
+    for variant in table.rows:
         for metric in metrics:
             values, differences = table.values_of(metric, variant, baseline)
             summary.append({"variant": variant, "metric": metric, "n": len(values)})
@@ -64,11 +65,11 @@ def summarise(rows: Rows, baseline: str, metrics: Sequence[str]) -> list[dict[st
     return summary
 
 
-def complete(summary: Rows, rows: Rows, baseline: str) -> list[dict[str, Any]]:
-    """Return a summary with `paired_n` and `median`, which release 0.1 did not write; rows: those it was made of."""
+def complete(summary: Rows, rows: Callable[[], Rows], baseline: str) -> list[dict[str, Any]]:
+    """Return a summary with `paired_n` and `median`, which release 0.1 did not write. rows: gives those it is of."""
     if all("paired_n" in row and "median" in row for row in summary):
         return [dict(row) for row in summary]
-    table, completed = _Table(rows, list(dict.fromkeys(row["metric"] for row in summary))), []
+    table, completed = _Table(rows(), list(dict.fromkeys(row["metric"] for row in summary))), []
     for row in summary:
         values, differences = table.values_of(row["metric"], row["variant"], baseline)
         completed.append({**row, "paired_n": len(differences), "median": _median(row["metric"], values)})
@@ -148,35 +149,42 @@ def _csv_number(value: Any) -> Any:
 
 
 class _Table:
-    """The numbers of rows: an array, because a large run has millions. The rows are read once and not kept.
+    """The numbers of rows, in arrays, because a large run has millions. The rows are read once and not kept.
 
-    places: the number of the row of every (prompt, seed), by variant. found: the metrics that a row has.
+    rows: the numbers of the rows of each variant. places: the numbers of their (prompt, seed). found: the metrics that
+    a row has.
     """
 
     def __init__(self, rows: Rows, metrics: Sequence[str]):
         self.metrics = {name: j for j, name in enumerate(metrics)}
         self.numbers = np.full((len(rows), len(metrics)), _NAN)
-        self.places: dict[str, dict[tuple, int]] = {}
+        self.rows: dict[str, array] = {}
+        self.places: dict[str, array] = {}
         self.found: set[str] = set()
-        keys: dict[tuple, tuple] = {}  # one object per (prompt, seed), not one per row
+        numbered: dict[tuple, int] = {}
         for i, row in enumerate(rows):
-            key = (row["prompt"], row["seed"])
-            of_variant = self.places.setdefault(row["variant"], {})
-            if key in of_variant:
-                raise UserError(f"rows: variant {row['variant']!r} has prompt {key[0]!r} with seed {key[1]!r} twice")
-            of_variant[keys.setdefault(key, key)] = i
+            place = numbered.setdefault((row["prompt"], row["seed"]), len(numbered))
+            self.rows.setdefault(row["variant"], array("q")).append(i)
+            self.places.setdefault(row["variant"], array("q")).append(place)
             self.found.update(self.metrics.keys() & row.keys())
             self.numbers[i] = [_value(row, name) for name in metrics]
+        for variant, places in self.places.items():
+            which, counts = np.unique(places, return_counts=True)
+            if counts.max() > 1:
+                prompt, seed = list(numbered)[which[counts.argmax()]]
+                raise UserError(f"rows: variant {variant!r} has prompt {prompt!r} with seed {seed!r} twice")
+        self.count = len(numbered)
 
     def values_of(self, metric: str, variant: str, baseline: str) -> tuple[np.ndarray, np.ndarray]:
         """Return a variant's values of a metric, and the differences to the baseline where both have one."""
-        numbers, places = self.numbers[:, self.metrics[metric]], self.places[variant]
-        values = numbers[list(places.values())]
+        numbers = self.numbers[:, self.metrics[metric]]
+        values = numbers[self.rows[variant]]
         here = ~np.isnan(values)
         if variant == baseline or (metric in METRICS and not METRICS[metric].alone):
             return values[here], np.array([])
-        of_baseline = self.places[baseline]
-        before = np.array([numbers[of_baseline[key]] if key in of_baseline else _NAN for key in places])
+        of_baseline = np.full(self.count, _NAN)
+        of_baseline[self.places[baseline]] = numbers[self.rows[baseline]]
+        before = of_baseline[self.places[variant]]
         both = here & ~np.isnan(before)
         return values[here], values[both] - before[both]
 

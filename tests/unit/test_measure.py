@@ -952,8 +952,8 @@ def test_intervals_as_text():
 def test_a_summary_of_release_0_1_is_completed():
     summary = summarise(uneven(), "baseline", NAMES)
     old = [{key: value for key, value in row.items() if key not in ("paired_n", "median")} for row in summary]
-    np.testing.assert_equal(complete(old, uneven(), "baseline"), summary)
-    np.testing.assert_equal(complete(summary, [], "baseline"), summary)
+    np.testing.assert_equal(complete(old, uneven, "baseline"), summary)
+    np.testing.assert_equal(complete(summary, list, "baseline"), summary)
 
 
 def test_table_of_chosen_columns():

@@ -295,7 +295,7 @@ def test_the_rows_of_a_large_table_are_written_once():
     from fluxlab.experiment.effects import to_csv
 
     rows = [{"cell": f"c{i}", "ssim": i / 8, "psnr": float("nan")} for i in range(2500)]
-    read = list(csv.DictReader(io.StringIO(to_csv(rows))))
+    read = list(csv.DictReader(io.StringIO("".join(to_csv(rows)))))
     assert read == [{"cell": f"c{i}", "ssim": f"{i / 8:.6g}", "psnr": ""} for i in range(2500)]
 
 
