@@ -13,13 +13,13 @@ from fluxlab.checkpoints.memory import free_memory, total_memory
 from fluxlab.checkpoints.stored import Stored, published, stored
 from fluxlab.config import Lora, ModelRow
 from fluxlab.experiment import captures, reference_images, runner, settings
-from fluxlab.experiment.cells import Cell, Settings, batches, cells, in_one_forward, picking_rows, references, step_rows
+from fluxlab.experiment.cells import Settings
 from fluxlab.experiment.costs import EFFICIENCY, decode_flops, duration, flop, forward_flops, gb, matmul_speed, number
 from fluxlab.experiment.notes import notes
-from fluxlab.experiment.sources import with_sources_of
+from fluxlab.experiment.outlook import Outlook, outlook
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
-from fluxlab.experiment.store import CELLS, REFERENCES, Store, find_store
-from fluxlab.experiment.work import is_done, unused_images
+from fluxlab.experiment.store import find_store
+from fluxlab.experiment.work import unused_images
 from fluxlab.loading import pipeline_without_weights, schedule_of, streamed_sizes
 from fluxlab.memory import Memory, ModelSizes, Room, make_plan
 from fluxlab.memory.sizes import sizes_of
@@ -65,24 +65,11 @@ def plan(
         default = None if same_device else settings.default_batch_tokens(pipe, unloaded, placed is not None)
         resolved = settings.resolve(experiment, pipe, known, batch_tokens or default, threads)
     settings.check_unchanged(resolved, out, batch_tokens=batch_tokens, threads=threads)
-    work = [(cells(experiment, resolved), CELLS), (references(experiment, resolved), REFERENCES)]
-    every_batch = [[(cell, folder) for cell in batch] for part, folder in work for batch in batches(part, resolved)]
-    stored_images, done = set(), set()
-    for cell, folder in (entry for batch in every_batch for entry in batch):
-        if store and store.has(cell, folder):
-            stored_images.add((cell.key, folder))
-        if store and is_done(store, experiment, cell, folder):
-            done.add((cell.key, folder))
-    left = [
-        with_sources_of([cell for cell, _ in batch])
-        for batch in every_batch
-        if any((cell.key, folder) not in done for cell, folder in batch)
-    ]
-    if left and downloaded:
+    seen = outlook(experiment, resolved, store)
+    if seen.left and downloaded:
         runner.check(experiment, pipe, resolved)
         captures.check(experiment, pipe, resolved, fixed=same)
-    largest = max(_together([cell for cell, _ in batch], resolved) for batch in every_batch)
-    content = f"holds {len(stored_images)} of {sum(map(len, every_batch))} images" if stored_images else "new"
+    content = f"holds {seen.stored} of {seen.every} images" if seen.stored else "new"
     changed = unused_images(experiment, resolved, store) if store and not same else ""
     return "\n".join(
         [
@@ -91,19 +78,15 @@ def plan(
             *([f"           {changed}"] if changed else []),
             *_model_lines(experiment.model, parts, resolved),
             *_reference_lines(experiment, resolved),
-            *_count_lines(experiment, resolved, [part for part, _ in work], every_batch, left),
+            *_count_lines(experiment, resolved, seen),
             *_headed("notes", notes(experiment, pipe, resolved)),
-            _time_line(resolved, pipe, parts, left, _most_tokens(experiment, resolved)),
-            _memory_line(resolved, pipe, parts, dtype, largest, _most_tokens(experiment, resolved))
+            _time_line(resolved, pipe, parts, seen, _most_tokens(experiment, resolved)),
+            _memory_line(resolved, pipe, parts, dtype, seen.together, _most_tokens(experiment, resolved))
             if sizes is None
-            else _planned_line(experiment, resolved, pipe, sizes, request, room, left, placed is not None),
-            *_attention_lines(experiment, resolved, pipe, store, batches(work[0][0], resolved)),
+            else _planned_line(experiment, resolved, pipe, sizes, request, room, seen, placed is not None),
+            *_attention_lines(experiment, resolved, pipe, seen),
         ]
     )
-
-
-def _together(batch: list[Cell], s: Settings) -> int:
-    return in_one_forward(with_sources_of(batch), s)
 
 
 def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[str]:
@@ -153,28 +136,22 @@ def _without_text(lora: Lora) -> str:
     return ", without its text encoders" if lora.text_encoders == "ignore" else ""
 
 
-def _count_lines(
-    experiment: Experiment, s: Settings, work: list[list[Cell]], every_batch: list[list], left: list[list]
-) -> list[str]:
-    every_cell, controls = work
+def _count_lines(experiment: Experiment, s: Settings, seen: Outlook) -> list[str]:
     counts = {"variant": experiment.variants, "prompt": experiment.prompts, "seed": experiment.seeds}
     product = " × ".join(number(len(values), word) for word, values in counts.items())
-    names = [name for name in REFERENCE_NAMES if any(cell.variant == name for cell in controls)]
-    width, largest = max(map(len, experiment.variants)), max(map(len, every_batch))
-    to_do = "" if len(left) == len(every_batch) else f", {len(left):,} of them to do"
-    tokens, together = _most_tokens(experiment, s), max(_together([c for c, _ in batch], s) for batch in every_batch)
-    size = number(largest, "image") + (f", {together} at once" if together < largest else "")
-    rows = [(step_rows(batch, s), _together(batch, s)) for batch in left]
-    passes = [*rows, *((picking_rows(batch, s), _together(batch, s)) for batch in left)]
-    forwards = sum(math.ceil(n / most) for steps, most in passes for n in steps) * evaluations(s)
-    needed, without = sum(sum(steps) for steps, _ in rows), s.steps * sum(map(len, left))
-    shared = f"           {needed:,} of {without:,} steps: variants share those before they act differently"
+    every_cell = math.prod(map(len, counts.values()))
+    names = [name for name in REFERENCE_NAMES if name in seen.controls]
+    width = max(map(len, experiment.variants))
+    to_do = "" if seen.left == seen.batches else f", {seen.left:,} of them to do"
+    size = number(seen.largest, "image") + (f", {seen.together} at once" if seen.together < seen.largest else "")
+    without = s.steps * seen.images
+    shared = f"           {seen.rows:,} of {without:,} steps: variants share those before they act differently"
     return [
-        f"cells      {product} = {len(every_cell):,}, {len({cell.key for cell in every_cell}):,} distinct; "
-        f"and {number(len(controls), 'control')}: {', '.join(names)}",
-        f"batches    {len(every_batch):,} of up to {size} ({together * tokens:,} tokens){to_do}; "
-        f"{number(forwards, 'forward')}",
-        *([shared] if needed < without else []),
+        f"cells      {product} = {every_cell:,}, {seen.distinct:,} distinct; "
+        f"and {number(sum(seen.controls.values()), 'control')}: {', '.join(names)}",
+        f"batches    {seen.batches:,} of up to {size} ({seen.together * _most_tokens(experiment, s):,} tokens){to_do}; "
+        f"{number(seen.forwards * evaluations(s), 'forward')}",
+        *([shared] if seen.rows < without else []),
         "variants",
         *(f"  {name:<{width}}  {program.describe()}" for name, program in experiment.variants.items()),
     ]
@@ -185,16 +162,15 @@ def evaluations(s: Settings) -> int:
     return 1 if s.true_cfg in (None, 1) else 2
 
 
-def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], left: list[list[Cell]], tokens: int) -> str:
-    p, images = pipe.transformer.params, sum(map(len, left))
-    if not images:
+def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], seen: Outlook, tokens: int) -> str:
+    p = pipe.transformer.params
+    if not seen.images:
         return "time       nothing to do"
-    together = max(_together(batch, s) for batch in left)
-    speed = EFFICIENCY * matmul_speed(p, tokens * together, pipe.dtype, pipe.device, s.threads)
+    speed = EFFICIENCY * matmul_speed(p, tokens * seen.left_together, pipe.dtype, pipe.device, s.threads)
     forward = forward_flops(p, s.max_sequence_length, tokens - s.max_sequence_length)
-    rows = sum(sum(step_rows(batch, s)) + sum(picking_rows(batch, s)) for batch in left)
-    sampling = rows * evaluations(s) * forward + images * decode_flops(pipe.autoencoder.params, s.height, s.width)
-    prompts = len({cell.prompt for batch in left for cell in batch}) + evaluations(s) - 1
+    decoding = seen.images * decode_flops(pipe.autoencoder.params, s.height, s.width)
+    sampling = (seen.rows + seen.picking) * evaluations(s) * forward + decoding
+    prompts = len(seen.prompts) + evaluations(s) - 1
     reader = list(parts.values())[-1]  # T5, or the language model
     encoding = 2 * reader.parameters.total() * s.max_sequence_length * prompts
     return (
@@ -225,18 +201,17 @@ def _planned_line(
     sizes: ModelSizes,
     request: Memory,
     room: Room,
-    left: list[list[Cell]],
+    seen: Outlook,
     streams: bool,
 ) -> str:
     """Return where a model of FLUX.1 is kept, and what that takes. Word maps need the tokenizer."""
-    prompts, probes = [cell.prompt for cell in max(left, key=len, default=[])], 0
-    most = max((in_one_forward(samples, s) for samples in left), default=1)
+    prompts, probes = [cell.prompt for cell in seen.group], 0
     if experiment.captures and prompts and pipe.text.t5_tokenizer:
         rows, cols = pipe.grid(s.height, s.width)
         context = pipe.context(prompts, s.max_sequence_length, (rows, cols), pipe.schedule.times(s.steps, rows * cols))
         probes = placement.probe_bytes(Probe(experiment.capture), context, len(prompts), pipe.device)
     references = runner.most_further_tokens(experiment, s)
-    work = placement.workload(s, max(1, len(prompts)), max(1, len(left)), probes, references, most)
+    work = placement.workload(s, max(1, len(prompts)), max(1, seen.left), probes, references, seen.left_together)
     if streams:
         return f"memory     {make_plan(sizes, work, request, room, streams=True).describe()}"
     plan = make_plan(sizes, work, Memory("resident"), room)
@@ -244,9 +219,7 @@ def _planned_line(
     return f"memory     {plan.describe()}{short}"
 
 
-def _attention_lines(
-    experiment: Experiment, s: Settings, pipe: Pipeline, store: Store | None, every_batch: list[list[Cell]]
-) -> list[str]:
+def _attention_lines(experiment: Experiment, s: Settings, pipe: Pipeline, seen: Outlook) -> list[str]:
     """Return what a capture takes of disk and memory; no line without a capture. Words need the tokenizer."""
     capture, tokenizer = experiment.capture, pipe.text.has_tokenizer
     known = replace(capture, requests=tuple(r for r in capture.requests if tokenizer or not names_words(r.arguments)))
@@ -264,19 +237,15 @@ def _attention_lines(
                 Probe(known).begin(context, len(prompts))
             return memory(resolve(known, context, len(prompts)), context)
 
-        prompts = {cell.key: cell.prompt for batch in every_batch for cell in batch}
-        alone = {prompt: bytes_of((prompt,)) for prompt in dict.fromkeys(prompts.values())}
-        compositions = {tuple(cell.prompt for cell in with_sources_of(batch)) for batch in every_batch}
-        largest = max(map(bytes_of, compositions), key=lambda sizes: sum(sizes.values()))
+        alone = {prompt: bytes_of((prompt,)) for prompt in experiment.prompts}
+        largest = max(map(bytes_of, seen.compositions), key=lambda sizes: sum(sizes.values()))
         working = largest.pop(WORKING)
         per_image = ", ".join(f"{name} {gb(max(sizes[name] for sizes in alone.values()))}" for name in largest)
-        disk = sum(alone[prompt][name] for prompt in prompts.values() for name in largest)
-        stored_files = 0
-        if store:
-            stored_files = sum(store.has_arrays(cell, experiment.captures) for batch in every_batch for cell in batch)
+        files = seen.distinct // len(experiment.prompts)  # of each prompt
+        disk = sum(files * alone[prompt][name] for prompt in alone for name in largest)
         lines += [
-            f"{per_image} per image; {number(len(prompts), 'file')}, {gb(disk)} on disk"
-            + (f", {stored_files:,} stored already" if stored_files else ""),
+            f"{per_image} per image; {number(seen.distinct, 'file')}, {gb(disk)} on disk"
+            + (f", {seen.arrays:,} stored already" if seen.arrays else ""),
             f"a batch {gb(sum(largest.values()))}, and {gb(working)} of working memory, "
             f"of capture.max_mb={known.max_mb:g} MB",
         ]
