@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fluxlab.checkpoints.stored import on_meta
-from fluxlab.memory.costs import gb
+from fluxlab.memory.costs import gb, is_modulation, modulation_width, one_block
 from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
 from fluxlab.model.linear import linear
 
@@ -22,12 +22,11 @@ def forward_flops(p: FluxParams | Flux2Params, text: int, image: int) -> float:
     2 · parameters · tokens for every layer, and attention's two matrix products.
     """
     d, tokens, blocks = p.hidden_size, text + image, p.depth + p.depth_single_blocks
-    flux2 = isinstance(p, Flux2Params)
-    products = 3 if flux2 else 2  # of the MLP: SwiGLU has one more
-    layers = tokens * blocks * (4 * d * d + products * d * int(d * p.mlp_ratio))  # equal in single and double blocks
+    (block,) = on_meta(one_block(p, False)).single_blocks
+    matrices = [weight for name, weight in block.named_parameters() if weight.ndim == 2 and not is_modulation(name)]
+    layers = tokens * blocks * sum(weight.numel() for weight in matrices)  # equal in single and double blocks
     ends = image * d * (p.in_channels + p.out_channels) + text * d * p.context_in_dim
-    modulations = d * d * (15 if flux2 else 12 * p.depth + 3 * p.depth_single_blocks)  # once per sample
-    modulations += 2 * d * d
+    modulations = d * modulation_width(p)  # once per sample
     return 2 * (layers + ends + modulations) + 4 * tokens**2 * d * blocks
 
 

@@ -23,7 +23,7 @@ from fluxlab.experiment.plan import plan
 from fluxlab.experiment.spec import Experiment, checked
 from fluxlab.experiment.store import open_store
 from fluxlab.loading import pipeline_without_weights
-from fluxlab.model import FluxParams
+from fluxlab.model import Flux2Params, FluxParams
 from fluxlab.model.rope import Rotary
 from fluxlab.positions import Program
 from fluxlab.probes import WORKING, Capture, load, recorder
@@ -322,12 +322,20 @@ def test_a_damaged_file_is_named(folder, tmp_path):
         plan(experiment(copy))
 
 
-def test_flops_against_a_count_of_every_operation():
-    p = FluxParams(64, 64, 32, 96, 256, 4.0, 2, 3, 5, (16, 56, 56), 10000, True, False)
+@pytest.mark.parametrize(
+    "p",
+    [
+        FluxParams(64, 64, 32, 96, 256, 4.0, 2, 3, 5, (16, 56, 56), 10000, True, False),
+        Flux2Params(64, 64, 96, 256, 3.0, 2, 3, 5, (32, 32, 32, 32), 2000, False),
+    ],
+    ids=["flux1", "flux2"],
+)
+def test_flops_against_a_count_of_every_operation(p):
     text, image = 48, 80
     with FlopCounterMode(display=False) as counted, torch.inference_mode(), torch.device("meta"):
         table = torch.empty(1, 1, text + image, 64)
-        inputs = torch.empty(1, image, 64), None, torch.empty(1, text, 96), None, torch.empty(1), torch.empty(1, 32)
+        inputs = [torch.empty(1, image, 64), None, torch.empty(1, text, 96), None, torch.empty(1)]
+        inputs += [torch.empty(1, 32)] if isinstance(p, FluxParams) else []
         on_meta(p)(*inputs, rotary=Rotary(table, table))
     assert forward_flops(p, text, image) == pytest.approx(counted.get_total_flops(), rel=1e-3)
 
