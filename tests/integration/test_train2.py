@@ -13,13 +13,16 @@ import fluxlab
 from benchmarks import embedded
 from fluxlab import run, train
 from fluxlab.checkpoints.manifest import verify_manifest
+from fluxlab.measure import oracle_columns
 from fluxlab.training import stages
+from fluxlab.training.card import card
 
 MICRO = [
     "+train=tiny2", "tracker=none", "device=cpu", "pool=6", "pool_early=6", "pool_other=2", "batch=2", "early_batch=2",
     "workers=0", "warmup=2", "sample_steps=1", "save_every=2", "sample_every=100", "steps=4", "hint_steps=3",
 ]  # fmt: skip
 LENGTH = 24
+SHIPPED = Path(fluxlab.__file__).parent / "assets" / "tiny2"
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,32 @@ def test_it_can_be_measured(trained, monkeypatch):
     assert card.startswith("# tiny2: the FLUX.2 that ships with fluxlab")
     assert "16 + 16 + 16 + 16 over (t, h, w, l)" in card
     assert "| teacher |" in card
+
+
+def test_the_shipped_folder_is_what_its_manifest_says_and_small():
+    verify_manifest(SHIPPED)
+    files = [file for file in SHIPPED.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 24e6
+    for file in SHIPPED.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} <= {torch.bfloat16, torch.int64}
+
+
+def test_the_shipped_model_draws_what_its_card_says():
+    """Two cells of the card: the right colour at the right place."""
+    pipe = fluxlab.load_pipeline("tiny2", dtype=torch.float32, device="cpu")
+    prompts = ["a red fox on the left", "a blue heart at the top"]
+    images = pipe.generate(prompts, 0, steps=8)
+    for prompt, image in zip(prompts, images, strict=True):
+        found = oracle_columns(np.asarray(image), prompt)
+        assert (found["object"], found["colour"], found["place"]) == (1, 1, 1), prompt
+    results = json.loads((SHIPPED / "embedded.json").read_text())
+    ability = results["edits"]["as trained"]
+    assert results["cells"] == 192
+    assert all(ability[name][0] >= 0.95 for name in ("object", "colour", "place"))
+    assert (
+        card(results, json.loads((SHIPPED / "training.json").read_text()), SHIPPED)
+        == (SHIPPED / "README.md").read_text()
+    )
 
 
 def test_what_does_not_fit_is_an_error_of_use(tmp_path, capsys):
