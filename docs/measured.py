@@ -7,6 +7,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EMBEDDED = ROOT / "fluxlab" / "assets" / "tiny" / "embedded.json"
+EMBEDDED2 = ROOT / "fluxlab" / "assets" / "tiny2" / "embedded.json"
 EARLIER = ROOT / "docs" / "earlier_weights.json"
 RESULTS = ROOT / "docs" / "results.json"
 
@@ -62,6 +63,38 @@ def weights() -> str:
         for name, before in earlier["edits"].items()
     ]
     return markdown(["edit of `img_ids`", *heads], rows)
+
+
+def families() -> str:
+    """The article's edits on the embedded FLUX.1 and the embedded FLUX.2, from the cards of both."""
+    from fluxlab.training.card import shown
+
+    cards = {name: json.loads(file.read_text()) for name, file in (("tiny", EMBEDDED), ("tiny2", EMBEDDED2))}
+    scores = {name: {**card["edits"], **card["controls"]} for name, card in cards.items()}
+    columns = {name: ANSWER_COLUMNS[name] for name in ("object", "shape", "ssim")}
+    rows = [
+        [ROW_TITLES[edit], *(shown(scores[name][edit][column], column) for column in columns for name in cards)]
+        for edit in ROW_TITLES
+    ]
+    return markdown(["edit of `img_ids`", *(f"{title}, {name}" for title in columns.values() for name in cards)], rows)
+
+
+def text_order() -> str:
+    """What `+exp=text_order` shows on the embedded FLUX.2."""
+    runs = json.loads(RESULTS.read_text())["text_order"]
+    rows = [
+        [ROW_TITLES.get(name, f"`{name}`"), *(_interval(row.get(m)) for m in TEXT_ORDER)]
+        for name, row in runs.items()
+        if name != "baseline"
+    ]
+    return markdown(["text ids", "SSIM to baseline", "object found", "at the right place", "letters right"], rows)
+
+
+TEXT_ORDER = ("ssim", "object", "place", "letters")
+
+
+def _interval(row: dict[str, Any] | None) -> str:
+    return f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if row and row["n"] else "–"
 
 
 IDEAS = {"dose": "dose_response", "edits": "dose_edits", "steps": "step_roles"}

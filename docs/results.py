@@ -21,6 +21,7 @@ QUOTED = {
     "step_window": ("ssim", "object"),
     "freeflux_probe": ("psnr",),
     "trace": (),
+    "text_order": ("ssim", "object", "place", "letters"),
     **dict.fromkeys(("dose_response", "dose_edits", "step_roles"), ("ssim", "psnr")),
 }
 """Experiment: metrics that are kept. Of `trace`, what `experiments.tracetable` reads in the images instead."""
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for name in asked.experiments or QUOTED:
             out = (asked.runs or Path(temporary)) / name
-            code = run.main(every.run_of(name, out.parent, ["model=tiny", "device=cpu"]))
+            code = run.main(every.run_of(name, out.parent, ["device=cpu"]))
             if code:
                 return code
             results[name] = transfers(out) if name == "trace" else rows(out, QUOTED[name])

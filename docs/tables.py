@@ -17,7 +17,19 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `docs` and `fluxlab` are those of this checkout
 
-from docs.measured import EMBEDDED, RESULTS, answer, findings, ideas, markdown, quoted, trace, weights  # noqa: E402, F401
+from docs.measured import (  # noqa: E402, F401
+    EMBEDDED,
+    RESULTS,
+    answer,
+    families,
+    findings,
+    ideas,
+    markdown,
+    quoted,
+    text_order,
+    trace,
+    weights,
+)
 
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
@@ -180,6 +192,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "scale": scale,
     "findings": findings,
     "ideas": ideas,
+    "families": families,
+    "text-order": text_order,
     "trace": trace,
     "experiments": experiments,
     "models": models,

@@ -19,7 +19,7 @@ from fluxlab.compose import guarded
 from fluxlab.config import config_folder
 from fluxlab.errors import UserError
 
-MANY = ("step_roles", "step_window", "dose_edits", "dose_response", "freeflux_probe")
+MANY = ("step_roles", "step_window", "dose_edits", "dose_response", "freeflux_probe", "text_order")
 """Experiments that get the 8 prompts and 8 seeds of `trace`, so that an interval is over 64 images."""
 
 FIGURES: dict[str, tuple[str, ...]] = {
@@ -34,6 +34,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     ),
     "steps": ("experiments.roles {step_roles}",),
     "windows": ("experiments.article {step_window}",),
+    "order": ("experiments.article {text_order}",),
     "words": ("experiments.words {attention}",),
     "trace": ("experiments.trace {trace}",),
     "attribution": ("experiments.attribution",),
