@@ -83,9 +83,7 @@ def text_order() -> str:
     """What `+exp=text_order` shows on the embedded FLUX.2."""
     runs = json.loads(RESULTS.read_text())["text_order"]
     rows = [
-        [ROW_TITLES.get(name, f"`{name}`"), *(_interval(row.get(m)) for m in TEXT_ORDER)]
-        for name, row in runs.items()
-        if name != "baseline"
+        [ROW_TITLES.get(name, f"`{name}`"), *(_interval(row.get(m)) for m in TEXT_ORDER)] for name, row in runs.items()
     ]
     return markdown(["text ids", "SSIM to baseline", "object found", "at the right place", "letters right"], rows)
 

@@ -90,6 +90,21 @@ def test_the_findings_on_ideas_follow_from_the_numbers():
     assert min(windows[1]["low"], windows[2]["low"]) > max(windows[0]["high"], windows[3]["high"])
 
 
+def test_the_text_on_flux2_follows_from_the_numbers():
+    """What docs/flux2.md says about the embedded models. If it fails with new weights, rewrite the text."""
+    tiny, tiny2 = (json.loads(file.read_text())["edits"] for file in (measured.EMBEDDED, measured.EMBEDDED2))
+    assert max(card["all zero"]["object"][2] for card in (tiny, tiny2)) < 0.05
+    assert tiny2["× 2"]["object"][1] > 1.5 * tiny["× 2"]["object"][2]
+    assert tiny2["× 0.5"]["object"][2] <= tiny["× 0.5"]["object"][1]
+    assert tiny2["× 0.5"]["shape"][2] < tiny["× 0.5"]["shape"][1]
+    assert min(card["axis 0 = 1"]["ssim"][1] for card in (tiny, tiny2)) > 0.95
+    order = json.loads(measured.RESULTS.read_text())["text_order"]
+    assert order["shuffled"]["place"]["low"] > 0.95 < order["moved"]["object"]["mean"]
+    for name in ("unordered", "moved", "stretched"):
+        assert order[name]["letters"]["high"] < 0.5 < 0.8 < order["shuffled"]["letters"]["low"]
+        assert order[name]["place"]["mean"] > 0.95
+
+
 def test_the_text_on_the_trace_follows_from_the_numbers():
     """What docs/interventions.md says below its table. If it fails with a new embedded model, rewrite the text."""
     runs = json.loads(measured.RESULTS.read_text())

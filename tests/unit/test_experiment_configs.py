@@ -45,6 +45,7 @@ PRESETS = [
     "text_attention",
 ]
 STUDIES = [name for name in NAMES if name != "hello"]
+OF_FLUX2 = ("text_order",)  # its axis is not in FLUX.1; test_experiments.py runs it on tiny2
 UNCHANGED = {("dose_response", "x1"), ("zero", "text")}  # controls with the ids of the baseline
 
 
@@ -161,7 +162,7 @@ def test_variants_are_programs_that_differ(name):
         assert Program.from_config(program.to_config()) == program
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("name", [name for name in STUDIES if name not in OF_FLUX2])
 def test_programs_fit_both_models_and_move_something(name):
     config = experiment(name)
     for prompt in config.prompts:
