@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fluxlab.model.attention import Tap, empty_token_major
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.linear import Linear, LinearGELU, ParallelLinear
-from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_, norm_and_rotate_compiled
+from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 from fluxlab.model.sites import Site, at
 from fluxlab.model.varied import Keys, joint_attention, plain_keys
 
@@ -136,7 +136,7 @@ def query_key_value(
         q = torch.cat([n.query_norm(x) for n, x in zip(norms, q.split(lengths, dim=2), strict=True)], dim=2)
         k = torch.cat([n.key_norm(x) for n, x in zip(norms, k.split(lengths, dim=2), strict=True)], dim=2)
         return apply_rotary(q, q_table), apply_rotary(k, k_table), v
-    rotate = norm_and_rotate_compiled if torch.compiler.is_compiling() else _norm_and_rotate
+    rotate = _norm_and_rotate_op if torch.compiler.is_compiling() else _norm_and_rotate
     q = rotate(q, [norm.query_norm.scale for norm in norms], lengths, *q_table)
     k = rotate(k, [norm.key_norm.scale for norm in norms], lengths, *k_table)
     return q, k, v
@@ -146,13 +146,17 @@ def _norm_and_rotate(x: Tensor, scales: list[Tensor], lengths: list[int], cos: T
     """Return RMSNorm and rotation of `(B, H, N, d)`, without gradients, in one buffer of the table's dtype.
 
     1/rms is applied last: a rotation does not change lengths. Scale i applies to the next `lengths[i]` tokens.
-    Compiled code has its own formula, `norm_and_rotate_compiled`.
     """
     out = empty_token_major(x, cos.dtype).copy_(x)
     rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(1e-6).sqrt_()
     for scale, part in zip(scales, out.split(lengths, dim=2), strict=True):
         part.mul_(scale)
     return apply_rotary_(out, Rotary(cos, sin)).div_(rms)
+
+
+# One operator for torch.compile too: inductor's code for interleaved pairs is slower.
+_norm_and_rotate_op = torch.library.custom_op("fluxlab::norm_and_rotate", _norm_and_rotate, mutates_args=())
+_norm_and_rotate_op.register_fake(lambda x, scales, lengths, cos, sin: empty_token_major(x, cos.dtype))
 
 
 def block_attention(

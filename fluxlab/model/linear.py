@@ -6,18 +6,9 @@ from torch import Tensor, nn
 
 from fluxlab.model.torch_ops import ONEDNN_DTYPES, onednn_linear
 
-NARROW = 1 << 19
-"""Compiled code uses oneDNN's operator for weights with at least so many elements.
-
-Below, `F.linear` is as fast, and inductor fuses the GELU with what follows. For 1024 → 3072 oneDNN's product takes 0.87
-of the time of `F.linear`.
-"""
-
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Return whether `linear` may use oneDNN's operator, which has no gradient and ignores autocast."""
-    if torch.compiler.is_compiling() and weight.numel() < NARROW:
-        return False
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype
@@ -32,8 +23,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
     On the CPU oneDNN's operator computes the GELU while the product is in registers, which takes 0.55 of the time of
     the two operators (1024 → 4096, fp32). In fp32 its product is also 15 % faster than MKL's, which `F.linear` calls,
-    and a row of the result does not depend on how many rows there are. A single row would be the exception. The last
-    bits of compiled code may depend on the number of rows, see `NARROW`.
+    and a row of the result does not depend on how many rows there are. A single row would be the exception.
     """
     if uses_onednn(x, weight):
         product = _onednn_linear_op if torch.compiler.is_compiling() else onednn_linear

@@ -83,30 +83,3 @@ def apply_rotary_(x: Tensor, table: Rotary) -> Tensor:
     """
     torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.complex(table.cos, table.sin))
     return x
-
-
-def norm_and_rotate_compiled(x: Tensor, scales: list[Tensor], lengths: list[int], cos: Tensor, sin: Tensor) -> Tensor:
-    """Return RMSNorm and rotation of `(B, H, N, d)` in the table's dtype, in a form that inductor vectorises.
-
-    Scale i applies to the next `lengths[i]` tokens. The formula of `apply_rotary` joins two halves of every pair, which
-    inductor computes element by element. Here each element is read once in place and once as the other of its pair.
-    """
-    wide, signed = _each_channel(cos, sin)
-    x = x.to(cos.dtype)
-    rms = (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    rows = [scale.expand(n, -1) for scale, n in zip(scales, lengths, strict=True)]
-    x = x * (scales[0] if len(scales) == 1 else torch.cat(rows))
-    other = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x * wide + other * signed) / rms
-
-
-@torch.library.custom_op("fluxlab::each_channel", mutates_args=())
-def _each_channel(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and ±sin of every channel, `(…, d)`. One operator, so that they are computed once for all blocks."""
-    return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), dim=-1).flatten(-2)
-
-
-@_each_channel.register_fake
-def _(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    wide = cos.new_empty((*cos.shape[:-1], 2 * cos.shape[-1]))
-    return wide, torch.empty_like(wide)

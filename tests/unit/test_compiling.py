@@ -5,7 +5,7 @@ import torch
 
 import fluxlab
 from fluxlab.errors import UserError
-from fluxlab.model import compiling, linear
+from fluxlab.model import compiling
 from fluxlab.model.compiling import compile_blocks
 from fluxlab.probes import Probe
 from fluxlab.sampling import Sampling
@@ -38,7 +38,6 @@ def latents(pipe, programs, side=32, **more):
 def test_each_kind_of_block_is_compiled_once(pipe, monkeypatch):
     """A batch of one is another compilation. Programs, sizes, probes and text lengths are none. Same operators, so
     that the bits are equal."""
-    monkeypatch.setattr(linear, "NARROW", 0)  # oneDNN's products, as without compilation
     graphs = []
 
     def backend(graph, _):
@@ -97,7 +96,6 @@ def test_not_a_boolean():
 @pytest.mark.soak
 def test_blocks_of_flux2(monkeypatch):
     """Equal bits with the same operators, for a batch with several programs."""
-    monkeypatch.setattr(linear, "NARROW", 0)  # oneDNN's products, as without compilation
     torch._dynamo.reset()
     graphs, pipe = [], families.load("flux2")
     options = {"height": 32, "width": 32, "steps": 1, "max_sequence_length": 16, "output": "latent"}
@@ -111,19 +109,3 @@ def test_blocks_of_flux2(monkeypatch):
     assert torch.equal(pipe.generate("a red cat", 0, PROGRAMS[:3], **options), expected)
     assert len(graphs) >= 2 * len(compiling.REGIONS)  # the checks of shapes under pytest compile some twice
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("narrow", [0, 1 << 40])
-def test_products_of_narrow_weights_are_left_to_pytorch(pipe, monkeypatch, narrow):
-    """Compiled code has one of the two operators, and the result differs by rounding only."""
-    targets = set()
-
-    def backend(graph, _):
-        targets.update(str(node.target) for node in graph.graph.nodes)
-        return graph.forward
-
-    expected = latents(pipe, [None])
-    monkeypatch.setattr(linear, "NARROW", narrow)
-    monkeypatch.setattr("fluxlab.pipeline.compile_blocks", lambda model, on: compile_blocks(model, True, backend))
-    torch.testing.assert_close(latents(pipe, [None]), expected, rtol=0, atol=1e-4)
-    assert any("onednn_linear" in target for target in targets) == (narrow == 0)

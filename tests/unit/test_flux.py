@@ -10,8 +10,7 @@ from jaxtyping import config as jaxtyping_config
 
 from fluxlab.model import TRANSFORMERS, Flux, FluxParams, rotary_table
 from fluxlab.model.attention import attend
-from fluxlab.model.layers import _norm_and_rotate
-from fluxlab.model.rope import apply_rotary, apply_rotary_, norm_and_rotate_compiled
+from fluxlab.model.rope import apply_rotary, apply_rotary_
 from fluxlab.model.torch_ops import ONEDNN_DTYPES
 
 PARAMS = FluxParams(8, 6, 12, 10, 32, 4.0, 2, 2, 2, (4, 6, 6), 10000, True, True)
@@ -330,21 +329,3 @@ def test_the_bits_of_a_sample_do_not_depend_on_its_batch(dtype, threads):
             assert torch.equal(forward(rows), whole[rows]), rows
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("lengths", [[7], [3, 4]])
-def test_compiled_code_rotates_with_an_equal_formula(dtype, lengths):
-    """The form that inductor vectorises, and the one that is used otherwise. Tables per sample and head."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 7, 3, 8, generator=g).to(dtype).transpose(1, 2)
-    scales = [torch.randn(8, generator=g).to(dtype) for _ in lengths]
-    table = torch.float64 if dtype == torch.float64 else torch.float32
-    for shape in ((1, 1, 7, 4), (2, 3, 7, 4)):
-        angles = torch.randn(shape, generator=g, dtype=torch.float64)
-        cos, sin = angles.cos().to(table), angles.sin().to(table)
-        with torch.no_grad():
-            expected = _norm_and_rotate(x, scales, lengths, cos, sin)
-            found = norm_and_rotate_compiled(x, scales, lengths, cos, sin)
-        assert found.dtype == expected.dtype == table
-        torch.testing.assert_close(found, expected)
