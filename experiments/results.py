@@ -1,7 +1,5 @@
 """What the figures of a run folder share: arguments, choice of cells and metrics, variants and numbers as text."""
 
-import csv
-import io
 import math
 import re
 import sys
@@ -16,7 +14,6 @@ from fluxlab.compose import guarded
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import FLOOR_SHIFT
 from fluxlab.experiment.reading import Run, read_store
-from fluxlab.files import write_atomic
 from fluxlab.measure.registry import METRICS, about
 from fluxlab.measure.summary import CONTROLS, Effect
 from fluxlab.positions import Program
@@ -298,16 +295,3 @@ def counted(n: int, noun: str) -> str:
 def plain_name(run: Run) -> str:
     """Return the experiment's name as part of a file name."""
     return re.sub(r"[^\w.-]", "_", run.record["name"])
-
-
-def save_table(rows: Sequence[dict[str, Any]], file: Path) -> Path:
-    """Write rows, at least one, as CSV: numbers with 6 digits, missing ones empty. Return the file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        shown = {key: f"{value:.6g}" for key, value in row.items() if isinstance(value, float)}
-        writer.writerow(row | {key: "" if value == "nan" else value for key, value in shown.items()})
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, text.getvalue())
-    return file

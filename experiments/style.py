@@ -1,11 +1,13 @@
 """What the figures share: widths, type, colours, arguments, and files with the same bytes in every run."""
 
 import argparse
+import csv
+import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fluxlab.compose import guarded
 from fluxlab.drawing.style import OKABE_ITO, style, write_figure
@@ -26,6 +28,7 @@ __all__ = [
     "refusing_parser",
     "save",
     "save_caption",
+    "save_table",
 ]
 
 COLUMN, PAGE = 3.35, 6.9
@@ -72,6 +75,19 @@ def save_caption(text: str, stem: Path) -> Path:
     file = stem.with_name(f"{stem.name}.txt")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(file, text.strip() + "\n")
+    return file
+
+
+def save_table(rows: Sequence[dict[str, Any]], file: Path) -> Path:
+    """Write rows, at least one, as CSV: numbers with 6 digits, missing ones empty. Return the file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        shown = {key: f"{value:.6g}" for key, value in row.items() if isinstance(value, float)}
+        writer.writerow(row | {key: "" if value == "nan" else value for key, value in shown.items()})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, text.getvalue())
     return file
 
 

@@ -13,8 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.results import INTERVALS, all_cells, conditions, controls, mean_text, opening, plain_name, save_table
-from experiments.style import COLUMN, OKABE_ITO, PAGE, figure, out_argument, paper, refusing_parser, save, save_caption
+from experiments.results import INTERVALS, all_cells, conditions, controls, mean_text, opening, plain_name
+from experiments.style import (
+    COLUMN,
+    OKABE_ITO,
+    PAGE,
+    figure,
+    out_argument,
+    paper,
+    refusing_parser,
+    save,
+    save_caption,
+    save_table,
+)
 from experiments.tracetable import ATTRIBUTES, QUADRANTS, SOURCE, Patch, Row, patches, table_rows
 from fluxlab.compose import guarded
 from fluxlab.config import config_folder

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.results import conditions, counted, label, number, opening, plain_name, save_table
-from experiments.style import COLUMN, OKABE_ITO, PAGE, figure, paper, save, save_caption
+from experiments.results import conditions, counted, label, number, opening, plain_name
+from experiments.style import COLUMN, OKABE_ITO, PAGE, figure, paper, save, save_caption, save_table
 from experiments.wordtable import Row, table_rows
 from fluxlab.compose import guarded
 from fluxlab.drawing.legend import legend_below

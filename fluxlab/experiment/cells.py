@@ -105,10 +105,9 @@ def cells(experiment: Experiment, settings: Settings, prompts: Sequence[str] | N
 
     prompts: those whose cells are returned; None means all.
     """
-    names = sorted(experiment.variants, key=lambda name: name != experiment.baseline)
     return [
         _cell(experiment, name, experiment.variants[name], prompt, seed, settings)
-        for name in names
+        for name in experiment.names
         for prompt in (experiment.prompts if prompts is None else prompts)
         for seed in experiment.seeds
     ]

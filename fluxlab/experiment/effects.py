@@ -136,7 +136,7 @@ class _Table(Sequence[Row]):
     """
 
     def __init__(self, experiment: Experiment, names: Sequence[str]):
-        self.variants = sorted(experiment.variants, key=lambda name: name != experiment.baseline)
+        self.variants = experiment.names
         self.digests = [experiment.variants[name].digest for name in self.variants]
         self.prompts, self.seeds, self.names, self.more = experiment.prompts, experiment.seeds, names, []
         shape = len(self.variants), len(self.prompts), len(self.seeds)

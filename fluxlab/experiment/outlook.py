@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fluxlab.experiment.cells import Cell, Settings, in_one_forward, picking_rows, step_rows
+from fluxlab.experiment.cells import Batch, Cell, Settings, in_one_forward, picking_rows, step_rows
 from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import CELLS, Store
-from fluxlab.experiment.work import every_batch, is_done
+from fluxlab.experiment.work import every_batch
 
 
 @dataclass
@@ -56,14 +56,22 @@ def outlook(experiment: Experiment, settings: Settings, store: Store | None) -> 
             found.distinct += len(batch.cells)
             if experiment.captures:
                 found.compositions[tuple(cell.prompt for cell in samples)] = None
-                found.arrays += sum(store.has_arrays(cell, experiment.captures) for cell in batch.cells if store)
         else:
             for cell in batch.cells:
                 found.controls[cell.variant] = found.controls.get(cell.variant, 0) + 1
-        found.stored += sum(store.has(cell, batch.folder) for cell in batch.cells if store)
-        if not (store and all(is_done(store, experiment, cell, batch.folder) for cell in batch.cells)):
+        images, arrays = _stored(experiment, batch, store) if store else ([], [])
+        found.stored += sum(images)
+        found.arrays += sum(arrays)
+        if not store or not all((*images, *arrays)):
             _add(found, samples, together, settings)
     return found
+
+
+def _stored(experiment: Experiment, batch: Batch, store: Store) -> tuple[list[bool], list[bool]]:
+    """Return for every cell of a batch whether the store has its image, and its attention arrays if it has any."""
+    captured = experiment.captures if batch.folder == CELLS else ""
+    arrays = [store.has_arrays(cell, captured) for cell in batch.cells] if captured else []
+    return [store.has(cell, batch.folder) for cell in batch.cells], arrays
 
 
 def _add(found: Outlook, samples: Sequence[Cell], together: int, settings: Settings) -> None:

@@ -57,6 +57,11 @@ class Experiment(Sampling):
     capture: Capture = field(default_factory=Capture)
     references: PerPrompt = ()
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the variants in the order of the tables, the baseline first."""
+        return sorted(self.variants, key=lambda name: name != self.baseline)
+
     def references_of(self, prompt: str) -> tuple[ReferenceImage, ...]:
         """Return the reference images of a prompt."""
         if len(self.references) < 2:

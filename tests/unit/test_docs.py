@@ -53,6 +53,9 @@ def test_the_numbers_belong_to_the_embedded_model():
     weights = sha256_of(results.WEIGHTS)[:12]
     assert json.loads(measured.EMBEDDED.read_text())["weights"] == weights
     assert json.loads(measured.RESULTS.read_text())["weights"] == weights
+    weights2 = sha256_of(results.WEIGHTS2)[:12]
+    assert json.loads(measured.EMBEDDED2.read_text())["weights"] == weights2
+    assert json.loads(measured.RESULTS.read_text())["weights of tiny2"] == weights2
     for page in ("learning.md", "interventions.md"):  # +exp=learn_offset, learn_sharpest; experiments.attribution
         assert f"`{weights}`" in (tables.ROOT / "docs" / page).read_text()
 

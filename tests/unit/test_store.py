@@ -183,6 +183,18 @@ def test_controls_stand_at_the_baseline_if_they_change_nothing(finished):
     assert floor.value == baseline.value + floor.difference
 
 
+def test_the_row_of_a_cell_is_found_also_in_a_part_of_a_run(finished):
+    run = read_run(finished)
+    for part in (run, *run.divided([run.places[:1], run.places[1:]])):
+        for row in part.metrics:
+            found = part.cell(row["variant"], row["prompt"], row["seed"])
+            keys = ("variant", "prompt", "seed", "cell")
+            assert [found[key] for key in keys] == [row[key] for key in keys]
+        assert len(part.images) == len(part.metrics)
+    with pytest.raises(KeyError):
+        run.cell("half", "a prompt of another run", 0)
+
+
 # ---- a cell without an image
 
 
