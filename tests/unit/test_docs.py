@@ -98,6 +98,7 @@ def test_the_text_on_flux2_follows_from_the_numbers():
     tiny, tiny2 = (json.loads(file.read_text())["edits"] for file in (measured.EMBEDDED, measured.EMBEDDED2))
     assert max(card["all zero"]["object"][2] for card in (tiny, tiny2)) < 0.05
     assert tiny2["× 2"]["object"][1] > 1.5 * tiny["× 2"]["object"][2]
+    assert max(card["× 2"]["shape"][2] for card in (tiny, tiny2)) < 0.3
     assert tiny2["× 0.5"]["object"][2] <= tiny["× 0.5"]["object"][1]
     assert tiny2["× 0.5"]["shape"][2] < tiny["× 0.5"]["shape"][1]
     assert min(card["axis 0 = 1"]["ssim"][1] for card in (tiny, tiny2)) > 0.95
