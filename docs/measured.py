@@ -85,10 +85,10 @@ def text_order() -> str:
     rows = [
         [ROW_TITLES.get(name, f"`{name}`"), *(_interval(row.get(m)) for m in TEXT_ORDER)] for name, row in runs.items()
     ]
-    return markdown(["text ids", "SSIM to baseline", "object found", "at the right place", "letters right"], rows)
+    return markdown(["text ids", "SSIM to baseline", "place", "colour", "shape", "letters"], rows)
 
 
-TEXT_ORDER = ("ssim", "object", "place", "letters")
+TEXT_ORDER = ("ssim", "place", "colour", "shape", "letters")
 
 
 def _interval(row: dict[str, Any] | None) -> str:

@@ -24,7 +24,7 @@ QUOTED = {
     "step_window": ("ssim", "object"),
     "freeflux_probe": ("psnr",),
     "trace": (),
-    "text_order": ("ssim", "object", "place", "letters"),
+    "text_order": ("ssim", "place", "colour", "shape", "letters"),
     **dict.fromkeys(("dose_response", "dose_edits", "step_roles"), ("ssim", "psnr")),
 }
 """Experiment: metrics that are kept. Of `trace`, what `experiments.tracetable` reads in the images instead."""

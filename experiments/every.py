@@ -1,6 +1,6 @@
 """`make figures`, or `python -m experiments.every`: every figure, from its runs to its files.
 
-Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes half an
+Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes about an
 hour on 2 CPU cores with the embedded model, and a minute once the runs exist. key=value words are passed on to the
 runs, such as model=schnell device=cuda. `--list` shows the commands.
 """

@@ -18,7 +18,7 @@ from fluxlab.measure.registry import METRICS, about
 from fluxlab.measure.summary import CONTROLS, Effect
 from fluxlab.positions import Program
 from fluxlab.positions.program import Edit
-from fluxlab.select.arguments import AXES
+from fluxlab.select.arguments import AXES, EVERY_AXIS
 
 DEFAULT_METRICS = ("ssim", "letters", "object", "sawtooth", "displacement", "sharpness")
 """Metrics that a figure shows by default: the first of them that have values."""
@@ -190,9 +190,10 @@ def formula(edit: Edit, amount: str | None = None) -> str:
     plain = len(edit.arguments) == (argument is not None) or edit.arguments.get("origin") == "corner"
     if not (known and plain) or (argument and one_number(values) is None):
         return Program((edit,)).describe()
-    axes = [axis for i, axis in enumerate(AXES) if values is None or values[i] is not None]
+    given = [True] * len(EVERY_AXIS) if values is None else [value is not None for value in values]
+    axes = [axis for axis, is_given in zip(EVERY_AXIS, given, strict=False) if is_given]  # FLUX.1 has the first three
     axes = [axis for axis in axes if edit.where["axes"] == "all" or axis in edit.where["axes"]]
-    target = NAMES[tokens] if len(axes) == len(AXES) else f"{NAMES[tokens]} ({', '.join(axes)})"
+    target = NAMES[tokens] if {*AXES} <= {*axes} else f"{NAMES[tokens]} ({', '.join(axes)})"
     text = form.format(target, amount or (f"{one_number(values):g}" if argument else ""))
     # steps, blocks and so on are described as everywhere else
     bare = replace(edit, arguments={}, where={**edit.where, "tokens": "image", "axes": "all"})

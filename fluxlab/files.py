@@ -54,8 +54,14 @@ def sync(folder: Path) -> None:
 
 def sweep(folder: Path) -> None:
     """Remove the hidden files that killed processes left in a folder and its subfolders."""
-    for stray in folder.rglob(f".*{PARTIAL}"):
-        stray.unlink(missing_ok=True)
+    waiting = [str(folder)]
+    while waiting:  # `rglob` lists a folder before it yields, and a large store has millions of files
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif entry.name.startswith(".") and entry.name.endswith(PARTIAL):
+                    Path(entry.path).unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

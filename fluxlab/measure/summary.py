@@ -47,21 +47,18 @@ def summarise(rows: Rows, baseline: str, metrics: Sequence[str]) -> list[dict[st
     if unknown:
         raise UserError(f"metrics: {unknown[0]!r} is in none of the rows")
     summary: list[dict[str, Any]] = []
-    samples: list[np.ndarray] = []
     for variant in table.rows:
-        for metric in metrics:
-            values, differences = table.values_of(metric, variant, baseline)
-            summary.append({"variant": variant, "metric": metric, "n": len(values)})
-            samples += [values, differences]
-    moments = _moments(samples)
-    for i, row in enumerate(summary):
-        values, differences = samples[2 * i : 2 * i + 2]
-        alone, paired = moments[2 * i : 2 * i + 2]
-        if row["metric"] == "psnr":
-            mean, low, high = map(decibels, alone)
-            alone = mean, high, low  # the larger error is the smaller psnr
-        row |= dict(zip(CSV_COLUMNS[3:9], (*alone, *paired), strict=True))
-        row |= {"paired_n": len(differences), "median": _median(row["metric"], values)}
+        pairs = [table.values_of(metric, variant, baseline) for metric in metrics]
+        moments = _moments([sample for pair in pairs for sample in pair])
+        for metric, (values, differences), alone, paired in zip(
+            metrics, pairs, moments[::2], moments[1::2], strict=True
+        ):
+            if metric == "psnr":
+                mean, low, high = map(decibels, alone)
+                alone = mean, high, low  # the larger error is the smaller psnr
+            row = {"variant": variant, "metric": metric, "n": len(values)}
+            row |= dict(zip(CSV_COLUMNS[3:9], (*alone, *paired), strict=True))
+            summary.append(row | {"paired_n": len(differences), "median": _median(metric, values)})
     return summary
 
 

@@ -128,6 +128,8 @@ def test_rows_are_named_by_formula_and_name(run):
         ({"op": "offset", "by": 3, "tokens": "all"}, "all ids + 3"),
         ({"op": "offset", "by": [-16, -16]}, "img_ids (row, col) - 16"),
         ({"op": "set", "value": 1, "axes": "index"}, "img_ids (index) = 1"),
+        ({"op": "offset", "by": {"order": 8}, "tokens": "text"}, "txt_ids (order) + 8"),
+        ({"op": "scale", "factor": {"l": 2}, "tokens": "text"}, "txt_ids (order) × 2"),
         ({"op": "zero", "tokens": {"words": ["cat"]}}, "zero on words 'cat'"),
         ({"op": "rotate", "degrees": 30}, "rotate degrees 30 on image"),
     ],
