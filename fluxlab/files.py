@@ -4,7 +4,7 @@ import filecmp
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -60,7 +60,7 @@ def sweep(folder: Path) -> None:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(entry.path)
-                elif entry.name.startswith(".") and entry.name.endswith(PARTIAL):
+                elif _is_partial(entry.name):
                     Path(entry.path).unlink(missing_ok=True)
 
 
@@ -70,16 +70,31 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def files_in(folder: Path, left_out: Collection[str] = ()) -> list[str]:
-    """Return the files below a folder, relative to it with slashes, in the order of their parts.
+def files_in(folder: Path, left_out: Collection[str] = ()) -> Iterator[str]:
+    """Yield the files below a folder, relative to it with slashes, in the order of their parts.
 
+    Files that are being written are left out. Only the names in one folder at a time are in memory.
     left_out: subfolders of `folder` that are not read.
     """
-    found = []
-    for root, folders, files in os.walk(folder):
-        if root == str(folder):
-            folders[:] = [name for name in folders if name not in left_out]
-        start = Path(root).relative_to(folder).as_posix()
-        names = files if start == "." else [f"{start}/{name}" for name in files]
-        found += [name for name in names if os.path.isfile(os.path.join(folder, name))]
-    return sorted(found, key=lambda name: name.split("/"))
+    return _files(str(folder), left_out)
+
+
+def _files(folder: str, left_out: Collection[str] = ()) -> Iterator[str]:
+    names, folders = [], set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.add(entry.name)
+            elif not entry.is_file() or _is_partial(entry.name):
+                continue
+            names.append(entry.name)
+    names.sort()
+    for name in names:
+        if name not in folders:
+            yield name
+        elif name not in left_out:
+            yield from (f"{name}/{file}" for file in _files(os.path.join(folder, name)))
+
+
+def _is_partial(name: str) -> bool:
+    return name.startswith(".") and name.endswith(PARTIAL)

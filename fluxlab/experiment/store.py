@@ -185,7 +185,7 @@ class Store:
 
     def seal(self) -> None:
         """Write the manifest: one line per file, sorted by name."""
-        names = [name for name in files_in(self.path, TRACKERS) if name != MANIFEST and not is_lock(name)]
+        names = (name for name in files_in(self.path, TRACKERS) if name != MANIFEST and not is_lock(name))
         self.write(MANIFEST, self.manifest.lines(names, self.verify))
         del self.manifest
 

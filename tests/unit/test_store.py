@@ -355,8 +355,23 @@ def test_a_large_store_s_manifest_and_tables_take_little_memory(tmp_path):
 
 def test_the_manifest_lists_files_in_the_order_of_their_parts(tmp_path):
     names = ["a/z.png", "a-b/c.png", "a.csv", "a/b/c.json", "B.csv"]
-    for name in [*names, "wandb/run/log.txt", "deep/wandb/kept.txt"]:
+    for name in [*names, "wandb/run/log.txt", "deep/wandb/kept.txt", ".manifest.jsonl.0.part", "a/.z.png.0.part"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     expected = sorted(Path(name) for name in [*names, "deep/wandb/kept.txt"])
-    assert files.files_in(tmp_path, ("wandb",)) == [path.as_posix() for path in expected]
+    assert list(files.files_in(tmp_path, ("wandb",))) == [path.as_posix() for path in expected]
+
+
+def test_files_are_listed_in_the_memory_of_one_folder(tmp_path):
+    for name in "abcdefgh":
+        (tmp_path / name).mkdir()
+        for i in range(500):
+            (tmp_path / name / f"{i:032x}.json").touch()
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in files.files_in(tmp_path))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 4000
+    assert peak < 250 * 500  # bytes
