@@ -38,13 +38,14 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "words": ("experiments.words {attention}",),
     "trace": ("experiments.trace {trace}",),
     "attribution": ("experiments.attribution",),
+    "inpaint": ("experiments.inpaint",),
 }
 """Figure: modules to call after each other. {name} is the folder of the run of `configs/exp/<name>.yaml`.
 
 {runs} is the folder of all runs. Scripts of `experiments` get `-o` too.
 """
 
-WITHOUT_RUNS = ("ids", "schedule", "attribution")
+WITHOUT_RUNS = ("ids", "schedule", "attribution", "inpaint")
 """Figures that know no key=value words. They are left out when such words are given."""
 
 

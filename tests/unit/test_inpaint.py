@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from fluxlab.errors import UserError
 from fluxlab.positions import Program
@@ -102,6 +102,55 @@ def test_masks_of_pixels_tokens_and_files_are_equal(pipe, image, tmp_path):
     given = [HOLE, pixels, HOLE.astype(int).tolist(), Image.fromarray(pixels), str(tmp_path / "mask.png")]
     results = [pipe.inpaint(image, mask, PROMPT, steps=1, max_sequence_length=16, output="latent") for mask in given]
     assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def drawn() -> dict[str, Image.Image]:
+    """Return a blob on 16 × 16 pixels as image editors save it: hard or soft edges, with or without alpha."""
+    large = Image.new("L", (128, 128))
+    ImageDraw.Draw(large).ellipse((50, 30, 118, 78), fill=255)
+    soft = large.resize((16, 16), Image.Resampling.BOX)  # antialiased, as a brush paints
+    white, red = Image.new("L", soft.size, 255), Image.new("RGB", soft.size, "red")
+    hard = soft.point(lambda value: 255 * (value >= 128))
+    painted = red.copy()
+    painted.putalpha(soft)
+    return {
+        "1 bit": hard.convert("1"),
+        "greyscale, soft edge": soft,
+        "colour": Image.merge("RGB", [soft] * 3),
+        "opaque alpha": Image.merge("RGBA", [soft] * 3 + [white]),
+        "greyscale with alpha": Image.merge("LA", [soft, white]),
+        "palette": hard.convert("P"),
+        "red on a transparent layer": painted,
+    }
+
+
+@pytest.mark.parametrize("kind", drawn())
+def test_a_mask_drawn_in_an_image_editor(kind, tmp_path):
+    """The hole is every token with a pixel that is at least half white, whatever the file's format."""
+    from fluxlab.editing.inpaint import hole_tokens
+
+    values = np.asarray(drawn()["greyscale, soft edge"])
+    expected = [
+        [any(values[r, c] >= 128 for r in range(4 * i, 4 * i + 4) for c in range(4 * j, 4 * j + 4)) for j in range(4)]
+        for i in range(4)
+    ]
+    assert 0 < np.sum(expected) < 16
+    drawn()[kind].save(tmp_path / "mask.png")
+    for mask in (str(tmp_path / "mask.png"), drawn()[kind]):
+        assert hole_tokens(mask, (16, 16), (4, 4)).tolist() == expected
+
+
+def test_a_drawn_mask_that_cannot_be_meant(tmp_path):
+    """Another size, or mostly grey: one line that names the mask and what is expected."""
+    from fluxlab.editing.inpaint import hole_tokens
+
+    drawn()["colour"].resize((32, 16)).save(tmp_path / "wide.png")
+    Image.linear_gradient("L").resize((16, 16)).save(tmp_path / "grey.png")
+    said = {"wide": "mask of 16 × 32 .* 16 × 16 pixels, or 4 × 4 tokens", "grey": "grey.png .*white on black"}
+    for name, message in said.items():
+        with pytest.raises(UserError, match=message) as error:
+            hole_tokens(str(tmp_path / f"{name}.png"), (16, 16), (4, 4))
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,87 @@
+"""The experiment on inpainting: its scenes, its measures on images that are known, and its figure."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from experiments import exchange, inpaint
+from fluxlab.scenes import parse
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_a_case_differs_in_the_hole_only_and_its_thing_is_the_one_asked_for(number):
+    one = exchange.case(number)
+    changed = (one.given != one.drawn).any(-1)
+    assert changed.any()
+    assert not changed[~one.hole].any()
+    tokens = one.hole.reshape(16, 4, 16, 4)
+    assert (tokens.all((1, 3)) == tokens.any((1, 3))).all()
+    before, after = parse(one.source_prompt), parse(one.prompt)
+    assert (before.relation is None) == (number % 2 == 0)
+    assert (one.asked.name, one.asked.colour) in ((after.thing, after.colour), (after.second, after.second_colour))
+    assert one.asked.name not in (before.thing, before.second)
+    assert one.asked.colour not in (before.colour, before.second_colour)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_scores_of_drawn_images(number):
+    one = exchange.case(number)
+    right, given = exchange.scores(one.drawn, one), exchange.scores(one.given, one)
+    assert (right["object"], right["colour"], right["asked"]) == (1, 1, 1)
+    assert (given["object"], given["colour"], given["asked"]) == (1, 0, 0)
+    empty = one.drawn.copy()
+    empty[one.hole] = one.given[0, 0]
+    assert exchange.scores(empty, one)["object"] == 0
+    assert exchange.scores(one.drawn.repeat(2, 0).repeat(2, 1), one)["asked"] == 1
+
+
+def test_the_right_thing_at_the_wrong_place_does_not_count():
+    one = exchange.case(0)
+    moved = np.roll(one.drawn, 32, 0 if one.asked.place in ("top", "bottom", "centre") else 1)
+    assert exchange.scores(moved, one)["asked"] == 0
+
+
+def test_psnr_outside_counts_no_pixel_of_the_hole():
+    one = exchange.case(0)
+    image = one.drawn.copy()
+    image[~one.hole] = np.where(image[~one.hole] < 128, image[~one.hole] + 51, image[~one.hole] - 51)
+    assert exchange.scores(image, one)["psnr_outside"] == pytest.approx(-20 * np.log10(0.2))
+
+
+def test_the_seam_of_a_flat_hole():
+    hole = np.zeros((8, 8), bool)
+    hole[2:4, 4:] = True  # touches the edge of the image, where there is no border
+    image = np.zeros((8, 8, 3), np.uint8)
+    assert exchange.seam(image, hole) == 0
+    image[hole] = 51
+    assert exchange.seam(image, hole) == pytest.approx(0.2)
+    image[3, 4:] = 0  # 4 + 1 of the 10 pairs of neighbours are equal now
+    assert exchange.seam(image, hole) == pytest.approx(0.1)
+
+
+def test_the_numbers_and_the_figure_are_those_of_the_images(tmp_path, monkeypatch, capsys):
+    """With made-up images: the first method is right in every scene, the others are the given image."""
+
+    def made(pipe, one, methods=inpaint.METHODS):
+        for i, name in enumerate((inpaint.DRAWN, inpaint.FLOOR, inpaint.ALONE, *methods)):
+            yield name, one.drawn if i in (0, 3) else one.given
+
+    monkeypatch.setattr(inpaint, "images_of", made)
+    assert inpaint.main(["-o", str(tmp_path), "--scenes", "2", "--rows", "1"]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"inpaint.{end}" for end in ("csv", "json", "pdf", "png", "txt")
+    ]
+    found = json.loads((tmp_path / "inpaint.json").read_text())["measures"]
+    first, second, *_ = inpaint.METHODS
+    assert found[first]["asked"] == {"n": 2, "mean": 1, "low": 1, "high": 1, "first": 1}
+    assert found[second]["asked"]["paired_mean"] == -1
+    rows = list(csv.DictReader((tmp_path / "inpaint.csv").open()))
+    assert len(rows) == 2 * len(found)
+    for name, row in found.items():
+        mean = np.mean([float(r["seam"]) for r in rows if r["variant"] == name])
+        assert row["seam"]["mean"] == pytest.approx(mean, abs=1e-5)
+    assert f"{second}: 0 [0, 0], Δ -1 [-1, -1], n = 2" in (tmp_path / "inpaint.txt").read_text()
+    assert inpaint.main(["--scenes", "0"]) == 2
+    assert "--scenes 0: expected at least 1" in capsys.readouterr().err
