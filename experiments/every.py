@@ -39,13 +39,14 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "trace": ("experiments.trace {trace}",),
     "attribution": ("experiments.attribution",),
     "inpaint": ("experiments.inpaint",),
+    "upscale": ("experiments.upscale",),
 }
 """Figure: modules to call after each other. {name} is the folder of the run of `configs/exp/<name>.yaml`.
 
 {runs} is the folder of all runs. Scripts of `experiments` get `-o` too.
 """
 
-WITHOUT_RUNS = ("ids", "schedule", "attribution", "inpaint")
+WITHOUT_RUNS = ("ids", "schedule", "attribution", "inpaint", "upscale")
 """Figures that know no key=value words. They are left out when such words are given."""
 
 

@@ -125,12 +125,14 @@ class Pipeline(Velocities):
         progress: bool = False,
         share: bool = True,
         at_once: int | None = None,
+        first: int = 0,
     ) -> "list[Image.Image] | Tensor":
         """Return the images of `generate`, with its settings as one object.
 
         negative_prompts: one per sample, in place of `settings.negative_prompt`. share: compute samples of one prompt
         and seed once as long as their programs act alike. With an `on_step`, which may change a sample, nothing is
-        shared. at_once: the number of samples in one forward, and in one call of the decoder; None means all.
+        shared. at_once: the number of samples in one forward, and in one call of the decoder; None means all. first:
+        the step to begin with, at whose noise level `latents` are.
         """
         if output not in OUTPUTS:
             raise UserError(f"output={output!r}: expected {', '.join(OUTPUTS)}")
@@ -184,7 +186,7 @@ class Pipeline(Velocities):
             names, settings.steps, self.dtype, lambda i: self._text_fault(batch["prompts"][i], settings)
         )
         with Progress("sampling", settings.steps) if progress else nullcontext() as bar:
-            x = sampling.euler(velocity, x, sigmas, finite.watch(on_step, bar))
+            x = sampling.euler(velocity, x, sigmas, finite.watch(on_step, bar), first)
         if self.streaming is not None and output != "latent":
             self.streaming.before_decoding()
         images = x if output == "latent" else self._decode(x, rows, cols, output, finite, at_once)
@@ -229,12 +231,14 @@ class Pipeline(Velocities):
         unknown_words: str = "warn",
         value_range: tuple[float, float] = (0, 1),
         on_step: sampling.OnStep | None = None,
+        sigmas: Sequence[float] | None = None,
     ) -> Tensor:
         """Return packed noise `(B, N, C)`, fp32, of which `generate(prompts, latents=noise)` makes the images again,
         given the same programs and references.
 
-        images, value_range: as in `encode`. iterations: as in `sampling.invert`. The other arguments: as in
-        `generate`. Raises `NonFiniteError` if the latents become NaN or infinite.
+        images, value_range: as in `encode`. iterations: as in `sampling.invert`. sigmas: a schedule in place of that of
+        this size and number of steps. The other arguments: as in `generate`. Raises `NonFiniteError` if the latents
+        become NaN or infinite.
         """
         x, rows, cols = self.encode(images, value_range)
         settings = self.resolve(
@@ -251,7 +255,7 @@ class Pipeline(Velocities):
         )
         prompts = batch["prompts"]
         extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
-        sigmas = self.schedule.times(settings.steps, rows * cols)
+        sigmas = self.schedule.times(settings.steps, rows * cols) if sigmas is None else sigmas
         side = self.pixels_per_token
         sized = replace(settings, height=rows * side, width=cols * side)
         further = refs.most_tokens(
@@ -268,3 +272,4 @@ class Pipeline(Velocities):
 
     # functions of (pipe, image, …) in a package of their own
     inpaint = editing.inpaint
+    upscale = editing.upscale

@@ -17,13 +17,16 @@ Path = list[Tensor]
 """Latents `(B, N, C)` before the first step, then after each step. The last are those of the image."""
 
 
-def one_way(known: Bool[Tensor, " n"]) -> Program:
+def one_way(known: Bool[Tensor, " n"], steps: Sequence[int] | None = None) -> Program:
     """Return the program in which text and known image tokens do not attend to the other image tokens.
 
     known: which image tokens are known. Text is included, since it would pass on what it reads in the other tokens.
+    steps: in which steps; None for all.
     """
     inside, outside = ([int(n) for n in which.nonzero()[:, 0]] for which in (known, ~known))
     edit = {"op": "mask", "from": ["text", {"indices": inside}], "to": {"indices": outside}}
+    if steps is not None:
+        edit["steps"] = list(steps)
     return Program.from_config({"one_way": edit})
 
 
@@ -40,11 +43,15 @@ def noised_path(latents: Float[Tensor, "b n c"], noise: Float[Tensor, "b n c"], 
     return [(1 - t) * latents + t * noise for t in sigmas[:-1]] + [latents.expand_as(noise)]
 
 
-def hold(path: Path, known: Bool[Tensor, " n"], on_step: OnStep | None = None) -> OnStep:
-    """Return an `on_step` that puts the known tokens on their path after each step, then calls `on_step`."""
+def hold(path: Path, known: Bool[Tensor, " n"], on_step: OnStep | None = None, steps: int | None = None) -> OnStep:
+    """Return an `on_step` that puts the known tokens on their path after each step, then calls `on_step`.
+
+    steps: after this many steps they are free; None for never.
+    """
 
     def after_step(i: int, t: float, x: Tensor) -> None:
-        x[:, known] = path[i + 1][:, known]
+        if steps is None or i < steps:
+            x[:, known] = path[i + 1][:, known]
         if on_step is not None:
             on_step(i, t, x)
 

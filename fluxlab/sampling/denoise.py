@@ -12,13 +12,15 @@ Velocity = Callable[[Tensor, float], Tensor]
 OnStep = Callable[[int, float, Tensor], None]
 
 
-def euler(velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None) -> Tensor:
+def euler(
+    velocity: Velocity, x: Tensor, sigmas: Sequence[float], on_step: OnStep | None = None, first: int = 0
+) -> Tensor:
     """Return x after Euler steps x ← x + (t_next - t) · v(x, t) along `sigmas`. From 1 to 0 they make an image.
 
     `x` keeps its dtype. It should be fp32 whatever the dtype of the model, so that rounding does not accumulate. After
-    step i, `on_step(i, t_next, x)` is called.
+    step i, `on_step(i, t_next, x)` is called. first: the step that x is at.
     """
-    for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
+    for i, (t, t_next) in enumerate(itertools.pairwise(sigmas[first:]), first):
         x = x + (t_next - t) * velocity(x, t).to(x.dtype)
         if on_step is not None:
             on_step(i, t_next, x)

@@ -262,35 +262,39 @@ def sample_scene(rng: np.random.Generator, size: tuple[int, int] = (64, 64), spl
             return scene
 
 
-def render(scene: Scene, small_d: bool = False) -> np.ndarray:
+def render(scene: Scene, small_d: bool = False, scale: int = 1) -> np.ndarray:
     """Return the image of a scene: uint8 (height, width, 3), RGB, flat colours, without antialiasing.
 
-    small_d: as for `text_mask`.
+    small_d: as for `text_mask`. scale: draw the scene at this many times its size, a whole number. Things are drawn
+    anew, with finer outlines; the pixels of the sign become larger.
 
     Raises `UserError` if a thing or the sign is not completely inside the image, and for an unknown name.
     """
-    height, width = scene.size
+    height, width = (side * scale for side in scene.size)
     if scene.background not in BACKGROUNDS:
         raise UserError(f"background={scene.background!r}: expected one of {', '.join(BACKGROUNDS)}")
     image = np.empty((height, width, 3), dtype=np.uint8)
     image[:] = BACKGROUNDS[scene.background]
     if scene.sign:
         top, left, bottom, right = scene.sign.box
-        if top < 0 or left < 0 or bottom > height or right > width:
+        if top < 0 or left < 0 or bottom > scene.size[0] or right > scene.size[1]:
             raise UserError(f"sign={scene.sign!r}: not completely inside the image of {height} x {width} pixels")
         start, stop, col = scene.sign.stick
-        image[start:stop, col : col + 2] = INK
+        image[start * scale : stop * scale, col * scale : (col + 2) * scale] = INK
     for thing in scene.things:
         if thing.colour not in COLOURS:
             raise UserError(f"colour={thing.colour!r}: expected one of {', '.join(COLOURS)}")
-        mask = thing_mask(thing.name, thing.size)
-        r, c = round(thing.row - thing.size / 2), round(thing.col - thing.size / 2)
-        if r < 0 or c < 0 or r + thing.size > height or c + thing.size > width:
+        side = thing.size * scale
+        mask = thing_mask(thing.name, side)
+        r, c = (round(middle - thing.size / 2) * scale for middle in (thing.row, thing.col))
+        if r < 0 or c < 0 or r + side > height or c + side > width:
             raise UserError(f"thing={thing!r}: not completely inside the image of {height} x {width} pixels")
-        image[r : r + thing.size, c : c + thing.size][mask] = COLOURS[thing.colour]
+        image[r : r + side, c : c + side][mask] = COLOURS[thing.colour]
     if scene.sign:
-        image[top:bottom, left:right] = INK
-        image[top + 1 : bottom - 1, left + 1 : right - 1] = BOARD
-        text = image[scene.sign.row : bottom - BORDER, scene.sign.col : right - BORDER]
-        text[text_mask(scene.sign.words, small_d)] = INK
+        board = np.empty((bottom - top, right - left, 3), dtype=np.uint8)
+        board[:] = INK
+        board[1:-1, 1:-1] = BOARD
+        board[BORDER:-BORDER, BORDER:-BORDER][text_mask(scene.sign.words, small_d)] = INK
+        large = board.repeat(scale, 0).repeat(scale, 1)
+        image[top * scale : bottom * scale, left * scale : right * scale] = large
     return image

@@ -194,3 +194,24 @@ def test_errors_name_the_value():
         scenes.render(replace(scene, background="pink"))
     with pytest.raises(ValueError, match="not completely inside the image"):
         scenes.render(replace(scene, things=(replace(scene.things[0], row=-3),)))
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_a_scene_at_a_multiple_of_its_size(scale):
+    """Background, board, text and stick are those of the scene with larger pixels; things are drawn at their size."""
+    for scene in sample("all", n=40, size=(48, 64)):
+        large = scenes.render(scene, scale=scale)
+        empty = replace(scene, things=())
+        expected = scenes.render(empty).repeat(scale, 0).repeat(scale, 1) if scene.sign else None
+        boxes = np.zeros(large.shape[:2], dtype=bool)
+        for thing in scene.things:
+            side, mask = thing.size * scale, scenes.thing_mask(thing.name, thing.size * scale)
+            top, left = (int(scale * (middle - thing.size / 2)) for middle in (thing.row, thing.col))
+            boxes[top : top + side, left : left + side] = True
+            if not scene.sign:
+                shown = (large[top : top + side, left : left + side] == scenes.COLOURS[thing.colour]).all(-1)
+                assert (shown == mask).all()
+        if scene.sign:
+            assert (large == expected)[~boxes].all()
+        else:
+            assert (large[~boxes] == scenes.BACKGROUNDS[scene.background]).all()
