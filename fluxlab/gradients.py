@@ -242,7 +242,7 @@ def sharpness() -> Score:
         rows, cols = prepared.context.layout.grid
         decoder, family = prepared.pipe.autoencoder, prepared.pipe.family
         z = family.unpack(sampled(prepared, make()), rows, cols).to(decoder.decoder.conv_in.weight.dtype)
-        images = decoder.decode(z, tile=None)
+        images = decoder.decode(z, stripe=None)
         images = (images.to(torch.promote_types(images.dtype, torch.float32)) / 2 + 0.5).clamp(0, 1)
         weights = torch.tensor([0.2126, 0.7152, 0.0722], dtype=images.dtype, device=images.device)
         luma = torch.einsum("bchw,c->bhw", images, weights)

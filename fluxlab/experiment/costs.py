@@ -36,7 +36,7 @@ def decode_flops(p: AutoEncoderParams | AutoEncoder2Params, height: int, width: 
         patch = 2 if isinstance(p, AutoEncoder2Params) else 1  # latent pixels along a side of what is decoded
         size = [n // (p.factor * patch) for n in (height, width)]
         latents = torch.empty(1, p.z_channels * patch**2, *size, device="meta")
-        on_meta(p).decode(latents, tile=None)
+        on_meta(p).decode(latents, stripe=None)
     return counter.get_total_flops()
 
 

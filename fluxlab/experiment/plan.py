@@ -22,6 +22,7 @@ from fluxlab.experiment.store import find_store
 from fluxlab.experiment.work import unused_images
 from fluxlab.loading import pipeline_without_weights, schedule_of, streamed_sizes
 from fluxlab.memory import Memory, ModelSizes, Room, make_plan
+from fluxlab.memory.costs import decode_bytes
 from fluxlab.memory.sizes import sizes_of
 from fluxlab.memory.streaming import room_of
 from fluxlab.pipeline import Pipeline
@@ -184,8 +185,7 @@ def _memory_line(
 ) -> str:
     a = pipe.autoencoder.params
     weights = sum(part.bytes_as(dtype) for part in parts.values())
-    decoding = 3 * a.ch * a.ch_mult[min(1, len(a.ch_mult) - 1)] * most * s.height * s.width * pipe.dtype.itemsize
-    decoding = min(decoding, 4e9)  # above 4 GB the decoder works in tiles
+    decoding = decode_bytes(a, most, s.height, s.width, pipe.dtype.itemsize)
     batch = max(settings.bytes_per_token(pipe) * tokens * most, decoding)
     mapped = dtype is None and pipe.device.type == "cpu"  # weights mapped from the file need no free memory
     available = total_memory() if mapped else free_memory(pipe.device)

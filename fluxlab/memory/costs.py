@@ -10,7 +10,7 @@ from torch import nn
 
 from fluxlab.checkpoints.networks import architecture_of
 from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
-from fluxlab.model.autoencoder import AttnBlock
+from fluxlab.model.autoencoder import STRIPE, WHOLE, AttnBlock
 
 ALIGN = 256
 """Bytes at which each tensor of a block starts in its buffer. Matrix products on a GPU want at least 16."""
@@ -118,14 +118,26 @@ def autoencoder_counts(p: Decoder) -> int:
 
 
 def decode_bytes(p: Decoder, batch: int, height: int, width: int, itemsize: int) -> int:
-    """Return the largest memory of decoding, its weights left out. Above 4 GB the decoder works in tiles by itself."""
-    whole, latents = _maps(p, batch * height * width, itemsize), height * width // p.factor**2
-    middle = p.ch * p.ch_mult[-1] * latents
-    if 3 * _width(p) * batch * height * width * itemsize <= 4e9:
-        return max(whole, _attention_bytes(batch, latents, itemsize) + 5 * batch * middle * itemsize)
-    images = (p.out_ch * (batch + 1) + 1) * height * width
-    tiled = _maps(p, (64 * p.factor) ** 2, itemsize) + (middle + images) * itemsize
-    return max(tiled, _attention_bytes(1, latents, itemsize) + 5 * middle * itemsize)
+    """Return the largest memory of decoding, its weights left out. `AutoEncoder.decode` says when it uses stripes."""
+    pixels, latents = height * width, height * width // p.factor**2
+    each = 3 * _width(p) * pixels * itemsize
+    at_once = min(batch, max(1, int(WHOLE // each)))
+    middle = _attention_bytes(at_once, latents, itemsize) + 5 * at_once * p.ch * p.ch_mult[-1] * latents * itemsize
+    images = p.out_ch * (batch + at_once) * pixels * itemsize
+    maps = _maps(p, at_once * pixels, itemsize) if each <= WHOLE else _striped(p, height, width, itemsize)
+    return max(maps, middle) + images
+
+
+def _striped(p: Decoder, height: int, width: int, itemsize: int) -> int:
+    """Maps of the widest residual block: its input, what is between its convolutions, and its output. Then one stripe of
+    its input in fp32, before and after the norm, and in the model's dtype."""
+    widths = [p.ch * mult for mult in (*p.ch_mult, p.ch_mult[-1])]
+    found = []
+    for level, (before, after) in enumerate(zip(widths[1:], widths, strict=False)):
+        rows, cols = height >> level, width >> level
+        maps = (before + (1 if before == after else 2) * after) * rows * cols * itemsize
+        found.append(maps + before * min(rows, STRIPE + 2) * cols * (8 + 2 * itemsize))
+    return max(found)
 
 
 def _attention_bytes(batch: int, latents: int, itemsize: int) -> int:

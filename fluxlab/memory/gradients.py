@@ -134,7 +134,7 @@ def decoder_bytes(
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model.decode(family_of(p).unpack(tokens, rows, cols), tile=None)
+            model.decode(family_of(p).unpack(tokens, rows, cols), stripe=None)
     return sum(found.values()) * dtype.itemsize // 4
 
 

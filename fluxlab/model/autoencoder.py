@@ -1,7 +1,6 @@
 """The convolutional autoencoder of FLUX.1: the latent-diffusion VAE (arXiv 2112.10752), with the original's names."""
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +11,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fluxlab.errors import UserError
+from fluxlab.model.stripes import in_stripes
+
+WHOLE = 4e9
+"""Bytes above which an image is decoded in stripes."""
+
+STRIPE = 128
+"""Rows of a stripe, at every resolution, unless given."""
 
 
 @dataclass(frozen=True)
@@ -174,17 +180,14 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], p.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.upsample(self.start(z))
-
-    def start(self, z: Tensor) -> Tensor:
-        """Return the middle's output, for the whole image."""
-        return self.mid(self.conv_in(z))
-
-    def upsample(self, h: Tensor) -> Tensor:
-        """Return the image of the middle's output. A tiled decoder calls this once per tile."""
+        h = self.start(z)
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h), inplace=True))
+
+    def start(self, z: Tensor) -> Tensor:
+        """Return the middle's output, at the resolution of the latents."""
+        return self.mid(self.conv_in(z))
 
 
 class AutoEncoder(nn.Module):
@@ -221,57 +224,38 @@ class AutoEncoder(nn.Module):
         return mean + (0.5 * logvar.clamp(-30, 20)).exp() * noise.to(mean.device)
 
     def decode(
-        self, z: Float[Tensor, "b z i j"], tile: int | Literal["auto"] | None = "auto"
+        self, z: Float[Tensor, "b z i j"], stripe: int | Literal["auto"] | None = "auto"
     ) -> Float[Tensor, "b c h w"]:
         """Return the image `(B, 3, i·f, j·f)`, in about -1 … 1, of scaled latents `(B, z_channels, i, j)`.
 
-        Decoding needs memory in proportion to the pixels. With `tile` it decodes tiles of that many latent pixels along
-        a side, which overlap by a quarter and are blended. The middle of the decoder, with its attention, still sees
-        the whole image. Group norms see the statistics of a tile, so pixels change slightly. None never tiles. "auto"
-        uses tiles of 64 if the whole image would need more than 4 GB. Raises `UserError` for a tile below 8.
+        Decoding needs memory in proportion to the pixels. With `stripe`, images are decoded one by one and layer by
+        layer, that many rows of a layer's input at a time. This takes two thirds of the memory, and the image is equal
+        up to rounding: group norms have the statistics of all rows. "auto" computes stripes of 128 rows if one image
+        would need more than 4 GB, else as many images at a time as need no more. None computes everything at once.
+        Stripes have no gradient, and "auto" means None for latents with one. Raises `UserError` for a stripe below 8,
+        and for one of latents with a gradient.
         """
-        return self._image(z / self.params.scale_factor + self.params.shift_factor, tile)
+        return self._image(z / self.params.scale_factor + self.params.shift_factor, stripe)
 
-    def _image(self, z: Tensor, tile: int | Literal["auto"] | None) -> Tensor:
+    def _image(self, z: Tensor, stripe: int | Literal["auto"] | None) -> Tensor:
         """Return the image of latents that are no longer scaled."""
-        if tile == "auto":
-            tile = 64 if self._decode_bytes(z) > 4e9 else None
-        if tile is None:
+        gradient = torch.is_grad_enabled() and z.requires_grad
+        if stripe == "auto" and not gradient:
+            each = self._decode_bytes(z)
+            if each <= WHOLE:
+                return torch.cat([self.decoder(part) for part in z.split(max(1, int(WHOLE // each)))])
+            stripe = STRIPE
+        if stripe in (None, "auto"):
             return self.decoder(z)
-        if isinstance(tile, bool) or not isinstance(tile, int) or tile < 8:
-            raise UserError(f"tile {tile!r}: expected a whole number of latent pixels from 8, auto or None")
-        return torch.cat([self._decode_tiled(sample, tile) for sample in z.split(1)])
+        if isinstance(stripe, bool) or not isinstance(stripe, int) or stripe < 8:
+            raise UserError(f"stripe {stripe!r}: expected a whole number of rows from 8, auto or None")
+        if gradient:
+            raise UserError(f"stripe {stripe}: stripes have no gradient; use stripe=None")
+        with torch.no_grad():
+            return torch.cat([in_stripes(self.decoder, sample, stripe) for sample in z.split(1)])
 
     def _decode_bytes(self, z: Tensor) -> int:
-        """Return about the memory of `decode`: three maps of full size, as wide as after the last upsampling."""
+        """Return about the memory of decoding one image: three maps of full size, as wide as after the last upsampling."""
         p = self.params
         width = p.ch * p.ch_mult[min(1, len(p.ch_mult) - 1)]
-        return 3 * width * len(z) * z.shape[-2] * z.shape[-1] * p.factor**2 * z.element_size()
-
-    def _decode_tiled(self, z: Tensor, tile: int) -> Tensor:
-        f, overlap = self.params.factor, tile // 4
-        h = self.decoder.start(z)
-        size = (h.shape[-2] * f, h.shape[-1] * f)
-        image = h.new_zeros(1, self.params.out_ch, *size)
-        total = h.new_zeros(1, 1, *size)
-        for top, bottom in _spans(h.shape[-2], tile, overlap):
-            for left, right in _spans(h.shape[-1], tile, overlap):
-                part = self.decoder.upsample(h[..., top:bottom, left:right])
-                rows, cols = (_ramp(n, overlap * f).to(part) for n in part.shape[-2:])
-                weight = rows[:, None] * cols
-                image[..., top * f : bottom * f, left * f : right * f] += weight * part
-                total[..., top * f : bottom * f, left * f : right * f] += weight
-        return image / total
-
-
-def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """Return spans of at most `tile` that cover `length`. Neighbours overlap by at least `overlap`."""
-    count = max(1, math.ceil((length - overlap) / (tile - overlap)))
-    starts = [round(i * (length - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
-    return [(start, min(start + tile, length)) for start in starts]
-
-
-def _ramp(length: int, overlap: int) -> Tensor:
-    """Return the blending weights of a tile along a side. They increase over `overlap` pixels from each end, from 1."""
-    steps = torch.arange(1, length + 1, dtype=torch.float32)
-    return torch.minimum(steps, steps.flip(0)).clamp(max=overlap + 1)
+        return 3 * width * z.shape[-2] * z.shape[-1] * p.factor**2 * z.element_size()

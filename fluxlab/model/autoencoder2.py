@@ -81,14 +81,14 @@ class AutoEncoder2(AutoEncoder):
         return (z - mean) / deviation
 
     def decode(
-        self, z: Float[Tensor, "b z i j"], tile: int | Literal["auto"] | None = "auto"
+        self, z: Float[Tensor, "b z i j"], stripe: int | Literal["auto"] | None = "auto"
     ) -> Float[Tensor, "b c h w"]:
         """Return the image `(B, 3, 2·i·f, 2·j·f)`, in about -1 … 1, of normalised patches `(B, 4 · z_channels, i, j)`.
 
-        tile: as in `AutoEncoder.decode`, in latent pixels before patching.
+        stripe: as in `AutoEncoder.decode`.
         """
         mean, deviation = self._statistics()
-        return self._image(rearrange(z * deviation + mean, "b (c pi pj) i j -> b c (i pi) (j pj)", pi=2, pj=2), tile)
+        return self._image(rearrange(z * deviation + mean, "b (c pi pj) i j -> b c (i pi) (j pj)", pi=2, pj=2), stripe)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the standard deviation of each channel, `(C, 1, 1)`."""

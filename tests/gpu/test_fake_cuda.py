@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fluxlab.memory import Memory, ModelSizes, Room, Workload, make_plan
+from fluxlab.memory.costs import decode_bytes
 from fluxlab.model import AUTOENCODERS, TRANSFORMERS
 from fluxlab.positions import OPS, Program
 from fluxlab.probes import PROBES, Probe
@@ -220,3 +221,15 @@ def test_programs_that_are_tested_cover_all_ops():
     assert {edit.op for program in programs() for edit in Program.from_config(program).edits} == {
         name for name, op in OPS.items() if op.acts_on != "size"
     }
+
+
+@pytest.mark.parametrize(("side", "count"), [(1024, 1), (512, 8), (2048, 1), (3072, 2)])
+def test_memory_of_the_decoder(side, count):
+    """Above 2048 it works in stripes, which need at most 16 bytes per pixel and channel of the widest map."""
+    with pretend("cuda") as device, torch.inference_mode():
+        decoder = pipeline("schnell", "cuda").autoencoder
+        z = torch.zeros(count, 16, side // 8, side // 8, dtype=torch.bfloat16, device="cuda")
+        before = device.peak = device.live
+        decoder.decode(z)
+        used, planned = device.peak - before, decode_bytes(AUTOENCODERS["flux1"], count, side, side, 2)
+    assert used <= planned <= 1.3 * used
