@@ -255,7 +255,7 @@ class AutoEncoder(nn.Module):
             return torch.cat([in_stripes(self.decoder, sample, stripe) for sample in z.split(1)])
 
     def _decode_bytes(self, z: Tensor) -> int:
-        """Return about the memory of decoding one image: three maps of full size, as wide as after the last upsampling."""
+        """Return about the memory of decoding one image: three maps of full size, as wide as the widest one."""
         p = self.params
         width = p.ch * p.ch_mult[min(1, len(p.ch_mult) - 1)]
         return 3 * width * z.shape[-2] * z.shape[-1] * p.factor**2 * z.element_size()
