@@ -129,7 +129,7 @@ def decode_bytes(p: Decoder, batch: int, height: int, width: int, itemsize: int)
 
 
 def _striped(p: Decoder, height: int, width: int, itemsize: int) -> int:
-    """The maps of the widest residual block: its input, what is between its convolutions, its output. Then one stripe of
+    """The maps of the widest residual block: input, what is between its convolutions, output. Then one stripe of
     its input in fp32, before and after the norm, and in the model's dtype."""
     widths = [p.ch * mult for mult in (*p.ch_mult, p.ch_mult[-1])]
     found = []
