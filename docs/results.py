@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 ASSETS = ROOT / "fluxlab" / "assets"
@@ -26,8 +27,11 @@ QUOTED = {
     "trace": (),
     "text_order": ("ssim", "place", "colour", "shape", "letters"),
     **dict.fromkeys(("dose_response", "dose_edits", "step_roles"), ("ssim", "psnr")),
+    **dict.fromkeys(
+        ("methods", "methods_2x"), ("score", "things", "place", "letters", "all_right", "size", "sharpness")
+    ),
 }
-"""Experiment: metrics that are kept. Of `trace`, what `experiments.tracetable` reads in the images instead."""
+"""Experiment: metrics that are kept. Of `trace` and `methods`, what their figures read in the images instead."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,7 +58,10 @@ def main(arguments: Sequence[str]) -> int:
             code = run.main(every.run_of(name, out.parent, ["device=cpu"]))
             if code:
                 return code
-            results[name] = transfers(out) if name == "trace" else rows(out, QUOTED[name])
+            if name == "trace":
+                results[name] = transfers(out)
+            else:
+                results[name] = (methods if name.startswith("methods") else rows)(out, QUOTED[name])
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
@@ -97,6 +104,41 @@ def transfers(store: Path) -> dict[str, dict[str, dict[str, float | int]]]:
             ends = {"mean": "source", "low": "source_low", "high": "source_high"}
             numbers = {"n": row["n"], **{key: round(row[column], 6) for key, column in ends.items()}}
             found.setdefault(names[row["variant"]], {})[row["attribute"]] = numbers
+    return found
+
+
+def methods(store: Path, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return what the oracle reads in enlarged images: variant → metric → numbers.
+
+    "held out" has the best composition against the best method alone, on prompts that chose neither.
+    """
+    from experiments.methodtable import held_out, scores, table_rows
+    from fluxlab.experiment.reading import read_store
+
+    def ends(mean: float, low: float, high: float, n: int) -> dict[str, float | int | None]:
+        numbers = {"n": n, "mean": mean, "low": low, "high": high}
+        return {key: None if math.isnan(value) else round(value, 6) for key, value in numbers.items()}
+
+    run = read_store(store)
+    read = scores(run)
+    first = {row["variant"]: row for row in reversed(read)}
+    found: dict[str, dict[str, Any]] = {}
+    for row in table_rows(run, read):
+        name, of = row["variant"], {}
+        for metric in metrics:
+            values = (row[metric + end] for end in ("", "_low", "_high"))
+            value = first[name][metric]
+            of[metric] = ends(*values, row["n"]) | {"first": None if math.isnan(value) else round(value, 6)}
+        found[name] = of
+    pairs = held_out(run, read)
+    halves = {
+        f"chosen by half {i}": {"alone": alone, "composed": composed, "difference": ends(*difference, n)}
+        for i, ((alone, composed), difference, n) in enumerate(
+            zip(pairs.chosen, pairs.difference, pairs.counts, strict=True), 1
+        )
+    }
+    listed = {key: getattr(pairs, key) for key in ("best", "above", "below", "compared")}
+    found["held out"] = halves | {"both": ends(*pairs.pooled, pairs.n)} | listed
     return found
 
 
