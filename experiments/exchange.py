@@ -20,6 +20,7 @@ MEASURES = {
     "asked": "the thing asked for",
     "psnr_outside": "PSNR outside, dB",
     "seam": "step at the border",
+    "spread": "std of known tokens",
 }
 
 
@@ -88,9 +89,12 @@ def scores(image: np.ndarray, one: Case) -> dict[str, float]:
 
 
 def seam(image: np.ndarray, hole: np.ndarray) -> float:
-    """Return the mean absolute difference of neighbouring pixels on both sides of the border of a hole, in 0 … 1."""
+    """Return the median difference of neighbouring pixels on both sides of the border of a hole, in 0 … 1.
+
+    The median is that of the background, as long as things cross less than half of the border.
+    """
     steps = []
     for axis in (0, 1):
         across = np.diff(hole.astype(int), axis=axis) != 0
         steps.append(np.abs(np.diff(image / 255, axis=axis))[across].mean(-1))
-    return float(np.concatenate(steps).mean())
+    return float(np.median(np.concatenate(steps)))

@@ -1,6 +1,6 @@
 """`python -m experiments.inpaint -o figures`: a thing of a scene exchanged for another one, with everything else kept.
 
-About 10 min on one CPU core with model=tiny. In every scene the hole is the box of one thing. The prompt asks for
+About 5 min on one CPU core with model=tiny. In every scene the hole is the box of one thing. The prompt asks for
 another thing in another colour there. Compares the paths and the attention of `pipe.inpaint`: does the scene oracle
 find that thing in the hole, is the image outside of the hole the given one, and is there a seam? The floor fills the
 hole from its border and samples nothing. Scenes are drawn, and have one thing or two in turn.
@@ -9,6 +9,7 @@ Writes the figure, its caption with all numbers, a CSV with one row per image, a
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from experiments.style import (
 from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.compose import guarded
 from fluxlab.config import find_row
-from fluxlab.editing.inpaint import filled
+from fluxlab.editing.inpaint import filled, hole_tokens
 from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
 from fluxlab.measure.summary import summarise
@@ -41,12 +42,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METHODS: dict[str, dict[str, Any]] = {
+    "noised, one-way": {"path": "noised", "attention": "one_way"},
+    "noised, text sees": {"path": "noised", "attention": "text sees"},
+    "noised, both ways": {"path": "noised", "attention": "both_ways"},
     "inverted, one-way": {"path": "inverted", "attention": "one_way"},
     "inverted, both ways": {"path": "inverted", "attention": "both_ways"},
-    "noised, one-way": {"path": "noised", "attention": "one_way"},
-    "noised, both ways": {"path": "noised", "attention": "both_ways"},
+    "inverted once, one-way": {"path": "inverted", "attention": "one_way", "iterations": 1},
 }
-"""Row of the figure: arguments of `pipe.inpaint`."""
+"""Row of the figure: arguments of `pipe.inpaint`. "text sees": only known image tokens do not attend to the hole."""
+
+Image = np.ndarray
+Found = Iterator[tuple[str, Image, float]]
 
 DRAWN, FLOOR, ALONE = "drawn", "border only", "prompt alone"
 """What the methods are compared with: the scene with the new thing and the given one with its hole filled from the
@@ -55,44 +61,53 @@ border, both encoded and decoded; and `generate` with the prompt."""
 SHOWN = ("object", "asked", "psnr_outside", "seam")
 
 
-def images_of(
-    pipe: Any, one: Case, methods: Mapping[str, dict[str, Any]] = METHODS
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name and the image of everything that is compared. Images have the size of the model's."""
-    scale = pipe.size[0] // SIDE
-    large = {name: image.repeat(scale, 0).repeat(scale, 1) for name, image in vars(one).items() if name in _IMAGES}
-    emptied = filled(image_tensor(large["given"]), _tensor(large["hole"]))
-    for name, image in ((DRAWN, large["drawn"]), (FLOOR, emptied)):
-        (decoded,) = pipe.decode(*pipe.encode(image))
-        yield name, np.asarray(decoded)
-    size = {"height": large["given"].shape[0], "width": large["given"].shape[1]}
-    (alone,) = pipe.generate([one.prompt], seeds=[one.number], **size)
-    yield ALONE, np.asarray(alone)
-    for name, options in methods.items():
-        (result,) = pipe.inpaint(large["given"], large["hole"], one.prompt, one.number, **options)
-        yield name, np.asarray(result)
+def images_of(pipe: Any, one: Case, steps: int, methods: Sequence[str] = tuple(METHODS)) -> Found:
+    """Yield the name, the image, and the std of known tokens after the first step of everything that is compared.
 
-
-_IMAGES = ("given", "drawn", "hole")
-
-
-def _tensor(mask: np.ndarray) -> Any:
+    Images are uint8, of the model's size. The std is nan where no token is known.
+    """
     import torch
 
-    return torch.from_numpy(mask)
+    scale = pipe.size[0] // SIDE
+    given, drawn, hole = (part.repeat(scale, 0).repeat(scale, 1) for part in (one.given, one.drawn, one.hole))
+    for name, image in ((DRAWN, drawn), (FLOOR, filled(image_tensor(given), torch.from_numpy(hole)))):
+        (decoded,) = pipe.decode(*pipe.encode(image))
+        yield name, np.asarray(decoded), math.nan
+    height, width = hole.shape
+    (alone,) = pipe.generate([one.prompt], seeds=[one.number], steps=steps, height=height, width=width)
+    yield ALONE, np.asarray(alone), math.nan
+    tokens = hole_tokens(hole, hole.shape, pipe.grid(height, width)).flatten()
+    known, inside = ([int(n) for n in which.nonzero()[:, 0]] for which in (~tokens, tokens))
+    seen: list[Any] = []
+    for name in methods:
+        options = dict(METHODS[name])
+        seen.clear()
+        if options["attention"] == "text sees":
+            edit = {"op": "mask", "from": {"indices": known}, "to": {"indices": inside}}
+            options |= {"attention": "both_ways", "programs": {"one_way": edit}}
+        (result,) = pipe.inpaint(
+            given,
+            hole,
+            one.prompt,
+            one.number,
+            steps=steps,
+            on_step=lambda i, t, x: seen.append(x[:, known]),
+            **options,
+        )
+        yield name, np.asarray(result), float(seen[0].std())
 
 
 def measure(
-    pipe: Any, count: int, keep: int, say: Callable[[str], None] = lambda text: None
-) -> tuple[list[dict[str, Any]], list[dict[str, np.ndarray]]]:
+    pipe: Any, count: int, keep: int, steps: int, say: Callable[[str], None] = lambda text: None
+) -> tuple[list[dict[str, Any]], list[dict[str, Image]]]:
     """Return a row of measures for every image of `count` cases, and the images of the first `keep`."""
     rows, images = [], []
     for number in range(count):
         one, kept = case(number), {}
-        for name, image in images_of(pipe, one):
+        for name, image, spread in images_of(pipe, one, steps):
             kept[name] = image
             start = {"variant": name, "prompt": one.prompt, "seed": number, "things": 1 + number % 2}
-            rows.append(start | scores(image, one))
+            rows.append(start | scores(image, one) | {"spread": spread})
         images += [kept] if number < keep else []
         say(f"{number + 1}/{count} scenes")
     return rows, images
@@ -103,6 +118,8 @@ def numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
     found: dict[str, dict[str, dict[str, float]]] = {}
     first = {row["variant"]: row for row in reversed(rows)}
     for row in summarise(rows, next(iter(METHODS)), tuple(MEASURES)):
+        if not row["n"]:
+            continue
         values = {key: row[key] for key in ("mean", "low", "high", "paired_mean", "paired_low", "paired_high")}
         values |= {"first": first[row["variant"]][row["metric"]]}
         kept = {key: round(value, 6) for key, value in values.items() if not np.isnan(value)}
@@ -110,18 +127,18 @@ def numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
     return found
 
 
-def draw(cases: Sequence[Case], images: Sequence[Mapping[str, np.ndarray]], found: Mapping[str, Any]) -> "Figure":
+def draw(cases: Sequence[Case], images: Sequence[Mapping[str, Image]], found: Mapping[str, Any]) -> "Figure":
     """Return the figure: rows of scenes, with the hole outlined, above the measures of every method."""
-    names = list(found)
+    names, columns = list(found), [ALONE, *METHODS]
     with paper():
         drawn = figure(PAGE, 0.84 * len(cases) + 1.9)
         above, below = drawn.subfigures(2, 1, height_ratios=[0.84 * len(cases), 1.9])
-        grid = above.subplots(len(cases), 1 + len(names), squeeze=False)
+        grid = above.subplots(len(cases), 1 + len(columns), squeeze=False)
         for line, one, row in zip(grid, cases, images, strict=True):
-            for axes, name, image in zip(line, ("given", *names), (one.given, *row.values()), strict=True):
+            for axes, name, image in zip(line, ("given", *columns), (one.given, *map(row.get, columns)), strict=True):
                 _show(axes, image, one.hole)
                 if one is cases[0]:
-                    axes.set_title(name.replace(", ", ",\n").replace(" ", "\n", name.count(" ") == 1))
+                    axes.set_title(name.replace(", ", ",\n") if "," in name else name.replace(" ", "\n"))
         panels = below.subplots(1, len(SHOWN), sharey=True)
         for axes, measured in zip(panels, SHOWN, strict=True):
             for y, name in enumerate(names):
@@ -137,7 +154,7 @@ def draw(cases: Sequence[Case], images: Sequence[Mapping[str, np.ndarray]], foun
     return drawn
 
 
-def _show(axes: "Axes", image: np.ndarray, hole: np.ndarray) -> None:
+def _show(axes: "Axes", image: Image, hole: np.ndarray) -> None:
     """Draw an image with the border of its hole as a dashed line."""
     axes.imshow(image, interpolation="nearest", extent=(0, SIDE, SIDE, 0))
     (top, left), (bottom, right) = np.argwhere(hole).min(0), np.argwhere(hole).max(0) + 1
@@ -148,24 +165,26 @@ def _show(axes: "Axes", image: np.ndarray, hole: np.ndarray) -> None:
     axes.spines[:].set_visible(False)
 
 
-def caption(model: str, count: int, shown: int, found: Mapping[str, Any]) -> str:
-    """Return the caption of the figure with all numbers."""
-    default = next(iter(METHODS))
+def caption(record: Mapping[str, Any], shown: int) -> str:
+    """Return the caption of the figure with all numbers. record: the content of the JSON."""
+    model, count, steps, found = (record[key] for key in ("model", "scenes", "steps", "measures"))
     lines = [
-        f"One thing of a scene exchanged for another one by inpainting, model {model}, {count} scenes, a seed each, "
-        "with one thing or two in turn. Dashed: the hole, which is the box of the thing; everything outside of it is "
-        "known. Known tokens are on the path of an inversion of the image, or are the image mixed with noise. One-way: "
-        f"text and known tokens do not attend to the hole. {DRAWN}: the scene drawn with the new thing, encoded and "
-        f"decoded, the most that is possible. {FLOOR}: the hole filled from its border, encoded and decoded. {ALONE}: "
-        "the whole image from the prompt. In the hole the scene oracle looks for a thing, one in the colour asked for, "
-        "and one with the colour and the name asked for. PSNR outside of the hole is that to the given image. The step "
-        "at the border is the mean absolute difference of neighbouring pixels on both sides of it, in 0 … 1. Means "
-        f"with 95 % bootstrap intervals over images; Δ: mean difference to {default} at equal scene. Images: scenes 0 "
-        f"to {shown - 1}."
+        f"One thing of a scene exchanged for another one by inpainting, model {model}, {steps} steps, {count} scenes, "
+        "a seed each, with one thing or two in turn. Dashed: the hole, the box of the thing; everything outside "
+        "of it is known. Noised: known tokens are those of the image mixed with noise. Inverted: those of the path of "
+        "an inversion with 3 iterations per step, or once with 1. One-way: text and known tokens do not attend to the "
+        f"hole; text sees: only known tokens do not. {DRAWN}: the scene drawn with the new thing, encoded and decoded, "
+        f"the most that is possible. {FLOOR}: the hole filled from its border, encoded and decoded. {ALONE}: the whole "
+        "image from the prompt. In the hole the scene oracle looks for a thing, one in the colour asked for, and one "
+        "with the colour and the name asked for. PSNR outside of the hole is that to the given image. The step at the "
+        "border is the median difference of neighbouring pixels on both sides of it, in 0 … 1. The std of known tokens "
+        "is that of their latents after the first step. Means with 95 % "
+        f"bootstrap intervals over images; Δ: mean difference to {next(iter(METHODS))} at equal scene. Images: scenes "
+        f"0 to {shown - 1}."
     ]
     for measured, title in MEASURES.items():
         lines.append(f"{title}:")
-        lines += [f"  {name}: {_text(row[measured])}" for name, row in found.items()]
+        lines += [f"  {name}: {_text(row[measured])}" for name, row in found.items() if measured in row]
     return "\n".join(lines)
 
 
@@ -185,11 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out_argument(parser)
     parser.add_argument("--model", default="tiny", help="default: tiny")
     parser.add_argument("--scenes", type=int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="sampling steps; default: 8")
     parser.add_argument("--rows", type=int, default=4, metavar="N", help="scenes in the figure; default: 4")
 
     def work() -> None:
         options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-        for name in ("scenes", "rows"):
+        for name in ("scenes", "steps", "rows"):
             if getattr(options, name) < 1:
                 raise UserError(f"--{name} {getattr(options, name)}: expected at least 1")
         import torch
@@ -198,13 +218,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         pipe = fluxlab.load_pipeline(options.model, dtype=torch.float32, device="cpu")
         keep = min(options.rows, options.scenes)
-        rows, images = measure(pipe, options.scenes, keep, lambda text: print(text, file=sys.stderr, flush=True))
+        rows, images = measure(
+            pipe, options.scenes, keep, options.steps, lambda text: print(text, file=sys.stderr, flush=True)
+        )
         found, stem = numbers(rows), options.out / "inpaint"
         weights = fingerprint(find_row(options.model))[:12]
-        record = {"model": options.model, "weights": weights, "scenes": options.scenes, "steps": pipe.steps}
+        record = {"model": options.model, "weights": weights, "scenes": options.scenes, "steps": options.steps}
         record["measures"] = found
         files = save(draw([case(i) for i in range(keep)], images, found), stem)
-        files += [save_caption(caption(options.model, options.scenes, keep, found), stem)]
+        files += [save_caption(caption(record, keep), stem)]
         files += [save_table(rows, stem.with_suffix(".csv"))]
         write_atomic(stem.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         print(*files, stem.with_suffix(".json"), sep="\n")

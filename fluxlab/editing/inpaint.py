@@ -1,4 +1,4 @@
-"""Inpainting: known tokens follow the path of an inversion, and the tokens of the hole are sampled from noise."""
+"""Inpainting: known tokens follow a path that ends at the image, and the tokens of the hole are sampled from noise."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fluxlab import batching
-from fluxlab.editing.known import check_path, hold, inverted_path, noised_path, one_way, start
+from fluxlab.editing.known import check_inversion, check_path, hold, inverted_path, noised_path, one_way, start
 from fluxlab.errors import UserError
 from fluxlab.pixels import Images, image_tensor
 from fluxlab.positions import Program
@@ -29,12 +29,12 @@ def inpaint(
     seed: int | Sequence[int] = 0,
     *,
     source_prompt: str | Sequence[str] | None = None,
-    path: str = "inverted",
+    path: str = "noised",
     attention: str = "one_way",
     programs: batching.Programs = None,
     steps: int | None = None,
     guidance: float | None = None,
-    iterations: int = 3,
+    iterations: int | None = None,
     output: str = "pil",
     max_sequence_length: int | None = None,
     truncate: bool = False,
@@ -51,18 +51,21 @@ def inpaint(
     mask: white where the image is sampled again. An image file, a PIL image, an array or rows of 0 and 1, of the size
         of the image in pixels or in tokens. One mask serves all images. A token is sampled again if the mask covers
         any part of it.
-    source_prompt: the prompt of the inversion, by default `prompt`.
-    path: "inverted" takes the known tokens from an inversion of the image (`invert`). "noised" mixes the image with
-        the noise of the seed, (1 - t)·x + t·noise, as in Blended Latent Diffusion (arXiv 2206.02779): no inversion.
+    path: "noised" mixes the image with the noise of the seed, (1 - t)·x + t·noise, as in Blended Latent Diffusion
+        (arXiv 2206.02779). "inverted" takes the known tokens from an inversion of the image (`invert`): slower, and
+        with few steps or iterations it is too smooth at high noise, so that the hole tends to stay empty
+        (`experiments.inpaint`).
     attention: "one_way" keeps text and known tokens from attending to the hole, in the inversion too. "both_ways"
         changes nothing.
     programs: further edits of ids and attention, in the inversion too.
-    iterations: as in `invert`. Unused with path="noised". The other arguments: as in `generate`.
+    source_prompt, iterations: of the inversion, by default `prompt` and 3. With path="inverted" only.
+    The other arguments: as in `generate`.
 
-    Raises `UserError` for a mask of another size, one that covers no or every token, and for arguments that do not fit
-    the model.
+    Raises `UserError` for a mask of another size, one that covers no or every token, arguments of an inversion without
+    one, and for arguments that do not fit the model.
     """
     check_path(path)
+    check_inversion(path, {"source_prompt": source_prompt, "iterations": iterations})
     if attention not in ("one_way", "both_ways"):
         raise UserError(f"attention={attention!r}: expected one_way or both_ways")
     images = image_tensor(image)
@@ -86,7 +89,7 @@ def inpaint(
     noise = batching.start(batch["seeds"], None, len(batch["prompts"]), channels, grid, pipe.dtype, pipe.family)
     noise = noise.to(pipe.device)
     if path == "inverted":
-        options = {**settings, "programs": batch["programs"], "iterations": iterations}
+        options = {**settings, "programs": batch["programs"], "iterations": 3 if iterations is None else iterations}
         latents = inverted_path(
             pipe, torch.stack(batch["images"]), batch["source_prompts"] or batch["prompts"], options
         )

@@ -1,6 +1,6 @@
 """Known tokens: latents that follow a given path through the steps while the other tokens are sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,13 @@ def check_path(path: str) -> None:
     """Raise `UserError` for an unknown kind of path."""
     if path not in PATHS:
         raise UserError(f"path={path!r}: expected {' or '.join(PATHS)}")
+
+
+def check_inversion(path: str, arguments: Mapping[str, Any]) -> None:
+    """Raise `UserError` for arguments of an inversion that are given though the path has none."""
+    given = [name for name, value in arguments.items() if value is not None]
+    if given and path != "inverted":
+        raise UserError(f"{given[0]} has no effect with path={path!r}: leave it out, or set path='inverted'")
 
 
 def start(noise: Float[Tensor, "b n c"], path: Path, known: Bool[Tensor, " n"]) -> Float[Tensor, "b n c"]:

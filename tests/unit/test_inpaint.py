@@ -58,10 +58,23 @@ def test_known_tokens_are_on_the_inverted_path_at_every_step(pipe, image, attent
     )
     path = [pipe.encode(clean)[0]]
     pipe.invert(clean, PROMPT, programs=program, **SETTINGS, on_step=lambda i, t, x: path.append(x.clone()))
-    got = steps_of(pipe, image, attention=attention)
+    got = steps_of(pipe, image, attention=attention, path="inverted")
     for after, expected in zip(got, path[-2::-1], strict=True):
         assert torch.equal(after[:, known], expected[:, known])
         assert not torch.equal(after[:, ~known], expected[:, ~known])
+
+
+def test_known_tokens_are_the_image_mixed_with_noise_at_every_step(pipe, image):
+    """The noise is the one that `generate` starts from with this seed, and the last step ends at the image."""
+    from fluxlab.editing.inpaint import filled
+
+    known, inside = torch.from_numpy(~HOLE.flatten()), torch.from_numpy(HOLE.repeat(4, 0).repeat(4, 1))
+    encoded, rows, cols = pipe.encode(filled(torch.from_numpy(image).permute(2, 0, 1)[None] / 255, inside))
+    noise = pipe.family.noise([0], encoded.shape[-1] // 4, rows, cols, torch.float32)
+    sigmas = pipe.schedule.times(2, rows * cols)
+    for after, t in zip(steps_of(pipe, image), sigmas[1:], strict=True):
+        expected = ((1 - t) * encoded.double() + t * noise.double())[:, known]
+        assert torch.allclose(after[:, known].double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["inverted", "noised"])
@@ -164,7 +177,9 @@ def test_a_drawn_mask_that_cannot_be_meant(tmp_path):
         ({"attention": "none"}, "attention='none': expected one_way or both_ways"),
         ({"image": np.zeros((18, 16, 3), np.uint8)}, "height=18: must be a multiple of 4"),
         ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "2 prompts, 3 seeds"),
-        ({"iterations": 0}, "iterations=0: expected at least 1"),
+        ({"iterations": 0, "path": "inverted"}, "iterations=0: expected at least 1"),
+        ({"iterations": 3}, "iterations has no effect with path='noised': leave it out, or set path='inverted'"),
+        ({"source_prompt": "a dog"}, "source_prompt has no effect with path='noised'"),
     ],
 )
 def test_wrong_arguments(pipe, image, change, message):

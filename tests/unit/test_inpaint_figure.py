@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
@@ -64,9 +65,9 @@ def test_the_seam_of_a_flat_hole():
 def test_the_numbers_and_the_figure_are_those_of_the_images(tmp_path, monkeypatch, capsys):
     """With made-up images: the first method is right in every scene, the others are the given image."""
 
-    def made(pipe, one, methods=inpaint.METHODS):
-        for i, name in enumerate((inpaint.DRAWN, inpaint.FLOOR, inpaint.ALONE, *methods)):
-            yield name, one.drawn if i in (0, 3) else one.given
+    def made(pipe, one, steps):
+        for i, name in enumerate((inpaint.DRAWN, inpaint.FLOOR, inpaint.ALONE, *inpaint.METHODS)):
+            yield name, one.drawn if i in (0, 3) else one.given, i if i > 2 else math.nan
 
     monkeypatch.setattr(inpaint, "images_of", made)
     assert inpaint.main(["-o", str(tmp_path), "--scenes", "2", "--rows", "1"]) == 0
@@ -77,6 +78,9 @@ def test_the_numbers_and_the_figure_are_those_of_the_images(tmp_path, monkeypatc
     first, second, *_ = inpaint.METHODS
     assert found[first]["asked"] == {"n": 2, "mean": 1, "low": 1, "high": 1, "first": 1}
     assert found[second]["asked"]["paired_mean"] == -1
+    assert found[second]["spread"]["mean"] == 4
+    assert inpaint.ALONE in found
+    assert "spread" not in found[inpaint.ALONE]
     rows = list(csv.DictReader((tmp_path / "inpaint.csv").open()))
     assert len(rows) == 2 * len(found)
     for name, row in found.items():
