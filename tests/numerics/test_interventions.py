@@ -11,18 +11,19 @@ from einops import rearrange
 from fluxlab import batching
 from fluxlab.positions import Layout, Program, compile_interventions, compile_programs
 from tests.numerics.test_sites import (  # noqa: F401
-    BLOCKS,
-    DOUBLE,
     GRID,
     TEXT,
+    blocks,
     forward,
+    ids_of,
     inputs,
+    joined,
     ours,
     table,
     theirs,
 )
 
-FROM, TO = 0, 1
+FROM, TO, DOUBLE = 0, 1, 2
 TOKENS = [1, 4, TEXT + 2, TEXT + 7, TEXT + 11]
 
 
@@ -36,18 +37,19 @@ def context(model, prompts=None):
 def sites(model, *programs, t=1.0):
     run, programs = context(model), [Program.from_config(program, "p") for program in programs]
     tables = compile_programs(programs, run).at(t).rotary
-    tables = tables if isinstance(tables, list) else [(tables, tables)] * BLOCKS
+    count = model.params.depth + model.params.depth_single_blocks
+    tables = tables if isinstance(tables, list) else [(tables, tables)] * count
     return compile_interventions(programs, run, len(programs)).at(0, t, tables), tables
 
 
 def patched(model, inputs, *programs):
-    x, txt, y, t = inputs
+    x, txt, t, *pooled = inputs
     changed, tables = sites(model, *programs)
     with torch.no_grad():
-        return model(x, None, txt, None, t, y, rotary=tables, sites=changed)
+        return model(x, None, txt, None, t, *pooled, rotary=tables, sites=changed)
 
 
-def by_hooks(theirs, inputs, block, change):
+def by_hooks(ours, theirs, inputs, block, change):
     """Return Diffusers' output with `change(name, joint)` at the sites of one block, text and image joined."""
     handles, model = [], theirs
     if block < DOUBLE:
@@ -60,8 +62,9 @@ def by_hooks(theirs, inputs, block, change):
     else:
         module = model.single_transformer_blocks[block - DOUBLE]
         texts = images = {}
-        whole = {"queries": module.attn.norm_q, "keys": module.attn.norm_k, "values": module.attn.to_v}
-        whole |= {"attention": module.attn, "mlp": module.act_mlp}
+        whole = {"queries": module.attn.norm_q, "keys": module.attn.norm_k}
+        if not hasattr(module.attn, "to_qkv_mlp_proj"):
+            whole |= {"values": module.attn.to_v, "attention": module.attn, "mlp": module.act_mlp}
 
     def heads_first(name, x):
         if name in ("queries", "keys"):
@@ -97,27 +100,43 @@ def by_hooks(theirs, inputs, block, change):
             hook = lambda m, args, part=part: (half("attention", part)(m, None, args[0]),)  # noqa: E731
             handles.append(m.register_forward_pre_hook(hook))
 
+    def changed(name, x, columns):
+        """Change some columns of a projection of FLUX.2's single blocks, which attention and MLP share."""
+        x = x.clone()
+        x[..., columns] = back(name, change(name, heads_first(name, x[..., columns])), x)
+        return x
+
+    if hasattr(module.attn, "to_qkv_mlp_proj"):
+        d = module.attn.inner_dim
+        own = lambda m, args, out: changed("values", out, slice(2 * d, 3 * d))  # noqa: E731
+        both = lambda m, args: (changed("mlp", changed("attention", args[0], slice(d)), slice(d, None)),)  # noqa: E731
+        handles.append(module.attn.to_qkv_mlp_proj.register_forward_hook(own))
+        handles.append(module.attn.to_out.register_forward_pre_hook(both))
+
     def on_input(m, args, kwargs):
-        joint = change("input", torch.cat((kwargs["encoder_hidden_states"], kwargs["hidden_states"]), 1))
+        text, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        joint = change("input", joined((text, image)))
+        if text is None:
+            return args, {**kwargs, "hidden_states": joint}
         return args, {**kwargs, "encoder_hidden_states": joint[:, :TEXT], "hidden_states": joint[:, TEXT:]}
 
     def on_output(m, args, out):
-        return change("residual", torch.cat(out, 1)).split((TEXT, GRID[0] * GRID[1]), 1)
+        joint = change("residual", joined(out))
+        return joint.split((TEXT, GRID[0] * GRID[1]), 1) if isinstance(out, tuple) else joint
 
     handles += [module.register_forward_pre_hook(on_input, with_kwargs=True), module.register_forward_hook(on_output)]
-    x, txt, y, t = inputs
-    from fluxlab.sampling import image_ids, text_ids
-
+    x, txt, t, *pooled = inputs
+    txt_ids, img_ids = ids_of(ours)
     try:
         with torch.no_grad():
             return theirs(
                 hidden_states=x,
                 encoder_hidden_states=txt,
-                pooled_projections=y,
                 timestep=t,
-                img_ids=image_ids(1, *GRID)[0].double(),
-                txt_ids=text_ids(1, TEXT)[0].double(),
+                img_ids=img_ids,
+                txt_ids=txt_ids,
                 return_dict=False,
+                **({"pooled_projections": pooled[0]} if pooled else {}),
             )[0]
     finally:
         for handle in handles:
@@ -133,9 +152,13 @@ INDICES = [{"indices": [1, 4], "of": "text"}, {"indices": [2, 7, 11]}]
 SITES = ("input", "queries", "keys", "values", "attention", "mlp", "residual")
 
 
-@pytest.mark.parametrize("block", range(BLOCKS))
 @pytest.mark.parametrize("name", SITES)
-def test_inject_is_the_patch_by_hooks(name, block, ours, theirs, inputs):
+def test_inject_is_the_patch_by_hooks(name, blocks, ours, theirs, inputs):
+    for block in range(blocks):
+        check_injection(name, block, ours, theirs, inputs)
+
+
+def check_injection(name, block, ours, theirs, inputs):
     edit = {"op": "inject", "source": FROM, "what": name, "blocks": block, "tokens": INDICES, "strength": 0.75}
 
     def change(at, x):
@@ -145,7 +168,7 @@ def test_inject_is_the_patch_by_hooks(name, block, ours, theirs, inputs):
         return x
 
     found = patched(ours, inputs, None, {"a": edit})
-    check(found, by_hooks(theirs, inputs, block, change), forward(ours, inputs))
+    check(found, by_hooks(ours, theirs, inputs, block, change), forward(ours, inputs))
 
 
 @pytest.mark.parametrize("block", [0, 3])
@@ -161,7 +184,7 @@ def test_inject_into_a_head_with_a_map(block, ours, theirs, inputs):
         return x
 
     found = patched(ours, inputs, None, {"a": edit | {"rotation": "before"}})
-    check(found, by_hooks(theirs, inputs, block, change), forward(ours, inputs))
+    check(found, by_hooks(ours, theirs, inputs, block, change), forward(ours, inputs))
 
 
 @pytest.mark.parametrize("to", ["zero", "mean"])
@@ -177,7 +200,7 @@ def test_ablate_is_the_patch_by_hooks(name, block, to, ours, theirs, inputs):
         return x
 
     found = patched(ours, inputs, None, {"a": edit})
-    check(found, by_hooks(theirs, inputs, block, change), forward(ours, inputs))
+    check(found, by_hooks(ours, theirs, inputs, block, change), forward(ours, inputs))
 
 
 def test_ablate_a_head_by_its_mean_over_other_tokens(ours, theirs, inputs):
@@ -192,7 +215,7 @@ def test_ablate_a_head_by_its_mean_over_other_tokens(ours, theirs, inputs):
         return x
 
     found = patched(ours, inputs, None, {"a": edit})
-    check(found, by_hooks(theirs, inputs, 1, change), forward(ours, inputs))
+    check(found, by_hooks(ours, theirs, inputs, 1, change), forward(ours, inputs))
 
 
 def dense(q, k, v, bias):
