@@ -37,8 +37,8 @@ from fluxlab.scenes import render, sample_scene, wanted_of, write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDE, FACTOR = 48, 2
-"""Side of a scene in pixels, and how many times as large the result is."""
+SIDE, FACTOR, STEPS = 48, 2, 6
+"""Side of a scene in pixels, how many times as large the result is, and sampling steps."""
 
 TWICE = {"factor": FACTOR}
 HALF = {"half": {"op": "scale", "factor": 1 / FACTOR, "axes": ["row", "col"]}}
@@ -212,8 +212,8 @@ def caption(model: str, steps: int, count: int, shown: int, found: Mapping[str, 
         "attend to new ones, except for both ways. aligned: new queries see all positions twice as far apart. "
         "enlarged: given tokens are those of the bicubic enlargement, mixed with noise. resized: the enlargement with "
         "noise is sampled from σ = 0.7 on. Grey: sampled at this size from the prompt alone, and without sampling: the "
-        "bicubic enlargement, the same after the autoencoder, and the scene at twice the size after the autoencoder, "
-        "the most that is possible. The oracle reads shapes, letters, things and colours in the image reduced to the "
+        "bicubic enlargement, the same after the autoencoder, and the scene at twice the size after it, "
+        "the most that it lets through. The oracle reads shapes, letters, things and colours in the image reduced to the "
         f"size of the given one. Means with 95 % bootstrap intervals over images; Δ: mean difference to {BICUBIC} at "
         f"equal scene. Images: scenes 0 to {shown - 1}."
     ]
@@ -239,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out_argument(parser)
     parser.add_argument("--model", default="tiny", help="default: tiny")
     parser.add_argument("--scenes", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--steps", type=int, default=6, metavar="N", help="default: 6")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help=f"default: {STEPS}")
     parser.add_argument("--rows", type=int, default=4, metavar="N", help="scenes in the figure; default: 4")
 
     def work() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,17 +35,19 @@ def test_scores_of_images_that_are_known():
     assert [found[key] for key in ("shape", "letters", "object", "colour", "sharpness")] == [0, 0, 0, 0, 0]
 
 
-def test_the_methods_are_arguments_of_upscale_and_programs():
-    """Each is accepted by the embedded model, with the image of one scene and one step."""
+def test_every_row_of_the_figure_is_something_else():
+    """With a corner of one scene, in two steps: in one step DyPE is YaRN, and "resized" starts from noise alone."""
     import torch
 
     import fluxlab
 
     pipe = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
-    made = dict(upscale.images_of(pipe, [upscale.case(0)], 1))
+    one = upscale.case(0)
+    corner = replace(one, small=one.small[16:32, 16:32], large=one.large[32:64, 32:64])
+    made = dict(upscale.images_of(pipe, [corner], 2))
     fixed = [upscale.BICUBIC, upscale.DECODED, upscale.DRAWN]
     assert list(made) == [*fixed, *upscale.PROMPTED, *upscale.UPSCALED]
-    assert {images[0].shape for images in made.values()} == {(96, 96, 3)}
+    assert {images[0].shape for images in made.values()} == {(32, 32, 3)}
     assert len({images[0].tobytes() for images in made.values()}) == len(made)
 
 
