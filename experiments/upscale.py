@@ -212,10 +212,10 @@ def caption(model: str, steps: int, count: int, shown: int, found: Mapping[str, 
         "attend to new ones, except for both ways. aligned: new queries see all positions twice as far apart. "
         "enlarged: given tokens are those of the bicubic enlargement, mixed with noise. resized: the enlargement with "
         "noise is sampled from σ = 0.7 on. Grey: sampled at this size from the prompt alone, and without sampling: the "
-        "bicubic enlargement, the same after the autoencoder, and the scene at twice the size after it, "
-        "the most that it lets through. The oracle reads shapes, letters, things and colours in the image reduced to the "
-        f"size of the given one. Means with 95 % bootstrap intervals over images; Δ: mean difference to {BICUBIC} at "
-        f"equal scene. Images: scenes 0 to {shown - 1}."
+        "bicubic enlargement, the same after the autoencoder, and the scene at twice the size after it, the most that "
+        "it lets through. The oracle reads shapes, letters, things and colours in the image reduced to the size of the "
+        f"given one. Means with 95 % bootstrap intervals over images; Δ: mean difference to {BICUBIC} at equal scene. "
+        f"Images: scenes 0 to {shown - 1}."
     ]
     for measured, title in MEASURES.items():
         lines.append(f"{title}:")
