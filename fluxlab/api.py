@@ -10,7 +10,7 @@ from fluxlab.cache import open_cache
 from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.config import ModelRow, find_row, with_loras
 from fluxlab.errors import UserError, show, text_key
-from fluxlab.experiment.each import one_per_block
+from fluxlab.experiment.each import all_variants
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.reference_images import read_references
 from fluxlab.experiment.shards import Shard
@@ -84,7 +84,7 @@ def make_experiment(
             caption=caption,
             model=row,
             model_digest="",
-            variants=read_variants(one_per_block(programs, row)),
+            variants=read_variants(all_variants(programs, row)),
             baseline=baseline,
             prompts=tuple(texts),
             seeds=read_seeds(seeds),

@@ -40,7 +40,7 @@ def describe_edit(edit: "Edit") -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        if any(key in value for key in ("words", "indices", "reference", "probe")) or (
+        if any(key in value for key in ("words", "outside", "indices", "reference", "probe")) or (
             "mask" in value and "to" not in value
         ):
             return _tokens(value)
@@ -64,6 +64,8 @@ def _tokens(selection: str | dict | list) -> str:
         mask = selection["mask"]
         rows, cols = mask["size"] if isinstance(mask, dict) else (len(mask), len(mask[0]))
         return f"mask of {rows} × {cols}"
+    if "outside" in selection:
+        return f"image outside {_tokens(selection['outside'])}"
     if "probe" in selection:
         return _picked(selection)
     if "indices" in selection:

@@ -9,7 +9,8 @@ from fluxlab.positions.registry import ACTS_ON, OPS, Op
 WHERE_VALUES = {
     "tokens": 'image, text, padding (text after the end of the prompt), all; `{words: [cat, "cat#2"]}`; '
     "`{box: [top, left, bottom, right], unit: tokens}` (or "
-    'pixels, fraction); `{mask: ["..##", …]}` or `{mask: file.png}`; `{indices: [0, 5], of: text}`; '
+    'pixels, fraction); `{mask: ["..##", …]}` or `{mask: file.png}`; `{outside: {box: …}}` (image tokens '
+    "that are not in a box or mask); `{indices: [0, 5], of: text}`; "
     "`{probe: incoming, top: 8}`; a list of these is their union",
     "axes": "index, row, col, order (of text, on FLUX.2), plane (row and col), t, h, w, l, or 0 … 3; one or a list",
     "steps": "`[0, 1]`, `0-3`, `{fraction: [0, 0.5]}`, `{sigma: [0.7, 1]}`",

@@ -15,7 +15,8 @@ from fluxlab.select.masks import parse_mask, to_array
 from fluxlab.select.picked import GROUPS, KEYS, is_picked, parse_picked, unresolved
 from fluxlab.select.words import find_word
 
-FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "indices": ("of",), "reference": (), "probe": KEYS}
+FORMS = {"words": (), "box": ("unit",), "mask": ("unit",), "outside": (), "indices": ("of",), "reference": ()}
+FORMS["probe"] = KEYS
 PADDING = "padding"
 """The text tokens after the end of the prompt. Which they are depends on the prompt."""
 ACCEPTED = f"{', '.join(GROUPS)}, {PADDING}, or one of {{{'}, {'.join(FORMS)}}}"
@@ -76,6 +77,14 @@ def _parse_words(value: Any, path: str) -> list[str]:
     return list(words)
 
 
+def _parse_outside(value: Any, path: str) -> dict | list:
+    parsed = parse_tokens(value, path)
+    for part in parsed if isinstance(parsed, list) else [parsed]:
+        if not isinstance(part, dict) or not {"box", "mask"} & part.keys():
+            raise wrong(path, value, "{box} or {mask} of the image, or a list of them")
+    return parsed
+
+
 def _parse_indices(value: Any, path: str) -> list[int]:
     if not is_list(value):
         return [integer(value, path, "a token's index or a list of them")]
@@ -88,6 +97,7 @@ _PARSE = {
     "words": _parse_words,
     "box": box,
     "mask": parse_mask,
+    "outside": _parse_outside,
     "indices": _parse_indices,
     "reference": lambda value, path: integer(value, path, "the number of a reference image, from 0"),
 }
@@ -160,14 +170,24 @@ def _indices(part: str | dict, layout: Layout, path: str) -> Tensor:
         if not 0 <= part["reference"] < len(layout.references):
             raise wrong(join(path, "reference"), part["reference"], f"one of {len(layout.references)} references")
         return torch.arange(*layout.range(REFERENCE + part["reference"]))
-    start, _ = layout.range(IMAGE)
-    if "box" in part:
-        top, left, bottom, right = box_in_tokens(part["box"], part["unit"], layout, join(path, "box"))
-        rows, cols = (torch.arange(n, dtype=torch.float32) + 0.5 for n in layout.grid)
-        inside = ((rows >= top) & (rows < bottom))[:, None] & ((cols >= left) & (cols < right))
+    if "outside" in part:
+        areas, path = part["outside"], join(path, "outside")
+        inside = torch.zeros(layout.grid, dtype=torch.bool)
+        for area in areas if isinstance(areas, list) else [areas]:
+            inside |= _covered(area, layout, path)
+        chosen = ~inside
     else:
-        inside = mask_on_grid(part["mask"], part["unit"], layout, join(path, "mask"))
-    return start + inside.flatten().nonzero()[:, 0]
+        chosen = _covered(part, layout, path)
+    return layout.range(IMAGE)[0] + chosen.flatten().nonzero()[:, 0]
+
+
+def _covered(part: dict, layout: Layout, path: str) -> Tensor:
+    """Return which image tokens a box or mask selects, boolean `(rows, cols)`: those whose middle is in the box."""
+    if "mask" in part:
+        return mask_on_grid(part["mask"], part["unit"], layout, join(path, "mask"))
+    top, left, bottom, right = box_in_tokens(part["box"], part["unit"], layout, join(path, "box"))
+    rows, cols = (torch.arange(n, dtype=torch.float32) + 0.5 for n in layout.grid)
+    return ((rows >= top) & (rows < bottom))[:, None] & ((cols >= left) & (cols < right))
 
 
 def box_in_tokens(edges: list[float], unit: str, layout: Layout, path: str) -> list[float]:
