@@ -263,11 +263,11 @@ def check_smooth(template: Template, context: Context) -> None:
         ends = [min(argument.start + h, math.inf if argument.high is None else argument.high), argument.start - h]
         if argument.low is not None:
             ends[1] = max(ends[1], argument.low)
-        with torch.no_grad():
+        with torch.enable_grad():  # a factor of 1 without gradients is left out of the tables
             for end in ends:
                 value = start.clone()
                 value[i] = end
-                moved.append(float(projected(value)))
+                moved.append(float(projected(value.requires_grad_()).detach()))
         expected = (moved[0] - moved[1]) / (ends[0] - ends[1])
         largest = max(abs(expected), abs(float(found[i])))
         if largest < 1e-9:

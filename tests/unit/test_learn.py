@@ -1,6 +1,7 @@
 """Arguments to learn: how they are written, that gradients reach them, and errors."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fluxlab.learning import Fit, check_smooth, read_objective, read_template
 from fluxlab.learning.fit import Row
 from fluxlab.learning.objectives import Place, rendered
 from fluxlab.learning.result import curve, intervals
-from fluxlab.positions import Context, Layout, Program, compile_programs
+from fluxlab.positions import Context, Layout, Program, Prompt, compile_programs
 from fluxlab.run import main as run
 from fluxlab.sampling import Sampling, image_ids, text_ids
 from tests import families
@@ -23,9 +24,10 @@ from tests import families
 SIGMAS = (1.0, 0.6, 0.0)
 
 
-def context(rows=4, cols=6, text=5, trained=(4, 4)):
+def context(rows=4, cols=6, text=5, trained=(4, 4), prompt=None):
     ids = torch.cat((text_ids(1, text), image_ids(1, rows, cols)), 1)
-    return Context(ids, Layout(text, (rows, cols)), (4, 6, 6), 10000, 1, 1, 2, SIGMAS, None, trained, text)
+    prompts = prompt and [Prompt(prompt, tuple(word.span() for word in re.finditer(r"\w+", prompt)))]
+    return Context(ids, Layout(text, (rows, cols)), (4, 6, 6), 10000, 1, 1, 2, SIGMAS, prompts, trained, text)
 
 
 SMOOTH = {
@@ -269,7 +271,13 @@ def test_the_plan_of_a_large_model(capsys):
     assert "4,352 tokens" in printed
 
 
-@pytest.mark.parametrize("name", ["learn_offset", "learn_sharpest"])
+def test_a_factor_that_starts_at_1_is_learned_with_others():
+    keys = {"op": "temperature", "tokens": "text", "side": "keys", "factor": {"learn": 1}}
+    program = {"a": SMOOTH["point"], "b": SMOOTH["strength of a mask"], "c": keys}
+    check_smooth(read_template(program, "variants.mine"), context())
+
+
+@pytest.mark.parametrize("name", ["learn_offset", "learn_sharpest", "learn_relocation"])
 def test_published_searches(name):
     config = compose("learn", LearnConfig, "learn_schema", [f"+exp={name}"])
     header = (config_folder() / "exp" / f"{name}.yaml").read_text().splitlines()
@@ -279,5 +287,5 @@ def test_published_searches(name):
         f"# {len(config.prompts) * config.seeds} cells to learn from, {len(config.held_out) * config.seeds} held out"
     )
     (variant,) = (value for key, value in config.variants.items() if key != "baseline")
-    check_smooth(read_template(variant, "x"), context())
-    assert yaml.safe_load(json.dumps(config.objective))["name"] in ("denoising", "sharpness")
+    check_smooth(read_template(variant, "x"), context(prompt=config.prompts[0]))
+    assert yaml.safe_load(json.dumps(config.objective))["name"] in ("denoising", "sharpness", "attention")
