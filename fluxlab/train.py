@@ -49,8 +49,16 @@ def run(recipe: Recipe, arguments: list[str]) -> None:
 
 
 def _read(arguments: list[str]) -> Recipe:
+    from fluxlab.training.program import read_program
+
     recipe = compose("train_schema", Recipe, "train_schema", arguments)
     check(recipe)
+    try:
+        read_program(recipe.program)
+    except UserError as error:
+        name = next(word.partition("=")[2] for word in arguments if word.startswith("+train="))
+        typed = any(word.lstrip("+").startswith("program") for word in arguments)
+        raise UserError(str(error) if typed else f"configs/train/{name}.yaml: {error}") from None
     return recipe
 
 

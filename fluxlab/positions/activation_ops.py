@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fluxlab.errors import join, unknown_key, wrong
 from fluxlab.model.sites import SITES
+from fluxlab.positions.places import Places
 from fluxlab.positions.registry import op
-from fluxlab.select.arguments import choice, integer, is_list, number, seed
+from fluxlab.select.arguments import above_one, choice, integer, is_list, number, seed
 from fluxlab.select.picked import is_picked
 from fluxlab.select.tokens import parse_tokens
 
@@ -116,6 +117,25 @@ def ablate(own: Tensor, whole: Tensor, what: Any, to: str = "zero", over: Tensor
         return torch.zeros_like(own)
     mean = (own if over is None else whole[..., over, :]).mean(-2, keepdim=True)
     return mean.expand_as(own)
+
+
+@op(
+    "sine_cosine",
+    {"what": sites_of("input", "residual"), "base": above_one, "factor": finite},
+    acts_on="activations",
+    tokens="image",
+)
+def sine_cosine(
+    own: Tensor, whole: Tensor, places: Places, what: Any = "input", base: float = 10000.0, factor: float = 1.0
+) -> Tensor:
+    """Add a sine-cosine table of rows and columns to the hidden states, as SD3 does before its first block.
+
+    Half of the channels encode the column and half the row, each as sines and then cosines of `base`^(-4i/D) radians
+    per token (Vaswani et al., arXiv 1706.03762, section 3.5). `factor` multiplies what is added.
+
+    own: `(n, D)`, the selected tokens. places: where the edits before this one leave them.
+    """
+    return own + factor * places.table(own.shape[-1], base, own)
 
 
 @op(

@@ -17,6 +17,7 @@ from fluxlab.model.sites import OF_HEADS, Site
 from fluxlab.positions.activation_ops import VELOCITY
 from fluxlab.positions.apply import Resolved, resolve
 from fluxlab.positions.patching import Action, Patch, blend
+from fluxlab.positions.places import Before, Places, before
 from fluxlab.select.layout import IMAGE, Context
 from fluxlab.select.tokens import resolve_tokens
 
@@ -31,6 +32,7 @@ class Planned:
     theirs: indices of the source's tokens, one for each of the edit's tokens; all candidates with `map: match`.
     of_velocity: whether it acts on the model's output, which belongs to all blocks together. on_image: the edit's
     tokens and the source's where both are behind the text, counted from there. heads: numbers, None for all.
+    before: of `sine_cosine`, what its table is made from.
     """
 
     edit: Resolved
@@ -40,6 +42,7 @@ class Planned:
     of_velocity: bool = False
     on_image: tuple[Tensor, Tensor] | None = None
     heads: Tensor | None = None
+    before: Before | None = None
 
     def moved(self, device: torch.device) -> "Planned":
         """Return the edit with its indices on the device of the model. `seen_by` stays: it is read on the host."""
@@ -69,6 +72,7 @@ class Interventions:
             context.blocks,
         )
         self._groups: dict[Any, Any] = {}
+        self._places: dict[Any, Places] = {}
 
     def at(self, step: int, t: float, tables: Sequence[tuple[Any, Any]]) -> list[Site | None] | None:
         """Return a site per block, None for a block without an edit; None if no edit acts at this step.
@@ -81,9 +85,23 @@ class Interventions:
             return None
         sites: list[Site | None] = []
         for block in range(self._blocks):
-            actions = [_action(plan, strength) for plan, strength in active if block in plan.edit.blocks]
+            acting = [(plan, strength) for plan, strength in active if block in plan.edit.blocks]
+            actions = [_action(plan, strength, self._given(plan, step, t, block)) for plan, strength in acting]
             sites.append(Patch(actions, tables[block], self._groups) if actions else None)
         return sites
+
+    def _given(self, plan: Planned, step: int, t: float, block: int) -> dict[str, Any]:
+        """Return the arguments of a plan's op; of `sine_cosine` with the places of its tokens."""
+        given = plan.edit.arguments
+        if plan.before is None:
+            return given
+        now = plan.before.strengths(step, t, block)
+        key = (id(plan), now)
+        if key not in self._places:
+            made = plan.before.places(now)
+            same = (known for known in self._places.values() if torch.equal(known.positions, made.positions))
+            self._places[key] = next(same, made)
+        return {**given, "places": self._places[key]}
 
     def velocity(self, step: int, t: float, v: Tensor) -> Tensor:
         """Return the model's output `(B, N, C)` for the image tokens, with the edits of it at this step."""
@@ -102,8 +120,8 @@ class Interventions:
         return v
 
 
-def _action(plan: Planned, strength: float) -> Action:
-    edit, given = plan.edit, plan.edit.arguments
+def _action(plan: Planned, strength: float, given: dict[str, Any]) -> Action:
+    edit = plan.edit
     return Action(
         op=edit.op.function,
         arguments=given,
@@ -150,10 +168,15 @@ def compile_interventions(programs: "Sequence[Program]", context: Context, batch
         return None
     planned = []
     for b in range(batch):
-        for edit in programs[b % len(programs)].edits:
+        edits = programs[b % len(programs)].edits
+        prompt = b % len(context.prompts) if context.prompts else 0
+        for n, edit in enumerate(edits):
             if edit.acts_on == "activations":
-                prompt = b % len(context.prompts) if context.prompts else 0
-                planned.append(_plan(resolve(edit, context, prompt), b, batch, context))
+                plan = _plan(resolve(edit, context, prompt), b, batch, context)
+                if edit.op == "sine_cosine":
+                    earlier = [resolve(other, context, prompt) for other in edits[:n]]
+                    plan = replace(plan, before=before(context.ids[b % len(context.ids)], earlier, plan.edit))
+                planned.append(plan)
     return Interventions(_in_order(planned), context)
 
 

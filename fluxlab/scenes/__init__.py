@@ -18,6 +18,7 @@ from fluxlab.scenes.scene import (
     sample_scene,
 )
 from fluxlab.scenes.shapes import THINGS, thing_mask
+from fluxlab.scenes.single import sample_thing
 
 __all__ = [
     "BACKGROUNDS",
@@ -41,6 +42,7 @@ __all__ = [
     "relation_of",
     "render",
     "sample_scene",
+    "sample_thing",
     "text_mask",
     "thing_mask",
     "wanted_of",

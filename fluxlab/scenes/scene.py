@@ -130,7 +130,7 @@ def _clear(row: float, col: float, size: tuple[int, int], place: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _boxes(size: tuple[int, int], place: str, side: int) -> tuple[tuple[int, int], ...]:
+def boxes(size: tuple[int, int], place: str, side: int) -> tuple[tuple[int, int], ...]:
     """Return the top left corners of square boxes of `side` pixels at a named place, on a grid of 2 px."""
     height, width = size
     middle_row, middle_col = (height - side) // 4 * 2, (width - side) // 4 * 2
@@ -154,7 +154,7 @@ def _layouts(
     height, width = size
     text_h, text_w = 8 * lines - 1, 4 * letters - 1
     layouts = []
-    for r, c in _boxes(size, place, side):
+    for r, c in boxes(size, place, side):
         if place in ("left", "right"):  # next to the thing, slightly raised
             x = -(-(c + side + BORDER) // 4) * 4 if place == "left" else (c - BORDER - text_w) // 4 * 4
             y = round((r + side - 6 - BORDER - text_h) / 4) * 4
@@ -192,7 +192,7 @@ def _pair_boxes(
     return corners(firsts), corners(seconds)
 
 
-def _pick(rng: np.random.Generator, options):
+def pick(rng: np.random.Generator, options):
     return options[int(rng.random() * len(options))]
 
 
@@ -200,42 +200,42 @@ _COLOUR_NAMES, _BACKGROUND_NAMES = tuple(COLOURS), tuple(BACKGROUNDS)
 
 
 def _sample_pair(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
-    relation, side = _pick(rng, RELATIONS), _pick(rng, (20, 22))
+    relation, side = pick(rng, RELATIONS), pick(rng, (20, 22))
     axis = 0 if relation in ("above", "below") else 1
     if 2 * side + 4 > size[axis]:
         side = 20
-    low, high = (_pick(rng, corners) for corners in _pair_boxes(size, axis, side))
+    low, high = (pick(rng, corners) for corners in _pair_boxes(size, axis, side))
     corners = (low, high) if relation in ("above", "left of") else (high, low)
-    names, colours = [_pick(rng, THINGS)], [_pick(rng, _COLOUR_NAMES)]
-    names.append(_pick(rng, [n for n in THINGS if n != names[0]]))
-    colours.append(_pick(rng, [c for c in _COLOUR_NAMES if c != colours[0]]))
+    names, colours = [pick(rng, THINGS)], [pick(rng, _COLOUR_NAMES)]
+    names.append(pick(rng, [n for n in THINGS if n != names[0]]))
+    colours.append(pick(rng, [c for c in _COLOUR_NAMES if c != colours[0]]))
     things = tuple(
         Thing(n, k, None, r + side / 2, c + side / 2, side)
         for n, k, (r, c) in zip(names, colours, corners, strict=True)
     )
-    return Scene(size, _pick(rng, _BACKGROUND_NAMES), things, relation)
+    return Scene(size, pick(rng, _BACKGROUND_NAMES), things, relation)
 
 
 def _sample_words(rng: np.random.Generator, count: int) -> tuple[str, ...]:
     if count == 1:
-        return (_pick(rng, WORDS),)
+        return (pick(rng, WORDS),)
     if rng.random() < 0.4:
         return ("hello", "world")
-    first = _pick(rng, WORDS)
-    return first, _pick(rng, [w for w in WORDS if w != first])
+    first = pick(rng, WORDS)
+    return first, pick(rng, [w for w in WORDS if w != first])
 
 
 def _sample_one(rng: np.random.Generator, size: tuple[int, int], words: tuple[str, ...]) -> Scene:
-    name, colour, background = _pick(rng, THINGS), _pick(rng, _COLOUR_NAMES), _pick(rng, _BACKGROUND_NAMES)
+    name, colour, background = pick(rng, THINGS), pick(rng, _COLOUR_NAMES), pick(rng, _BACKGROUND_NAMES)
     while True:  # a large or centred thing leaves no room for some signs at some image sizes
-        place, side = _pick(rng, PLACES), _pick(rng, THING_SIZES)
+        place, side = pick(rng, PLACES), pick(rng, THING_SIZES)
         if not words:
-            r, c = _pick(rng, _boxes(size, place, side))
+            r, c = pick(rng, boxes(size, place, side))
             sign = None
             break
         layouts = _layouts(size, place, side, len(words), max(map(len, words)))
         if layouts:
-            r, c, y, x, stick = _pick(rng, layouts)
+            r, c, y, x, stick = pick(rng, layouts)
             sign = Sign(words, y, x, stick)
             break
     return Scene(size, background, (Thing(name, colour, place, r + side / 2, c + side / 2, side),), None, sign)

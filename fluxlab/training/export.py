@@ -31,17 +31,21 @@ def facts(recipe: Recipe, run: Path, arguments: Sequence[str]) -> dict:
     notes = run / "notes.txt"
     early = round(recipe.early * recipe.steps)
     started = {key: _start(name) for key in ("start", "teacher") if (name := getattr(recipe, key))}
-    return started | {
-        "command": " ".join(["python -m fluxlab.train", *arguments]),
-        "commit": commit(),
-        "seed": recipe.seed,
-        "steps": recipe.steps,
-        "samples": early * recipe.early_batch + (recipe.steps - early) * recipe.batch,
-        "guidance": {"steps": recipe.guidance_steps, "batch": recipe.guidance_batch, "scale": recipe.guidance},
-        "curve": curve_points(run / "curve.csv"),
-        "notes": notes.read_text().splitlines() if notes.is_file() else [],
-        "words": len(VOCABULARY),
-    }
+    return (
+        started
+        | {
+            "command": " ".join(["python -m fluxlab.train", *arguments]),
+            "commit": commit(),
+            "seed": recipe.seed,
+            "steps": recipe.steps,
+            "samples": early * recipe.early_batch + (recipe.steps - early) * recipe.batch,
+            "guidance": {"steps": recipe.guidance_steps, "batch": recipe.guidance_batch, "scale": recipe.guidance},
+            "curve": curve_points(run / "curve.csv"),
+            "notes": notes.read_text().splitlines() if notes.is_file() else [],
+            "words": len(VOCABULARY),
+        }
+        | ({"program": recipe.program} if recipe.program else {})
+    )
 
 
 def _start(name: str) -> dict:

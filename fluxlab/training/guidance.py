@@ -11,6 +11,7 @@ from fluxlab.model import Rotary
 from fluxlab.pipeline import Pipeline
 from fluxlab.progress import Progress
 from fluxlab.training.nets import Nets, tokens_of
+from fluxlab.training.program import Convention
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.state import (
     load_optimizers,
@@ -27,7 +28,14 @@ WARMUP, DECAY = 10, 0.8
 
 
 @torch.no_grad()
-def guided(teacher: Nets, x: Tensor, batch: dict[str, Tensor], empty: dict[str, Tensor], table: Rotary, scale: float):
+def guided(
+    teacher: Nets,
+    x: Tensor,
+    batch: dict[str, Tensor],
+    empty: dict[str, Tensor],
+    table: Rotary | Convention,
+    scale: float,
+):
     """Return the velocity v⁻ + scale · (v⁺ - v⁻), `(B, N, C)`, with v⁻ from the empty caption (as `true_cfg`)."""
     count = len(x)
     tokens = {key: torch.cat((batch[key], none.expand(count, *none.shape[1:]))) for key, none in empty.items()}
@@ -41,7 +49,7 @@ def distill(
     device: str,
     pipe: Pipeline,
     batches: Batches,
-    tables: dict[tuple[int, int], Rotary],
+    tables: dict[tuple[int, int], Rotary | Convention],
     log: Callable[[dict, int], None],
     workers: int = 0,
 ) -> None:

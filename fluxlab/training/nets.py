@@ -12,6 +12,7 @@ from fluxlab.model.sites import Site
 from fluxlab.model.text import TextEncoders
 from fluxlab.model.text2 import LanguageModelText, joined
 from fluxlab.training import text2
+from fluxlab.training.program import Convention
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.seeds import derived
 from fluxlab.training.text import text_encoders, token_ids
@@ -35,17 +36,20 @@ class Nets(nn.Module):
         x: Tensor,
         t: Tensor,
         tokens: Mapping[str, Tensor],
-        table: Rotary,
+        table: Rotary | Convention,
         sites: Sequence[Site] | None = None,
     ) -> Tensor:
         """Return the velocity of packed latents x `(B, N, C)` at times t `(B,)`. tokens: of `tokens_of`."""
+        given = {"rotary": table, "sites": sites}
+        if isinstance(table, Convention):
+            given = {"rotary": table.rotary, "mask": table.mask, "sites": table.sites(len(x))}
         if isinstance(self.transformer, Flux2):
-            given = {"input_ids": tokens["lm_ids"], "attention_mask": tokens["lm_mask"]}
-            states = self.lm.get_decoder()(**given, output_hidden_states=True, use_cache=False).hidden_states
-            return self.transformer(x, None, joined(states, self.layers), None, t, rotary=table, sites=sites)
+            read = {"input_ids": tokens["lm_ids"], "attention_mask": tokens["lm_mask"]}
+            states = self.lm.get_decoder()(**read, output_hidden_states=True, use_cache=False).hidden_states
+            return self.transformer(x, None, joined(states, self.layers), None, t, **given)
         txt = self.t5(tokens["t5_ids"])[0]
         y = self.clip(tokens["clip_ids"]).pooler_output
-        return self.transformer(x, None, txt, None, t, y, rotary=table, sites=sites)
+        return self.transformer(x, None, txt, None, t, y, **given)
 
 
 def tokens_of(text: Text, prompts: list[str], length: int) -> dict[str, Tensor]:

@@ -62,15 +62,19 @@ CHUNK = 500
 
 
 def draw_chunk(
-    seed: int, size: tuple[int, int], chunk: int, count: int, two_words: float, small_d: bool
+    seed: int, size: tuple[int, int], chunk: int, count: int, two_words: float, small_d: bool, things: bool = False
 ) -> tuple[list[scenes.Scene], np.ndarray]:
     """Draw `count` training scenes of one size; return them and their images, uint8 `(count, height, width, 3)`.
 
-    A share `two_words` of them, on average, are drawn again until they have a sign with two words.
+    A share `two_words` of them, on average, are drawn again until they have a sign with two words. things: each has a
+    single thing and no sign.
     """
     rng = numpy_rng(seed, f"pool {size[0]}x{size[1]}", chunk)
     drawn = []
     for _ in range(count):
+        if things:
+            drawn.append(scenes.sample_thing(rng, size))
+            continue
         two = rng.random() < two_words
         scene = scenes.sample_scene(rng, size)
         while two and not (scene.sign and len(scene.sign.words) == 2):
@@ -80,11 +84,11 @@ def draw_chunk(
 
 
 def draw_scenes(
-    seed: int, size: tuple[int, int], count: int, two_words: float, small_d: bool, workers: int
+    seed: int, size: tuple[int, int], count: int, two_words: float, small_d: bool, workers: int, things: bool = False
 ) -> Iterator[tuple[list[scenes.Scene], np.ndarray]]:
     """Yield the chunks of a pool in order, drawn by `workers` processes (0: by this one)."""
     counts = [min(CHUNK, count - start) for start in range(0, count, CHUNK)]
-    arguments = [(seed, size, chunk, n, two_words, small_d) for chunk, n in enumerate(counts)]
+    arguments = [(seed, size, chunk, n, two_words, small_d, things) for chunk, n in enumerate(counts)]
     if workers == 0:
         yield from (draw_chunk(*values) for values in arguments)
         return
@@ -103,6 +107,7 @@ def build_pool(
     thing_weight: float,
     two_words: float = 0.0,
     small_d: bool = False,
+    things: bool = False,
     workers: int = 0,
     device: str = "cpu",
     latents: Tensor | None = None,
@@ -114,11 +119,12 @@ def build_pool(
         sign_weight, thing_weight: as in `token_weights`.
         two_words: share of scenes that must have a sign with two words, in addition to those that happen to have one.
         small_d: as for `scenes.render`.
+        things: single things without a sign only.
         workers: processes that draw scenes. The result does not depend on their number.
     """
     drawn: list[scenes.Scene] = []
     encoded = []
-    for chunk, images in draw_scenes(seed, size, count, two_words, small_d, workers):
+    for chunk, images in draw_scenes(seed, size, count, two_words, small_d, workers, things):
         drawn += chunk
         for start in range(0, len(chunk) if latents is None else 0, BATCH):
             pixels = to_pixels(images[start : start + BATCH])

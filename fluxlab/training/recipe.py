@@ -1,6 +1,7 @@
 """The schema of `configs/train/*.yaml`. Unknown keys and values of another type are errors."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from fluxlab.errors import UserError
 
@@ -56,6 +57,10 @@ class Recipe:
     target, in place of noise - x0. Hidden states of its blocks are targets too, with the weight `hints`, which falls to
     0 in `hint_steps` steps.
 
+    `size` is the (height, width) of images after the share `early`; with `native_share` 1 no other sizes are drawn.
+    `things` keeps single things without a sign only. `program` is applied to the position ids in every step and to the
+    samples, as an edit is to those of a finished model: the convention that the model learns.
+
     Afterwards true guidance by `guidance` is distilled into one forward for `guidance_steps` steps (0: never) of
     `guidance_batch` scenes, at a share `guidance_rate` of the learning rates.
     """
@@ -69,6 +74,9 @@ class Recipe:
     teacher: str | None = None
     hints: float = 0.0
     hint_steps: int = 2000
+    program: Any = None
+    size: list[int] = field(default_factory=lambda: [64, 64])
+    things: bool = False
     seed: int = 0
     threads: int | None = None
     autoencoder: AutoencoderRecipe = field(default_factory=AutoencoderRecipe)
@@ -155,5 +163,14 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"workers={recipe.workers}: expected a number of processes, 0 for none")
     if not 0 < recipe.native_share <= 1:
         raise UserError(f"native_share={recipe.native_share}: expected a share above 0 and at most 1")
+    least = 32 if recipe.things else 48
+    if len(recipe.size) != 2 or any(side % 4 or not least <= side <= 80 for side in recipe.size):
+        raise UserError(f"size={recipe.size}: expected [height, width], both multiples of 4 from {least} to 80 pixels")
+    if recipe.things and recipe.two_words:
+        raise UserError(f"two_words={recipe.two_words}: with things=true there are no signs; leave one of them out")
+    if recipe.program and recipe.teacher:
+        raise UserError(
+            f"program: a model with a teacher learns without one; leave out program or teacher={recipe.teacher}"
+        )
     if 0 not in recipe.t_mean:
         raise UserError(f"t_mean={recipe.t_mean}: expected a mean for step 0, for instance {{0: 1.6}}")

@@ -19,6 +19,7 @@ from fluxlab.training.autoencoder_stage import autoencoder_of
 from fluxlab.training.guidance import distill
 from fluxlab.training.nets import Nets, Text, new_nets, schedule_of, table_for, text_with
 from fluxlab.training.pool import Pool, build_pool
+from fluxlab.training.program import Convention, convention_for, read_program
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.show import Tracker, write_curve, write_grid
 from fluxlab.training.state import (
@@ -33,7 +34,7 @@ from fluxlab.training.teacher import Teacher, check_hints, taught_loss
 from fluxlab.training.transformer import Batches, Phase, average_decay, flow_loss, learning_rate, optimizers
 from fluxlab.training.update import Loss, update_for
 
-NATIVE_SIZE, EARLY_SIZE = (64, 64), (48, 48)
+EARLY_SIZE = (48, 48)
 READ_EVERY = 10  # steps between two readings of the loss
 LOOK = (
     "A cat holding a sign that says hello world",
@@ -44,6 +45,16 @@ LOOK = (
     "a purple ring at the bottom holding a sign that says stop book",
     "a blue ring above a green square",
     "an orange circle on the left",
+)
+LOOK_THINGS = (
+    "a red fox on the left",
+    "a blue bird at the top",
+    "a green heart on the right",
+    "a yellow star in the centre",
+    "a purple ring at the bottom",
+    "an orange circle on the left",
+    "a blue cat on the right",
+    "a red square at the top",
 )
 
 
@@ -60,7 +71,7 @@ def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
             batches, tables = supply(recipe, pools, pipe.text, pipe.transformer.params, device)
             distill(recipe, folder, device, pipe, batches, tables, tracker.log, workers_for(recipe, device))
             shown = folder / "samples-guided.png"
-            write_grid(shown, look(pipe), columns=len(LOOK))
+            write_grid(shown, look(pipe, recipe), columns=len(LOOK))
             tracker.log({}, recipe.autoencoder.steps + recipe.steps + recipe.guidance_steps, {"samples": shown})
         return pipe
     finally:
@@ -69,14 +80,20 @@ def train(recipe: Recipe, folder: Path, device: str) -> Pipeline:
 
 def load_pools(recipe: Recipe, folder: Path, model: AutoEncoder, device: str) -> list[Pool]:
     """Return a pool for each size. Latents are kept in the folder, so that a resumed run has the same ones."""
-    counts = dict.fromkeys(scenes.SIZES, recipe.pool_other)
-    counts |= {NATIVE_SIZE: recipe.pool, EARLY_SIZE: recipe.pool_early}
+    counts = dict.fromkeys(scenes.SIZES, recipe.pool_other) if recipe.native_share < 1 else {}
+    counts |= {EARLY_SIZE: recipe.pool_early} if recipe.native_share < 1 or recipe.early else {}
+    counts |= {size_of(recipe): recipe.pool}
     pools = []
     progress = Progress("pools", len(counts))
     for done, (size, count) in enumerate(counts.items()):
         file = folder / f"pool-{size[0]}x{size[1]}.safetensors"
         common = {"seed": recipe.seed, "workers": workers_for(recipe, device), "two_words": recipe.two_words}
-        common |= {"small_d": recipe.small_d, "sign_weight": recipe.sign_weight, "thing_weight": recipe.thing_weight}
+        common |= {
+            "small_d": recipe.small_d,
+            "things": recipe.things,
+            "sign_weight": recipe.sign_weight,
+            "thing_weight": recipe.thing_weight,
+        }
         if file.is_file():
             tensors, _ = read_tensors(file)
             pools.append(build_pool(None, size, count, latents=tensors["latents"], **common))
@@ -126,7 +143,7 @@ def train_transformer(
         recipe.sample_steps,
         None,
         recipe.max_sequence_length,
-        (64, 64),
+        size_of(recipe),
         recipe.name,
         distilled=recipe.family == "flux2",
     )
@@ -161,7 +178,7 @@ def train_transformer(
             )
         if (step + 1) % recipe.sample_every == 0 or last:
             shown = folder / f"samples-{step + 1:06}.png"
-            write_grid(shown, look(pipe), columns=len(LOOK))
+            write_grid(shown, look(pipe, recipe), columns=len(LOOK))
             tracker.log({}, recipe.autoencoder.steps + step + 1, {"samples": shown})
         if (step + 1) % recipe.save_every == 0 or last:
             states = parameter_tensors("net.", nets) | parameter_tensors("ema.", average) | optimizer_tensors(chosen)
@@ -174,7 +191,7 @@ def train_transformer(
 def loss_for(
     recipe: Recipe,
     nets: Nets,
-    tables: dict[tuple[int, int], Rotary],
+    tables: dict[tuple[int, int], Rotary | Convention],
     pools: list[Pool],
     teacher: Teacher | None,
     device: str,
@@ -220,13 +237,13 @@ def supply(
     params: FluxParams | Flux2Params,
     device: str,
     teacher: Teacher | None = None,
-) -> tuple[Batches, dict[tuple[int, int], Rotary]]:
-    """Return the batches of all steps, and the rotary table of each size."""
+) -> tuple[Batches, dict[tuple[int, int], Rotary | Convention]]:
+    """Return the batches of all steps, and the rotary table or convention of each size."""
     turn = round(recipe.early * recipe.steps)
     phases = [
         Phase(0, EARLY_SIZE, recipe.native_share, recipe.early_batch),
-        Phase(turn, NATIVE_SIZE, recipe.native_share, recipe.batch),
-        Phase(recipe.steps, NATIVE_SIZE, recipe.native_share, recipe.guidance_batch),
+        Phase(turn, size_of(recipe), recipe.native_share, recipe.batch),
+        Phase(recipe.steps, size_of(recipe), recipe.native_share, recipe.guidance_batch),
     ]
     batches = Batches(
         pools,
@@ -241,17 +258,26 @@ def supply(
         teacher=teacher.reader if teacher else None,
         hints=partial(hint_weight, recipe),
     )
-    tables = {pool.size: table_for(params, recipe.max_sequence_length, pool.grid, device) for pool in pools}
-    return batches, tables
+    length = recipe.max_sequence_length
+    if recipe.program:
+        program = read_program(recipe.program)
+        return batches, {pool.size: convention_for(program, params, length, pool.grid, device) for pool in pools}
+    return batches, {pool.size: table_for(params, length, pool.grid, device) for pool in pools}
 
 
-def look(pipe: Pipeline, seeds: int = 2):
-    """Return images of the fixed prompts, uint8 `(seeds · prompts, 64, 64, 3)`, one row per seed, sampled in bf16."""
+def size_of(recipe: Recipe) -> tuple[int, int]:
+    """Return the (height, width) of the images of a finished model."""
+    height, width = recipe.size
+    return height, width
+
+
+def look(pipe: Pipeline, recipe: Recipe, seeds: int = 2):
+    """Return images of the fixed prompts, uint8 `(seeds · prompts, H, W, 3)`, one row per seed, sampled in bf16."""
     parts = []
     pipe._encoded.clear()  # of earlier weights
-    device = pipe.device.type
+    device, prompts = pipe.device.type, LOOK_THINGS if recipe.things else LOOK
     for seed in range(seeds):
         with torch.autocast(device, torch.bfloat16):
-            images = pipe.generate(list(LOOK), seed, output="pt")
+            images = pipe.generate(list(prompts), seed, recipe.program, output="pt")
         parts.append((images.float().cpu() * 255).round().byte().permute(0, 2, 3, 1))
     return torch.cat(parts).numpy()

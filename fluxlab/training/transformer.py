@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from fluxlab.model import Rotary
 from fluxlab.training.nets import Nets, Text, tokenizers_of, tokens_of
 from fluxlab.training.pool import Pool, captions
+from fluxlab.training.program import Convention
 from fluxlab.training.seeds import numpy_rng, torch_rng
 from fluxlab.training.teacher import Reader
 
@@ -135,7 +136,7 @@ def _one_thread(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary) -> tuple[Tensor, Tensor]:
+def flow_loss(nets: nn.Module, batch: dict[str, Tensor], table: Rotary | Convention) -> tuple[Tensor, Tensor]:
     """Return the weighted and the plain mean squared error of the velocity noise - x0 at x_t = (1 - t)·x0 + t·noise."""
     t = batch["t"][:, None, None]
     x = (1 - t) * batch["x0"] + t * batch["noise"]
