@@ -37,6 +37,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "order": ("experiments.article {text_order}",),
     "words": ("experiments.words {attention}",),
     "trace": ("experiments.trace {trace}",),
+    "relocation": ("experiments.relocation {relocation}",),
     "methods": ("experiments.methods {methods} {methods_2x}",),
     "attribution": ("experiments.attribution",),
     "inpaint": ("experiments.inpaint",),
