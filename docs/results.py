@@ -30,13 +30,17 @@ QUOTED = {
     **dict.fromkeys(
         ("methods", "methods_2x"), ("score", "things", "place", "letters", "all_right", "size", "sharpness")
     ),
+    "atlas": (),
 }
-"""Experiment: metrics that are kept. Of `trace` and `methods`, what their figures read in the images instead."""
+"""Experiment: metrics that are kept. Of `trace` and `methods`, what their figures read in the images instead.
+
+`atlas` is no run: its script makes its images itself.
+"""
 
 
 def main(arguments: Sequence[str]) -> int:
     sys.path.insert(0, str(ROOT))
-    from experiments import every
+    from experiments import atlas, every
     from fluxlab import run
     from fluxlab.files import sha256_of
 
@@ -55,10 +59,15 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for name in asked.experiments or QUOTED:
             out = (asked.runs or Path(temporary)) / name
-            code = run.main(every.run_of(name, out.parent, ["device=cpu"]))
+            if name == "atlas":
+                code = atlas.main(["-o", str(out)])
+            else:
+                code = run.main(every.run_of(name, out.parent, ["device=cpu"]))
             if code:
                 return code
-            if name == "trace":
+            if name == "atlas":
+                results[name] = json.loads((out / "atlas.json").read_text())
+            elif name == "trace":
                 results[name] = transfers(out)
             else:
                 results[name] = (methods if name.startswith("methods") else rows)(out, QUOTED[name])

@@ -40,6 +40,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "relocation": ("experiments.relocation {relocation}",),
     "methods": ("experiments.methods {methods} {methods_2x}",),
     "attribution": ("experiments.attribution",),
+    "atlas": ("experiments.atlas",),
     "inpaint": ("experiments.inpaint",),
     "upscale": ("experiments.upscale",),
 }
