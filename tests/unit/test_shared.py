@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fluxlab.experiment.spec import Experiment, checked, read_variants
 from fluxlab.positions import Program, actions, compile_programs
 from fluxlab.probes import Probe
 from fluxlab.sampling import Sampling, Schedule, schedule, shared_rows
+from tests import families
 from tests.stores import ARTICLE
 from tests.stores import settings as settings_of
 
@@ -26,14 +28,25 @@ VARIANTS = read_yaml(Path("configs/exp/step_window.yaml"))["variants"]
 WINDOWS = [Program(), *(Program.from_config(program) for program in VARIANTS.values())]
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def load(name: str, dtype: torch.dtype = torch.float32) -> fluxlab.Pipeline:
+    """Return the embedded FLUX.1, or a random FLUX.2 that draws images of the same size."""
+    if name == "tiny":
+        return fluxlab.load_pipeline("tiny", dtype=dtype, device="cpu")
+    return replace(families.load("flux2", dtype=dtype), size=(32, 32), max_sequence_length=16)
+
+
+@pytest.fixture(scope="module", params=["tiny", "flux2"])
+def float_pipe(request):
+    return load(request.param)
+
+
+@pytest.fixture(scope="module", params=[("tiny", torch.float32), ("tiny", torch.bfloat16), ("flux2", torch.float32)])
 def pipe(request):
-    return fluxlab.load_pipeline("tiny", dtype=request.param, device="cpu")
+    return load(*request.param)
 
 
-@pytest.fixture(scope="module")
-def float_pipe():
-    return fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
+def blocks_of(pipe) -> int:
+    return pipe.transformer.params.depth + pipe.transformer.params.depth_single_blocks
 
 
 class Count:
@@ -90,7 +103,7 @@ def test_step_window_has_the_bits_of_unshared_steps(pipe):
     arguments = ([PROMPTS[0]] * 10, [3] * 10, WINDOWS, Sampling(steps=4, height=side, width=side))
     with Count(pipe) as naive:
         expected = pipe.sample(*arguments, output="latent", share=False)
-    blocks = pipe.transformer.params.depth + pipe.transformer.params.depth_single_blocks
+    blocks = blocks_of(pipe)
     sigmas = pipe.schedule.times(4, side**2 // 16)
     assert sum(naive.rows) == 10 * 4 * blocks
     for together in (None, 3):
@@ -184,8 +197,7 @@ MIXED = (
 
 
 @pytest.mark.parametrize("more", [{}, {"true_cfg": 2.0}], ids=["plain", "cfg"])
-def test_masks_groups_heads_and_probes(more):
-    pipe = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
+def test_masks_groups_heads_and_probes(float_pipe, more):
     capture = {
         "words": {"kind": "words", "words": ["cat"]},
         "logits": {"kind": "logits", "from": "image", "to": {"words": ["red"]}},
@@ -197,8 +209,8 @@ def test_masks_groups_heads_and_probes(more):
     for share in (True, False):
         probe = Probe(capture)
         arguments = (prompts, [0] * len(prompts), [*MIXED, {}], Sampling(steps=3, height=32, width=32, **more))
-        with Count(pipe) as count:
-            latents = pipe.sample(*arguments, output="latent", probe=probe, share=share)
+        with Count(float_pipe) as count:
+            latents = float_pipe.sample(*arguments, output="latent", probe=probe, share=share)
         results[share] = latents, {name: array.values for name, array in probe.arrays.items()}, sum(count.rows)
     (latents, arrays, rows), (expected, others, naive) = results[True], results[False]
     assert torch.equal(latents, expected)

@@ -9,28 +9,52 @@ from hypothesis import strategies as st
 
 import fluxlab
 from fluxlab.errors import UserError
-from fluxlab.model import Flux, layers
+from fluxlab.families import family_of
+from fluxlab.model import Flux, Flux2, layers
 from fluxlab.positions import Program, compile_programs, noise_floor
 from fluxlab.positions.at_step import sequence
 from fluxlab.positions.registry import OPS, op
 from fluxlab.probes import Probe
 from fluxlab.probes.stream import attention_weights, tokens
 from fluxlab.select.tokens import parse_tokens
-from tests.unit.test_positions_model import GRID, PARAMS, TEXT, context, inputs, rotated, sharp, velocity
+from tests import families
+from tests.unit.test_positions_model import (
+    GRID,
+    PARAMS,
+    PARAMS2,
+    TEXT,
+    call,
+    context,
+    inputs,
+    of_size,
+    rotated,
+    velocity,
+)
 
 N = TEXT + GRID[0] * GRID[1]
 TRAINED = (3, 3)
 MORE = {"trained": TRAINED}
 
 
+@pytest.fixture(scope="module", params=[PARAMS, PARAMS2], ids=families.NAMES)
+def flux(request) -> Flux | Flux2:
+    return of_size(request.param)
+
+
 @pytest.fixture(scope="module")
-def flux() -> Flux:
-    torch.manual_seed(0)
-    return sharp(Flux(PARAMS)).requires_grad_(False)
+def double(flux) -> Flux | Flux2:
+    return of_size(flux.params).double()
 
 
 def grid_ids() -> list[list[float]]:
+    """Index, row and column of all tokens."""
     return [[0.0] * 3] * TEXT + [[0.0, float(r), float(c)] for r in range(GRID[0]) for c in range(GRID[1])]
+
+
+def ids_of(placed: list[list[float]], p) -> torch.Tensor:
+    """Return the ids of tokens at these places. FLUX.2 has the order of the text besides."""
+    order = [[float(i)] if i < TEXT else [0.0] for i in range(N)] if family_of(p).name == "flux2" else [[]] * N
+    return torch.tensor([[*place, *last] for place, last in zip(placed, order, strict=True)]).double()
 
 
 # An independent derivation: positions and factors one token and one pair of tokens at a time, with plain numbers.
@@ -133,11 +157,11 @@ def written_out(flux, name, monkeypatch, seen=None):
 
     def attention(q, k, v, keys, _, tap):
         out = torch.empty_like(v)
-        for h in range(PARAMS.num_heads):
-            raw = [
-                rotated(q[0, h], torch.tensor(ids).double()) @ rotated(k[0, h], torch.tensor(ids).double()).T / 4
-                for ids in windows
-            ]
+        for h in range(flux.params.num_heads):
+            raw = []
+            for placed in windows:
+                ids = ids_of(placed, flux.params)
+                raw.append(rotated(q[0, h], ids, flux.params) @ rotated(k[0, h], ids, flux.params).T / 4)
             if sharpen and h in sharpen[2]:
                 measured = [entropy((s + mask).softmax(-1), sharpen[1]) for s in raw]
                 raw = [s * sharpen[0](sum(measured) / len(measured)) for s in raw]
@@ -165,9 +189,7 @@ def written_out(flux, name, monkeypatch, seen=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_against_attention_written_out(flux, name, monkeypatch):
-    double = Flux(PARAMS).double().eval()
-    double.load_state_dict(flux.state_dict())
+def test_against_attention_written_out(double, name, monkeypatch):
     with torch.no_grad():
         expected = written_out(double, name, monkeypatch)
         found = velocity(double, [CASES[name][0]], dtype=torch.float64, **MORE)
@@ -178,25 +200,22 @@ def test_against_attention_written_out(flux, name, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in CASES if "windows" not in name and name != "together"])
 @pytest.mark.parametrize("first", [{}, {"a": {"op": "zero", "side": "keys", "seen_by": "text", "strength": 0.5}}])
-def test_probes_see_the_factors(flux, name, first, monkeypatch):
+def test_probes_see_the_factors(double, name, first, monkeypatch):
     """p of the sample, in a batch with another program (in groups of queries), is that of the attention written out."""
-    double = Flux(PARAMS).double().eval()
-    double.load_state_dict(flux.state_dict())
+    p = double.params
     seen, expected, whole = [], [], tokens(torch.arange(N))
     with torch.no_grad():
         written_out(double, name, monkeypatch, expected)
         programs = [Program.from_config(program) for program in (first, CASES[name][0])]
-        rotary, mask = compile_programs(programs, context(torch.float64, **MORE)).at(0.6)
-        x = inputs(2, torch.float64)
+        rotary, mask = compile_programs(programs, context(torch.float64, p, **MORE)).at(0.6)
 
         def tap(attended):
-            p = torch.zeros(PARAMS.num_heads, N, N, dtype=torch.float64)
+            found = torch.zeros(p.num_heads, N, N, dtype=torch.float64)
             for part, which in attention_weights(attended, 1, None, whole, whole):
-                p[:, which if isinstance(which, slice) else which.on_host] = part
-            seen.append(p)
+                found[:, which if isinstance(which, slice) else which.on_host] = part
+            seen.append(found)
 
-        more = {"rotary": rotary, "mask": mask, "taps": [tap] * 4}
-        double(x["img"], None, x["txt"], None, x["timesteps"], x["y"], **more)
+        call(double, inputs(2, torch.float64), rotary=rotary, mask=mask, taps=[tap] * 4)
     found = torch.stack(seen).unflatten(0, (4, -1)).sum(1)
     assert torch.allclose(found.flatten(0, 1), torch.stack(expected), atol=1e-9)
 
@@ -256,7 +275,7 @@ SOME = {name: CASES[name][0]["a"] for name in ("windows", "positive", "concentra
 
 @pytest.mark.parametrize("edit", SOME.values(), ids=SOME)
 def test_blocks_steps_heads_and_strength(flux, edit):
-    ctx = context(**MORE)
+    ctx = context(p=flux.params, **MORE)
 
     def tables(where, t=0.6):
         return compile_programs([Program.from_config({"a": {**edit, **where}})], ctx).at(t).rotary
@@ -311,11 +330,8 @@ def test_windows_share_positions_in_order(rows, s, m):
         assert x.unique(return_counts=True)[1].max() <= s
 
 
-def test_gradients():
+def test_gradients(double):
     """Through positions and scores: the factor of a head and the ramp of a distance are smooth."""
-    torch.manual_seed(0)
-    flux = sharp(Flux(PARAMS)).double().requires_grad_(False)
-    x = inputs(dtype=torch.float64)
     edits = {
         "s": {"op": "scale", "factor": 1.1},
         "b": {"op": "distance", "factor": 0.5, "beyond": 0.3, "over": 9, "scores": "all"},
@@ -324,11 +340,11 @@ def test_gradients():
     }
 
     def out(shift):
-        ctx = context(torch.float64, **MORE)
+        ctx = context(torch.float64, double.params, **MORE)
         ids = ctx.ids + 0.1 * shift * torch.rand(ctx.ids.shape, generator=torch.Generator().manual_seed(1)).double()
         ctx = type(ctx)(**{**vars(ctx), "ids": ids})
         rotary, mask = compile_programs([Program.from_config(edits)], ctx).at(0.6)
-        return flux(x["img"], None, x["txt"], None, x["timesteps"], x["y"], rotary=rotary, mask=mask)
+        return call(double, inputs(dtype=torch.float64), rotary=rotary, mask=mask)
 
     assert torch.autograd.gradcheck(out, (torch.tensor(0.7, dtype=torch.float64, requires_grad=True),))
 
