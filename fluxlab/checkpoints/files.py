@@ -182,6 +182,11 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path}: a Git LFS pointer, not the weights\nRun `git lfs pull` in its folder.")
     try:
         return safe_open(path, framework="pt")
+    except RuntimeError as error:  # PyTorch maps the file; Linux refuses a map that is larger than memory and swap
+        raise CheckpointError(
+            f"{path}: {path.stat().st_size / 1e9:.1f} GB cannot be mapped into memory ({first_line(error)})\n"
+            "Use the model's Diffusers folder, whose files are smaller, add swap, or set vm.overcommit_memory=1."
+        ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path}: truncated or corrupt: {path.stat().st_size:,} bytes that are not a complete safetensors file "

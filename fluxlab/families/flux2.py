@@ -17,7 +17,7 @@ REFERENCE_STEP = 10
 
 def text_ids(tokens: int) -> Tensor:
     """(0, 0, 0, i) for text token i."""
-    ids = torch.zeros(tokens, len(AXES))
+    ids = torch.zeros(tokens, len(AXES), dtype=torch.float32)  # not the default dtype, which may be bf16
     ids[:, 3] = torch.arange(tokens)
     return ids
 

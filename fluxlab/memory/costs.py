@@ -90,13 +90,13 @@ def transformer_bytes(p: Params, itemsize: int) -> int:
 def activation_bytes(p: Params, batch: int, tokens: int, itemsize: int) -> int:
     """Return the largest memory of one forward, its inputs left out, with a fused attention kernel.
 
-    It is reached at the end of a single block: residual before and after, joint projection, GELU of the MLP, their
-    concatenation, attention and its input in the model's dtype; q and k in fp32. MLPs count `mlp_ratio` each. SwiGLU,
-    whose maps are four MLPs before there are q and k, takes no more.
+    In FLUX.1 it is reached at the end of a single block: residual before and after, joint projection, GELU of the MLP,
+    their concatenation, attention and its input in the model's dtype; q and k in fp32. In FLUX.2 it is reached in the
+    MLP of a double block, whose SwiGLU has four maps. MLPs count `mlp_ratio` each.
     """
-    wide = 8 + 3 * p.mlp_ratio
-    exact = max(4, itemsize)
-    return int(batch * tokens * p.hidden_size * (itemsize * wide + 2 * exact))
+    single = itemsize * (8 + 3 * p.mlp_ratio) + 2 * max(4, itemsize)
+    double = itemsize * (10 + architecture_of(p).build.mlp_maps * p.mlp_ratio)
+    return int(batch * tokens * p.hidden_size * max(single, double))
 
 
 def sample_bytes(p: Params, text: int, tokens: int, size: int) -> int:

@@ -216,7 +216,7 @@ def _streamed(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, fre
     every = range(sizes.blocks)
     cast = max(sizes.block_bytes(block, sizes.dtype) for block in every) if sizes.keeps_stored else 0
     if sizes.changed:  # the largest weight and what is added to it, in fp32
-        cast += 2 * 4 * p.hidden_size * (3 + int(p.mlp_ratio)) * p.hidden_size
+        cast += 2 * 4 * max(*costs.block_counts(p, True), *costs.block_counts(p, False))
     stored = list(sizes.stored_blocks or [sizes.block_bytes(block, sizes.stored) for block in every])
     on_cpu = room.device == "cpu"
     table = work.rows * work.steps * costs.modulation_width(p) * size

@@ -57,6 +57,9 @@ class FluxParams:
 class Flux(nn.Module):
     """The velocity field of FLUX.1. The names of its parameters are those of the original release."""
 
+    mlp_maps = 2
+    """Maps as wide as an MLP that are in memory at once: before and after GELU."""
+
     def __init__(self, params: FluxParams):
         super().__init__()
         p = self.params = params

@@ -59,6 +59,9 @@ class Flux2Params:
 class Flux2(nn.Module):
     """The velocity field of FLUX.2. The names of its parameters are those of the original release."""
 
+    mlp_maps = 4
+    """Maps as wide as an MLP that are in memory at once: two before SwiGLU, one after SiLU, and the product."""
+
     def __init__(self, params: Flux2Params):
         super().__init__()
         p = self.params = params

@@ -3,7 +3,7 @@
 import difflib
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,14 +30,14 @@ def words_cut(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) ->
     return prompt[len(kept) if prompt[len(kept)].isspace() else kept.rfind(" ") + 1 :].strip()
 
 
-def unknown_parts(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[str]:
+def unknown_parts(tokenizer: "PreTrainedTokenizerBase", prompt: str, marks: Collection[int] = ()) -> list[str]:
     """Return the parts of `prompt` that do not reach the encoder, in order and without repetition.
 
     These are the parts that become the unknown token or another special token, and those that become no token at all.
-    Punctuation, white space and control characters alone do not count.
+    Punctuation, white space and control characters alone do not count. marks: further special tokens.
     """
     encoded = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=True)
-    special = set(tokenizer.all_special_ids)
+    special = {*tokenizer.all_special_ids, *marks}
     covered, spans = set(), []
     for token, (start, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
         covered |= set(range(start, end))

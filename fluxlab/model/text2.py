@@ -86,7 +86,11 @@ class LanguageModelText:
         `truncate`. So are special tokens of the language model, which would end the message, unless `unknown_words` is
         "warn" or "allow".
         """
-        unknown = {prompt: unknown_parts(self.tokenizer, prompt) for prompt in prompts if unknown_words != "allow"}
+        # all marks of the template, of which the tokenizer names some
+        marks = [number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        unknown = {
+            prompt: unknown_parts(self.tokenizer, prompt, marks) for prompt in prompts if unknown_words != "allow"
+        }
         unknown = {prompt: parts for prompt, parts in unknown.items() if parts}
         if unknown and unknown_words == "error":
             raise UserError(unknown_message(unknown, self.vocabulary))
@@ -97,9 +101,7 @@ class LanguageModelText:
             spans = self._all_spans(prompt)
             if len(spans) > max_sequence_length:
                 cut = [span for span in spans[max_sequence_length:] if span[1] > span[0]]
-                lost = (
-                    f"{show(prompt[cut[0][0] :])} would be cut" if cut else "the end of the chat template would be cut"
-                )
+                lost = show(prompt[cut[0][0] :]) if cut else "the end of the chat template"
                 raise UserError(
                     f"prompt of {len(spans)} tokens with its chat template, more than "
                     f"max_sequence_length={max_sequence_length}: {lost} would be cut\n"

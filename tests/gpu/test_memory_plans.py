@@ -35,10 +35,13 @@ NAMES = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 def write_sparse(file, shapes, dtype) -> None:
+    """Write a file of the real size that takes no room. A tensor without axes is a counter, and comes first."""
     header, at = {}, 0
-    for name, shape in shapes.items():
-        size = dtype.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+    for name in sorted(shapes, key=lambda name: shapes[name] != ()):
+        shape = shapes[name]
+        size = dtype.itemsize * torch.Size(shape).numel() if shape else 8
+        kind = NAMES[dtype] if shape else "I64"
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)

@@ -303,6 +303,18 @@ def test_damaged_files(file, content, words):
         assert str(file) in message
 
 
+def test_a_file_that_cannot_be_mapped(file, monkeypatch):
+    """Linux refuses to map a file that is larger than the memory, for instance FLUX.2 [dev] as one file."""
+
+    def refuse(*_, **__):
+        raise RuntimeError("unable to mmap 64446598712 bytes from file: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("fluxlab.checkpoints.files.safe_open", refuse)
+    message = complaint(load_transformer, file)
+    assert "cannot be mapped into memory (unable to mmap 64446598712 bytes" in message
+    assert "Diffusers folder" in message
+
+
 def test_a_damaged_shard_is_named(folder):
     shard = sorted((folder / "transformer").glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-5])
