@@ -50,7 +50,7 @@ def far(a, b):
 
 
 def test_one_region_that_covers_everything_is_the_plain_prompt(pipe, name):
-    """The text of the region takes the place of the prompt. CLIP's part of the conditioning, if any, is the prompt's."""
+    """The text of the region takes the place of the prompt. CLIP's part of the conditioning is that of the prompt."""
     plain = pipe.generate(CAT, 0, **MORE)
     assert far(pipe.generate(CAT, 0, program([CAT], [ALL]), **MORE), plain) < 1e-4
     other = pipe.generate(CAT, 0, program([FOX], [ALL]), **MORE)
