@@ -1,20 +1,34 @@
 """`python -m experiments.upscale -o figures`: images at twice their size through position ids.
 
-About 10 min on one CPU core with model=tiny. Scenes of 48 × 48 px are given to `pipe.upscale`, and the results are
-compared with the same scenes drawn at twice the size. Next to its methods: sampling at that size from the prompt alone,
-with published methods for larger images, and bicubic enlargement.
+About 13 min on one CPU core with model=tiny. Scenes are given to `pipe.upscale` at half the model's size, or at a size
+whose double is beyond what the model was trained on. The results are compared with the same scenes drawn at twice the
+size. Next to its methods: sampling at that size from the prompt alone, with published methods for larger images, and
+bicubic enlargement.
 
-Writes the figure, its caption with all numbers, a CSV with one row per image, and a JSON with the means.
+Writes a figure for each of the two, its caption with all numbers, a CSV with one row per image, and a JSON with the
+means of both.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.enlarge import (
+    ABOUT,
+    BICUBIC,
+    MEASURES,
+    SETTINGS,
+    SHOWN,
+    STEPS,
+    Case,
+    Setting,
+    case,
+    images_of,
+    scores,
+)
 from experiments.style import (
     OKABE_ITO,
     PAGE,
@@ -32,110 +46,14 @@ from fluxlab.config import find_row
 from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
 from fluxlab.measure.summary import summarise
-from fluxlab.scenes import render, sample_scene, wanted_of, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SIDE, FACTOR, STEPS = 48, 2, 6
-"""Side of a scene in pixels, how many times as large the result is, and sampling steps."""
-
-TWICE = {"factor": FACTOR}
-HALF = {"half": {"op": "scale", "factor": 1 / FACTOR, "axes": ["row", "col"]}}
-
-PROMPTED: dict[str, dict[str, Any] | None] = {
-    "prompt": None,
-    "prompt, PI": {"a": {"op": "pi", **TWICE}},
-    "prompt, YaRN": {"a": {"op": "yarn", **TWICE}},
-    "prompt, DyPE": {"a": {"op": "dype", **TWICE}},
-}
-"""Row of the figure: program with which the prompt alone is sampled at the large size."""
-
-UPSCALED: dict[str, dict[str, Any]] = {
-    "spacing": {"method": "spacing"},
-    "spacing, YaRN": {"method": "spacing", "programs": {"a": {"op": "yarn", **TWICE}}},
-    "spacing, DyPE": {"method": "spacing", "programs": {"a": {"op": "dype", **TWICE}}},
-    "half steps": {"method": "half_steps"},
-    "half steps, both ways": {"method": "half_steps", "attention": "both_ways"},
-    "half steps, aligned": {"method": "aligned"},
-    "half steps, enlarged": {"method": "half_steps", "known": "enlarged", "path": "noised"},
-    "resized": {"method": "resized"},
-    "resized, half steps": {"method": "resized", "programs": HALF},
-}
-"""Row of the figure: arguments of `pipe.upscale`."""
-
-BICUBIC, DECODED, DRAWN = "bicubic", "bicubic, decoded", "scene, decoded"
-"""The floor, what the autoencoder leaves of it, and what it leaves of the scene drawn at the large size."""
-
-MEASURES = {
-    "psnr_scene": "PSNR to the scene, dB",
-    "ssim_scene": "SSIM to the scene",
-    "shape": "right shapes",
-    "letters": "letters right",
-    "object": "things found",
-    "colour": "right colours",
-    "sharpness": "sharpness, 1/px",
-}
-SHOWN = tuple(MEASURES)[:4]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A scene of the split that the embedded model was not trained on, at its size and at the large one."""
-
-    number: int
-    prompt: str
-    small: np.ndarray
-    large: np.ndarray
-
-
-def case(number: int) -> Case:
-    """Return a scene. The same number gives the same case."""
-    scene = sample_scene(np.random.default_rng([SIDE, number]), (SIDE, SIDE), "heldout")
-    return Case(number, write(wanted_of(scene)), render(scene), render(scene, scale=FACTOR))
-
-
-def images_of(pipe: Any, cases: Sequence[Case], steps: int | None) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Yield the name and the images of everything that is compared, one image per case."""
-    from PIL import Image
-
-    times = pipe.pixels_per_token // 4  # the embedded model's token has 4 px
-    given = [one.small.repeat(times, 0).repeat(times, 1) for one in cases]
-    height, width = (FACTOR * side for side in given[0].shape[:2])
-    bicubic = [np.asarray(Image.fromarray(a).resize((width, height), Image.Resampling.BICUBIC)) for a in given]
-    drawn = [one.large.repeat(times, 0).repeat(times, 1) for one in cases]
-    yield BICUBIC, bicubic
-    for name, images in ((DECODED, bicubic), (DRAWN, drawn)):
-        yield name, [np.asarray(image) for image in pipe.decode(*pipe.encode(images))]
-    prompts, seeds = [one.prompt for one in cases], [one.number for one in cases]
-    for name, program in PROMPTED.items():
-        size = {"height": height, "width": width, "steps": steps}
-        yield name, [np.asarray(image) for image in pipe.generate(prompts, seeds, program, **size)]
-    for name, options in UPSCALED.items():
-        found = pipe.upscale(given, prompts, seeds, factor=FACTOR, steps=steps, **options)
-        yield name, [np.asarray(image) for image in found]
-
-
-def scores(image: np.ndarray, one: Case) -> dict[str, float]:
-    """Return the measures of an image. The oracle reads it at the size of the small scene, whose letters it knows."""
-    from PIL import Image
-
-    from fluxlab.measure import compare, describe, oracle_columns
-
-    times = image.shape[0] // one.large.shape[0]
-    image = np.asarray(Image.fromarray(image).reduce(times)) if times > 1 else image
-    small = np.asarray(Image.fromarray(image).reduce(FACTOR))
-    found, read = compare(image, one.large), oracle_columns(small, one.prompt)
-    return {
-        "psnr_scene": found["psnr"],
-        "ssim_scene": found["ssim"],
-        **{name: read[name] for name in ("shape", "letters", "object", "colour")},
-        "sharpness": describe(image, 4)["sharpness"],
-    }
-
 
 def measure(
     pipe: Any,
+    setting: Setting,
     count: int,
     keep: int,
     steps: int | None,
@@ -145,8 +63,8 @@ def measure(
     """Return a row of measures for every image of `count` cases, and the images of the first `keep` by name."""
     rows, kept = [], [{} for _ in range(keep)]
     for start in range(0, count, at_once):
-        cases = [case(number) for number in range(start, min(start + at_once, count))]
-        for name, images in images_of(pipe, cases, steps):
+        cases = [case(setting, number) for number in range(start, min(start + at_once, count))]
+        for name, images in images_of(pipe, setting, cases, steps):
             for one, image in zip(cases, images, strict=True):
                 rows.append({"variant": name, "prompt": one.prompt, "seed": one.number} | scores(image, one))
                 if one.number < keep:
@@ -167,12 +85,14 @@ def numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, 
     return found
 
 
-def draw(cases: Sequence[Case], images: Sequence[Mapping[str, np.ndarray]], found: Mapping[str, Any]) -> "Figure":
+def draw(
+    setting: Setting, cases: Sequence[Case], images: Sequence[Mapping[str, np.ndarray]], found: Mapping[str, Any]
+) -> "Figure":
     """Return the figure: rows of scenes with every method's image, above the measures of every method."""
     names = list(found)
-    columns, height = 9, 0.75
     titles = ["given", "scene at × 2", *names]
-    lines = -(-len(titles) // columns)
+    lines, height = -(-len(titles) // 9), 0.75
+    columns = -(-len(titles) // lines)
     with paper():
         drawn = figure(PAGE, (height * len(cases) + 0.3) * lines + 2.3)
         parts = drawn.subfigures(lines + 1, 1, height_ratios=[height * len(cases) + 0.3] * lines + [2.3])
@@ -190,7 +110,7 @@ def draw(cases: Sequence[Case], images: Sequence[Mapping[str, np.ndarray]], foun
         panels = parts[-1].subplots(1, len(SHOWN), sharey=True)
         for axes, measured in zip(panels, SHOWN, strict=True):
             for y, name in enumerate(names):
-                row, colour = found[name][measured], OKABE_ITO["blue"] if name in UPSCALED else "0.45"
+                row, colour = found[name][measured], OKABE_ITO["blue"] if name in setting.upscaled else "0.45"
                 axes.plot([row.get("low", row["mean"]), row.get("high", row["mean"])], [y, y], color=colour)
                 axes.plot(row["mean"], y, "o", ms=3, color=colour)
             axes.set_title(MEASURES[measured], loc="left")
@@ -202,20 +122,20 @@ def draw(cases: Sequence[Case], images: Sequence[Mapping[str, np.ndarray]], foun
     return drawn
 
 
-def caption(model: str, steps: int, count: int, shown: int, found: Mapping[str, Any]) -> str:
+def caption(name: str, model: str, steps: int, count: int, shown: int, found: Mapping[str, Any]) -> str:
     """Return the caption of the figure with all numbers."""
     lines = [
-        f"Images of {SIDE} × {SIDE} px at {FACTOR} times their size, model {model}, {steps} steps, {count} scenes that "
-        "were held out from training, a seed each; compared with the scene drawn at that size. Blue: pipe.upscale. "
-        "spacing: tokens of the given image are inverted 2 apart, and lie between new ones that are sampled 1 apart. "
-        "half steps: they are inverted 1 apart, with new tokens at half steps between. Text and given tokens do not "
-        "attend to new ones, except for both ways. aligned: new queries see all positions twice as far apart. "
-        "enlarged: given tokens are those of the bicubic enlargement, mixed with noise. resized: the enlargement with "
-        "noise is sampled from σ = 0.7 on. Grey: sampled at this size from the prompt alone, and without sampling: the "
-        "bicubic enlargement, the same after the autoencoder, and the scene at twice the size after it, the most that "
-        "it lets through. The oracle reads shapes, letters, things and colours in the image reduced to the size of the "
-        f"given one. Means with 95 % bootstrap intervals over images; Δ: mean difference to {BICUBIC} at equal scene. "
-        f"Images: scenes 0 to {shown - 1}."
+        f"{ABOUT[name]} Model {model}, {steps} steps, {count} scenes that were held out from training, a seed each; "
+        "compared with the scene drawn at that size. Blue: pipe.upscale. spacing: tokens of the given image are "
+        "inverted 2 apart, and lie between new ones that are sampled 1 apart. half steps: they are inverted 1 apart, "
+        "with new tokens at half steps between. Text and given tokens do not attend to new ones, except for both ways. "
+        "aligned: new queries see all positions twice as far apart. until 0.8: given tokens are free below that noise "
+        "level. enlarged: given tokens are those of the bicubic enlargement, mixed with noise. resized: that "
+        "enlargement with noise is sampled from σ = 0.8 on, beyond the model's size from 0.7 on. Grey: sampled at this "
+        "size from the prompt alone, and without sampling: the bicubic enlargement, the same after the autoencoder, "
+        "and the scene at twice the size after it, the most that it lets through. The oracle reads shapes, letters, "
+        "things and colours at the size of the font. Means with 95 % bootstrap intervals over images; Δ: mean "
+        f"difference to {BICUBIC} at equal scene. Images: scenes 0 to {shown - 1}."
     ]
     for measured, title in MEASURES.items():
         lines.append(f"{title}:")
@@ -252,18 +172,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         import fluxlab
 
         pipe = fluxlab.load_pipeline(options.model, dtype=torch.float32, device="cpu")
-        keep = min(options.rows, options.scenes)
-        say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-        rows, images = measure(pipe, options.scenes, keep, options.steps, say=say)
-        found, stem = numbers(rows), options.out / "upscale"
+        keep, files, every = min(options.rows, options.scenes), [], {}
+        for name, setting in SETTINGS.items():
+
+            def say(text: str, name: str = name) -> None:
+                print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+            rows, images = measure(pipe, setting, options.scenes, keep, options.steps, say=say)
+            every[name], stem = numbers(rows), options.out / f"upscale-{name}"
+            shown = [case(setting, number) for number in range(keep)]
+            files += save(draw(setting, shown, images, every[name]), stem)
+            text = caption(name, options.model, options.steps, options.scenes, keep, every[name])
+            files += [save_caption(text, stem), save_table(rows, stem.with_suffix(".csv"))]
         weights = fingerprint(find_row(options.model))[:12]
         record = {"model": options.model, "weights": weights, "scenes": options.scenes, "steps": options.steps}
-        record["measures"] = found
-        files = save(draw([case(i) for i in range(keep)], images, found), stem)
-        files += [save_caption(caption(options.model, options.steps, options.scenes, keep, found), stem)]
-        files += [save_table(rows, stem.with_suffix(".csv"))]
-        write_atomic(stem.with_suffix(".json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        print(*files, stem.with_suffix(".json"), sep="\n")
+        file = options.out / "upscale.json"
+        write_atomic(file, json.dumps(record | {"measures": every}, indent=1, ensure_ascii=False) + "\n")
+        print(*files, file, sep="\n")
 
     return guarded(work, "interrupted")
 

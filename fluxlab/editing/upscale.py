@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 METHODS = ("spacing", "half_steps", "aligned", "resized")
-UNTIL = {"spacing": 0.0, "half_steps": 0.0, "aligned": 0.0, "resized": 0.7}
+UNTIL = {"spacing": 0.0, "half_steps": 0.0, "aligned": 0.0, "resized": 0.8}
 """The σ until which known tokens are held, by method."""
 
 KNOWN = ("small", "enlarged")
@@ -39,7 +39,7 @@ def upscale(
     seed: int | Sequence[int] = 0,
     *,
     factor: int = 2,
-    method: str = "half_steps",
+    method: str | None = None,
     until: float | None = None,
     known: str = "small",
     path: str | None = None,
@@ -71,8 +71,9 @@ def upscale(
         "aligned": as half_steps, but each query sees all positions in the spacing of its own group, as in CRPA (arXiv
         2511.19778): known tokens are 1 apart where known ones see them, and `factor` apart where new ones do.
         "resized": all tokens are known, those of the bicubic enlargement, and have the usual positions.
+        None: spacing up to the model's own size, half_steps beyond it, as the embedded model does best.
     until: the noise level, from 0 to below 1, down to which known tokens are on their path and attention is one-way.
-        Below it they are sampled like the others. None: 0, and 0.7 with "resized", where 0 would change nothing.
+        Below it they are sampled like the others. None: 0, and 0.8 with "resized", where 0 would change nothing.
     known: "small": known tokens have the latents of the small image's tokens. "enlarged": those at the same places of
         its bicubic enlargement, encoded, which show as much as they have room for. With "resized" always the latter.
     path: "inverted" takes known tokens from an inversion (`invert`), "noised" from the image mixed with noise, as in
@@ -85,9 +86,14 @@ def upscale(
 
     Raises `UserError` for arguments that do not fit together or do not fit the model.
     """
-    until, path = _checked(factor, method, until, known, path, attention)
+    _check(factor, method, until, known, path, attention)
     images = image_tensor(image)
     grid = tuple(side * factor for side in pipe.grid(*images.shape[-2:]))
+    if method is None:
+        own = pipe.grid(None, None)
+        method = "spacing" if grid[0] <= own[0] and grid[1] <= own[1] and known == "small" else "half_steps"
+    until = UNTIL[method] if until is None else until
+    path = ("noised" if method == "resized" else "inverted") if path is None else path
     height, width = (side * factor for side in images.shape[-2:])
     given = known_tokens(grid, 1 if method == "resized" else factor)
     large = known == "enlarged" or method == "resized"
@@ -192,24 +198,20 @@ def enlarged(images: Float[Tensor, "b 3 h w"], factor: int) -> Float[Tensor, "b 
     return F.interpolate(images, scale_factor=factor, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def _checked(
-    factor: int, method: str, until: float | None, known: str, path: str | None, attention: str
-) -> tuple[float, str]:
-    """Return until and path, with those of the method in place of None. Raises `UserError` for wrong arguments."""
+def _check(factor: int, method: str | None, until: float | None, known: str, path: str | None, attention: str) -> None:
+    """Raise `UserError` for an argument that no model accepts."""
     for key, value, names in (
         ("method", method, METHODS),
         ("known", known, KNOWN),
         ("attention", attention, ATTENTION),
     ):
-        if value not in names:
+        if value not in names and (key, value) != ("method", None):
             raise UserError(f"{key}={value!r}: expected {', '.join(names[:-1])} or {names[-1]}")
     if known == "enlarged" and method == "spacing":
         raise UserError(f"known={known!r}: spacing inverts the small image; leave it out, or choose another method")
     if isinstance(factor, bool) or not isinstance(factor, Integral) or factor < 1:
         raise UserError(f"factor={factor!r}: expected a whole number from 1, such as 2")
-    until = UNTIL[method] if until is None else until
-    if isinstance(until, bool) or not isinstance(until, Real) or not 0 <= until < 1:
+    if until is not None and (isinstance(until, bool) or not isinstance(until, Real) or not 0 <= until < 1):
         raise UserError(f"until={until!r}: expected a noise level, from 0 to below 1")
-    path = ("noised" if method == "resized" else "inverted") if path is None else path
-    check_path(path)
-    return float(until), path
+    if path is not None:
+        check_path(path)

@@ -15,7 +15,7 @@ from tests import families
 
 PROMPT = "a cat"
 SETTINGS = {"steps": 2, "max_sequence_length": 16}
-ROWS = COLS = 2  # of the small image, in tokens of 4 px
+ROWS, COLS = 2, 3  # of the small image, in tokens of 4 px
 
 
 @pytest.fixture(scope="module", params=families.NAMES)
@@ -99,7 +99,9 @@ def test_known_tokens_are_free_below_until(pipe, image):
     sigmas = pipe.schedule.times(2, 4 * ROWS * COLS)
     path, known, seen = path_of(pipe, image, None, 2), [large(n, 2) for n in range(ROWS * COLS)], []
     until = sigmas[1]
-    pipe.upscale(image, PROMPT, until=until, on_step=lambda i, t, x: seen.append(x.clone()), **SETTINGS)
+    pipe.upscale(
+        image, PROMPT, method="half_steps", until=until, on_step=lambda i, t, x: seen.append(x.clone()), **SETTINGS
+    )
     assert [torch.equal(x[:, known], path[i + 1]) for i, x in enumerate(seen)] == [True, False]
 
 
@@ -237,9 +239,11 @@ def test_known_tokens_of_a_large_grid():
 def test_a_batch_gives_the_images_that_single_calls_give(pipe, image):
     others = [image, image.flip(1)]
     program = {"y": {"op": "yarn", "factor": 2}}
-    both = pipe.upscale(others, ["a cat", "a dog"], [3, 4], programs=[None, program], output="latent", **SETTINGS)
+    both = pipe.upscale(
+        others, ["a cat", "a dog"], [3, 4], method="aligned", programs=[None, program], output="latent", **SETTINGS
+    )
     for n, (text, seed, edits) in enumerate([("a cat", 3, None), ("a dog", 4, program)]):
-        one = pipe.upscale(others[n], text, seed, programs=edits, output="latent", **SETTINGS)
+        one = pipe.upscale(others[n], text, seed, method="aligned", programs=edits, output="latent", **SETTINGS)
         assert (both[n] - one[0]).abs().max() < 1e-3
 
 
@@ -287,3 +291,14 @@ def test_wrong_arguments(pipe, image, change, message):
     arguments = {"image": image, "prompt": PROMPT, "seed": 0, **SETTINGS, **change}
     with pytest.raises(UserError, match=message):
         pipe.upscale(**arguments)
+
+
+def test_the_method_follows_from_the_size(pipe, image, monkeypatch):
+    """Up to the model's own size it is spacing, beyond it half steps, and half steps for tokens of the enlargement."""
+    options = {"output": "latent", **SETTINGS}
+    by_name = {name: pipe.upscale(image, PROMPT, method=name, **options) for name in ("spacing", "half_steps")}
+    assert torch.equal(pipe.upscale(image, PROMPT, **options), by_name["spacing"])
+    enlarged_tokens = [pipe.upscale(image, PROMPT, method=m, known="enlarged", **options) for m in (None, "half_steps")]
+    assert torch.equal(*enlarged_tokens)
+    monkeypatch.setattr(pipe, "size", (8 * ROWS, 8 * COLS - 4))
+    assert torch.equal(pipe.upscale(image, PROMPT, **options), by_name["half_steps"])
