@@ -95,7 +95,13 @@ def _interval(row: dict[str, Any] | None) -> str:
     return f"{row['mean']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" if row and row["n"] else "–"
 
 
-IDEAS = {"dose": "dose_response", "edits": "dose_edits", "steps": "step_roles"}
+IDEAS = {
+    "dose": "dose_response",
+    "edits": "dose_edits",
+    "steps": "step_roles",
+    "moved": "relocation",
+    "learned": "learn_relocation",
+}
 """The names of runs in `ideas.md.j2`."""
 
 
@@ -117,6 +123,10 @@ def ideas() -> str:
 
     page, runs = Environment(undefined=StrictUndefined), json.loads(RESULTS.read_text())
     page.filters["fixed"] = lambda value, digits: f"{value:.{digits}f}"
+    page.filters["percent"] = lambda row: f"{100 * row['mean']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    page.filters["points"] = lambda row: page.filters["percent"](row).replace(" %", " points")
+    page.filters["without"] = lambda row: f"{100 * (1 - row['mean']):.0f} %"
+    page.filters["ends"] = lambda ends, digits: "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*ends, d=digits)
     page.filters["interval"] = lambda row, digits=2: (
         f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
     )

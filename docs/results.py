@@ -1,4 +1,4 @@
-"""Run the experiments that README and docs quote on the embedded model: `python docs/results.py`, about 40 min on 2 CPU
+"""Run the experiments that README and docs quote on the embedded model: `python docs/results.py`, about 50 min on 2 CPU
 cores. `python docs/results.py step_window` runs one of them. `--runs FOLDER` keeps the run folders and resumes them:
 `--runs runs/figures` takes those that `make figures` has made.
 
@@ -31,10 +31,11 @@ QUOTED = {
         ("methods", "methods_2x"), ("score", "things", "place", "letters", "all_right", "size", "sharpness")
     ),
     "atlas": (),
+    **dict.fromkeys(("relocation", "learn_relocation"), ()),
 }
-"""Experiment: metrics that are kept. Of `trace` and `methods`, what their figures read in the images instead.
+"""Experiment: metrics that are kept. Of those without metrics, and of `methods`, what their figures read instead.
 
-`atlas` is no run: its script makes its images itself.
+`atlas` is no run: its script makes its images itself. `learn_relocation` is a search.
 """
 
 
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         for name in asked.experiments or QUOTED:
             out = (asked.runs or Path(temporary)) / name
+            if name == "learn_relocation":
+                results[name] = learned(out)
+                continue
             if name == "atlas":
                 code = atlas.main(["-o", str(out)])
             else:
@@ -69,6 +73,8 @@ def main(arguments: Sequence[str]) -> int:
                 results[name] = json.loads((out / "atlas.json").read_text())
             elif name == "trace":
                 results[name] = transfers(out)
+            elif name == "relocation":
+                results[name] = moved(out)
             else:
                 results[name] = (methods if name.startswith("methods") else rows)(out, QUOTED[name])
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -114,6 +120,73 @@ def transfers(store: Path) -> dict[str, dict[str, dict[str, float | int]]]:
             numbers = {"n": row["n"], **{key: round(row[column], 6) for key, column in ends.items()}}
             found.setdefault(names[row["variant"]], {})[row["attribute"]] = numbers
     return found
+
+
+def moved(store: Path) -> dict[str, Any]:
+    """Return where things are when their phrase is moved: condition → column of the figure's table → numbers.
+
+    "first": the centre of the thing in pixels, at the first prompt and seed, of a box of each condition.
+    """
+    from experiments.relocationtable import COLUMNS, conditions, targets
+    from fluxlab.experiment.reading import read_store
+
+    run = read_store(store)
+    chosen, found = targets(run), {}
+    for row in conditions(run, chosen):
+        columns = {"chance": {"low": row["chance_low"], "high": row["chance_high"]}}
+        for column in COLUMNS:
+            ends = {"mean": row[column], "low": row[f"{column}_low"], "high": row[f"{column}_high"]}
+            columns[column] = {"n": row["n"], "pairs": row["pairs"], **ends}
+        found[row["condition"]] = {
+            name: {end: None if math.isnan(value) else round(value, 6) for end, value in numbers.items()}
+            for name, numbers in columns.items()
+        }
+        cell = run.cell(chosen[row["condition"]][-1].variant, *run.places[0])
+        place = (cell[name] for name in ("thing_row", "thing_col"))
+        found[row["condition"]]["first"] = [None if math.isnan(value) else round(value, 3) for value in place]
+    for effect in run.effects:
+        if effect.metric == "thing_moved" and effect.variant == "another seed":
+            side = run.record["settings"]["width"]
+            ends = {"mean": effect.value, "low": effect.low, "high": effect.high}
+            found["another seed"] = {"n": effect.n, **{key: round(value / side, 6) for key, value in ends.items()}}
+    return found
+
+
+def learned(out: Path) -> dict[str, Any]:
+    """Learn as `+exp=learn_relocation` says, and compare with the programs of `+exp=relocation` for the same box.
+
+    On the held-out prompts with 16 seeds each.
+    """
+    import yaml
+
+    import fluxlab
+    from experiments.relocationtable import targets_of
+    from fluxlab import learn
+    from fluxlab.config import config_folder
+    from fluxlab.experiment.each import expanded
+    from fluxlab.positions import Program
+
+    if learn.main(["+exp=learn_relocation", f"out={out}", "tracking=none"]):
+        raise SystemExit(f"{out}: the search failed")
+    result = json.loads((out / "result.json").read_text())
+    found = yaml.safe_load((out / "exp" / "learn_relocation_learned.yaml").read_text())
+    by_hand = yaml.safe_load((config_folder() / "exp" / "relocation.yaml").read_text())["variants"]
+    programs = {"learned": found["variants"]["learned"], **expanded(by_hand, 0)}
+    chosen = targets_of({name: Program.from_config(program) for name, program in programs.items()})
+    (box,) = (target.box for target in chosen["learned"])
+    compared = ("learned", "mask", "early_mask", "move_mask")
+    same = [target.variant for name in compared for target in chosen[name] if target.box == box]
+    experiment = fluxlab.make_experiment(
+        found["prompts"],
+        {name: programs[name] for name in same},
+        seeds=16,
+        sampling=fluxlab.Sampling(steps=found["steps"], device="cpu"),
+        name="learn_relocation_held_out",
+        caption="a learned program next to those of +exp=relocation for the same box",
+    )
+    fluxlab.run_experiment(experiment, out / "held_out")
+    summary = {"values": result["values"], "attention": result["held_out"], "cells": result["cells"][1]}
+    return summary | moved(out / "held_out")
 
 
 def methods(store: Path, metrics: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,10 @@
 """`python -m experiments.relocation STORE -o figures`: does a thing follow the tokens of its phrase to a box?
 
-Takes seconds. Needs a finished store of +exp=relocation, whose variants give the tokens of a phrase the positions of a
+Takes a minute. Needs a finished store of +exp=relocation, whose variants give the tokens of a phrase the positions of a
 box, hide them from the image outside of the box, or both, for a grid of boxes. Needs no model.
 
-The figure shows where the thing is for each box, as a lattice over the lattice of boxes: the two would be the same if
-it followed. The numbers, with intervals, are written to a caption file and two CSV tables.
+The figure shows where the thing is for each box: in the box if it followed. The numbers, with intervals, are written to
+a caption file and two CSV tables.
 """
 
 import math
@@ -45,6 +45,7 @@ WORDS = {
     "distance": "distance of the thing to the box's centre",
     "distance_gain": "  more than the baseline's thing",
     "object": "a thing is found",
+    "single": "one thing and no more",
     "shape": "it is the prompt's",
     "letters": "letters of the sign right",
 }
@@ -69,7 +70,7 @@ def draw(found: Mapping[str, Sequence[Target]], rows: Sequence[Row], places: Seq
     lines = [[name for name, chosen in found.items() if chosen[0].steps == steps] for steps in windows]
     across = max(map(len, lines))
     wide = PAGE if width == "page" else COLUMN
-    height = len(lines) * (wide / across + 0.25)
+    height = len(lines) * (wide / across + (0.25 if width == "page" else 0.35))
     with paper():
         drawn = figure(wide, height)
         panels = drawn.subplots(len(lines), across, sharex=True, sharey=True, squeeze=False)
@@ -80,7 +81,9 @@ def draw(found: Mapping[str, Sequence[Target]], rows: Sequence[Row], places: Seq
                 (row,) = (row for row in rows if row["condition"] == name)
                 panel(axes, [part for part in places if part["condition"] == name])
                 axes.set_title(row["what"], loc="left")
-                axes.set_xlabel(f"slope {mean_text(row['slope'], row['slope_low'], row['slope_high'])}")
+                slope, low, high = (row[f"slope{end}"] for end in ("", "_low", "_high"))
+                between = "" if math.isnan(low) else f"{' ' if width == 'page' else chr(10)}[{low:.2f}, {high:.2f}]"
+                axes.set_xlabel("" if math.isnan(slope) else f"slope {slope:.2f}{between}")
             line[0].set_ylabel(wherever(found[names[0]][0]).replace(" of the", "\nof the"))
         more = legend_below(drawn, *panels[0][0].get_legend_handles_labels(), columns=3)
         drawn.set_figheight(height + 0.13 * more)
@@ -88,19 +91,13 @@ def draw(found: Mapping[str, Sequence[Target]], rows: Sequence[Row], places: Seq
 
 
 def panel(axes: "Axes", places: Sequence[Row]) -> None:
-    """Draw the lattice of the boxes' centres and that of the things, and the baseline's thing."""
-    grey, blue = "0.65", OKABE_ITO["blue"]
-    series = (("box", {"color": grey, "marker": "s", "ms": 2.5, "mfc": "white"}, "centre of the box"),)
-    series += (("thing", {"color": blue, "marker": "o", "ms": 2}, "centre of the thing, mean"),)
-    for what, look, label in series:
-        at = {
-            (round(row["box_row"], 6), round(row["box_col"], 6)): (row[f"{what}_row"], row[f"{what}_col"])
-            for row in places
-        }
-        for line in lattice(list(at)):
-            rows, cols = zip(*(at[key] for key in line), strict=True)
-            axes.plot(cols, rows, lw=0.7, label=label, **look)
-            label = None
+    """Draw the centres of the boxes, each joined with its thing, and the baseline's thing."""
+    blue, grey = OKABE_ITO["blue"], "0.55"
+    ends = {what: [[row[f"{what}_col"], row[f"{what}_row"]] for row in places] for what in ("box", "thing")}
+    joined = [point for pair in zip(ends["box"], ends["thing"], strict=True) for point in (*pair, [math.nan] * 2)]
+    axes.plot(*zip(*joined, strict=True), color=blue, lw=0.5, alpha=0.6)
+    axes.plot(*zip(*ends["box"], strict=True), "s", color=grey, ms=2.5, mfc="white", label="box of the phrase")
+    axes.plot(*zip(*ends["thing"], strict=True), "o", color=blue, ms=2.2, label="its thing")
     known = [row for row in places if row["n"]]
     if known:  # box - (box - baseline's thing)
         start = [
@@ -108,19 +105,10 @@ def panel(axes: "Axes", places: Sequence[Row]) -> None:
             / sum(row["n"] for row in known)
             for side in ("row", "col")
         ]
-        look = {"color": OKABE_ITO["vermillion"], "marker": "*", "ms": 6, "lw": 0, "zorder": 4}
-        axes.plot(start[1], start[0], label="the baseline's thing, mean", **look)
+        look = {"color": OKABE_ITO["vermillion"], "ms": 5, "mec": "white", "mew": 0.3, "zorder": 4}
+        axes.plot(start[1], start[0], "*", label="thing of the baseline", **look)
     axes.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect="equal")
     axes.spines[["top", "right"]].set_visible(True)
-
-
-def lattice(centres: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """Return the lines of a lattice: the centres of each row, and of each column; single ones if there is no other."""
-    lines = []
-    for axis in (0, 1):
-        for value in sorted({centre[axis] for centre in centres}):
-            lines.append(sorted(centre for centre in centres if centre[axis] == value))
-    return lines
 
 
 def caption(run: Run, found: Mapping[str, Sequence[Target]], rows: Sequence[Row]) -> str:
@@ -129,12 +117,12 @@ def caption(run: Run, found: Mapping[str, Sequence[Target]], rows: Sequence[Row]
     side = run.record["settings"]["width"]
     lines = [
         f"{opening(run)} positions: the tokens of the phrase get the positions of a box. mask: image tokens outside of "
-        "the box do not attend to them. Each dot is the mean centre of the thing for one box, at the box's place in "
-        "the lattice; grey: the lattice of the boxes. Slope: by how much the thing moves when the box moves by 1, "
-        "rows and columns together, within the boxes of one prompt and seed: 1 if it follows, 0 if it stays, below 0 "
-        f"if it moves the other way. Over {all_cells(run)}, 95 % intervals: bootstrap over pairs of prompt and seed, "
-        "each with all its boxes. Chance: 95 % of the slopes with the boxes of each pair exchanged at random. "
-        "Distances are shares of the image's side."
+        "the box do not attend to them. Each square is the centre of a box, and the dot that it is joined with the "
+        "mean centre of the thing, the largest if there are several. Slope: by how much the thing moves when the box "
+        "moves by 1, rows and columns together, within the boxes of one prompt and seed: 1 if it follows, 0 if it "
+        f"stays, below 0 if it moves the other way. Over {all_cells(run)}, 95 % intervals: bootstrap over "
+        "pairs of prompt and seed, each with all its boxes. Chance: 95 % of the slopes with the boxes of each pair "
+        "exchanged at random. Distances are shares of the image's side."
     ]
     for name in CONTROLS:
         if name in moved and moved[name].n:

@@ -10,6 +10,8 @@ import numpy as np
 
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
+from fluxlab.images import read_pixels
+from fluxlab.measure.oracle import inspect
 from fluxlab.positions import Program
 
 NAMES = {"relocate": "positions", "mask": "mask"}
@@ -17,14 +19,15 @@ NAMES = {"relocate": "positions", "mask": "mask"}
 
 DRAWS = 2000
 MEASURES = ("object", "shape", "letters")
-COLUMNS = ("slope", "slope_row", "slope_col", "in_box", "in_box_gain", "distance", "distance_gain", *MEASURES)
+COLUMNS = ("slope", "slope_row", "slope_col", "in_box", "in_box_gain", "distance", "distance_gain", "single", *MEASURES)
 """What `conditions` measures, each with `_low` and `_high`.
 
 slope: by how much the thing's centre moves when the box moves by 1, within the boxes of one prompt and seed; rows and
 columns together, or one of them. Another seed moves a thing too, but by the same for all boxes.
 in_box: the share of images whose thing has its centre in the box. distance: of its centre to that of the box, as a
-share of the image's side. gain: the difference to the baseline's thing at equal prompt, seed and box. object, shape,
-letters: means of the metrics of these names.
+share of the image's side. gain: the difference to the baseline's thing at equal prompt, seed and box. single: the share
+of images with one thing and no more; with several, the largest is the thing. object, shape, letters: means of the
+metrics of these names.
 """
 
 
@@ -56,11 +59,7 @@ def targets(run: Run) -> dict[str, list[Target]]:
 
     Raises `UserError` if there are none, and if the scene oracle found nothing in the baseline.
     """
-    found: dict[str, list[Target]] = {}
-    for name in run.variants:
-        target = _target(name, Program.from_config(run.record["variants"][name]["program"]))
-        if target:
-            found.setdefault(target.condition, []).append(target)
+    found = targets_of({name: Program.from_config(run.record["variants"][name]["program"]) for name in run.variants})
     if not found:
         raise UserError(
             f"{run.path}: no variant moves words to a box in fractions, or masks them outside of one; "
@@ -70,6 +69,15 @@ def targets(run: Run) -> dict[str, list[Target]]:
     if not any(math.isfinite(row.get("thing_row", math.nan)) for row in run.metrics if row["variant"] == run.baseline):
         reason = "its images show no thing" if "thing_row" in first else "its model is not one of scenes"
         raise UserError(f"{run.path}: {reason}; the figure needs the scene oracle, which reads the embedded models")
+    return found
+
+
+def targets_of(programs: Mapping[str, Program]) -> dict[str, list[Target]]:
+    """Return the programs that move words to a box, or mask them outside of it, by condition."""
+    found: dict[str, list[Target]] = {}
+    for name, program in programs.items():
+        if target := _target(name, program):
+            found.setdefault(target.condition, []).append(target)
     return found
 
 
@@ -98,7 +106,9 @@ def _target(name: str, program: Program) -> Target | None:
 
 def wherever(target: Target) -> str:
     """Return the steps of a target in words."""
-    return "all steps" if target.steps == "all" else f"{target.steps[0]:.0%}-{target.steps[1]:.0%} of the steps"
+    return (
+        "all steps" if target.steps == "all" else f"{100 * target.steps[0]:g}-{100 * target.steps[1]:g} % of the steps"
+    )
 
 
 @dataclass(frozen=True)
@@ -112,8 +122,8 @@ class Found:
     measured: dict[str, np.ndarray]
 
 
-def read(run: Run, chosen: Sequence[Target]) -> Found:
-    """Return what the store's metrics say about the variants of a condition."""
+def read(run: Run, chosen: Sequence[Target], count: bool = False) -> Found:
+    """Return what the store's metrics say about the variants of a condition. count: read the images to count things."""
     rows = {(row["variant"], row["prompt"], row["seed"]): row for row in run.metrics}
     settings = run.record["settings"]
     sides = np.array([settings["height"], settings["width"]], dtype=float)
@@ -123,6 +133,8 @@ def read(run: Run, chosen: Sequence[Target]) -> Found:
 
     at = np.stack([of(target.variant, "thing_row", "thing_col") for target in chosen], 1) / sides
     measured = {name: np.stack([of(target.variant, name)[:, 0] for target in chosen], 1) for name in MEASURES}
+    if count:
+        measured["single"] = np.stack([things(run, target.variant) == 1 for target in chosen], 1).astype(float)
     return Found(
         np.array([target.centre for target in chosen]),
         np.array([target.box for target in chosen]),
@@ -130,6 +142,12 @@ def read(run: Run, chosen: Sequence[Target]) -> Found:
         of(run.baseline, "thing_row", "thing_col") / sides,
         measured,
     )
+
+
+def things(run: Run, variant: str) -> np.ndarray:
+    """Return how many things the scene oracle finds in each image of a variant, `(pairs,)`."""
+    files = [(run.image(variant, *place), place[0]) for place in run.places]
+    return np.array([len(inspect(read_pixels(file), prompt).things) for file, prompt in files])
 
 
 def conditions(run: Run, found: Mapping[str, Sequence[Target]]) -> list[dict[str, Any]]:
@@ -140,7 +158,7 @@ def conditions(run: Run, found: Mapping[str, Sequence[Target]]) -> list[dict[str
     """
     made = []
     for name, chosen in found.items():
-        seen = read(run, chosen)
+        seen = read(run, chosen, count=True)
         row = {"condition": name, "what": chosen[0].what, "steps": wherever(chosen[0])}
         row |= {"boxes": len(chosen), "pairs": len(seen.at), "n": seen.at.shape[0] * seen.at.shape[1]}
         for column, (above, below) in _ratios(seen).items():

@@ -6,11 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+import fluxlab
 from experiments import every
 from fluxlab import run as command_line
 from fluxlab.config import config_folder
+from fluxlab.experiment.each import expanded
 from fluxlab.experiment.reading import read_store
+from fluxlab.measure.oracle import inspect
 
 ROOT = Path(__file__).parents[2]
 RESULTS = json.loads((ROOT / "docs" / "results.json").read_text())
@@ -74,3 +78,14 @@ def test_what_docs_quote_is_what_the_runs_give(name, tmp_path):
         quoted = RESULTS[name][variant]["psnr"]
         assert quoted["n"] == 64
         assert row["psnr"] == pytest.approx(quoted["first"], abs=1.0) or math.isinf(row["psnr"])
+
+
+@pytest.mark.parametrize("condition", ["mask", "early_move_mask"])
+def test_where_docs_say_that_a_relocated_thing_is(condition):
+    """One image again: the last box at the first prompt and seed of `+exp=relocation`."""
+    config = yaml.safe_load((config_folder() / "exp" / "relocation.yaml").read_text())
+    program = list(expanded({condition: config["variants"][condition]}, 0).values())[-1]
+    prompt, pipe = config["prompts"][0], fluxlab.load_pipeline("tiny")
+    (image,) = pipe.generate([prompt], seeds=[0], programs=[program], steps=config["steps"])
+    (thing, *_) = inspect(image, prompt).things
+    assert [thing.row, thing.col] == pytest.approx(RESULTS["relocation"][condition]["first"], abs=1.0)

@@ -79,7 +79,7 @@ def test_the_findings_follow_from_the_numbers():
 def test_the_findings_on_ideas_follow_from_the_numbers():
     """Each sentence of docs/ideas.md.j2. If one fails with a new embedded model, rewrite the sentence."""
     runs = json.loads(measured.RESULTS.read_text())
-    dose, edits, steps = (runs[name] for name in measured.IDEAS.values())
+    dose, edits, steps = (runs[measured.IDEAS[name]] for name in ("dose", "edits", "steps"))
     assert max(dose["x0_5"]["ssim"]["high"], dose["x2"]["ssim"]["high"]) < edits["another seed"]["ssim"]["mean"]  # 1
     cosines = {f: (sum(math.cos(f * 10000 ** (-i / 14)) for i in range(14)) + 14) / 28 for f in (1, 0.5, 2)}
     assert [round(value, 3) for value in cosines.values()] == [0.977, 0.994, 0.925]
@@ -91,6 +91,23 @@ def test_the_findings_on_ideas_follow_from_the_numbers():
     assert all(a["low"] > b["high"] for a, b in itertools.pairwise(falling))
     windows = [steps[name]["psnr"] for name in ("first", "second", "third", "last")]  # 4
     assert min(windows[1]["low"], windows[2]["low"]) > max(windows[0]["high"], windows[3]["high"])
+
+
+def test_the_findings_on_relocation_follow_from_the_numbers():
+    """Sentences 5 and 6 of docs/ideas.md.j2. If one fails with a new embedded model, rewrite the sentence."""
+    runs = json.loads(measured.RESULTS.read_text())
+    moved, learned = (runs[measured.IDEAS[name]] for name in ("moved", "learned"))
+    assert moved["move"]["slope"]["high"] < 0.1  # 5
+    assert moved["mask"]["slope"]["low"] > max(
+        0.2, moved["mask"]["chance"]["high"], moved["move_mask"]["slope"]["high"]
+    )
+    assert moved["early_mask"]["slope"]["low"] > 0.5 * moved["mask"]["slope"]["mean"]
+    assert abs(moved["early_move"]["slope"]["mean"] - moved["move"]["slope"]["mean"]) < 0.1
+    assert moved["mask"]["in_box_gain"]["low"] > 0.2 > 0 > moved["move"]["in_box_gain"]["mean"]
+    assert moved["mask"]["letters"]["mean"] > 0.9
+    assert learned["attention"]["learned - baseline"][1] > 0  # 6
+    assert learned["learned"]["in_box"]["high"] < learned["mask"]["in_box"]["low"]
+    assert min(learned[name]["in_box"]["n"] for name in ("learned", "mask")) >= 64
 
 
 def test_the_text_on_flux2_follows_from_the_numbers():

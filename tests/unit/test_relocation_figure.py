@@ -34,14 +34,16 @@ def start(cell) -> np.ndarray:
 
 
 def drawn(cell, size=(64, 64)):
-    """both: the thing follows. mask: it goes half the way from the middle. move: it stays. early: there is none."""
+    """both: the thing follows. mask: half the way, and a smaller one is added. move: it stays. early: there is none."""
     condition, _, number = cell.variant.rpartition("_")
     centre = start(cell)
     if condition in ("both", "mask"):
         target = 64 * np.array([sum(SIDES[int(number) // 2]) / 2, sum(SIDES[int(number) % 2]) / 2])
         centre = target if condition == "both" else 32 + (target - 32) / 2
-    row, col = (float(np.clip(2 * round(x / 2), 10, 54)) for x in centre)
-    things = () if condition == "early_mask" else (scenes.Thing("fox", "red", None, row, col, 20),)
+    row, col = (float(np.clip(2 * round(x / 2), 12, 52)) for x in centre)
+    things = () if condition == "early_mask" else (scenes.Thing("fox", "red", None, row, col, 24),)
+    if condition == "mask":
+        things += (scenes.Thing("fox", "red", None, row, (col + 32) % 64, 20),)
     return Image.fromarray(scenes.render(scenes.Scene(size, "sand", things)))
 
 
@@ -85,6 +87,7 @@ def test_shares_and_distances(rows):
         "early_mask": (0, 0, 8),
     }
     assert [rows[name]["in_box"] for name in ("move", "mask", "both", "early_mask")] == [0, 1, 1, 0]
+    assert [rows[name]["single"] for name in ("move", "mask", "both", "early_mask")] == [1, 0, 1, 0]
     assert rows["both"]["in_box_gain"] == 1
     assert rows["both"]["distance"] < 0.03
     # the fox's centre of mass is not the middle of its box, so that the distances are known to about 1 px
@@ -126,10 +129,13 @@ def test_the_figure_shows_these_numbers(run, rows, width):
         axes for axes in relocation.draw(found, list(rows.values()), places, width).axes if axes.get_title("left")
     ]
     assert [axes.get_title("left") for axes in panels] == ["positions", "mask", "positions + mask", "mask"]
-    assert panels[0].get_xlabel() == "slope 0 [0, 0]"
-    boxes, things = (panels[2].lines[i].get_xydata() for i in (0, 4))
-    assert boxes.tolist() == [[0.2, 0.2], [0.8, 0.2]]
+    assert panels[0].get_xlabel().split() == ["slope", "0.00", "[0.00,", "0.00]"]
+    joined, boxes, things, before = (panels[2].lines[i].get_xydata() for i in range(4))
+    assert boxes.tolist() == [[0.2, 0.2], [0.8, 0.2], [0.2, 0.8], [0.8, 0.8]]
     assert np.abs(boxes - things).max() < 0.03
+    assert joined[0::3].tolist() == boxes.tolist()
+    assert joined[1::3].tolist() == things.tolist()
+    assert before == pytest.approx(np.array([[36, 28]]) / 64, abs=0.02)
 
 
 def test_files_are_equal_in_every_run(run, tmp_path):
