@@ -104,6 +104,9 @@ IDEAS = {
 }
 """The names of runs in `ideas.md.j2`."""
 
+DRAWN = ("inpaint",)
+"""Experiments on drawn scenes, whose `docs/<name>.json` is the JSON that `python -m experiments.<name>` writes."""
+
 
 def findings() -> str:
     """What the results show: `findings.md.j2` with the numbers of `embedded.json` and `results.json`."""
@@ -130,8 +133,13 @@ def ideas() -> str:
     page.filters["interval"] = lambda row, digits=2: (
         f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
     )
-    rows = {name: runs[run] for name, run in IDEAS.items()}
+    rows = {name: runs[run] for name, run in IDEAS.items()} | {name: drawn(name)["measures"] for name in DRAWN}
     return page.from_string((ROOT / "docs" / "ideas.md.j2").read_text()).render(rows).strip()
+
+
+def drawn(name: str) -> dict[str, Any]:
+    """The numbers of an experiment on drawn scenes."""
+    return json.loads((ROOT / "docs" / f"{name}.json").read_text())
 
 
 def quoted() -> dict[str, Any]:

@@ -18,6 +18,8 @@ MEASURES = {
     "object": "a thing in the hole",
     "colour": "with the colour",
     "asked": "the thing asked for",
+    "asked_one": "of scenes with one thing",
+    "asked_two": "of scenes with two",
     "psnr_outside": "PSNR outside, dB",
     "seam": "step at the border",
     "spread": "std of known tokens",
@@ -69,7 +71,7 @@ def case(number: int) -> Case:
 
 
 def scores(image: np.ndarray, one: Case) -> dict[str, float]:
-    """Return the measures of an image. The oracle reads it at the size of the scene."""
+    """Return the `MEASURES` that an image has. The oracle reads it at the size of the scene."""
     from PIL import Image
 
     scale = image.shape[0] // SIDE
@@ -79,10 +81,12 @@ def scores(image: np.ndarray, one: Case) -> dict[str, float]:
     outside = ~one.hole.repeat(scale, 0).repeat(scale, 1)
     given = one.given.repeat(scale, 0).repeat(scale, 1)
     error = max(1e-10, ((image[outside] / 255 - given[outside] / 255) ** 2).mean())  # at most 100 dB
+    asked = float(any(found.name == one.asked.name for found in coloured))
     return {
         "object": float(bool(things)),
         "colour": float(bool(coloured)),
-        "asked": float(any(found.name == one.asked.name for found in coloured)),
+        "asked": asked,
+        ("asked_two" if one.number % 2 else "asked_one"): asked,
         "psnr_outside": float(-10 * np.log10(error)),
         "seam": seam(image, ~outside),
     }

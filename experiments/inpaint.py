@@ -106,7 +106,7 @@ def measure(
         one, kept = case(number), {}
         for name, image, spread in images_of(pipe, one, steps):
             kept[name] = image
-            start = {"variant": name, "prompt": one.prompt, "seed": number, "things": 1 + number % 2}
+            start = {"variant": name, "prompt": one.prompt, "seed": number, **dict.fromkeys(MEASURES, math.nan)}
             rows.append(start | scores(image, one) | {"spread": spread})
         images += [kept] if number < keep else []
         say(f"{number + 1}/{count} scenes")

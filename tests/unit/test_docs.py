@@ -15,7 +15,9 @@ from PIL import Image
 
 import fluxlab
 from docs import architecture, measured, results, tables
+from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.compose import compose
+from fluxlab.config import find_row
 from fluxlab.files import sha256_of
 from fluxlab.positions import Program
 from fluxlab.run import RunConfig
@@ -56,6 +58,8 @@ def test_the_numbers_belong_to_the_embedded_model():
     weights2 = sha256_of(results.WEIGHTS2)[:12]
     assert json.loads(measured.EMBEDDED2.read_text())["weights"] == weights2
     assert json.loads(measured.RESULTS.read_text())["weights of tiny2"] == weights2
+    for name in measured.DRAWN:  # python -m experiments.<name>
+        assert measured.drawn(name)["weights"] == fingerprint(find_row("tiny"))[:12]
     for page in ("learning.md", "interventions.md"):  # +exp=learn_offset, learn_sharpest; experiments.attribution
         assert f"`{weights}`" in (tables.ROOT / "docs" / page).read_text()
 
@@ -108,6 +112,21 @@ def test_the_findings_on_relocation_follow_from_the_numbers():
     assert learned["attention"]["learned - baseline"][1] > 0  # 6
     assert learned["learned"]["in_box"]["high"] < learned["mask"]["in_box"]["low"]
     assert min(learned[name]["in_box"]["n"] for name in ("learned", "mask")) >= 64
+
+
+def test_the_finding_on_inpainting_follows_from_the_numbers():
+    """What docs/ideas.md.j2 says about it. If it fails with a new embedded model, rewrite the paragraph."""
+    assert measured.drawn("inpaint")["steps"] == 8
+    inpaint = measured.drawn("inpaint")["measures"]
+    noised, inverted, once = (inpaint[f"{name}, one-way"] for name in ("noised", "inverted", "inverted once"))
+    assert noised["asked"]["low"] > inverted["asked"]["high"] >= inverted["asked"]["mean"] > once["asked"]["high"]
+    assert inverted["asked_one"]["low"] > inverted["asked_two"]["high"]
+    assert all(abs(row["object"]["mean"] - row["asked"]["mean"]) < 0.05 for row in (inverted, once))
+    assert max(abs(row["psnr_outside"]["paired_mean"]) for row in (inverted, once)) < 1
+    assert once["spread"]["high"] < noised["spread"]["low"] <= noised["spread"]["high"] < inverted["spread"]["low"]
+    assert abs(inpaint["noised, both ways"]["asked"]["paired_mean"]) < 0.05
+    assert noised["seam"]["high"] < 0.01
+    assert inpaint["border only"]["asked"]["high"] == 0
 
 
 def test_the_text_on_flux2_follows_from_the_numbers():
