@@ -101,6 +101,9 @@ IDEAS = {
     "steps": "step_roles",
     "moved": "relocation",
     "learned": "learn_relocation",
+    "methods": "methods",
+    "doubled": "methods_2x",
+    "atlas": "atlas",
 }
 """The names of runs in `ideas.md.j2`."""
 

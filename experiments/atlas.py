@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COUNTS = (8, 32, 128)
+COUNTS = (2, 4, 8, 16, 32)
 """Numbers k of sites that are ablated, of 576 in the embedded model."""
 
 STYLES = {"place": ("vermillion", "o"), "loss": ("blue", "s"), "random": ("black", "^")}
@@ -92,7 +92,7 @@ def rounded(value: Any) -> Any:
 
 def draw(found: Found, numbers: Found) -> "Figure":
     """Return the figure: a map of frequencies for each block and head, and the ablation next to it."""
-    size = np.abs(found["place"].sum(1)).mean(0)
+    size = atlastable.of_images(found["place"]).mean(0)
     blocks, heads, _ = size.shape
     with paper():
         drawn = figure(PAGE, 0.72 * blocks + 0.8)
@@ -107,7 +107,7 @@ def draw(found: Found, numbers: Found) -> "Figure":
         for axes in panels[-1]:
             axes.set_xlabel("wavelength (tokens)")
         bar = left.colorbar(mesh, ax=panels, location="right", fraction=0.03, pad=0.01)
-        bar.set_label("|∂ place / ∂ gain| (tokens)")
+        bar.set_label("|∂ place / ∂ gain| over its mean")
         curves = right.subplots(len(CURVES), 1, sharex=True)
         for axes, (metric, title) in zip(curves, CURVES.items(), strict=True):
             show_curve(axes, numbers["ablation"], metric)
@@ -134,6 +134,8 @@ def show_site(axes: "Axes", found: Found, size: np.ndarray, most: float) -> Any:
             edges, (i - 0.46, i + 0.46), size[at][None], cmap="magma_r", norm=PowerNorm(0.5, 0, most), rasterized=False
         )
     axes.set_xscale("log")
+    axes.set_xticks([10, 100, 1000, 10000], ["10", "", "1000", ""])
+    axes.minorticks_off()
     axes.set_xlim(3, 2e4)
     axes.set_ylim(len(axis) - 0.5, -0.5)
     axes.set_yticks(range(len(axis)), axis)
@@ -165,25 +167,30 @@ def caption(found: Found, numbers: Found, model: str) -> str:
     sites = int(np.prod(shape))
     lines = [
         f"Place of the content of images of model {model} against gains of the rotary tables: blocks × heads × "
-        f"frequencies, {sites} sites, mean of |the sum of the derivatives over {steps} steps| over {images} images. "
-        "The place is the centre of mass of the squared distance of the latents to the background, towards the side "
-        "that the prompt names, in tokens; it stands in for the oracle's place, which has no gradient. Its movement "
+        f"frequencies, {sites} sites. Its size is the mean over {images} images of |the sum of the derivatives "
+        f"over {steps} steps|, divided by its mean over the sites of the image. The place is the centre of mass of the "
+        "squared distance of the latents to the background, towards the side that the prompt names, in tokens; it "
+        "stands in for the oracle's place, which has no gradient. Its movement "
         f"and that of the oracle's thing have a correlation of {numbers['agreement']['correlation']:.2f} over "
         f"{numbers['agreement']['n']} images without some sites. Right: what the oracle reads in images of other "
         "prompts and seeds when k sites add nothing to the scores, at all steps. The place is wrong where no thing is "
         f"found; the movement is over images with a thing. {INTERVALS[0].upper() + INTERVALS[1:]}.",
         "Share of the sum of sizes:",
     ]
-    lines += [f"  {name}: {text(row)}" for name, row in numbers["shares"].items()]
+    lines += [f"  {name}: {text(row)}{of_sites(row)}" for name, row in numbers["shares"].items()]
     lines += ["Largest sites:"]
     for row in numbers["first"]:
         ends = mean_text(row["place"], row["place_low"], row["place_high"])
         site = f"block {row['block']} head {row['head']} {row['axis']}, wavelength {row['wavelength']:.3g}"
-        lines.append(f"  {site}: {ends} tokens, signed {row['signed']:.3g}")
+        lines.append(f"  {site}: {ends}, for the loss {row['loss']:.3g}, signed {row['signed']:.3g} tokens")
     lines += ["Ablation:"]
     for variant, row in numbers["ablation"].items():
         lines.append(f"  {variant}: {'; '.join(f'{metric} {text(value)}' for metric, value in row.items())}")
     return "\n".join(lines)
+
+
+def of_sites(row: Mapping) -> str:
+    return f", with {row['sites']:.3g} of the sites" if "sites" in row else ""
 
 
 def text(row: Mapping) -> str:

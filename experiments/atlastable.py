@@ -119,10 +119,19 @@ def attribute(
 def rankings(found: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return the sites (block, head, pair), numbered in C order, by their size for the place and for the loss.
 
-    The size is the mean over images of |the sum of the derivatives over steps|, since an ablation acts at all steps.
+    An image is not counted more because it depends more on all sites: the size is the mean of `of_images`.
     """
-    sizes = {name: np.abs(found[name].sum(1)).mean(0).ravel() for name in ("place", "loss")}
+    sizes = {name: of_images(found[name]).mean(0).ravel() for name in ("place", "loss")}
     return {name: np.argsort(-size, kind="stable") for name, size in sizes.items()}
+
+
+def of_images(values: np.ndarray) -> np.ndarray:
+    """Return the size of each site in each image, `(images, blocks, heads, pairs)`, with the mean 1 over sites.
+
+    It is |the sum of the derivatives over steps|, since an ablation acts at all steps, over its mean over sites.
+    """
+    sizes = np.abs(values.sum(1))
+    return sizes / sizes.mean((1, 2, 3), keepdims=True)
 
 
 def ablate(
@@ -217,42 +226,47 @@ def agreement(rows: Sequence[Row]) -> tuple[float, int]:
     return float(np.corrcoef(np.transpose(pairs))[0, 1]), len(pairs)
 
 
-def shares(found: Mapping[str, Any], name: str = "place") -> dict[str, dict[str, list[float]]]:
+def shares(found: Mapping[str, Any], name: str = "place") -> dict[str, dict[str, float]]:
     """Return which share of the sum of sizes each block, step, axis and band of wavelengths has, with intervals.
 
-    Bootstrap over images, 95 %. Sizes of steps are |derivatives| of single steps; others are of their sum over steps.
+    Bootstrap over images, 95 %. sites: the share of the sites that it has. Sizes of steps are |derivatives| of single
+    steps; others are of their sum over steps.
     """
     single, summed = np.abs(found[name]), np.abs(found[name].sum(1))
     axis, waves = np.array(found["axis"]), np.array(found["wavelength"])
-    parts = {f"block {n}": summed[:, n].sum((1, 2)) for n in range(summed.shape[1])}
-    parts |= {f"axis {key}": summed[..., axis == key].sum((1, 2, 3)) for key in dict.fromkeys(axis)}
-    for band, (low, high) in BANDS.items():
-        parts[f"wavelength {band}"] = summed[..., (waves >= low) & (waves < high)].sum((1, 2, 3))
+    blocks, _, pairs = summed.shape[1:]
+    parts = {f"block {n}": (summed[:, n].sum((1, 2)), 1 / blocks) for n in range(blocks)}
+    chosen = {f"axis {key}": axis == key for key in dict.fromkeys(axis)}
+    chosen |= {f"wavelength {band}": (waves >= low) & (waves < high) for band, (low, high) in BANDS.items()}
+    parts |= {key: (summed[..., some].sum((1, 2, 3)), some.sum() / pairs) for key, some in chosen.items()}
     total, rng = summed.sum((1, 2, 3)), np.random.default_rng(0)
-    of_steps = single.sum((2, 3, 4))
-    steps = {f"step {n}": of_steps[:, n] / of_steps.sum(1) for n in range(of_steps.shape[1])}
     drawn = rng.integers(len(total), size=(2000, len(total)))
-    values = {key: value / total for key, value in parts.items()} | steps
-    return {key: {"n": len(v), "mean": float(v.mean()), **_ends(v[drawn].mean(1))} for key, v in values.items()}
+    rows = {
+        key: {"n": len(total), **_moments(value / total, drawn), "sites": float(sites)}
+        for key, (value, sites) in parts.items()
+    }
+    of_steps = single.sum((2, 3, 4))
+    for n in range(of_steps.shape[1]):
+        rows[f"step {n}"] = {"n": len(total), **_moments(of_steps[:, n] / of_steps.sum(1), drawn)}
+    return rows
 
 
 BANDS = {"below 8": (0, 8), "8 to 32": (8, 32), "above 32": (32, math.inf)}
 """Wavelengths in tokens, [low, high). The embedded model's images have 16 × 16 tokens."""
 
 
-def _ends(means: np.ndarray) -> dict[str, float]:
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"low": float(low), "high": float(high)}
+def _moments(values: np.ndarray, drawn: np.ndarray) -> dict[str, float]:
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def table_rows(found: Mapping[str, Any]) -> list[Row]:
-    """Return a row per site (block, head, pair): its axis, wavelength, and mean size for the place and for the loss.
+    """Return a row per site (block, head, pair): its axis, wavelength, and size for the place and for the loss.
 
-    low, high: 95 % over images, mean ± 1.96 standard errors. signed: the mean with its sign, positive where the pair
-    moves the content towards the named place.
+    Sizes are means of `of_images`. low, high: 95 % over images, mean ± 1.96 standard errors. signed: the mean
+    derivative of the place in tokens, positive where the pair moves the content towards the named place.
     """
-    place, loss = found["place"].sum(1), np.abs(found["loss"].sum(1)).mean(0)
-    size = np.abs(place)
+    place, size, loss = found["place"].sum(1), of_images(found["place"]), of_images(found["loss"]).mean(0)
     mean, error = size.mean(0), size.std(0, ddof=1) / math.sqrt(len(size)) if len(size) > 1 else 0 * size[0]
     rows = []
     for (block, head, pair), value in np.ndenumerate(mean):

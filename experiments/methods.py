@@ -82,7 +82,7 @@ def draw_page(runs: Sequence[Run], tables: Sequence[Sequence[Row]]) -> "Figure":
     with paper():
         count = len(tables[0])
         drawn = figure(PAGE, ROW * count + 0.75)
-        widths = [part for _ in runs for part in (1.0, 2.5, 1.7, 1.2)]
+        widths = [part for _ in runs for part in (0.5 * len(runs), 2.5, 1.7, 1.2)]
         panels = drawn.subplots(1, len(widths), gridspec_kw={"width_ratios": widths}, squeeze=False)[0]
         for n, (run, table) in enumerate(zip(runs, tables, strict=True)):
             rows = sections(table)
@@ -95,7 +95,7 @@ def draw_page(runs: Sequence[Run], tables: Sequence[Sequence[Row]]) -> "Figure":
             for axes in (images, shares, score, sharp):
                 axes.set_ylim(count - 0.5, -0.5)
                 axes.set_yticks([])
-            score.set_xlim(0, 1)
+            score.set_xlim(-0.03, 1.03)
         panels[0].set_yticks(range(count), [row["variant"] for row in sections(tables[0])])
         panels[0].tick_params(axis="y", length=0)
         handles, labels = panels[2].get_legend_handles_labels()
@@ -154,7 +154,7 @@ def draw_column(runs: Sequence[Run], tables: Sequence[Sequence[Row]]) -> "Figure
             rows = sections(table)
             show_dots(axes, rows, "score", "score")
             axes.set_title(f"{enlarged(run):g} ×", loc="left")
-            axes.set_xlim(0, 1)
+            axes.set_xlim(-0.03, 1.03)
             axes.set_ylim(count - 0.4, -0.6)
             axes.set_yticks(range(count), [row["variant"] for row in rows])
             axes.tick_params(axis="y", length=0, labelsize=5.5)
