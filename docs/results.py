@@ -133,7 +133,7 @@ def moved(store: Path) -> dict[str, Any]:
     run = read_store(store)
     chosen, found = targets(run), {}
     for row in conditions(run, chosen):
-        columns = {"chance": {"low": row["chance_low"], "high": row["chance_high"]}}
+        columns = {of: {end: row[f"{of}_{end}"] for end in ("low", "high")} for of in ("chance", "seeds")}
         for column in COLUMNS:
             ends = {"mean": row[column], "low": row[f"{column}_low"], "high": row[f"{column}_high"]}
             columns[column] = {"n": row["n"], "pairs": row["pairs"], **ends}

@@ -135,8 +135,9 @@ def caption(run: Run, found: Mapping[str, Sequence[Target]], rows: Sequence[Row]
         )
         if not math.isnan(row["slope"]):
             slopes = [value_text(row, f"slope{axis}") for axis in ("", "_row", "_col")]
-            chance = f"[{row['chance_low']:.2g}, {row['chance_high']:.2g}]"
+            chance, seeds = (f"[{row[f'{of}_low']:.2g}, {row[f'{of}_high']:.2g}]" for of in ("chance", "seeds"))
             lines.append(f"  slope {slopes[0]}, of rows {slopes[1]}, of columns {slopes[2]}; chance {chance}")
+            lines.append(f"  slopes of single seeds: {seeds}")
         lines += [f"  {words}: {value_text(row, key)}" for key, words in WORDS.items() if math.isfinite(row[key])]
     return "\n".join([*lines, made_with(run)])
 

@@ -154,8 +154,10 @@ def conditions(run: Run, found: Mapping[str, Sequence[Target]]) -> list[dict[str
     """Return a row per condition: `COLUMNS` with bootstrap 95 % intervals over pairs of prompt and seed.
 
     A pair is drawn with all its boxes, since these images share their noise. chance_low, chance_high: where 95 % of the
-    slopes are when the boxes of each pair are exchanged at random.
+    slopes are when the boxes of each pair are exchanged at random. seeds_low, seeds_high: the smallest and the largest
+    slope of one seed with all prompts, since prompts at one seed share their noise too.
     """
+    seeds = np.array([seed for _, seed in run.places])
     made = []
     for name, chosen in found.items():
         seen = read(run, chosen, count=True)
@@ -163,7 +165,8 @@ def conditions(run: Run, found: Mapping[str, Sequence[Target]]) -> list[dict[str
         row |= {"boxes": len(chosen), "pairs": len(seen.at), "n": seen.at.shape[0] * seen.at.shape[1]}
         for column, (above, below) in _ratios(seen).items():
             row |= dict(zip((column, f"{column}_low", f"{column}_high"), _interval(above, below), strict=True))
-        made.append(row | dict(zip(("chance_low", "chance_high"), _chance(seen), strict=True)))
+        row |= dict(zip(("chance_low", "chance_high"), _chance(seen), strict=True))
+        made.append(row | dict(zip(("seeds_low", "seeds_high"), _by_seed(seen, seeds), strict=True)))
     return made
 
 
@@ -227,6 +230,14 @@ def _interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float, float
     tops, bottoms = above[drawn].sum(1), below[drawn].sum(1)
     low, high = np.percentile((tops / np.where(bottoms > 0, bottoms, np.nan))[bottoms > 0], (2.5, 97.5))
     return value, float(low), float(high)
+
+
+def _by_seed(seen: Found, seeds: np.ndarray) -> tuple[float, float]:
+    """Return the smallest and the largest slope of the pairs of one seed, nan without any."""
+    above, below = (part.sum(1) for part in _products(seen.wanted, seen.at))
+    sums = [(above[seeds == seed].sum(), below[seeds == seed].sum()) for seed in np.unique(seeds)]
+    slopes = [float(up / down) for up, down in sums if down > 1e-12]
+    return (min(slopes), max(slopes)) if slopes else (math.nan, math.nan)
 
 
 def _chance(seen: Found) -> tuple[float, float]:

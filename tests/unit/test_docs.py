@@ -108,6 +108,7 @@ def test_the_findings_on_relocation_follow_from_the_numbers():
     assert moved["early_mask"]["slope"]["low"] > 0.5 * moved["mask"]["slope"]["mean"]
     assert abs(moved["early_move"]["slope"]["mean"] - moved["move"]["slope"]["mean"]) < 0.1
     assert moved["mask"]["in_box_gain"]["low"] > 0.2 > 0 > moved["move"]["in_box_gain"]["mean"]
+    assert moved["mask"]["seeds"]["low"] > max(0, moved["move"]["seeds"]["high"])
     assert moved["mask"]["letters"]["mean"] > 0.9
     assert learned["attention"]["learned - baseline"][1] > 0  # 6
     assert learned["learned"]["in_box"]["high"] < learned["mask"]["in_box"]["low"]

@@ -136,7 +136,7 @@ def test_the_header_states_the_number_of_images(name):
     config, header = experiment(name), file_of(name).read_text().partition("\nname:")[0]
     assert lines_with(header, f"# {count_images(config)} images, about ") == 1
     assert lines_with(header, "# grid.png: ") == 1
-    most = 2880 if name in ("trace", "relocation") or name.startswith("methods") else 100
+    most = {"trace": 2880, "relocation": 4832}.get(name, 2880 if name.startswith("methods") else 100)
     assert 24 <= count_images(config) <= most
     assert all(scenes.parse(prompt).thing for prompt in config.prompts)  # what the embedded model was trained on
     assert len(set(config.prompts)) == len(config.prompts)

@@ -76,6 +76,8 @@ def test_slopes_are_those_of_the_things(rows):
     assert rows["mask"]["slope"] == pytest.approx(0.5, abs=0.05)
     assert rows["move"]["slope"] == rows["move"]["slope_high"] == 0
     assert np.isnan(rows["early_mask"]["slope"])
+    assert rows["mask"]["seeds_low"] == pytest.approx(0.5, abs=0.05)
+    assert rows["mask"]["seeds_low"] <= rows["mask"]["slope"] <= rows["mask"]["seeds_high"]
     assert rows["both"]["chance_low"] < 0 < rows["both"]["chance_high"] < 0.9
 
 
