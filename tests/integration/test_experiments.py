@@ -28,7 +28,8 @@ def composed(name: str) -> command_line.RunConfig:
 def test_every_experiment_runs(name, tmp_path):
     out = tmp_path / "run"
     steps = 10 if name == "step_roles" else 4  # fewer have no step below σ = 0.375
-    prompts = TWO if name == "trace" else composed(name).prompts[:1]
+    config = composed(name)
+    prompts, size = TWO if name == "trace" else config.prompts[:1], round(64 * (config.enlarge or 1))
     words = [f"prompts={json.dumps(prompts)}", "seeds=1", f"steps={steps}", "tracking=none", f"out={out}"]
     assert command_line.main([f"+exp={name}", *words]) == 0
     run = read_store(out)
@@ -38,15 +39,9 @@ def test_every_experiment_runs(name, tmp_path):
     controls |= {"text_to_text_5", "image_to_text_5"}  # nothing reads the text of the last block
     for row in run.metrics:
         image = np.asarray(Image.open(run.image(row["variant"], row["prompt"], row["seed"])))
-        size = {
-            "extrapolate": 96,
-            "extrapolate_2x": 128,
-            "extrapolate_attention": 96,
-            "extrapolate_attention_2x": 128,
-        }.get(name, 64)
         assert image.shape == (size, size, 3)
         assert image.std() > 5
         if row["variant"] not in {run.baseline, *controls}:
             assert row["rmse"] > 0, (row["variant"], row["prompt"])
     with Image.open(out / "grid.png") as grid:
-        assert grid.width > 250
+        assert max(grid.size) > 250
