@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxlab.errors import UserError, nearest, show
+from fluxlab.settings import DTYPES
 
 PACKAGE = Path(__file__).parent
 LIKE = ("dev", "schnell")
@@ -79,6 +80,7 @@ class ModelRow:
     lora: what is merged into the transformer, in order.
     references: trained with reference images.
     true_cfg: scale of classifier-free guidance, for a model that needs it.
+    dtype: "float32", "bfloat16" or "float16", what it is computed in if a run does not say.
     """
 
     name: str
@@ -97,6 +99,7 @@ class ModelRow:
     lora: tuple[Lora, ...] | None = None
     references: bool = False
     true_cfg: float | None = None
+    dtype: str | None = None
 
     def values(self) -> dict[str, Any]:
         """Return the row as plain values. Keys that older stores do not know are left out unless they are set."""
@@ -105,7 +108,7 @@ class ModelRow:
         return {key: value for key, value in values.items() if key not in _LATER or value}
 
 
-_LATER = ("tokenizers", "like", "schedule", "lora", "references", "true_cfg")
+_LATER = ("tokenizers", "like", "schedule", "lora", "references", "true_cfg", "dtype")
 
 
 def with_loras(row: ModelRow, lora: Any) -> ModelRow:
@@ -166,6 +169,8 @@ def model_row(values: Mapping[str, Any], where: str) -> ModelRow:
     true_cfg = values.get("true_cfg")
     if isinstance(true_cfg, bool) or not isinstance(true_cfg, Real | None):
         raise UserError(f"{where}: true_cfg {true_cfg!r}, expected a number, such as 4")
+    if values.get("dtype") not in (None, *DTYPES):
+        raise UserError(f"{where}: dtype {values['dtype']!r}, expected one of {', '.join(DTYPES)}")
     path = values["path"]
     if path.startswith("fluxlab/"):
         path = str(PACKAGE.parent / path)

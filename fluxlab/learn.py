@@ -167,10 +167,10 @@ def split(prompts: list[str], held: list[str], seeds: "tuple[int, ...]") -> "tup
 
 def learn(config: LearnConfig, command: str) -> None:
     """Run or resume a search, and write its result, or print the plan. Prints what was found."""
-    from fluxlab.checkpoints import check_device, default_device
+    from fluxlab.checkpoints import check_device, default_device, dtype_of
     from fluxlab.conditioning import Texts
     from fluxlab.engines.inline import threads
-    from fluxlab.experiment.settings import dtype_of, threads_of
+    from fluxlab.experiment.settings import threads_of
     from fluxlab.learning import check_smooth, fit
     from fluxlab.learning.fit import Problem
     from fluxlab.learning.objectives import make_objective
@@ -182,7 +182,7 @@ def learn(config: LearnConfig, command: str) -> None:
     search = read(config)
     e, template = search.experiment, search.template
     out = Path(config.out).expanduser() if config.out else Path("runs", e.name, f"learn-{search.digest}")
-    device, dtype = check_device(e.device or default_device()), dtype_of(e.dtype)
+    device, dtype = check_device(e.device or default_device()), dtype_of(e.dtype, e.model)
     asked, batch = replace(e.sampling, dtype=None, device=None), min(config.batch, len(search.train))
     if config.plan:
         return print(_plan(search, config, device, dtype, out))

@@ -58,12 +58,13 @@ def load_pipeline(
     """Load a model: a name under `configs/model`, a Diffusers folder, a single file, a folder of single files, or a
     hub id.
 
-    dtype: None means the dtype of most parameters, separately for each network. device: None means a GPU if there is
-    one (CUDA, then mps), else the CPU. autoencoder, text, tokenizers: the parts that `name` does not hold, such as
-    `ae.safetensors`, a folder with `clip_l.safetensors` and `t5xxl_fp16.safetensors`, and a folder with `tokenizer`
-    and `tokenizer_2`. variant: for files such as `….fp16.safetensors`. like, schedule: how a single file samples, if
-    it does not say (see `fluxlab.schedules`): "dev" or "schnell", {"shift": 3.0} or {"mu": 1.15}. lora: what to merge
-    into the transformer: a path, {"path": …, "scale": 0.8}, or a list of these (`fluxlab.checkpoints.merge_loras`).
+    dtype: None means that of the row, else the dtype of most parameters, separately for each network. device: None
+    means a GPU if there is one (CUDA, then mps), else the CPU. autoencoder, text, tokenizers: the parts that `name`
+    does not hold, such as `ae.safetensors`, a folder with `clip_l.safetensors` and `t5xxl_fp16.safetensors`, and a
+    folder with `tokenizer` and `tokenizer_2`. variant: for files such as `….fp16.safetensors`. like, schedule: how a
+    single file samples, if it does not say (see `fluxlab.schedules`): "dev" or "schnell", {"shift": 3.0} or {"mu":
+    1.15}. lora: what to merge into the transformer: a path, {"path": …, "scale": 0.8}, or a list of these
+    (`fluxlab.checkpoints.merge_loras`).
     cache: a folder for encoded prompts, or "none" (see `fluxlab.cache`). The text encoders are loaded for a prompt that
     it does not have.
     memory: "auto", "resident", "streamed", or {"mode": "auto", "limit_gb": 12} (`fluxlab.memory.Memory`).
@@ -92,6 +93,7 @@ def load_row(
 
     texts: are encoded first. The text encoders leave the device before the transformer is loaded.
     """
+    dtype = dtype or checkpoints.dtype_of(None, row)
     device = checkpoints.check_device(default_device() if device is None else device)
     found = checkpoints.find(row.path, variant=row.variant)
     verify_manifest(found.path, of_text=False)

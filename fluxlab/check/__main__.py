@@ -49,22 +49,19 @@ takes. Nothing is written, except that a hub id is fetched. Exits with 0 if noth
   model    {names}; or model=local model.path=<folder, file or hub id>
            (a single file: also model.autoencoder=<ae.safetensors> model.text=<Diffusers folder or hub id>)
   device   null: a GPU if there is one
-  dtype    float32, bfloat16, float16; null: as stored"""
+  dtype    float32, bfloat16, float16; null: that of the model's row, else as stored"""
 
 
 def run(config: CheckConfig) -> None:
     """Run check after check. Raises `UserError` with the name of the first that fails, and what to do."""
-    import torch
-
     from fluxlab.check import computed, weights
-    from fluxlab.checkpoints import check_device, default_device
+    from fluxlab.checkpoints import check_device, default_device, dtype_of
     from fluxlab.settings import DTYPES
 
     if config.dtype not in (None, *DTYPES):
-        raise UserError(f"dtype={config.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
-    dtype = getattr(torch, config.dtype) if config.dtype else None
-    device = check_device(config.device or default_device())
+        raise UserError(f"dtype={config.dtype}: expected {', '.join(DTYPES)} or null (the model's own)")
     row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
+    dtype, device = dtype_of(config.dtype, row), check_device(config.device or default_device())
     warnings: list[str] = []
 
     def checked(name: str, check: Callable[[], Result]) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.checkpoints.errors import CheckpointError
+from fluxlab.config import ModelRow
 
 ALIGN = 64  # of each tensor's first byte, as PyTorch's own allocator: BLAS may round otherwise elsewhere
 
@@ -39,6 +40,12 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def dtype_of(name: str | None, row: ModelRow) -> torch.dtype | None:
+    """Return the torch dtype of a name, else that of the model's row; None for weights that stay as stored."""
+    name = name or row.dtype
+    return getattr(torch, name) if name else None
 
 
 def check_device(device: "str | torch.device") -> torch.device:

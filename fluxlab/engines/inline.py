@@ -7,13 +7,14 @@ from functools import partial
 import torch
 
 from fluxlab import placement, stopping
+from fluxlab.checkpoints import dtype_of
 from fluxlab.conditioning import Texts
 from fluxlab.config import ModelRow
 from fluxlab.experiment import captures, runner
 from fluxlab.experiment.cells import Batch, Settings, in_one_forward
 from fluxlab.experiment.engine import Done
 from fluxlab.experiment.notes import MOST_NOTES, notes
-from fluxlab.experiment.settings import device_of, dtype_of, resolve, threads_of
+from fluxlab.experiment.settings import device_of, resolve, threads_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
 from fluxlab.pipeline import Pipeline
@@ -54,8 +55,9 @@ class Inline:
 
     def _load(self, experiment: Experiment, device: str, count: int) -> None:
         """Load the model. Its text encoders compute with the threads of the run, which their last bits depend on."""
+        dtype = dtype_of(experiment.dtype, experiment.model)
         with threads(count):
-            self.pipe = self.load(experiment.model, dtype_of(experiment.dtype), device, texts_of(experiment))
+            self.pipe = self.load(experiment.model, dtype, device, texts_of(experiment))
 
     def compute(
         self, experiment: Experiment, settings: Settings, store: Store, batches: Sequence[Batch]

@@ -51,7 +51,7 @@ def plan(
     known = store.settings() if store else None
     parts = stored(experiment.model)
     downloaded, parts = parts is not None, parts or published(experiment.model)
-    dtype = settings.dtype_of(experiment.dtype)
+    dtype = checkpoints.dtype_of(experiment.dtype, experiment.model)
     device = checkpoints.check_device(settings.device_of(experiment, known))
     pipe = pipeline_without_weights(experiment.model, parts, dtype, device)
     same = known is not None and store.record["digest"] == experiment.digest

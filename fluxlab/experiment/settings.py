@@ -75,11 +75,6 @@ def bytes_per_token(pipe: Pipeline) -> float:
     return pipe.dtype.itemsize * pipe.transformer.params.hidden_size * (12 + 4 * pipe.transformer.params.mlp_ratio)
 
 
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """Return the torch dtype of a name; None for None."""
-    return getattr(torch, name) if name else None
-
-
 def device_of(experiment: Experiment, known: Settings | None) -> str:
     """Return the requested device, else the store's, else the default one (CUDA, mps, CPU)."""
     if experiment.device:

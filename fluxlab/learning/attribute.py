@@ -112,10 +112,10 @@ def read(config: AttributionConfig) -> tuple["Experiment", dict[str, Any], str]:
 
 def attribute(config: AttributionConfig) -> None:
     """Compute what is missing of an attribution and write its table and figure, or print the plan."""
-    from fluxlab.checkpoints import check_device, default_device
+    from fluxlab.checkpoints import check_device, default_device, dtype_of
     from fluxlab.conditioning import Texts
     from fluxlab.engines.inline import threads
-    from fluxlab.experiment.settings import dtype_of, threads_of
+    from fluxlab.experiment.settings import threads_of
     from fluxlab.learning.attributed import draw, table
     from fluxlab.learning.objectives import Place, make_objective
     from fluxlab.loading import load_row
@@ -127,7 +127,7 @@ def attribute(config: AttributionConfig) -> None:
     variant = config.variant or e.baseline
     out = Path(config.out).expanduser() if config.out else Path("runs", e.name, f"attribution-{digest}")
     places = [Place(prompt, seed) for prompt in e.prompts for seed in e.seeds]
-    device, dtype = check_device(e.device or default_device()), dtype_of(e.dtype)
+    device, dtype = check_device(e.device or default_device()), dtype_of(e.dtype, e.model)
     settings = replace(e.sampling, dtype=None, device=None)
     if config.plan:
         return print(_plan(config, e, asked["name"], device, dtype, settings, len(places), out))

@@ -32,7 +32,7 @@ and after, positions, word maps, and the experiment as YAML. Needs pip install '
   model    {names}; or model=local model.path=<folder, file or hub id>
   port     0 takes a free one
   device   null: a GPU if there is one
-  dtype    float32, bfloat16, float16; null: as stored
+  dtype    float32, bfloat16, float16; null: that of the model's row, else as stored
   plugins  modules with ops of your own: plugins=[my_ops]"""
 
 
@@ -59,7 +59,7 @@ def run(config: PlayConfig, words: list[str]) -> None:
     from fluxlab.settings import DTYPES
 
     if config.dtype not in (None, *DTYPES):
-        raise UserError(f"dtype={config.dtype}: expected {', '.join(DTYPES)} or null (as stored)")
+        raise UserError(f"dtype={config.dtype}: expected {', '.join(DTYPES)} or null (the model's own)")
     port = free_port(config.port)
     try:
         import nicegui  # noqa: F401
@@ -68,12 +68,11 @@ def run(config: PlayConfig, words: list[str]) -> None:
     load_plugins(config.plugins)
     row = model_row(config.model, f"model {config.model.get('name', '')}".strip())
 
-    import torch
-
+    from fluxlab.checkpoints import dtype_of
     from fluxlab.loading import load_row
     from fluxlab.play.page import serve
 
-    pipe = load_row(row, getattr(torch, config.dtype) if config.dtype else None, config.device)
+    pipe = load_row(row, dtype_of(config.dtype, row), config.device)
     kept = [word for word in words if word.partition("=")[0].partition(".")[0] in ("model", "plugins")]
     print(f"{row.name} on {pipe.device}: open http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
     serve(pipe, HOST, port, " ".join(kept) or f"model={row.name}")

@@ -12,10 +12,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fluxlab import loading
-from fluxlab.checkpoints import CheckpointError, files, save_autoencoder, save_transformer
+from fluxlab.checkpoints import CheckpointError, dtype_of, files, save_autoencoder, save_transformer
 from fluxlab.checkpoints.stored import is_local, on_meta, published, stored
-from fluxlab.config import ModelRow, find_row
+from fluxlab.config import ModelRow, find_row, model_row
 from fluxlab.engines import Inline
+from fluxlab.errors import UserError
 from fluxlab.experiment import runner, settings
 from fluxlab.experiment.costs import forward_flops, gb
 from fluxlab.experiment.notes import notes
@@ -88,6 +89,20 @@ def test_settings_are_those_of_the_loaded_model(folder, plain, guidance, changes
             requested, loaded, None, batch_tokens, 2
         )
     assert planned.text.t5_tokenizer("a red cat").input_ids == loaded.text.t5_tokenizer("a red cat").input_ids
+
+
+def test_the_dtype_of_a_row(folder, tmp_path):
+    row = model_row({"name": "local", "path": str(folder), "dtype": "bfloat16"}, "here")
+    for asked, used in ((None, torch.bfloat16), ("float16", torch.float16)):
+        assert dtype_of(asked, row) == used
+    assert loading.load_row(row).dtype == torch.bfloat16
+    assert loading.load_row(row, torch.float32).dtype == torch.float32
+    assert dtype_of(None, replace(row, dtype=None)) is None
+    requested = experiment(folder, model=row)
+    assert line_of(plan(requested, tmp_path / "run"), "computed").startswith("computed   cpu, bfloat16")
+    assert requested.digest != experiment(folder, model=replace(row, dtype=None)).digest
+    with pytest.raises(UserError, match="here: dtype 'half', expected one of float32, bfloat16, float16"):
+        model_row({"path": "here", "dtype": "half"}, "here")
 
 
 def test_settings_of_parts_with_other_dtypes_and_of_single_files(folder, tmp_path):
