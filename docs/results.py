@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
                 results[name] = learned(out)
                 continue
             if name == "atlas":
-                code = atlas.main(["-o", str(out)])
+                code = atlas.main(["-o", str(out), "device=cpu"])
             else:
                 code = run.main(every.run_of(name, out.parent, ["device=cpu"]))
             if code:

@@ -17,23 +17,15 @@ import numpy as np
 from experiments import atlastable
 from experiments.atlastable import HELD_OUT, ORDERS, PROMPTS
 from experiments.results import INTERVALS, mean_text
-from experiments.style import (
-    OKABE_ITO,
-    PAGE,
-    figure,
-    out_argument,
-    paper,
-    refusing_parser,
-    save,
-    save_caption,
-    save_table,
-)
-from fluxlab.compose import guarded
+from experiments.standalone import Loaded, run_alone, value_text
+from experiments.style import OKABE_ITO, PAGE, figure, paper, save, save_caption, save_table
 from fluxlab.drawing.legend import legend_below
 from fluxlab.errors import UserError
 from fluxlab.files import write_atomic
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -47,23 +39,18 @@ CURVES = {"place": "place right", "found": "thing found", "moved": "thing moved 
 Found = Mapping[str, Any]
 
 
-def measure(model: str, seeds: int, steps: int, report: Any = lambda text: None) -> tuple[dict, list]:
+def measure(pipe: Any, seeds: int, steps: int, report: Any = lambda text: None) -> tuple[dict, list]:
     """Return the derivatives (`atlastable.attribute`) and the images without sites (`atlastable.ablate`).
 
     seeds: the images per prompt, of both. The ablation has the seeds after those of the attribution.
     """
-    import torch
-
-    import fluxlab
-
-    pipe = fluxlab.load_pipeline(model, dtype=torch.float32)
     found = atlastable.attribute(pipe, PROMPTS, range(seeds), steps, report=report)
     shape, order = found["place"].shape[2:], atlastable.rankings(found)
     others = range(seeds, 2 * seeds)
     return found, atlastable.ablate(pipe, order, shape, COUNTS, HELD_OUT, others, steps, report)
 
 
-def make(found: Found, rows: Sequence[Mapping], folder: Path, model: str) -> list[Path]:
+def write(found: Found, rows: Sequence[Mapping], folder: Path, conditions: str) -> list[Path]:
     """Write the figure, its caption, the CSV of all sites and atlas.json."""
     sites, stem = atlastable.table_rows(found), folder / "atlas"
     numbers = {
@@ -74,7 +61,7 @@ def make(found: Found, rows: Sequence[Mapping], folder: Path, model: str) -> lis
         "first": sorted(sites, key=lambda row: -row["place"])[:10],
     }
     files = save(draw(found, numbers), stem)
-    files += [save_caption(caption(found, numbers, model), stem), save_table(sites, folder / "atlas.csv")]
+    files += [save_caption(f"{caption(found, numbers)}\n{conditions}", stem), save_table(sites, folder / "atlas.csv")]
     write_atomic(folder / "atlas.json", json.dumps(rounded(numbers), indent=1) + "\n")
     return [*files, folder / "atlas.json"]
 
@@ -161,12 +148,12 @@ def show_curve(axes: "Axes", ablation: Found, metric: str) -> None:
         axes.set_ylim(-0.04, 1.04)
 
 
-def caption(found: Found, numbers: Found, model: str) -> str:
+def caption(found: Found, numbers: Found) -> str:
     """Return the caption of the figure, with the numbers that it shows."""
     images, steps, *shape = found["place"].shape[:5]
     sites = int(np.prod(shape))
     lines = [
-        f"Place of the content of images of model {model} against gains of the rotary tables: blocks × heads × "
+        "Place of the content of images against gains of the rotary tables: blocks × heads × "
         f"frequencies, {sites} sites. Its size is the mean over {images} images of |the sum of the derivatives "
         f"over {steps} steps|, divided by its mean over the sites of the image. The place is the centre of mass of the "
         "squared distance of the latents to the background, towards the side that the prompt names, in tokens; it "
@@ -177,7 +164,7 @@ def caption(found: Found, numbers: Found, model: str) -> str:
         f"found; the movement is over images with a thing. {INTERVALS[0].upper() + INTERVALS[1:]}.",
         "Share of the sum of sizes:",
     ]
-    lines += [f"  {name}: {text(row)}{of_sites(row)}" for name, row in numbers["shares"].items()]
+    lines += [f"  {name}: {value_text(row)}{of_sites(row)}" for name, row in numbers["shares"].items()]
     lines += ["Largest sites:"]
     for row in numbers["first"]:
         ends = mean_text(row["place"], row["place_low"], row["place_high"])
@@ -185,7 +172,7 @@ def caption(found: Found, numbers: Found, model: str) -> str:
         lines.append(f"  {site}: {ends}, for the loss {row['loss']:.3g}, signed {row['signed']:.3g} tokens")
     lines += ["Ablation:"]
     for variant, row in numbers["ablation"].items():
-        lines.append(f"  {variant}: {'; '.join(f'{metric} {text(value)}' for metric, value in row.items())}")
+        lines.append(f"  {variant}: {'; '.join(f'{metric} {value_text(value)}' for metric, value in row.items())}")
     return "\n".join(lines)
 
 
@@ -193,28 +180,22 @@ def of_sites(row: Mapping) -> str:
     return f", with {row['sites']:.3g} of the sites" if "sites" in row else ""
 
 
-def text(row: Mapping) -> str:
-    """Return `0.41 [0.38, 0.44], n = 64`."""
-    return f"{mean_text(*(row[key] for key in ('mean', 'low', 'high')))}, n = {row['n']}"
+def make(loaded: Loaded, options: "Namespace") -> list[Path]:
+    """Make the derivatives and the images, and write the figure.
+
+    Raises `UserError` for a model that draws no scenes.
+    """
+    if not loaded.row.scenes:
+        raise UserError(
+            f"model={loaded.row.name}: not one of scenes; the atlas needs the scene oracle, as with model=tiny"
+        )
+    found, rows = measure(loaded.pipe, options.seeds, loaded.steps, lambda text: print(text, file=sys.stderr))
+    return write(found, rows, options.out, loaded.conditions)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0, or 2 for an error that the user can fix."""
-    parser = refusing_parser("atlas", __doc__)
-    out_argument(parser)
-    parser.add_argument("--model", default="tiny", help="a model of scenes; default: tiny")
-    parser.add_argument("--seeds", type=int, default=8, metavar="N", help="images per prompt; default: 8")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="steps of the images; default: 4")
-
-    def work() -> None:
-        options = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
-        for name in ("seeds", "steps"):
-            if (value := getattr(options, name)) < 1:
-                raise UserError(f"--{name} {value}: expected a number from 1")
-        found, rows = measure(options.model, options.seeds, options.steps, lambda text: print(text, file=sys.stderr))
-        print(*make(found, rows, options.out, options.model), sep="\n")
-
-    return guarded(work, "interrupted")
+    return run_alone("atlas", __doc__, arguments, {"seeds": (8, "images per prompt")}, 4, make)
 
 
 if __name__ == "__main__":

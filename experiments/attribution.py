@@ -4,22 +4,31 @@ About 9 min on 2 CPU cores with model=tiny. For every (block, head, axis, band o
 denoising loss when the band no longer contributes (exhaustive ablation) is compared with what one backward predicts.
 Prints and writes the rank correlation over bands with its interval, and the effect of the top k bands against k random
 ones. Each (prompt, seed) is an image of the model itself, and an own sample of the intervals.
+
+The embedded models have fewer than 200 bands. Of FLUX.1's ten thousand, 200 at random are measured, or `--bands N`.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-import fluxlab
+from experiments.standalone import Loaded, run_alone
 from experiments.style import COLUMN, OKABE_ITO, figure, paper, save, save_caption
 from fluxlab.attribution import of_gains, with_gains
-from fluxlab.compose import guarded
 from fluxlab.gradients import denoising
 from fluxlab.sampling import Sampling
+from fluxlab.select.arguments import EVERY_AXIS
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from pathlib import Path
+
+    from matplotlib.figure import Figure
+
+    from fluxlab.probes import Captured
 
 PROMPTS = (
     "a red fox on the left holding a sign that says open",
@@ -30,8 +39,14 @@ PROMPTS = (
 BANDS = {"short": (0, 8), "middle": (8, 32), "long": (32, float("inf"))}
 """Wavelengths in tokens, [low, high)."""
 
+STYLES = dict(zip(EVERY_AXIS, (("black", "o"), ("blue", "s"), ("vermillion", "D"), ("green", "^")), strict=True))
+"""Colour and marker of each axis. FLUX.1 has the first three."""
 
-def bands(found: fluxlab.probes.Captured) -> list[tuple[int, int, str, str, np.ndarray]]:
+
+Band = tuple[int, int, str, str, np.ndarray]
+
+
+def bands(found: "Captured") -> list[Band]:
     """Return (block, head, axis, band, pairs) of every band that has a pair."""
     axis, wavelength = (np.array(found.coords[name][1]) for name in ("axis", "wavelength"))
     every = []
@@ -44,16 +59,20 @@ def bands(found: fluxlab.probes.Captured) -> list[tuple[int, int, str, str, np.n
     return every
 
 
-def measure(model: str, seeds: Sequence[int], steps: int, prompts: Sequence[str] = PROMPTS) -> dict[str, np.ndarray]:
-    """Return the predicted and the measured change of the loss, each `(images, bands)`, and the names of the bands."""
-    pipe = fluxlab.load_pipeline(model, dtype=torch.float32)
+def measure(
+    pipe: Any, seeds: Sequence[int], steps: int, most: int, prompts: Sequence[str] = PROMPTS
+) -> dict[str, np.ndarray]:
+    """Return the predicted and the measured change of the loss, each `(images, bands)`, and the names of the bands.
+
+    most: of more bands, so many at random, the same for all images.
+    """
     settings, predicted, measured, names = Sampling(steps=steps), [], [], []
     for prompt in prompts:
         for seed in seeds:
             x = pipe.sample([prompt], [seed], None, Sampling(), output="latent").clone()
             given = {"settings": settings}
             found = of_gains(pipe, [prompt], [seed], denoising(x), **given)
-            every = bands(found)
+            every = chosen(bands(found), most)
             names = [f"block {block} head {head} {axis} {band}" for block, head, axis, band, _ in every]
             derivative = found.values.sum(0)  # over steps
             predicted.append([derivative[block, head, pairs].sum() for block, head, _, _, pairs in every])
@@ -62,9 +81,16 @@ def measure(model: str, seeds: Sequence[int], steps: int, prompts: Sequence[str]
                 gain = torch.ones(1, *derivative.shape)
                 gain[0, block, head, pairs] = 0
                 gains.append(gain)
-            scores = with_gains(pipe, [prompt], [seed], denoising(x), gains, **given)[:, 0].numpy()
+            scores = with_gains(pipe, [prompt], [seed], denoising(x), gains, **given)[:, 0].float().cpu().numpy()
             measured.append(scores[0] - scores[1:])  # loss of the ablation less that of the model
     return {"predicted": np.array(predicted), "measured": np.array(measured), "names": np.array(names)}
+
+
+def chosen(every: Sequence[Band], most: int) -> Sequence[Band]:
+    """Return the bands, or `most` of them at random in their order. The same number gives the same bands."""
+    if most >= len(every):
+        return every
+    return [every[n] for n in np.sort(np.random.default_rng(0).choice(len(every), most, replace=False))]
 
 
 def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -83,7 +109,7 @@ def summary(found: dict[str, np.ndarray], tops: Sequence[int] = (5, 10, 20), dra
     rng = np.random.default_rng(0)
     images, count = predicted.shape
     rows = {"rank correlation": np.array([rank_correlation(p, m) for p, m in zip(predicted, measured, strict=True)])}
-    for k in tops:
+    for k in [k for k in tops if k < count]:
         total = measured.sum(1)
         order = np.argsort(-predicted, axis=1)[:, :k]
         rows[f"top {k}"] = np.take_along_axis(measured, order, 1).sum(1) / total
@@ -94,14 +120,16 @@ def summary(found: dict[str, np.ndarray], tops: Sequence[int] = (5, 10, 20), dra
     }
 
 
-def draw(found: dict[str, np.ndarray], rows: dict[str, list]):
+def draw(found: dict[str, np.ndarray], rows: dict[str, list]) -> "Figure":
     """Return the figure: predicted against measured change of the loss, one point per band, mean over images."""
     predicted, measured = np.abs(found["predicted"]).mean(0), np.abs(found["measured"]).mean(0)
     axis = np.array([name.split()[4] for name in found["names"]])
     with paper():
         drawn = figure(COLUMN, 2.6)
         axes = drawn.subplots()
-        for name, colour, marker in (("index", "black", "o"), ("row", "blue", "s"), ("col", "vermillion", "D")):
+        for name, (colour, marker) in STYLES.items():
+            if name not in axis:
+                continue
             shown = axis == name
             axes.plot(predicted[shown], measured[shown], lw=0, ms=3, marker=marker, color=OKABE_ITO[colour], label=name)
         axes.set_xscale("log")
@@ -114,31 +142,28 @@ def draw(found: dict[str, np.ndarray], rows: dict[str, list]):
     return drawn
 
 
+def make(loaded: Loaded, options: "Namespace") -> "list[Path | str]":
+    """Measure, write the figure and its caption, and return the files and the numbers."""
+    found = measure(loaded.pipe, range(options.seeds), loaded.steps, options.bands)
+    rows = summary(found)
+    lines = [f"{name}: {mean:.3f} [{low:.3f}, {high:.3f}]" for name, (mean, low, high) in rows.items()]
+    largest = np.argsort(-np.abs(found["measured"]).mean(0))[:5]
+    lines += ["largest by ablation: " + "; ".join(found["names"][largest])]
+    text = (
+        "Change of the denoising loss when a band of one axis in one head no longer adds to the scores, predicted by "
+        f"one backward and measured by ablation; {len(found['names'])} bands, {len(PROMPTS)} prompts × {options.seeds} "
+        f"seeds, {loaded.steps} noise levels; 95 % bootstrap intervals over images. Shares are those of the sum over "
+        "these bands."
+    )
+    stem = options.out / "attribution"
+    files = [*save(draw(found, rows), stem), save_caption("\n".join([text, *lines, loaded.conditions]), stem)]
+    return [*files, *lines]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0, or 2 for an error that the user can fix."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.attribution", allow_abbrev=False)
-    parser.add_argument("-o", "--out", type=Path, default=Path("figures"), metavar="FOLDER", help="default: figures")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--seeds", type=int, default=4, metavar="N", help="images per prompt; default: 4")
-    parser.add_argument("--steps", type=int, default=4, metavar="N", help="noise levels of the loss; default: 4")
-    options = parser.parse_args(arguments)
-
-    def work() -> None:
-        found = measure(options.model, range(options.seeds), options.steps)
-        rows = summary(found)
-        lines = [f"{name}: {mean:.3f} [{low:.3f}, {high:.3f}]" for name, (mean, low, high) in rows.items()]
-        largest = np.argsort(-np.abs(found["measured"]).mean(0))[:5]
-        lines += ["largest by ablation: " + "; ".join(found["names"][largest])]
-        text = (
-            f"Change of the denoising loss of model {options.model} when a band of one axis in one head no longer adds "
-            f"to the scores, predicted by one backward and measured by ablation; {len(PROMPTS)} prompts × "
-            f"{options.seeds} seeds, {options.steps} noise levels; 95 % bootstrap intervals over images. Shares are "
-            "those of the sum over all bands."
-        )
-        stem = options.out / "attribution"
-        print(*save(draw(found, rows), stem), save_caption("\n".join([text, *lines]), stem), *lines, sep="\n")
-
-    return guarded(work, "interrupted")
+    counts = {"seeds": (4, "images per prompt"), "bands": (200, "bands that are measured at most, at random")}
+    return run_alone("attribution", __doc__, arguments, counts, 4, make)
 
 
 if __name__ == "__main__":

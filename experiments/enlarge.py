@@ -11,6 +11,9 @@ from fluxlab.scenes import render, sample_scene, wanted_of, write
 FACTOR, STEPS = 2, 6
 """How many times as large as the given image the result is, and sampling steps."""
 
+SIDE = 64
+"""Pixels of the embedded model's own images, for which the sizes of `SETTINGS` are."""
+
 TWICE = {"factor": FACTOR}
 YARN, DYPE, PI = ({"a": {"op": name, **TWICE}} for name in ("yarn", "dype", "pi"))
 HALF = {"half": {"op": "scale", "factor": 1 / FACTOR, "axes": ["row", "col"]}}
@@ -65,10 +68,9 @@ SETTINGS = {
 }
 
 ABOUT = {
-    "own": "Images of 32 × 32 px, which are scenes of 64 × 64 px reduced by averaging, at twice their size, the size "
-    "that the model was made for.",
-    "beyond": "Images of 48 × 48 px at twice their size, where things are twice as large as any that the model was "
-    "trained on.",
+    "own": "Images of {given} × {given} px, which are scenes of {side} × {side} px reduced by averaging, at twice "
+    "their size, the model's own.",
+    "beyond": "Images of {given} × {given} px at twice their size, beyond the model's own.",
 }
 
 BICUBIC, DECODED, DRAWN = "bicubic", "bicubic, decoded", "scene, decoded"
@@ -83,6 +85,9 @@ MEASURES = {
     "colour": "right colours",
     "sharpness": "sharpness, 1/px",
 }
+ORACLE = ("shape", "letters", "object", "colour")
+"""Measures that the scene oracle reads."""
+
 SHOWN = tuple(MEASURES)[:4]
 
 
@@ -98,13 +103,13 @@ class Case:
     side: int
 
 
-def case(setting: Setting, number: int) -> Case:
-    """Return a scene. The same number gives the same case."""
+def case(setting: Setting, number: int, times: int = 1) -> Case:
+    """Return a scene. The same number gives the same case. times: how many times as large it is drawn."""
     from PIL import Image
 
     side = setting.side
     scene = sample_scene(np.random.default_rng([side, number]), (side, side), "heldout")
-    small, large = render(scene), render(scene, scale=FACTOR * setting.given // side)
+    small, large = (render(scene, scale=times * scale) for scale in (1, FACTOR * setting.given // side))
     if setting.given < side:
         small = np.asarray(Image.fromarray(small).reduce(side // setting.given))
     return Case(number, write(wanted_of(scene)), small, large, side)
@@ -116,13 +121,11 @@ def images_of(
     """Yield the name and the images of everything that is compared, one image per case."""
     from PIL import Image
 
-    times = pipe.pixels_per_token // 4  # the embedded model's token has 4 px
-    given = [one.small.repeat(times, 0).repeat(times, 1) for one in cases]
+    given = [one.small for one in cases]
     height, width = (FACTOR * side for side in given[0].shape[:2])
     bicubic = [np.asarray(Image.fromarray(a).resize((width, height), Image.Resampling.BICUBIC)) for a in given]
-    drawn = [one.large.repeat(times, 0).repeat(times, 1) for one in cases]
     yield BICUBIC, bicubic
-    for name, images in ((DECODED, bicubic), (DRAWN, drawn)):
+    for name, images in ((DECODED, bicubic), (DRAWN, [one.large for one in cases])):
         yield name, [np.asarray(image) for image in pipe.decode(*pipe.encode(images))]
     prompts, seeds = [one.prompt for one in cases], [one.number for one in cases]
     for name, program in setting.prompted.items():
@@ -133,8 +136,8 @@ def images_of(
         yield name, [np.asarray(image) for image in found]
 
 
-def scores(image: np.ndarray, one: Case) -> dict[str, float]:
-    """Return the measures of an image."""
+def scores(image: np.ndarray, one: Case, oracle: bool = True) -> dict[str, float]:
+    """Return the `MEASURES` of an image, those of the oracle too if its model is one of scenes."""
     from PIL import Image
 
     from fluxlab.measure import compare, describe, oracle_columns
@@ -144,10 +147,10 @@ def scores(image: np.ndarray, one: Case) -> dict[str, float]:
         return np.asarray(Image.fromarray(image).reduce(times)) if times > 1 else image
 
     image = reduced(len(one.large))
-    found, read = compare(image, one.large), oracle_columns(reduced(one.side), one.prompt)
+    found, read = compare(image, one.large), oracle_columns(reduced(one.side), one.prompt) if oracle else {}
     return {
         "psnr_scene": found["psnr"],
         "ssim_scene": found["ssim"],
-        **{name: read[name] for name in ("shape", "letters", "object", "colour")},
+        **{name: read[name] for name in ORACLE if name in read},
         "sharpness": describe(image, 4)["sharpness"],
     }

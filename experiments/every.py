@@ -1,8 +1,10 @@
 """`make figures`, or `python -m experiments.every`: every figure, from its runs to its files.
 
 Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes about an
-hour on 2 CPU cores with the embedded model, and a minute once the runs exist. key=value words are passed on to the
-runs, such as model=schnell device=cuda. `--list` shows the commands.
+hour on 2 CPU cores with the embedded model, and a minute once the runs exist. key=value words such as model=schnell
+device=cuda are passed on to the runs, and to the experiments that make their images themselves. Without names, figures
+for which a word has no meaning are left out, and those of the scene oracle if the model was not trained on scenes.
+`--list` shows the commands.
 """
 
 import json
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 
+from experiments.standalone import KEYS, key_of, read_words
 from experiments.style import out_argument, refusing_parser
 from fluxlab.compose import guarded
 from fluxlab.config import config_folder
@@ -49,8 +52,17 @@ FIGURES: dict[str, tuple[str, ...]] = {
 {runs} is the folder of all runs. Scripts of `experiments` get `-o` too.
 """
 
-WITHOUT_RUNS = ("ids", "schedule", "attribution", "inpaint", "upscale")
-"""Figures that know no key=value words. They are left out when such words are given."""
+WITHOUT_WORDS = ("ids", "schedule")
+"""Figures without any images, for which key=value words have no meaning."""
+
+ALONE = ("attribution", "atlas", "inpaint", "upscale")
+"""Figures whose scripts load a model themselves. They know the words of `standalone.KEYS`."""
+
+SCENES = ("words", "trace", "relocation", "methods", "atlas")
+"""Figures of what the scene oracle reads: of models that were trained on scenes."""
+
+OF_FLUX2 = ("order",)
+"""Figures of an axis that FLUX.1 does not have. Another model than their own must be asked for by their name."""
 
 
 def overrides(name: str) -> list[str]:
@@ -80,10 +92,24 @@ def commands(name: str, runs: Path, out: Path, words: Sequence[str] = ()) -> lis
     needed.pop("runs", None)
     places = {"runs": runs, **{run: runs / run for run in needed}}
     found = [["fluxlab.run", *run_of(run, runs, words)] for run in needed]
+    own = words if name in ALONE else ()
     for line in FIGURES[name]:
         module, *arguments = (part.format_map(places) for part in line.split())
-        found.append([module, *arguments, *(["-o", str(out)] if module.startswith("experiments.") else [])])
+        found.append([module, *arguments, *own, *(["-o", str(out)] if module.startswith("experiments.") else [])])
     return found
+
+
+def refusal(name: str, words: Sequence[str]) -> str | None:
+    """Return why a figure cannot be made with key=value words, or None."""
+    for word in words:
+        if name in WITHOUT_WORDS:
+            return f"makes no run, so {word} has no effect on it"
+        if name in ALONE and key_of(word) not in KEYS:
+            return f"makes its images itself with {', '.join(KEYS)}, so {word} has no effect on it"
+    model = [word for word in words if key_of(word) == "model"]
+    if name in SCENES and model and not read_words(model).model.get("scenes"):
+        return f"needs the scene oracle, which does not read the images of {model[0]}"
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,9 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         names = [word for word in options.words if "=" not in word]
         if unknown := [name for name in names if name not in FIGURES]:
             raise UserError(f"{unknown[0]}: no figure has this name; expected {', '.join(FIGURES)}")
-        if words and (mixed := [name for name in names if name in WITHOUT_RUNS]):
-            raise UserError(f"{mixed[0]}: makes no run, so {words[0]} has no effect on it; leave one of them out")
-        chosen = names or [name for name in FIGURES if not words or name not in WITHOUT_RUNS]
+        for name in names:
+            if reason := refusal(name, words):
+                raise UserError(f"{name}: {reason}; leave one of them out")
+        others = OF_FLUX2 if any(key_of(word) == "model" for word in words) else ()
+        chosen = names or [name for name in FIGURES if name not in others and not refusal(name, words)]
         code = _make(chosen, options.runs, options.out, words, options.list)
 
     return guarded(work, "interrupted; the same command goes on") or code

@@ -28,7 +28,10 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Case:
-    """A scene with one thing exchanged. hole: `(64, 64)`, True where the image is sampled again."""
+    """A scene with one thing exchanged. hole: `(SIDE, SIDE)`, True where the image is sampled again.
+
+    given, drawn: of that size, or a multiple of it.
+    """
 
     number: int
     given: np.ndarray
@@ -39,10 +42,11 @@ class Case:
     asked: Thing
 
 
-def case(number: int) -> Case:
+def case(number: int, scale: int = 1) -> Case:
     """Return a scene, one of its things as the hole, and the prompt for another thing there. Odd ones have two things.
 
-    The same number gives the same case. The new thing differs in name and colour from every thing of the scene.
+    The same number gives the same case. The new thing differs in name and colour from every thing of the scene. scale:
+    how many times as large the images are drawn.
     """
     rng = np.random.default_rng([64, number])
     while True:
@@ -67,28 +71,34 @@ def case(number: int) -> Case:
         for middle in (before.row, before.col)
     )
     hole[rows, cols] = True
-    return Case(number, render(scene), render(after), hole, write(wanted_of(scene)), write(wanted_of(after)), asked)
+    given, drawn = (render(one, scale=scale) for one in (scene, after))
+    return Case(number, given, drawn, hole, write(wanted_of(scene)), write(wanted_of(after)), asked)
 
 
-def scores(image: np.ndarray, one: Case) -> dict[str, float]:
-    """Return the `MEASURES` that an image has. The oracle reads it at the size of the scene."""
+def scores(image: np.ndarray, one: Case, oracle: bool = True) -> dict[str, float]:
+    """Return the `MEASURES` that an image has. The oracle reads it at the size of the scene, or not at all."""
+    scale = image.shape[0] // SIDE
+    outside = ~one.hole.repeat(scale, 0).repeat(scale, 1)
+    times = len(image) // len(one.given)
+    given = one.given.repeat(times, 0).repeat(times, 1)
+    error = max(1e-10, ((image[outside] / 255 - given[outside] / 255) ** 2).mean())  # at most 100 dB
+    pixels = {"psnr_outside": float(-10 * np.log10(error)), "seam": seam(image, ~outside)}
+    return (_read(image, one, scale) if oracle else {}) | pixels
+
+
+def _read(image: np.ndarray, one: Case, scale: int) -> dict[str, float]:
+    """Return what the oracle finds in the hole."""
     from PIL import Image
 
-    scale = image.shape[0] // SIDE
     small = np.asarray(Image.fromarray(image).reduce(scale)) if scale > 1 else image
     things = [found for found in inspect(small, one.prompt).things if one.hole[tuple(map(int, found.centre))]]
     coloured = [found for found in things if found.colour == one.asked.colour]
-    outside = ~one.hole.repeat(scale, 0).repeat(scale, 1)
-    given = one.given.repeat(scale, 0).repeat(scale, 1)
-    error = max(1e-10, ((image[outside] / 255 - given[outside] / 255) ** 2).mean())  # at most 100 dB
     asked = float(any(found.name == one.asked.name for found in coloured))
     return {
         "object": float(bool(things)),
         "colour": float(bool(coloured)),
         "asked": asked,
         ("asked_two" if one.number % 2 else "asked_one"): asked,
-        "psnr_outside": float(-10 * np.log10(error)),
-        "seam": seam(image, ~outside),
     }
 
 

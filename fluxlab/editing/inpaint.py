@@ -71,7 +71,7 @@ def inpaint(
     images = image_tensor(image)
     grid = pipe.grid(*images.shape[-2:])
     hole = hole_tokens(mask, tuple(images.shape[-2:]), grid)
-    known = ~hole.flatten().to(pipe.device)
+    known = ~hole.flatten()
     images = filled(
         images, hole.repeat_interleave(pipe.pixels_per_token, 0).repeat_interleave(pipe.pixels_per_token, 1)
     )

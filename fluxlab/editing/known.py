@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fluxlab.errors import UserError
@@ -20,8 +20,8 @@ Path = list[Tensor]
 def one_way(known: Bool[Tensor, " n"], steps: Sequence[int] | None = None) -> Program:
     """Return the program in which text and known image tokens do not attend to the other image tokens.
 
-    known: which image tokens are known. Text is included, since it would pass on what it reads in the other tokens.
-    steps: in which steps; None for all.
+    known: which image tokens are known, on the host. steps: in which steps; None for all. Text is included, since it
+    would pass on what it reads in the other tokens.
     """
     inside, outside = ([int(n) for n in which.nonzero()[:, 0]] for which in (known, ~known))
     edit = {"op": "mask", "from": ["text", {"indices": inside}], "to": {"indices": outside}}
@@ -46,12 +46,13 @@ def noised_path(latents: Float[Tensor, "b n c"], noise: Float[Tensor, "b n c"], 
 def hold(path: Path, known: Bool[Tensor, " n"], on_step: OnStep | None = None, steps: int | None = None) -> OnStep:
     """Return an `on_step` that puts the known tokens on their path after each step, then calls `on_step`.
 
-    steps: after this many steps they are free; None for never.
+    known: on the host. steps: after this many steps they are free; None for never.
     """
+    which = numbers(known, path[0].device)
 
     def after_step(i: int, t: float, x: Tensor) -> None:
         if steps is None or i < steps:
-            x[:, known] = path[i + 1][:, known]
+            x[:, which] = path[i + 1][:, which]
         if on_step is not None:
             on_step(i, t, x)
 
@@ -72,5 +73,13 @@ def check_inversion(path: str, arguments: Mapping[str, Any]) -> None:
 
 
 def start(noise: Float[Tensor, "b n c"], path: Path, known: Bool[Tensor, " n"]) -> Float[Tensor, "b n c"]:
-    """Return the latents before the first step: the path where tokens are known, noise elsewhere."""
-    return torch.where(known[:, None], path[0], noise)
+    """Return the latents before the first step: the path where tokens are known, noise elsewhere.
+
+    known: on the host.
+    """
+    return torch.where(known[:, None].to(noise.device), path[0], noise)
+
+
+def numbers(known: Bool[Tensor, " n"], device: torch.device) -> Int[Tensor, " k"]:
+    """Return the numbers of the known tokens on a device. Unlike an index of flags, they are not read back from it."""
+    return known.nonzero()[:, 0].to(device)

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fluxlab import batching
-from fluxlab.editing.known import Path, check_path, hold, inverted_path, noised_path, one_way, start
+from fluxlab.editing.known import Path, check_path, hold, inverted_path, noised_path, numbers, one_way, start
 from fluxlab.errors import UserError
 from fluxlab.pixels import Images, image_tensor
 from fluxlab.positions import Program
@@ -120,7 +120,6 @@ def upscale(
         source_prompts=source_prompt,
         source_programs=edits if source_programs is None else batching.read_programs(source_programs),
     )
-    given = given.to(pipe.device)
     channels = 4 * pipe.autoencoder.params.z_channels
     noise = batching.start(batch["seeds"], None, len(batch["prompts"]), channels, grid, pipe.dtype, pipe.family)
     noise, source = noise.to(pipe.device), torch.stack(batch["images"])
@@ -138,7 +137,9 @@ def upscale(
         }
         latents = inverted_path(pipe, source, batch["source_prompts"] or batch["prompts"], options)
     else:
-        latents = noised_path(pipe.encode(source)[0], noise if large else noise[:, given], sigmas)
+        latents = noised_path(
+            pipe.encode(source)[0], noise if large else noise[:, numbers(given, noise.device)], sigmas
+        )
     latents = latents if large else spread(latents, given)
     return pipe.sample(
         batch["prompts"],
@@ -186,10 +187,10 @@ def arranged(known: Bool[Tensor, " n"], factor: int, method: str) -> Program:
 
 def spread(path: Path, known: Bool[Tensor, " n"]) -> Path:
     """Return a path on the large grid. The other tokens have 0."""
-    large = []
+    large, which = [], numbers(known, path[0].device)
     for latents in path:
         large.append(latents.new_zeros(len(latents), len(known), latents.shape[-1]))
-        large[-1][:, known] = latents
+        large[-1][:, which] = latents
     return large
 
 

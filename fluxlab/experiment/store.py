@@ -268,7 +268,6 @@ class DamagedRecordError(UserError):
 
 
 _KEYS = ("request", "settings", "name", "caption", "command", "digest", "variants", "versions")
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first one, in C, is not in every PyYAML
 _REMEDY = "run the command of this store again, or name another out= folder"
 
 
@@ -280,7 +279,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
     file, text = path / EXPERIMENT, ""
     try:
         text = file.read_bytes().decode(errors="replace")
-        record = yaml.load(text, _LOADER)
+        record = yaml.safe_load(text)
         schema = record["schema"]
     except FileNotFoundError:
         raise UserError(f"{path}: not a run folder, it contains no {EXPERIMENT}") from None

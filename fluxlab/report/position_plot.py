@@ -1,5 +1,6 @@
 """The position plot of a variant, for the page and for trackers: where its tokens are after its edits."""
 
+import io
 import json
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -57,6 +58,8 @@ def _draw(program: str, grid: tuple[int, int], text: int, prompt: str, steps: in
         return PositionPlot(missing=str(error))
     if state.program and state.before.equal(state.after):
         return PositionPlot(missing=UNCHANGED)
+    png = io.BytesIO()
     with plot.style(plot.STYLE):
-        content, size = plot_png(plot.draw_positions(state))
+        plot.draw_positions(state).savefig(png, format="png", dpi=100)
+    content, size = plot_png(png.getvalue())
     return PositionPlot(data_url(content, "png"), size)

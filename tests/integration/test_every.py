@@ -45,6 +45,29 @@ def test_every_command_names_a_file_of_the_project():
         assert (config_folder() / "exp" / f"{name}.yaml").is_file(), name
 
 
+def test_words_go_to_runs_and_to_experiments_of_their_own():
+    words = ["model=tiny2", "device=cpu"]
+    for name in every.FIGURES:
+        made = every.commands(name, Path("runs"), Path("figures"), () if every.refusal(name, words) else words)
+        for module, *arguments in made:
+            has = module == "fluxlab.run" or name in every.ALONE
+            assert (words[0] in arguments) == has, (name, module)
+
+
+def test_the_figures_of_another_model(capsys):
+    shown = {}
+    for words in ([], ["model=tiny2"], ["model=schnell", "device=cuda"], ["seeds=1"]):
+        assert every.main(["--list", *words]) == 0
+        shown[" ".join(words)] = capsys.readouterr().out
+    assert "experiments.ids" not in shown["model=tiny2"]
+    assert "experiments.atlas model=tiny2" in shown["model=tiny2"]
+    assert "experiments.inpaint model=schnell device=cuda -o" in shown["model=schnell device=cuda"]
+    assert "experiments.inpaint" not in shown["seeds=1"]
+    for name in ("trace", "atlas", "methods", "relocation", "words", "text_order"):
+        assert name in shown[""]
+        assert name not in shown["model=schnell device=cuda"]
+
+
 def test_a_script_that_fails_ends_the_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(every.FIGURES, "steps", ("experiments.roles {runs}",))
     assert every.main(["steps", "--runs", str(tmp_path), "-o", str(tmp_path)]) == 2
@@ -57,6 +80,9 @@ def test_a_script_that_fails_ends_the_command(tmp_path, monkeypatch, capfd):
     [
         (["nothing"], "nothing: no figure has this name; expected article"),
         (["ids", "steps=3"], "ids: makes no run, so steps=3 has no effect on it"),
+        (["inpaint", "seeds=3"], "inpaint: makes its images itself with model, lora, "),
+        (["trace", "model=schnell"], "trace: needs the scene oracle, which does not read the images of model=schnell"),
+        (["atlas", "model=schnel"], "model=schnel: there is none; did you mean schnell?"),
         (["--far"], "unrecognized arguments: --far; see --help"),
     ],
 )

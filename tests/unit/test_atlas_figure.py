@@ -110,7 +110,7 @@ def test_statistics():
 def test_files(tmp_path, monkeypatch):
     monkeypatch.setattr(atlas, "measure", lambda *arguments: made())
     for name in "ab":
-        assert atlas.main(["-o", str(tmp_path / name)]) == 0
+        assert atlas.main(["-o", str(tmp_path / name), "device=cpu"]) == 0
     files = sorted(file.name for file in (tmp_path / "a").iterdir())
     assert files == ["atlas.csv", "atlas.json", "atlas.pdf", "atlas.png", "atlas.txt"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
@@ -120,6 +120,11 @@ def test_files(tmp_path, monkeypatch):
     assert "block 1 head 0 row, wavelength 40: 4.8 [4.8, 4.8], for the loss 1, signed 1 tokens" in text
 
 
+def test_a_model_that_draws_no_scenes(capsys):
+    assert atlas.main(["model.scenes=false", "device=cpu"]) == 2
+    assert "model=tiny: not one of scenes; the atlas needs the scene oracle" in capsys.readouterr().err
+
+
 def test_wrong_numbers(capsys):
     assert atlas.main(["--seeds", "0"]) == 2
-    assert "--seeds 0: expected a number from 1" in capsys.readouterr().err
+    assert "--seeds 0: expected at least 1" in capsys.readouterr().err

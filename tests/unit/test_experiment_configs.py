@@ -24,7 +24,6 @@ from fluxlab.positions import (
     has_interventions,
     split_resample,
 )
-from fluxlab.positions.apply import resolve
 from fluxlab.positions.picked import example
 from fluxlab.positions.waves import unchanged
 from fluxlab.run import RunConfig
@@ -172,11 +171,8 @@ def test_programs_fit_both_models_and_move_something(name):
         own = {side: compile_programs([Program()], tiny).side_table(1.0, side).cos for side in ("queries", "keys")}
         on_flux = resolved(config, flux)
         for variant, program in resolved(config, tiny).items():
-            if prompt == config.prompts[0]:
+            if prompt == config.prompts[0] or program.names_words:
                 compile_programs([on_flux[variant]], flux)  # every step, block, word and place is there
-            else:  # the words are
-                for edit in on_flux[variant].edits:
-                    resolve(edit, flux, 0)
             compiled = compile_programs([program], tiny)
             moved = (
                 split_resample(program)[1] is not None

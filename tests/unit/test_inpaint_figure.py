@@ -39,6 +39,9 @@ def test_scores_of_drawn_images(number):
     empty[one.hole] = one.given[0, 0]
     assert exchange.scores(empty, one)["object"] == 0
     assert exchange.scores(one.drawn.repeat(2, 0).repeat(2, 1), one)["asked"] == 1
+    large = exchange.case(number, 2)
+    assert exchange.scores(large.drawn, large) == right
+    assert set(exchange.scores(large.drawn, large, oracle=False)) == {"psnr_outside", "seam"}
 
 
 def test_the_right_thing_at_the_wrong_place_does_not_count():
@@ -73,7 +76,7 @@ def test_the_numbers_and_the_figure_are_those_of_the_images(tmp_path, monkeypatc
             yield name, one.drawn if i in (0, 3) else one.given, i if i > 2 else math.nan
 
     monkeypatch.setattr(inpaint, "images_of", made)
-    assert inpaint.main(["-o", str(tmp_path), "--scenes", "2", "--rows", "1"]) == 0
+    assert inpaint.main(["-o", str(tmp_path), "--scenes", "2", "--rows", "1", "device=cpu"]) == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == [
         f"inpaint.{end}" for end in ("csv", "json", "pdf", "png", "txt")
     ]
@@ -92,6 +95,20 @@ def test_the_numbers_and_the_figure_are_those_of_the_images(tmp_path, monkeypatc
     assert f"{second}: 0 [0, 0], Δ -1 [-1, -1], n = 2" in (tmp_path / "inpaint.txt").read_text()
     assert inpaint.main(["--scenes", "0"]) == 2
     assert "--scenes 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_another_model_gets_larger_scenes_and_no_oracle(tmp_path, monkeypatch):
+    """The embedded model as one that was not trained on scenes, at twice the size."""
+    monkeypatch.setattr(inpaint, "METHODS", {FIRST: inpaint.METHODS[FIRST]})
+    words = ["device=cpu", "model.scenes=false", "model.size=[128,128]", "steps=2", "dtype=bfloat16"]
+    assert inpaint.main(["-o", str(tmp_path), "--scenes", "1", *words]) == 0
+    record = json.loads((tmp_path / "inpaint.json").read_text())
+    assert list(record["measures"]) == [inpaint.DRAWN, inpaint.FLOOR, inpaint.ALONE, FIRST]
+    assert set(record["measures"][FIRST]) == {"psnr_outside", "seam", "spread"}
+    assert record["measures"][FIRST]["psnr_outside"]["mean"] > record["measures"][inpaint.ALONE]["psnr_outside"]["mean"]
+    assert (record["steps"], record["dtype"]) == (2, "bfloat16")
+    assert "oracle" not in (tmp_path / "inpaint.txt").read_text()
+    assert exchange.case(0, 2).given.shape == (128, 128, 3)
 
 
 FIRST, *OTHERS = inpaint.METHODS

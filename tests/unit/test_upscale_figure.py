@@ -70,7 +70,7 @@ def test_the_numbers_and_the_figures_are_those_of_the_images(tmp_path, monkeypat
             yield name, [0 * image for image in images] if name == first else images
 
     monkeypatch.setattr(upscale, "images_of", made)
-    assert upscale.main(["-o", str(tmp_path), "--scenes", "5", "--rows", "1"]) == 0
+    assert upscale.main(["-o", str(tmp_path), "--scenes", "5", "--rows", "1", "device=cpu"]) == 0
     files = [f"upscale-{name}.{end}" for name in SETTINGS for end in ("csv", "pdf", "png", "txt")]
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*files, "upscale.json"])
     for setting, found in json.loads((tmp_path / "upscale.json").read_text())["measures"].items():
@@ -86,3 +86,19 @@ def test_the_numbers_and_the_figures_are_those_of_the_images(tmp_path, monkeypat
         assert f"{first}: 0 [0, 0], Δ -1 [-1, -1], n = 5" in (tmp_path / f"upscale-{setting}.txt").read_text()
     assert upscale.main(["--scenes", "0"]) == 2
     assert "--scenes 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_another_model_gets_larger_scenes_and_no_oracle(tmp_path, monkeypatch):
+    """The embedded model as one that was not trained on scenes, at twice the size."""
+    setting = replace(SETTINGS["own"], prompted={}, upscaled={"resized": {"method": "resized", "until": 0.8}})
+    monkeypatch.setattr(upscale, "SETTINGS", {"own": setting})
+    words = ["device=cpu", "model.scenes=false", "model.size=[128,128]", "steps=2"]
+    assert upscale.main(["-o", str(tmp_path), "--scenes", "1", *words]) == 0
+    (found,) = json.loads((tmp_path / "upscale.json").read_text())["measures"].values()
+    assert list(found) == [*FIXED, "resized"]
+    assert set(found["resized"]) == {"psnr_scene", "ssim_scene", "sharpness"}
+    text = (tmp_path / "upscale-own.txt").read_text()
+    assert text.startswith("Images of 64 × 64 px, which are scenes of 128 × 128 px")
+    assert "oracle" not in text
+    one = enlarge.case(setting, 0, 2)
+    assert (one.small.shape, one.large.shape) == ((64, 64, 3), (128, 128, 3))
