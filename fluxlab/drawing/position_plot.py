@@ -164,21 +164,28 @@ def _mesh(axes: "Axes", ids: Tensor, grid: tuple[int, int], colour: str, label: 
             axes.plot(*line.T, color=edge_colour, lw=1.6, label=edge, zorder=2)
 
 
-def _annotate_piles(axes: "Axes", state: ProgramAtStep, most: int = 4) -> None:
-    """Annotate positions that hold several tokens of a kind with their number, if there are at most `most` of them."""
+def piles(state: ProgramAtStep, most: int = 4) -> list[tuple[float, float, str]]:
+    """Return (row, col, description) of positions that hold several tokens of a kind, if they are at most `most`."""
     positions = rounded(state.after)
-    piles: dict[tuple[float, float], dict[str, list[float]]] = {}
+    found: dict[tuple[float, float], dict[str, list[float]]] = {}
     for name, _, start, stop in token_groups(state.context.layout):
         for token in range(start, stop):
-            piles.setdefault(positions[token], {}).setdefault(name, []).append(state.after[token, INDEX].item())
-    piles = {position: groups for position, groups in piles.items() if any(len(ids) > 1 for ids in groups.values())}
-    middle = (state.after[:, COL].amin() + state.after[:, COL].amax()).item() / 2
-    for (row, col), groups in piles.items() if len(piles) <= most else ():
+            found.setdefault(positions[token], {}).setdefault(name, []).append(state.after[token, INDEX].item())
+    found = {position: groups for position, groups in found.items() if any(len(ids) > 1 for ids in groups.values())}
+    described = []
+    for (row, col), groups in found.items() if len(found) <= most else ():
         indices = sorted(index for ids in groups.values() for index in ids)
         index_range = f", index {indices[0]:.4g} to {indices[-1]:.4g}" if indices[-1] > indices[0] else ""
         counts = " + ".join(f"{len(ids)} {name}" for name, ids in sorted(groups.items()))
+        described.append((row, col, f"{counts} tokens at ({row:.4g}, {col:.4g}){index_range}"))
+    return described
+
+
+def _annotate_piles(axes: "Axes", state: ProgramAtStep) -> None:
+    middle = (state.after[:, COL].amin() + state.after[:, COL].amax()).item() / 2
+    for row, col, text in piles(state):
         axes.annotate(
-            f"{counts} tokens at ({row:.4g}, {col:.4g}){index_range}",
+            text,
             (col, row),
             xytext=(-8 if col > middle else 8, 9),
             textcoords="offset points",

@@ -9,6 +9,9 @@ from fluxlab.drawing.pictures import data_url, plot_png
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
 
+MOST_TOKENS = 1024
+"""Image tokens up to which a plot is SVG. More of them take less space as PNG."""
+
 UNCHANGED = "the ids of all tokens are those of the model"
 
 
@@ -21,9 +24,10 @@ class PositionPlot:
     missing: str = ""
 
 
-def position_plot(run: Run, variant: str, prompt: str) -> PositionPlot:
+def position_plot(run: Run, variant: str, prompt: str, kind: str = "svg") -> PositionPlot:
     """Return the plot of a variant at the run's own size and schedule. Words are looked up in `prompt`.
 
+    kind: "svg", which is PNG too for more than `MOST_TOKENS`, or "png" for what cannot show SVG. matplotlib draws PNG.
     If no variant of the run has a program, there is nothing to compare the unchanged positions with, and no plot.
     """
     if not any(other["program"] for other in run.record["variants"].values()):
@@ -32,11 +36,13 @@ def position_plot(run: Run, variant: str, prompt: str) -> PositionPlot:
     program = json.dumps(run.record["variants"][variant]["program"])
     grid = tuple(settings[side] // settings["pixels_per_token"] for side in ("height", "width"))
     schedule = json.dumps(settings["schedule"])
-    return _draw(program, grid, settings["max_sequence_length"], prompt, settings["steps"], schedule)
+    return _draw(program, grid, settings["max_sequence_length"], prompt, settings["steps"], schedule, kind)
 
 
 @lru_cache(maxsize=256)
-def _draw(program: str, grid: tuple[int, int], text: int, prompt: str, steps: int, schedule: str) -> PositionPlot:
+def _draw(
+    program: str, grid: tuple[int, int], text: int, prompt: str, steps: int, schedule: str, kind: str = "svg"
+) -> PositionPlot:
     """Draw a program's tokens at the first step and block where it acts.
 
     The store has no tokenizer, so every word of the prompt counts as one token. A program that cannot be read, for
@@ -58,6 +64,11 @@ def _draw(program: str, grid: tuple[int, int], text: int, prompt: str, steps: in
         return PositionPlot(missing=str(error))
     if state.program and state.before.equal(state.after):
         return PositionPlot(missing=UNCHANGED)
+    if kind == "svg" and grid[0] * grid[1] <= MOST_TOKENS:
+        from fluxlab.drawing.position_svg import positions_svg, svg_url
+
+        svg, size = positions_svg(state)
+        return PositionPlot(svg_url(svg), size)
     png = io.BytesIO()
     with plot.style(plot.STYLE):
         plot.draw_positions(state).savefig(png, format="png", dpi=100)

@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -489,14 +491,32 @@ def test_position_plots_use_the_prompt_and_the_schedule():
     edit = {"op": "relocate", "tokens": {"words": ["cat"]}, "to": [4, 4], "steps": {"sigma": [0, 0.5]}}
     program = json.dumps({"a": edit})
     schedules = [json.dumps({"shift": shift, "use_dynamic_shifting": False}) for shift in (1.0, 3.0)]
-    plots = [position_plot._draw(program, (16, 16), 24, "a red cat", 16, schedule).url for schedule in schedules]
-    assert plots[0].startswith("data:image/png;base64,")
-    assert plots[0] != plots[1]  # σ falls to 0.5 at another step
+    for kind, start in (("svg", "data:image/svg+xml,"), ("png", "data:image/png;base64,")):
+        plots = [position_plot._draw(program, (16, 16), 24, "a red cat", 16, given, kind).url for given in schedules]
+        assert plots[0].startswith(start)
+        assert plots[0] != plots[1]  # σ falls to 0.5 at another step
     assert "words" in position_plot._draw(program, (16, 16), 24, "a red fox", 16, schedules[0]).missing
 
 
+def test_position_plots_of_many_tokens_are_png():
+    program = json.dumps({"a": {"op": "scale", "factor": 2}})
+    kinds = [
+        position_plot._draw(program, grid, 8, "a red cat", 4, json.dumps({})).url[:14] for grid in ((32, 32), (33, 32))
+    ]
+    assert kinds == ["data:image/svg", "data:image/png"]
+
+
+def test_a_page_needs_no_matplotlib(store):
+    """It takes a tenth of the time of `+exp=article`."""
+    code = (
+        "import sys; from fluxlab.report.page import render; render(sys.argv[1:]); print('matplotlib' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code, str(store)], check=True, capture_output=True, text=True).stdout
+    assert out == "False\n"
+
+
 def test_a_run_without_programs_has_no_position_plot():
-    """There is nothing to compare the unchanged positions with, and matplotlib takes a tenth of `+exp=hello`."""
+    """There is nothing to compare the unchanged positions with."""
     run = SimpleNamespace(record={"variants": {"baseline": {"program": {}}, "again": {"program": {}}}})
     assert position_plot.position_plot(run, "baseline", "a red cat").missing == position_plot.UNCHANGED
 
@@ -510,7 +530,7 @@ def test_programs_that_leave_the_ids_have_no_position_plot():
 @pytest.mark.parametrize("program", [{}, {"a": {"op": "zero"}}, {"a": {"op": "set", "value": 1, "axes": "index"}}])
 def test_legend_entries_have_the_same_colours_in_every_position_plot(program):
     """In a palette of its own a plot would lose the colour of a legend entry that has few pixels elsewhere."""
-    plot = position_plot._draw(json.dumps(program), (16, 16), 24, "a red cat", 4, json.dumps({}))
+    plot = position_plot._draw(json.dumps(program), (16, 16), 24, "a red cat", 4, json.dumps({}), "png")
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(plot.url.partition(",")[2]))).convert("RGB"))
     for name in ("vermillion", "green"):  # top row and left column of the image
         assert (pixels == ImageColor.getrgb(OKABE_ITO[name])).all(-1).sum() > 20, name

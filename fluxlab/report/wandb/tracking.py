@@ -206,7 +206,7 @@ def cell_table(run: Run) -> dict[str, Any]:
 def images(run: Run) -> dict[str, list[tuple[str, str]]]:
     """Return (file or data URL, caption) by key: the grid, position plots, images of each variant, attention."""
     logged = {"grid": [(_path(run.path / GRID_FILE), run.record["caption"] or run.record["name"])]}
-    plots = {variant: position_plot(run, variant, run.places[0][0]).url for variant in run.variants}
+    plots = {variant: position_plot(run, variant, run.places[0][0], "png").url for variant in run.variants}
     if any(plots.values()):
         logged["layouts"] = [(url, f"{variant}: {run.describe(variant)}") for variant, url in plots.items() if url]
     for variant in run.variants:
