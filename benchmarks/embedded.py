@@ -99,14 +99,14 @@ def images_of(pipe: Pipeline, captions: Sequence[str], seeds: Sequence[int], row
     """Return uint8 images `(cells, 64, 64, 3)` from the pipeline's own sampler with the row's ids."""
     family, channels = pipe.family, pipe.autoencoder.params.z_channels
     rows, cols = (side // pipe.pixels_per_token for side in pipe.size)
-    ids = row.image(family.image_ids(rows, cols, 0))[None].to(pipe.device)
+    ids = row.image(family.ids(0, [(rows, cols)])[1])[None].to(pipe.device)
     times = pipe.schedule.times(steps, rows * cols)
     batches = []
     for start in range(0, len(captions), BATCH):
         part = slice(start, start + BATCH)
         encoded = [pipe.encode_prompt(text) for text in captions[part]]
         txt, *pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-        txt_ids = row.text(family.text_ids(txt.shape[1]))[None].to(pipe.device)
+        txt_ids = row.text(family.ids(txt.shape[1], [])[0])[None].to(pipe.device)
 
         def velocity(x: Tensor, t: float, txt=txt, pooled=pooled, txt_ids=txt_ids) -> Tensor:
             times = torch.full((len(x),), t, device=x.device)
@@ -187,7 +187,7 @@ def main() -> int:
     folder = shipped if shipped.is_dir() and arguments.model in model_names() else Path(arguments.model)
     pipe = fluxlab.load_pipeline(arguments.model, dtype=getattr(torch, arguments.dtype))
     if pipe.max_sequence_length > 77:  # a bare folder does not state its text length; its tokenizer does
-        tokenizer = pipe.text.tokenizer if pipe.family.name == "flux2" else pipe.text.t5_tokenizer
+        tokenizer = pipe.text.tokenizer
         pipe.max_sequence_length, pipe.size = tokenizer.model_max_length, (64, 64)
     first = arguments.first_seed
     captions, seeds = heldout_captions(arguments.cells, first + 1), list(range(first, first + arguments.cells))

@@ -57,7 +57,7 @@ def calls(
     draw = lambda *shape: torch.randn(batch, *shape, generator=g).to(device, dtype)  # noqa: E731
     img, txt, family = draw(side * side, params.in_channels), draw(text, params.context_in_dim), family_of(params)
     pooled = [draw(params.vec_in_dim)] if isinstance(params, FluxParams) else []
-    img_ids, txt_ids = family.image_ids(side, side, 0).to(device), family.text_ids(text).to(device)
+    txt_ids, img_ids = (part.to(device) for part in family.ids(text, [(side, side)]))
     t, guidance = torch.full((batch,), 0.5, device=device), torch.full((batch,), 4.0, device=device)
 
     def ours() -> Tensor:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fluxlab.checkpoints.keys import to_theirs, transformer_pieces
-from fluxlab.checkpoints.params import transformer_config
+from fluxlab.checkpoints.flux1 import transformer_config, transformer_pieces
+from fluxlab.checkpoints.keys import to_theirs
 from fluxlab.model import TRANSFORMERS, Flux, FluxParams
 from fluxlab.positions import Context, Layout, Prompt
 from fluxlab.sampling import image_ids, text_ids

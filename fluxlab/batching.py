@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from fluxlab.errors import UserError
-from fluxlab.families import FLUX1, Family, family_of
-from fluxlab.model import Flux2Params, FluxParams, Rotary
+from fluxlab.families import Family, family_of
+from fluxlab.model import Rotary
 from fluxlab.model.groups import KeyGroups
+from fluxlab.model.protocols import TransformerSizes
 from fluxlab.model.sites import Observed, Site
 from fluxlab.positions import Compiled, Context, Interventions, Layout, Placement, Program, Prompt
 from fluxlab.probes import Probe
@@ -102,7 +103,7 @@ def token_grid(height: int, width: int, step: int) -> tuple[int, int]:
 
 
 def context(
-    p: FluxParams | Flux2Params,
+    p: TransformerSizes,
     layout: Layout,
     sigmas: Sequence[float],
     prompts: Sequence[Prompt | None] | None,
@@ -115,10 +116,9 @@ def context(
 
     device: of the model. trained, trained_text: the token grid and the number of text tokens that it was trained on.
     """
-    family = family_of(p)
-    grids = [family.image_ids(rows, cols, n) for n, (rows, cols) in enumerate(layout.grids)]
+    text, *images = family_of(p).ids(layout.text, layout.grids)
     texts = 1 + (layout.further // layout.text if layout.further else 0)  # each text of a region as that of the prompt
-    ids = torch.cat([*[family.text_ids(layout.text)] * texts, *grids])
+    ids = torch.cat([*[text] * texts, *images])
     return Context(
         ids=ids[None].to(dtype),
         layout=layout,
@@ -143,7 +143,7 @@ def start(
     channels: int,
     grid: tuple[int, int],
     dtype: torch.dtype,
-    family: Family = FLUX1,
+    family: Family,
 ) -> Tensor:
     """Return the packed starting noise `(B, N, C)` in fp32, on the CPU unless `latents` are given.
 
@@ -152,7 +152,7 @@ def start(
     """
     rows, cols = grid
     if latents is None:
-        return family.noise(seeds, channels // 4, rows, cols, dtype).float()
+        return family.noise(seeds, channels // family.patch**2, rows, cols, dtype).float()
     if latents.ndim != 3 or latents.shape[1:] != (rows * cols, channels):
         raise UserError(
             f"latents have shape {tuple(latents.shape)}: expected packed latents ({batch}, {rows * cols}, {channels}) "

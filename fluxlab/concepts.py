@@ -15,7 +15,6 @@ from torch import Tensor
 from fluxlab import placement, sampling
 from fluxlab.errors import UserError, show
 from fluxlab.memory.modulations import Conditions, Inputs
-from fluxlab.model import Flux
 from fluxlab.model.attention import attend
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.layers import BlockTables, DoubleStreamBlock, Modulations, clip_fp16, modulate, query_key_value
@@ -186,9 +185,7 @@ def text_modulations(parts: ModelParts, settings: Sampling, sigmas: Sequence[flo
 
     def inputs(t: float) -> Inputs:
         times = sampling.round_timesteps(placement.filled(1, t, device), rounding)
-        pooled = []
-        if isinstance(flux, Flux):
-            pooled.append(torch.zeros(1, flux.params.vec_in_dim, dtype=parts.dtype, device=device))
+        pooled = [torch.zeros(1, n, dtype=parts.dtype, device=device) for n in parts.family.pooled(flux.params)]
         return times, *pooled, guidance
 
     if parts.streaming is None:

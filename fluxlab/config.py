@@ -13,7 +13,6 @@ from fluxlab.errors import UserError, nearest, show
 from fluxlab.settings import DTYPES
 
 PACKAGE = Path(__file__).parent
-LIKE = ("dev", "schnell")
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class ModelRow:
     path: a Diffusers folder, a single file, a folder of single files, or a hub id; `fluxlab/…` is inside the package.
     variant: of weight files, such as fp16.
     autoencoder, text, tokenizers: paths of the parts that `path` does not hold.
-    like: "dev" or "schnell", the published model that a single file samples like, if the file does not say.
+    like: the published model that a single file samples like, if the file does not say: of FLUX.1 "dev" or "schnell".
     schedule: how times are spread, such as {shift: 3.0}, {mu: 1.15} or the keys of Diffusers' scheduler_config.json.
     size: (height, width) in pixels.
     scenes: trained on `fluxlab.scenes`, so that the scene oracle can read its images.

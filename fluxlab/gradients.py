@@ -80,7 +80,7 @@ def prepare(
     guidance = None
     if pipe.transformer.params.guidance_embed:
         guidance = torch.full((len(prompts),), float(settings.guidance), dtype=exact, device=pipe.device)
-    channels = 4 * pipe.autoencoder.params.z_channels
+    channels = pipe.family.channels(pipe.autoencoder.params)
     noise = batching.start(seeds, None, len(prompts), channels, (rows, cols), pipe.dtype, pipe.family)
     noise = noise.to(pipe.device, exact)
     grids = Grids((rows, cols), further=len(regions) * length)

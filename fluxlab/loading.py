@@ -2,11 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from fluxlab import checkpoints, schedules
 from fluxlab.cache import open_cache
@@ -14,30 +12,26 @@ from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import FLOAT8
 from fluxlab.checkpoints.manifest import verify_manifest
 from fluxlab.checkpoints.memory import default_device
-from fluxlab.checkpoints.networks import family_of as family_of_files
+from fluxlab.checkpoints.networks import family_at
 from fluxlab.checkpoints.stored import Stored, local, on_meta, part_paths, stored
-from fluxlab.checkpoints.text2 import load_language_tokenizer
-from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
-from fluxlab.conditioning import Texts, encoders_of
-from fluxlab.conditioning2 import language_model_of
+from fluxlab.conditioning import Texts
 from fluxlab.config import Lora, ModelRow, find_row, with_loras
-from fluxlab.families import family_of
+from fluxlab.families import architecture_of, family_of
 from fluxlab.memory import Memory, ModelSizes, Room, Workload, make_plan
 from fluxlab.memory.costs import text_activation_bytes
 from fluxlab.memory.load import load_ends
 from fluxlab.memory.pages import let_go
 from fluxlab.memory.sizes import open_row, sizes_of
 from fluxlab.memory.streaming import Streaming, room_of
-from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2, Flux2Params
-from fluxlab.model.text import TextEncoders
-from fluxlab.model.text2 import KINDS, LanguageModelText
+from fluxlab.model import AutoEncoder
+from fluxlab.model.protocols import Text, Transformer
 from fluxlab.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from os import PathLike
 
 TEXT_LENGTH = 512
-"""T5 tokens of a model that does not say how many it was trained with: what FLUX.1 dev takes at most."""
+"""Text tokens of a model that does not say how many it was trained with: what FLUX.1 dev takes at most."""
 
 
 def load_pipeline(
@@ -98,8 +92,8 @@ def load_row(
     found = checkpoints.find(row.path, variant=row.variant)
     verify_manifest(found.path, of_text=False)
     paths = part_paths(row, found)
-    open_text = language_model_of if family_of_files(found.path, row.variant) == "flux2" else encoders_of
-    text = open_text(paths["text"], dtype, device, row.variant, row.tokenizers, open_cache(cache))
+    family = family_at(found.path, row.variant)
+    text = family.conditioning().open_text(paths["text"], dtype, device, row.variant, row.tokenizers, open_cache(cache))
     request, room = Memory.from_config(memory), room_of(device)
     parts = stored(row, open_cache(cache)) if request.mode != "resident" else None
     sizes = streamed_sizes(row, parts, dtype, device, request, room)
@@ -141,7 +135,7 @@ def streamed_sizes(
     if memory.mode == "resident":
         return None
     sizes = sizes_of(row, parts or stored(row), dtype, device)
-    side = 128 * sizes.autoencoder.factor
+    side = 64 * family_of(sizes.transformer).pixels_per_token(sizes.autoencoder)
     height, width = row.size or (side, side)
     work = Workload(1, height, width, row.max_sequence_length or TEXT_LENGTH, row.steps or 28)
     float8 = memory.mode == "auto" and sizes.stored in FLOAT8.values()
@@ -159,22 +153,22 @@ def text_limit(sizes: ModelSizes, memory: Memory, room: Room, texts: Texts | Non
 def assemble(
     row: ModelRow,
     decision: schedules.Decision,
-    transformer: Flux | Flux2,
-    autoencoder: AutoEncoder | AutoEncoder2,
-    text: TextEncoders | LanguageModelText,
+    transformer: Transformer,
+    autoencoder: AutoEncoder,
+    text: Text,
 ) -> Pipeline:
     """Return the pipeline of these parts, with the settings that the row and the files leave open.
 
     Raises UserError if the networks do not fit together.
     """
     distilled, family = transformer.params.guidance_embed, family_of(transformer.params)
-    if family_of(autoencoder.params) is not family:
+    if architecture_of(autoencoder.params) is not family.autoencoder:
         raise CheckpointError(
             f"{row.autoencoder or row.path}: {family_of(autoencoder.params).title}'s autoencoder, but the transformer "
             f"is {family.title}'s; pass the autoencoder of {family.title}"
         )
-    _check_widths(row, transformer, text)
-    side = 128 * autoencoder.params.factor  # 64 tokens, as in FLUX.1 and Diffusers
+    family.conditioning().check_widths(row, transformer.params, text)
+    side = 64 * family.pixels_per_token(autoencoder.params)
     return Pipeline(
         transformer,
         autoencoder,
@@ -185,27 +179,9 @@ def assemble(
         max_sequence_length=row.max_sequence_length or TEXT_LENGTH,
         size=row.size or (side, side),
         name=row.name,
-        distilled=decision.like == "klein",
+        distilled=decision.distilled,
         true_cfg=row.true_cfg,
     )
-
-
-def _check_widths(row: ModelRow, transformer: Flux | Flux2, text: TextEncoders | LanguageModelText) -> None:
-    p = transformer.params
-    if isinstance(text, LanguageModelText):
-        if text.width != p.context_in_dim:
-            raise CheckpointError(
-                f"{row.text or row.path}: this language model gives {text.width} channels (three states), the "
-                f"transformer takes {p.context_in_dim}\nPass the one that it was trained with."
-            )
-        return
-    widths = text.widths
-    for name, states, width in (("CLIP", widths["clip"], p.vec_in_dim), ("T5", widths["t5"], p.context_in_dim)):
-        if states != width:
-            raise CheckpointError(
-                f"{row.text or row.path}: this {name} gives {states} channels, the transformer takes {width}\n"
-                "Pass the text encoders of FLUX.1: CLIP-L (768) and T5 v1.1 XXL (4096)."
-            )
 
 
 def pipeline_without_weights(
@@ -224,30 +200,8 @@ def pipeline_without_weights(
         checkpoints.check_loras(transformer, row.lora)
     transformer.img_in.to_empty(device=device)
     p, like = transformer.params, transformer.img_in.weight
-    if isinstance(p, Flux2Params):
-        return assemble(
-            row, schedule_of(row, parts), transformer, autoencoder, _silent_model(row, parts, p, dtype, like)
-        )
-    clip = _SilentEncoder(p.vec_in_dim, dtype or parts["clip"].dtype, like)
-    t5 = _SilentEncoder(p.context_in_dim, dtype or parts["t5"].dtype, like)
-    tokenizers = {"clip": None, "t5": None}
-    if parts["t5"].files:
-        root = local(row.text or row.path, "text", row.variant)
-        folder = find_tokenizers(root, row.tokenizers)
-        tokenizers = {part: load_tokenizer(folder, part) for part in tokenizers}
-    encoders = TextEncoders(tokenizers["clip"], clip, tokenizers["t5"], t5)
-    return assemble(row, schedule_of(row, parts), transformer, autoencoder, encoders)
-
-
-def _silent_model(
-    row: ModelRow, parts: dict[str, Stored], p: Flux2Params, dtype: torch.dtype | None, like: torch.Tensor
-) -> LanguageModelText:
-    (kind,) = parts.keys() & KINDS.keys()
-    tokenizer = None
-    if parts[kind].files:
-        tokenizer = load_language_tokenizer(local(row.text or row.path, "text", row.variant), row.tokenizers)
-    width = p.context_in_dim // len(KINDS[kind].layers)
-    return LanguageModelText(tokenizer, _SilentEncoder(width, dtype or parts[kind].dtype, like), kind)
+    text = family_of(p).conditioning().silent_text(row, parts, p, dtype, like)
+    return assemble(row, schedule_of(row, parts), transformer, autoencoder, text)
 
 
 def schedule_of(row: ModelRow, parts: dict[str, Stored]) -> schedules.Decision:
@@ -255,43 +209,3 @@ def schedule_of(row: ModelRow, parts: dict[str, Stored]) -> schedules.Decision:
     fetched = bool(parts["transformer"].files)
     found = checkpoints.find(local(row.path, "transformer", row.variant)) if fetched else None
     return schedules.decide(row, found, parts["transformer"].params)
-
-
-class _Config:
-    def __init__(self, hidden_size: int):
-        self.hidden_size = hidden_size
-
-    def get_text_config(self) -> "_Config":
-        return self
-
-
-class _SilentEncoder(nn.Module):
-    """Stands for a text encoder: states of the right shape, always 0."""
-
-    def __init__(self, width: int, dtype: torch.dtype, like: torch.Tensor):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(0, dtype=dtype))
-        self.zeros = like.new_zeros(width)
-        self.device = like.device
-        self.config = _Config(width)
-
-    def get_decoder(self):
-        """Return a function like a language model: enough states that are all 0."""
-
-        def decoder(inputs_embeds: torch.Tensor, **_) -> SimpleNamespace:
-            return SimpleNamespace(hidden_states=[inputs_embeds] * 64)
-
-        return decoder
-
-    def get_input_embeddings(self):
-        """Return a function like a table of embeddings that are all 0."""
-        return lambda ids: self.zeros.expand(*ids.shape, -1)
-
-    def forward(self, ids: torch.Tensor) -> "_States":
-        return _States((self.zeros.expand(*ids.shape, -1),))
-
-
-class _States(tuple):
-    @property
-    def pooler_output(self) -> torch.Tensor:
-        return self[0][:, 0]

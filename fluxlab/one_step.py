@@ -61,7 +61,8 @@ def one_step(
     side = pipe.pixels_per_token
     resolved = pipe.resolve(settings or Sampling(height=rows * side, width=cols * side))
     clean = torch.stack(batch["images"])
-    noise = pipe.family.noise(batch["seeds"], clean.shape[-1] // 4, rows, cols, pipe.dtype).float().to(clean.device)
+    channels = pipe.autoencoder.params.z_channels
+    noise = pipe.family.noise(batch["seeds"], channels, rows, cols, pipe.dtype).float().to(clean.device)
     noisy, changes, computed = (1 - sigma) * clean + sigma * noise, [], 0
     finite = sampling.FiniteCheck(sampling.sample_names(batch["prompts"], batch["seeds"]), 1, pipe.dtype)
     for start in range(0, len(noisy), CHUNK):

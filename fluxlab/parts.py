@@ -12,9 +12,8 @@ from fluxlab.config import read_loras
 from fluxlab.errors import UserError
 from fluxlab.families import Family, family_of
 from fluxlab.memory.streaming import Streaming
-from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2
-from fluxlab.model.text import TextEncoders
-from fluxlab.model.text2 import LanguageModelText
+from fluxlab.model import AutoEncoder
+from fluxlab.model.protocols import Text, Transformer
 from fluxlab.pixels import Images, image_tensor, to_pil
 from fluxlab.sampling import FiniteCheck, Sampling
 
@@ -32,13 +31,13 @@ class ModelParts:
     """A FLUX model with all its parts, and the settings it was trained for.
 
     `size` is (height, width) in pixels. `guidance` is the distilled guidance strength, None for a model without it.
-    `distilled` says of FLUX.2 [klein] that it was distilled to few steps and takes no guidance. `true_cfg` is
+    `distilled` says that it was distilled to few steps and takes no guidance, as FLUX.2 [klein]. `true_cfg` is
     the scale of classifier-free guidance of a model that needs it.
     """
 
-    transformer: Flux | Flux2
-    autoencoder: AutoEncoder | AutoEncoder2
-    text: TextEncoders | LanguageModelText
+    transformer: Transformer
+    autoencoder: AutoEncoder
+    text: Text
     schedule: sampling.Schedule
     steps: int
     guidance: float | None
@@ -65,7 +64,7 @@ class ModelParts:
 
     @property
     def pixels_per_token(self) -> int:
-        return 2 * self.autoencoder.params.factor
+        return self.family.pixels_per_token(self.autoencoder.params)
 
     def to(self, device: str | torch.device) -> Self:
         """Move all parts to `device`, such as "cuda" or "mps", and return the pipeline itself.
@@ -121,7 +120,7 @@ class ModelParts:
         Raises `UserError` for a value that does not fit this model, and for another dtype or device than it is on.
         """
         settings.check()
-        p, channels = self.transformer.params, 4 * self.autoencoder.params.z_channels
+        p, channels = self.transformer.params, self.family.channels(self.autoencoder.params)
         batching.check_channels(self.name, p.in_channels, channels)
         batching.check_guidance(p.guidance_embed, settings.guidance)
         defaults = self.defaults

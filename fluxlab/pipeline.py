@@ -162,7 +162,7 @@ class Pipeline(Velocities):
         rows, cols = self.grid(settings.height, settings.width)
         extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
         sigmas = self.schedule.times(settings.steps, rows * cols)
-        shape = len(batch["prompts"]), 4 * self.autoencoder.params.z_channels
+        shape = len(batch["prompts"]), self.family.channels(self.autoencoder.params)
         x = batching.start(batch["seeds"], latents, *shape, (rows, cols), self.dtype, self.family).to(self.device)
         most = None if any(map(positions.has_interventions, batch["programs"] or ())) else at_once
         further = refs.most_tokens(

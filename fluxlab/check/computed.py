@@ -11,7 +11,7 @@ from fluxlab.check.weights import memory
 from fluxlab.checkpoints.stored import Stored
 from fluxlab.errors import NonFiniteError, UserError
 from fluxlab.experiment.costs import decode_flops, duration, forward_flops
-from fluxlab.model import Flux, Flux2
+from fluxlab.model.protocols import Transformer
 from fluxlab.pipeline import Pipeline
 from fluxlab.positions import Program, noise_floor
 
@@ -49,13 +49,9 @@ def text_encoders(pipe: Pipeline, parts: dict[str, Stored]) -> Result:
             )
     pairs = zip(pipe.text.titles, encoded[0], strict=True)
     described = [f"{title} {tuple(x.shape)} std {x.float().std():.2f}" for title, x in pairs]
-    if "t5" not in parts:
-        model = list(parts.values())[-1].parameters.total()
-        return Result(f"{model:,} parameters; finite, and differ between prompts; {described[0]}")
-    numbers = [f"{parts[name].parameters.total():,}" for name in ("clip", "t5")]
-    return Result(
-        f"CLIP {numbers[0]}, T5 {numbers[1]} parameters; finite, and differ between prompts; {', '.join(described)}"
-    )
+    counts = {name.upper(): f"{p.parameters.total():,}" for name, p in parts.items() if p.params is None}
+    listed = ", ".join(f"{name} {count}" if len(counts) > 1 else count for name, count in counts.items())
+    return Result(f"{listed} parameters; finite, and differ between prompts; {', '.join(described)}")
 
 
 def start(pipe: Pipeline) -> tuple[torch.Tensor, Velocity]:
@@ -85,7 +81,7 @@ def start(pipe: Pipeline) -> tuple[torch.Tensor, Velocity]:
     return noise, velocity
 
 
-def first_nonfinite(transformer: Flux | Flux2, run: Callable[[], object]) -> str:
+def first_nonfinite(transformer: Transformer, run: Callable[[], object]) -> str:
     """Return the name of the first layer or block of a transformer whose output is not finite during `run`."""
     first: list[str] = []
 
@@ -186,7 +182,7 @@ def speed(pipe: Pipeline, tokens: int, seconds: float) -> Result:
     height, width = pipe.size
     rows, cols = pipe.grid(height, width)
     small, full = (forward_flops(pipe.transformer.params, pipe.max_sequence_length, n) for n in (tokens, rows * cols))
-    image = seconds * (STEPS * full + decode_flops(pipe.autoencoder.params, height, width)) / small
+    image = seconds * (STEPS * full + decode_flops(pipe.family, pipe.autoencoder.params, height, width)) / small
     side = round(tokens**0.5) * pipe.pixels_per_token
     return Result(
         f"{duration(seconds)} per step of {side} × {side} px; {STEPS} steps of {height} × {width} px: "

@@ -19,10 +19,11 @@ from fluxlab.checkpoints.stored import Stored, on_meta, stored
 from fluxlab.config import ModelRow
 from fluxlab.errors import UserError
 from fluxlab.experiment.costs import gb, number
+from fluxlab.families import architecture_of
 from fluxlab.files import sha256_of
 from fluxlab.loading import load_row
-from fluxlab.model import AUTOENCODERS, TRANSFORMERS, TRANSFORMERS2, AutoEncoder, AutoEncoder2, Flux, Flux2
-from fluxlab.model.text import TextEncoders
+from fluxlab.model import AutoEncoder
+from fluxlab.model.protocols import Transformer
 from fluxlab.pipeline import Pipeline
 
 _KINDS = {"pipeline": "a Diffusers folder", "originals": "single files", "transformer": "a transformer"}
@@ -63,7 +64,7 @@ def loading(row: ModelRow, dtype: torch.dtype | None, device: torch.device) -> R
     start = time.perf_counter()
     pipe: Pipeline = load_row(row, dtype, device, cache="none")
     # they are loaded for the first prompt otherwise
-    _ = (pipe.text.clip, pipe.text.t5) if isinstance(pipe.text, TextEncoders) else pipe.text.encoder
+    pipe.text.load()
     seconds = time.perf_counter() - start
     return Result(f"{seconds:.1f} s on {pipe.device}, as {str(pipe.dtype)[6:]}; {memory(pipe.device)}", pipe)
 
@@ -81,7 +82,7 @@ def memory(device: torch.device) -> str:
     return ", ".join(used) or "memory unknown"
 
 
-def counts(network: Flux | Flux2 | AutoEncoder | AutoEncoder2, part: Stored) -> Result:
+def counts(network: Transformer | AutoEncoder, part: Stored) -> Result:
     """Compare the parameters of a loaded network with those that its sizes imply, and with those in the files."""
     expected = on_meta(network.params).state_dict()
     loaded = network.state_dict()
@@ -95,9 +96,8 @@ def counts(network: Flux | Flux2 | AutoEncoder | AutoEncoder2, part: Stored) -> 
             f"{numbers[0]:,} parameters in {len(loaded)} tensors, {numbers[1]:,} in {len(expected)} expected, "
             f"{numbers[2]:,} in the files\nThe files are of another model than their config says; fetch them again."
         )
-    same = [
-        name for name, params in {**TRANSFORMERS, **TRANSFORMERS2, **AUTOENCODERS}.items() if params == network.params
-    ]
+    published = architecture_of(network.params).published
+    same = [name for name, params in published.items() if params == network.params]
     size = f"the size of {', '.join(same)}" if same else "as its sizes imply, which are not published ones"
     dtypes = " + ".join(sorted(str(dtype)[6:] for dtype in part.parameters))
     return Result(f"{numbers[0]:,} parameters in {len(loaded)} tensors, {size}; stored as {dtypes}")

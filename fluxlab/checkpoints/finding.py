@@ -16,7 +16,7 @@ from fluxlab.checkpoints.files import (
     weight_files,
 )
 from fluxlab.checkpoints.hub import fetch, is_hub_id
-from fluxlab.checkpoints.params import CLASSES, check_class
+from fluxlab.checkpoints.params import check_class, class_of
 from fluxlab.checkpoints.recognise import NETWORKS, recognise
 
 STEM = "diffusion_pytorch_model"
@@ -63,11 +63,10 @@ def find(path: "str | PathLike[str]", variant: str | None = None) -> Found:
             raise no_network(root, "transformer", parts)
         return Found(next((p for p in ("transformer", "autoencoder") if p in parts), "text"), root, parts)
     if (root / "config.json").is_file() and not (root / "model_index.json").is_file():
-        name = read_json(root / "config.json").get("_class_name")
-        for part, classes in CLASSES.items():
-            if name in classes.values():
-                return Found(part, root, frozenset([part]))
-        check_class({"_class_name": name}, "transformer", root / "config.json")
+        config = {"_class_name": read_json(root / "config.json").get("_class_name")}
+        if found := class_of(config):
+            return Found(found[1], root, frozenset([found[1]]))
+        check_class(config, "transformer", root / "config.json")
     if (root / "transformer" / "config.json").is_file():
         return Found("pipeline", root, frozenset(NETWORKS))
     if not (root / "model_index.json").is_file() and (files := originals(root)):

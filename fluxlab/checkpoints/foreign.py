@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fluxlab.checkpoints.errors import CheckpointError
+from fluxlab.families import FAMILIES
 
 _FULL = "get the model's bfloat16, float16, float32 or plain float8 safetensors"
 _FLUX1 = "pass a FLUX.1 checkpoint (flux1-dev.safetensors, a Diffusers folder, …)"
@@ -108,8 +109,10 @@ _SIGNS = (
 def check_foreign(shapes: Mapping[str, tuple[int, ...]], where: Path) -> None:
     """Raise `CheckpointError`, of one line, for a file of a known kind that is not part of FLUX.1."""
     names = [name for name in shapes if not re.search(r"(?:^|\.)(?:vision_model|visual_projection|visual)\.", name)]
-    if any(name.endswith("bn.running_mean") for name in names):  # FLUX.2's autoencoder has these too
-        names = [name for name in names if not re.search(r"(?:^|\.)(?:post_)?quant_conv\.", name)]
+    for family in FAMILIES.values():
+        for known in family.networks.values():
+            if known.unusual and any(re.search(rf"(?:^|\.)(?:{known.only.pattern})", name) for name in names):
+                names = [name for name in names if not known.unusual.search(name)]
     for sign in _SIGNS:
         if any(re.search(sign.name, name) for name in names):
             raise CheckpointError(f"{where}: {sign.what}; {sign.remedy}")

@@ -6,16 +6,13 @@ from pathlib import Path
 
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import index_names
+from fluxlab.families import FAMILIES
 
 _HUB_ID = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
     r"(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>[\w./-]+\.(?:safetensors|sft)))?"
 )
 _WEIGHTS = {"transformer": "transformer", "autoencoder": "vae"}
-_ORIGINALS = {
-    "transformer": ["flux1-*.safetensors", "flux1-*.sft", "flux[-.]2-*.safetensors", "flux2-*.safetensors"],
-    "autoencoder": ["ae.safetensors", "ae.sft"],
-}
 _STEMS = {
     "transformer": [("transformer", "diffusion_pytorch_model")],
     "autoencoder": [("vae", "diffusion_pytorch_model")],
@@ -53,7 +50,7 @@ def fetch(hub_id: str, parts: tuple[str, ...], variant: str | None = None) -> Pa
     patterns = [
         "config.json",
         *_weights("", "diffusion_pytorch_model", variant),
-        *(p for part in nets for p in _ORIGINALS[part]),
+        *dict.fromkeys(p for part in nets for family in FAMILIES.values() for p in family.networks[part].originals),
     ]
     return snapshot(hub_id, patterns) if nets else root
 

@@ -11,10 +11,10 @@ from fluxlab.checkpoints.finding import resolve
 from fluxlab.checkpoints.lora import lora_file, settings_file
 from fluxlab.checkpoints.manifest import manifest_hashes
 from fluxlab.checkpoints.text import open_encoders, text_files
-from fluxlab.checkpoints.text2 import language_tokenizer_folder, reads_language_model
 from fluxlab.checkpoints.tokenizer_files import FOLDERS as TOKENIZERS
 from fluxlab.checkpoints.tokenizer_files import find_tokenizers
 from fluxlab.config import Lora, ModelRow
+from fluxlab.families import claimed
 from fluxlab.files import sha256_of
 
 _WHOLE = 1 << 20
@@ -49,9 +49,8 @@ def fingerprint(row: ModelRow, cache: Cache | None = None) -> str:
             if file != text:
                 files.setdefault("text", {})[file.name] = _sampled(file, cache)
     if row.tokenizers:
-        other = reads_language_model(text)
-        folder = language_tokenizer_folder(text, row.tokenizers) if other else find_tokenizers(text, row.tokenizers)
-        files["tokenizers"] = _digests(folder, cache)
+        text_files = claimed(lambda family: family.text_files().reads(text)).text_files()
+        files["tokenizers"] = _digests(text_files.tokenizer_folder(text, row.tokenizers), cache)
     identity = {"files": files, "variant": row.variant}
     if row.lora:
         identity["lora"] = [[_lora_digests(lora), lora.scale] for lora in row.lora]
@@ -93,7 +92,7 @@ def text_fingerprint(
 def language_model_fingerprint(
     root: Path, variant: str | None, tokenizers: "str | PathLike[str] | None", cache: Cache | None
 ) -> str:
-    """Return 64 hex digits that change with FLUX.2's language model or its tokenizer at a folder."""
+    """Return 64 hex digits that change with a language model or its tokenizer at a folder."""
     folders = {"text_encoder": root / "text_encoder", "tokenizer": Path(tokenizers or root).expanduser() / "tokenizer"}
     parts = {"files": {name: _digests(folder, cache) for name, folder in folders.items()}, "variant": variant}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

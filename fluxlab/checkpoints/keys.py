@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, FluxParams
+from fluxlab.model.protocols import AutoEncoderSizes
 
 Rows = tuple[int, int] | None
 """First row and the one after the last, along dimension 0. None means all rows."""
@@ -59,65 +59,12 @@ def their_shapes(pieces: Iterable[Piece], ours: dict[str, tuple[int, ...]]) -> d
     return shapes
 
 
-def transformer_pieces(p: FluxParams) -> list[Piece]:
-    """Return how the tensors of BFL's FLUX.1 and of Diffusers' `FluxTransformer2DModel` correspond."""
-    d, mlp = p.hidden_size, int(p.hidden_size * p.mlp_ratio)
-    pieces = _layers({"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"})
-    embedders = {"time_in": "timestep_embedder", "vector_in": "text_embedder"}
-    if p.guidance_embed:
-        embedders["guidance_in"] = "guidance_embedder"
-    for ours, theirs in embedders.items():
-        pieces += _layers(
-            {
-                f"{ours}.in_layer": f"time_text_embed.{theirs}.linear_1",
-                f"{ours}.out_layer": f"time_text_embed.{theirs}.linear_2",
-            }
-        )
-    for kind in ("weight", "bias"):  # our rows are (shift, scale), theirs (scale, shift)
-        ours, theirs = f"final_layer.adaLN_modulation.1.{kind}", f"norm_out.linear.{kind}"
-        pieces += [Piece(ours, theirs, (0, d), (d, 2 * d)), Piece(ours, theirs, (d, 2 * d), (0, d))]
-
-    for i in range(p.depth):
-        ours, theirs = f"double_blocks.{i}", f"transformer_blocks.{i}"
-        pieces += _layers(
-            {
-                f"{ours}.img_mod.lin": f"{theirs}.norm1.linear",
-                f"{ours}.txt_mod.lin": f"{theirs}.norm1_context.linear",
-                f"{ours}.img_attn.proj": f"{theirs}.attn.to_out.0",
-                f"{ours}.txt_attn.proj": f"{theirs}.attn.to_add_out",
-                f"{ours}.img_mlp.0": f"{theirs}.ff.net.0.proj",
-                f"{ours}.img_mlp.2": f"{theirs}.ff.net.2",
-                f"{ours}.txt_mlp.0": f"{theirs}.ff_context.net.0.proj",
-                f"{ours}.txt_mlp.2": f"{theirs}.ff_context.net.2",
-            }
-        )
-        pieces += norms(f"{ours}.img_attn.norm", f"{theirs}.attn.norm_q", f"{theirs}.attn.norm_k")
-        pieces += norms(f"{ours}.txt_attn.norm", f"{theirs}.attn.norm_added_q", f"{theirs}.attn.norm_added_k")
-        for stream, names in (("img", "to_{}"), ("txt", "add_{}_proj")):
-            parts = {f"{theirs}.attn.{names.format(c)}": d for c in "qkv"}
-            pieces += fused(f"{ours}.{stream}_attn.qkv", parts, bias=p.qkv_bias)
-
-    for i in range(p.depth_single_blocks):
-        ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
-        # linear2's columns are (attention, MLP) on both sides
-        pieces += _layers({f"{ours}.modulation.lin": f"{theirs}.norm.linear", f"{ours}.linear2": f"{theirs}.proj_out"})
-        pieces += norms(f"{ours}.norm", f"{theirs}.attn.norm_q", f"{theirs}.attn.norm_k")
-        parts = {f"{theirs}.attn.to_{c}": d for c in "qkv"}
-        pieces += fused(f"{ours}.linear1", {**parts, f"{theirs}.proj_mlp": mlp}, bias=True)
-    return pieces
-
-
-def autoencoder_pieces(p: AutoEncoderParams) -> list[Piece]:
-    """Return how the tensors of BFL's autoencoder and of Diffusers' `AutoencoderKL` correspond."""
-    return autoencoder_levels(p)
-
-
-def autoencoder_levels(p: AutoEncoderParams | AutoEncoder2Params) -> list[Piece]:
-    """Return how the levels of an encoder and a decoder correspond."""
+def autoencoder_levels(p: AutoEncoderSizes) -> list[Piece]:
+    """Return how the levels of an encoder and a decoder of latent diffusion's kind correspond."""
     levels, pieces = len(p.ch_mult), []
     for side in ("encoder", "decoder"):
         ours, theirs = f"{side}.mid", f"{side}.mid_block"
-        pieces += _layers(
+        pieces += layers(
             {
                 f"{side}.conv_in": f"{side}.conv_in",
                 f"{side}.norm_out": f"{side}.conv_norm_out",
@@ -143,9 +90,9 @@ def autoencoder_levels(p: AutoEncoderParams | AutoEncoder2Params) -> list[Piece]
             changes = n == 0 and up[i] != up[i + 1]
             pieces += _resnet(f"decoder.up.{i}.block.{n}", f"decoder.up_blocks.{j}.resnets.{n}", changes)
         if i < levels - 1:
-            pieces += _layers({f"encoder.down.{i}.downsample.conv": f"encoder.down_blocks.{i}.downsamplers.0.conv"})
+            pieces += layers({f"encoder.down.{i}.downsample.conv": f"encoder.down_blocks.{i}.downsamplers.0.conv"})
         if i > 0:
-            pieces += _layers({f"decoder.up.{i}.upsample.conv": f"decoder.up_blocks.{j}.upsamplers.0.conv"})
+            pieces += layers({f"decoder.up.{i}.upsample.conv": f"decoder.up_blocks.{j}.upsamplers.0.conv"})
     return pieces
 
 
@@ -159,15 +106,18 @@ def new_autoencoder_name(theirs: str) -> str:
     return f"{head}{dot}{OLD_ATTENTION[layer]}.{kind}" if dot and layer in OLD_ATTENTION else theirs
 
 
-def _layers(names: dict[str, str]) -> list[Piece]:
+def layers(names: dict[str, str]) -> list[Piece]:
+    """Return the pieces of layers that have a weight and a bias."""
     return [Piece(f"{o}.{kind}", f"{t}.{kind}") for o, t in names.items() for kind in ("weight", "bias")]
 
 
 def norms(ours: str, query: str, key: str) -> list[Piece]:
+    """Return the pieces of the norms of queries and keys."""
     return [Piece(f"{ours}.query_norm.scale", f"{query}.weight"), Piece(f"{ours}.key_norm.scale", f"{key}.weight")]
 
 
 def fused(ours: str, parts: dict[str, int], bias: bool) -> list[Piece]:
+    """Return the pieces of our layer that joins several of theirs. parts: their names and rows, from top to bottom."""
     pieces, row = [], 0
     for theirs, rows in parts.items():
         for kind in ("weight", "bias")[: 1 + bias]:
@@ -180,4 +130,4 @@ def _resnet(ours: str, theirs: str, shortcut: bool) -> list[Piece]:
     names = {f"{ours}.{layer}": f"{theirs}.{layer}" for layer in ("norm1", "conv1", "norm2", "conv2")}
     if shortcut:
         names[f"{ours}.nin_shortcut"] = f"{theirs}.conv_shortcut"
-    return _layers(names)
+    return layers(names)

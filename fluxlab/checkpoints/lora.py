@@ -15,7 +15,7 @@ from fluxlab.checkpoints.hub import is_hub_id
 from fluxlab.checkpoints.keys import Rows
 from fluxlab.checkpoints.lora_names import Where, bare, layers
 from fluxlab.config import Lora
-from fluxlab.model import Flux2Params, FluxParams
+from fluxlab.model.protocols import TransformerSizes
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """The names that Diffusers and PEFT give to a LoRA in a folder."""
@@ -82,7 +82,7 @@ def settings_file(file: Path) -> Path | None:
     return settings if file.name == FILES[1] and settings.is_file() else None
 
 
-def read_additions(lora: Lora, p: FluxParams | Flux2Params, shapes: Mapping[str, tuple[int, ...]]) -> list[Addition]:
+def read_additions(lora: Lora, p: TransformerSizes, shapes: Mapping[str, tuple[int, ...]]) -> list[Addition]:
     """Return what a LoRA adds to a transformer of these sizes. Names and shapes are read, no values but alphas.
 
     shapes: of our tensors. Accepts BFL's, Diffusers' and PEFT's, kohya's and ComfyUI's names, and XLabs' of FLUX.1. A
@@ -133,7 +133,7 @@ def _check_kind(entries: Mapping[str, Entry], file: Path) -> None:
 Modules = dict[str, tuple[list[Where], dict[str, Entry]]]
 
 
-def _modules(entries: Mapping[str, Entry], p: FluxParams | Flux2Params) -> tuple[Modules, list[str]]:
+def _modules(entries: Mapping[str, Entry], p: TransformerSizes) -> tuple[Modules, list[str]]:
     """Return the tensors of each layer by kind, and the names that belong to no layer."""
     known, found, unknown = layers(p), {}, []
     for name, entry in entries.items():

@@ -15,16 +15,16 @@ from fluxlab.checkpoints.lora import Addition, lora_file, matrix, read_additions
 from fluxlab.checkpoints.memory import Scratch
 from fluxlab.checkpoints.read import JOIN_IN_MEMORY
 from fluxlab.config import Lora
-from fluxlab.model import Flux, Flux2
+from fluxlab.model.protocols import Transformer
 
 
-def check_loras(model: Flux | Flux2, loras: Sequence[Lora] | None) -> None:
+def check_loras(model: Transformer, loras: Sequence[Lora] | None) -> None:
     """Raise the `CheckpointError` that `merge_loras` would raise for names and shapes. Weights may be on "meta"."""
     for lora in loras or ():
         _additions(model, lora)
 
 
-def merge_loras(model: Flux | Flux2, loras: Sequence[Lora] | None) -> None:
+def merge_loras(model: Transformer, loras: Sequence[Lora] | None) -> None:
     """Add LoRAs to the weights of a transformer, in place: W + Σ scale · alpha / rank · up · down.
 
     The sum is computed in fp32 (fp64 for an fp64 model) and rounded to the weight's dtype once. On the CPU, large
@@ -35,7 +35,7 @@ def merge_loras(model: Flux | Flux2, loras: Sequence[Lora] | None) -> None:
     merge_changes(model, loras, changes_of(model, loras))
 
 
-def changes_of(model: Flux | Flux2, loras: Sequence[Lora] | None) -> dict[str, list[Addition]]:
+def changes_of(model: Transformer, loras: Sequence[Lora] | None) -> dict[str, list[Addition]]:
     """Return what LoRAs add to each weight, by its name. Weights may be on "meta". Errors as of `merge_loras`."""
     changes: dict[str, list[Addition]] = defaultdict(list)
     for lora in loras or ():
@@ -44,7 +44,7 @@ def changes_of(model: Flux | Flux2, loras: Sequence[Lora] | None) -> dict[str, l
     return dict(changes)
 
 
-def merge_changes(model: Flux | Flux2, loras: Sequence[Lora] | None, changes: Mapping[str, Sequence[Addition]]) -> None:
+def merge_changes(model: Transformer, loras: Sequence[Lora] | None, changes: Mapping[str, Sequence[Addition]]) -> None:
     """Add what `changes_of` returned, or a part of it, to the weights of a transformer, as `merge_loras` does."""
     if not changes:
         return
@@ -68,7 +68,7 @@ def merge_changes(model: Flux | Flux2, loras: Sequence[Lora] | None, changes: Ma
 
 
 @contextmanager
-def merged(model: Flux | Flux2, loras: Sequence[Lora] | None) -> Iterator[None]:
+def merged(model: Transformer, loras: Sequence[Lora] | None) -> Iterator[None]:
     """Add LoRAs to the weights of a transformer as `merge_loras` does, and put the weights themselves back at the end.
 
     Nothing is subtracted, so that the weights are the same to the bit. Raises `CheckpointError` also for a transformer
@@ -93,7 +93,7 @@ def merged(model: Flux | Flux2, loras: Sequence[Lora] | None) -> Iterator[None]:
             w.data = before[name]
 
 
-def _additions(model: Flux | Flux2, lora: Lora) -> list[Addition]:
+def _additions(model: Transformer, lora: Lora) -> list[Addition]:
     return read_additions(lora, model.params, {name: tuple(w.shape) for name, w in model.named_parameters()})
 
 

@@ -13,18 +13,10 @@ from fluxlab.checkpoints.errors import CheckpointError, few, first_line
 from fluxlab.checkpoints.files import Entry
 from fluxlab.checkpoints.keys import Recipe, their_shapes, to_ours
 from fluxlab.checkpoints.memory import Scratch, check_device, check_fits
-from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, OpenNetwork, Params, Part, open_network
+from fluxlab.checkpoints.networks import AUTOENCODER, TRANSFORMER, OpenNetwork, Params, open_network
 from fluxlab.checkpoints.recognise import is_counter
-from fluxlab.model import (
-    AutoEncoder,
-    AutoEncoder2,
-    AutoEncoder2Params,
-    AutoEncoderParams,
-    Flux,
-    Flux2,
-    Flux2Params,
-    FluxParams,
-)
+from fluxlab.model import AutoEncoder
+from fluxlab.model.protocols import AutoEncoderSizes, Transformer, TransformerSizes
 
 JOIN_IN_MEMORY = 64 * 2**20
 """Joined tensors of up to this many bytes are not worth a scratch file."""
@@ -36,9 +28,9 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     device: "str | torch.device" = "cpu",
     variant: str | None = None,
-    params: FluxParams | Flux2Params | None = None,
+    params: TransformerSizes | None = None,
     check_memory: bool = True,
-) -> Flux | Flux2:
+) -> Transformer:
     """Load a transformer of FLUX.1 or FLUX.2: a Diffusers pipeline or transformer folder, a single file, or a hub id.
 
     dtype: None means the dtype of most parameters in the files (float8 counts as bfloat16). On the CPU without a cast
@@ -59,9 +51,9 @@ def load_autoencoder(
     dtype: torch.dtype | None = None,
     device: "str | torch.device" = "cpu",
     variant: str | None = None,
-    params: AutoEncoderParams | AutoEncoder2Params | None = None,
+    params: AutoEncoderSizes | None = None,
     check_memory: bool = True,
-) -> AutoEncoder | AutoEncoder2:
+) -> AutoEncoder:
     """Load an autoencoder of FLUX.1 or FLUX.2: a Diffusers pipeline or vae folder, a single file, or a hub id.
 
     Arguments and errors as for `load_transformer`. The latent scale and shift of a single file are FLUX.1's unless its
@@ -85,7 +77,7 @@ class _Target:
 
 
 def _load(
-    part: Part,
+    part: str,
     path: "str | PathLike[str]",
     dtype: torch.dtype | None,
     device: "str | torch.device",
@@ -121,7 +113,7 @@ class OpenWeights:
 
 
 def open_weights(
-    part: Part,
+    part: str,
     path: "str | PathLike[str]",
     *,
     dtype: torch.dtype | None,
@@ -138,7 +130,7 @@ def open_weights(
     model = _on_meta(part, net)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if net.layout == "diffusers":
-        pieces = net.architecture.pieces(net.params)
+        pieces = net.format.pieces(net.params)
         recipe, expected = to_ours(pieces), their_shapes(pieces, ours)
     else:
         recipe, expected = {name: [(name, None)] for name in ours}, ours
@@ -146,13 +138,13 @@ def open_weights(
     return OpenWeights(net, target, model, recipe, ours)
 
 
-def _on_meta(part: Part, net: OpenNetwork) -> nn.Module:
+def _on_meta(part: str, net: OpenNetwork) -> nn.Module:
     try:
         with torch.device("meta"):
             return net.architecture.build(net.params)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{net.path}: no {part.name} can have these sizes: {net.params} ({first_line(error)})"
+            f"{net.path}: no {part} can have these sizes: {net.params} ({first_line(error)})"
         ) from None
 
 

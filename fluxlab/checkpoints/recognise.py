@@ -1,18 +1,17 @@
 """Decide what a safetensors file holds, from the names, shapes and dtypes of its tensors alone."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from fluxlab.checkpoints.errors import CheckpointError, few, quantised
 from fluxlab.checkpoints.files import COMPUTE_DTYPES, FLOAT8, Entry
 from fluxlab.checkpoints.foreign import check_foreign
+from fluxlab.families import FAMILIES, Family, claimed
 
 NETWORKS = ("transformer", "autoencoder", "clip", "t5")
-FAMILIES = {"flux1": "FLUX.1", "flux2": "FLUX.2"}
-"""The families whose transformers and autoencoders are read, and their titles."""
-
 # Components that wrappers (torch.compile, FSDP, DDP, activation checkpointing) insert anywhere in a name.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -32,35 +31,7 @@ def _layout(network: str, name: str, signs: str, roots: str) -> _Layout:
     return _Layout(network, name, re.compile(rf"^(?P<prefix>(?:.*?\.)??)(?:{signs})"), re.compile(rf"(?:{roots})"))
 
 
-_LAYOUTS = (
-    _layout(
-        "transformer",
-        "bfl",
-        r"double_blocks\.\d+\.(?:img|txt)_(?:attn|mlp|mod)\.|single_blocks\.\d+\.(?:linear[12]|modulation|norm)\."
-        r"|vector_in\.in_layer\.",
-        r"(?:double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer"
-        r"|double_stream_modulation_(?:img|txt)|single_stream_modulation)\.",
-    ),
-    _layout(
-        "transformer",
-        "diffusers",
-        r"(?:single_)?transformer_blocks\.\d+\.|time_text_embed\.|time_guidance_embed\.",
-        r"(?:(?:single_)?transformer_blocks|x_embedder|context_embedder|time_text_embed|norm_out|proj_out"
-        r"|time_guidance_embed|double_stream_modulation_(?:img|txt)|single_stream_modulation)\.",
-    ),
-    _layout(
-        "autoencoder",
-        "bfl",
-        r"encoder\.down\.\d+\.|decoder\.up\.\d+\.|(?:en|de)coder\.mid\.(?:block|attn)_1\.",
-        r"(?:encoder|decoder)\.(?:down|up|mid|conv_in|conv_out|norm_out|quant_conv|post_quant_conv)\.|bn\.",
-    ),
-    _layout(
-        "autoencoder",
-        "diffusers",
-        r"encoder\.down_blocks\.\d+\.|decoder\.up_blocks\.\d+\.|(?:en|de)coder\.mid_block\.",
-        r"(?:encoder|decoder)\.(?:down_blocks|up_blocks|mid_block|conv_in|conv_out|conv_norm_out)\."
-        r"|(?:post_)?quant_conv\.|bn\.",
-    ),
+_TEXT = (
     _layout(
         "clip",
         "transformers",
@@ -71,10 +42,13 @@ _LAYOUTS = (
     _layout("t5", "transformers", r"encoder\.block\.\d+\.layer\.", r"(?:shared|encoder)\."),
 )
 
-# Tensors that only FLUX.2's networks have, in either layout.
-_FLUX2 = re.compile(
-    r"(?:double_stream_modulation_(?:img|txt)|single_stream_modulation|time_guidance_embed)\.|bn\.running_(?:mean|var)$"
-)
+
+@cache
+def _layouts(family: Family) -> tuple[_Layout, ...]:
+    """The layouts of a family's own networks."""
+    own = ((part, name, a.names[name]) for part, a in family.networks.items() for name in a.names)
+    return tuple(_layout(part, name, names.signs, names.roots) for part, name, names in own)
+
 
 # Tensors that inference does not use, by the network that they come with. Everything else unknown is an error.
 _UNUSED = {
@@ -95,9 +69,10 @@ _TIED = "encoder.embed_tokens.weight"  # T5's `shared.weight` under its second n
 
 @dataclass(frozen=True)
 class Network:
-    """One network in a file. tensors: entries by the layout's own names, without any prefix."""
+    """One network in a file. tensors: entries by the layout's own names, without any prefix. family: None for text
+    encoders."""
 
-    family: str
+    family: str | None
     layout: str
     prefix: str
     tensors: dict[str, Entry]
@@ -122,11 +97,10 @@ def recognise(entries: Mapping[str, Entry], where: Path) -> Contents:
     found = _find_layouts(names, where)
     networks: dict[str, Network] = {}
     left = dict(names)
-    for layout, prefix in found:
+    for family, layout, prefix in found:
         mine = {name: entry for name, entry in left.items() if _belongs(name, layout, prefix)}
         left = {name: entry for name, entry in left.items() if name not in mine}
         tensors = {name.removeprefix(prefix): entry for name, entry in mine.items()}
-        family = "flux2" if any(map(_FLUX2.match, tensors)) else "flux1"
         networks[layout.network] = Network(family, layout.name, prefix, _canonical(layout.network, tensors))
     unknown = {name: entry for name, entry in left.items() if not _is_unused(name, networks)}
     used = {name: e for network in networks.values() for name, e in network.tensors.items()}
@@ -158,21 +132,33 @@ def _unwrapped(entries: Mapping[str, Entry], where: Path) -> dict[str, Entry]:
     return names
 
 
-def _find_layouts(names: Iterable[str], where: Path) -> list[tuple[_Layout, str]]:
-    """The layouts found and their prefixes, longest prefix first, so that a bare network takes what is left."""
-    found: dict[str, set[tuple[_Layout, str]]] = {}
-    for name in names:
-        if _VISION.search(name):
-            continue
-        for layout in _LAYOUTS:
-            if match := layout.signs.match(name):
-                found.setdefault(layout.network, set()).add((layout, match["prefix"]))
+def _find_layouts(names: Collection[str], where: Path) -> list[tuple[str | None, _Layout, str]]:
+    """The families, layouts and prefixes found, longest prefix first, so that a bare network takes what is left."""
+    found: dict[str, dict[tuple[str, str], tuple[str | None, _Layout, str]]] = {}
+    own = [(family, layout) for family in FAMILIES.values() for layout in _layouts(family)]
+    for family, layout in [*own, *((None, layout) for layout in _TEXT)]:
+        matches = (layout.signs.match(name) for name in names if not _VISION.search(name))
+        for prefix in {match["prefix"] for match in matches if match}:
+            if family is None or family is _claiming(layout.network, prefix, names):
+                place = family and family.name, layout, prefix
+                found.setdefault(layout.network, {})[layout.name, prefix] = place
     for network, candidates in found.items():
         if len(candidates) > 1:
-            shown = ", ".join(sorted(f"{prefix or 'no prefix'} ({layout.name})" for layout, prefix in candidates))
+            shown = ", ".join(sorted(f"{prefix or 'no prefix'} ({layout})" for layout, prefix in candidates))
             raise CheckpointError(f"{where}: holds {len(candidates)} of FLUX.1's {network}: {shown}; keep one of them")
-    every = [pair for candidates in found.values() for pair in candidates]
-    return sorted(every, key=lambda pair: (-len(pair[1]), NETWORKS.index(pair[0].network)))
+    every = [place for candidates in found.values() for place in candidates.values()]
+    return sorted(every, key=lambda place: (-len(place[2]), NETWORKS.index(place[1].network)))
+
+
+def _claiming(part: str, prefix: str, names: Collection[str]) -> Family:
+    """The family whose transformer or autoencoder has tensors with this prefix."""
+    mine = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+    def has_own(family: Family) -> bool:
+        only = family.networks[part].only
+        return only is not None and any(map(only.match, mine))
+
+    return claimed(has_own)
 
 
 def _is_unused(name: str, networks: Iterable[str]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,16 +15,24 @@ from fluxlab.cache import Cache, remembered
 from fluxlab.checkpoints.casting import check_finite, dtype_for, majority
 from fluxlab.checkpoints.encoders import CLASSES, ENCODERS, OpenEncoder, config_of, incomplete, open_encoder
 from fluxlab.checkpoints.errors import CheckpointError, first_line
+from fluxlab.checkpoints.fast_tokenizer import class_name
 from fluxlab.checkpoints.files import FLOAT8, SUFFIXES
 from fluxlab.checkpoints.finding import FOLDERS, TITLES, resolve
+from fluxlab.checkpoints.headers import Stored, described
 from fluxlab.checkpoints.memory import check_device, check_fits
 from fluxlab.checkpoints.read import check_tensors
 from fluxlab.checkpoints.recognise import text_encoder_names
 from fluxlab.checkpoints.tokenizer_files import FOLDERS as TOKENIZERS
 from fluxlab.checkpoints.tokenizer_files import MissingTokenizer, find_tokenizers, load_tokenizer
+from fluxlab.config import ModelRow
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
+
+    from fluxlab.model.text import TextEncoders
+
+TITLE = "text encoders"
+PLACES = "a folder with clip_l.safetensors and t5xxl_fp16.safetensors, a Diffusers folder or a hub id"
 
 _EMBEDDINGS = {"clip": "text_model.embeddings.token_embedding.weight", "t5": "shared.weight"}
 
@@ -103,6 +111,53 @@ def text_files(root: Path) -> list[Path]:
     return [file for file in files if file.suffix.lower() in SUFFIXES or (folders and file.suffix == ".json")]
 
 
+def stored(root: Path, row: ModelRow, cache: Cache | None) -> dict[str, Stored]:
+    """Return "clip" and "t5" at a folder or file, from headers; from the cache if their files have not changed."""
+
+    def read() -> dict[str, dict[str, Any]]:
+        found = {}
+        for encoder in open_encoders(root, row.variant, row.tokenizers):
+            part = described(encoder.files, encoder.entries.values())
+            found[encoder.part] = {
+                "files": list(map(str, part.files)),
+                "tensors": part.tensors,
+                "parameters": {str(dtype).removeprefix("torch."): n for dtype, n in part.parameters.items()},
+                "dtype": str(part.dtype).removeprefix("torch."),
+                "layer": part.layer,
+            }
+        return found
+
+    known = remembered(cache, "sizes", text_files(root), read, str(root), row.variant, row.tokenizers is None)
+    return {
+        part: Stored(
+            tuple(map(Path, facts["files"])),
+            facts["tensors"],
+            Counter({getattr(torch, dtype): n for dtype, n in facts["parameters"].items()}),
+            getattr(torch, facts["dtype"]),
+            layer=facts["layer"],
+        )
+        for part, facts in known.items()
+    }
+
+
+def save(folder: Path, text: "TextEncoders", distilled: bool) -> dict[str, Any]:
+    """Write encoders and tokenizers into a Diffusers folder. Return what model_index.json says of its pipeline."""
+    text.clip.save_pretrained(folder / "text_encoder")
+    text.t5.save_pretrained(folder / "text_encoder_2")
+    text.clip_tokenizer.save_pretrained(folder / "tokenizer")
+    text.t5_tokenizer.save_pretrained(folder / "tokenizer_2")
+    return {
+        "_class_name": "FluxPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        # Diffusers looks up the class in transformers, where a fast tokenizer has one of several names
+        "tokenizer": ["transformers", class_name(text.clip_tokenizer)],
+        "tokenizer_2": ["transformers", class_name(text.t5_tokenizer)],
+    }
+
+
 def load_encoders(
     encoders: Sequence[OpenEncoder], dtype: torch.dtype | None, device: torch.device, where: str, check: bool = True
 ) -> "list[CLIPTextModel | T5EncoderModel]":
@@ -124,6 +179,16 @@ def load_encoders(
 
 _transformers = threading.Lock()
 """transformers loads with global switches: two threads at a time leave weights out."""
+
+
+def reads(root: Path) -> bool:
+    """Return whether text at a Diffusers folder is read by CLIP and T5."""
+    return (root / FOLDERS["t5"]).is_dir()
+
+
+def tokenizer_folder(root: Path, given: "str | PathLike[str] | None") -> Path:
+    """Return the folder that holds `tokenizer` and `tokenizer_2`. Errors are those of `load_text_encoders`."""
+    return find_tokenizers(root, given)
 
 
 def load_tokenizers(

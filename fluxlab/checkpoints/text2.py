@@ -4,19 +4,25 @@ from collections import Counter
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fluxlab.cache import Cache
 from fluxlab.checkpoints.casting import check_finite, dtype_for
 from fluxlab.checkpoints.errors import CheckpointError, first_line, quantised
 from fluxlab.checkpoints.files import Entry, open_tensors, read_json, weight_files
+from fluxlab.checkpoints.headers import Stored, described
 from fluxlab.checkpoints.memory import check_fits
+from fluxlab.config import ModelRow
 from fluxlab.model.text2 import CLASSES, KINDS, STATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from fluxlab.model.text2 import LanguageModelText
+
+TITLE, PLACES = "language model", "a Diffusers folder or a hub id"
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 
 
@@ -63,6 +69,28 @@ def open_language_model(root: Path, variant: str | None = None) -> OpenLanguageM
     return OpenLanguageModel(folder, files, open_tensors(files)[0], kind, width, layers)
 
 
+def stored(root: Path, row: ModelRow, cache: Cache | None) -> dict[str, Stored]:
+    """Return the language model of a Diffusers folder from its headers, by its kind."""
+    model = open_language_model(root, row.variant)
+    return {model.kind: described(model.files, model.entries.values())}
+
+
+def save(folder: Path, text: "LanguageModelText", distilled: bool) -> dict[str, Any]:
+    """Write model and tokenizer into a Diffusers folder. Return what model_index.json says of its pipeline.
+
+    distilled: of FLUX.2 [klein]; Diffusers then ignores guidance.
+    """
+    text.encoder.save_pretrained(folder / ENCODER)
+    text.tokenizer.save_pretrained(folder / TOKENIZER)
+    klein = text.kind == "qwen3"
+    return {
+        "_class_name": "Flux2KleinPipeline" if klein else "Flux2Pipeline",
+        "text_encoder": ["transformers", type(text.encoder).__name__],
+        "tokenizer": ["transformers", type(text.tokenizer).__name__],
+        **({"is_distilled": distilled} if klein else {}),
+    }
+
+
 def load_language_model(
     opened: OpenLanguageModel,
     dtype: torch.dtype | None,
@@ -99,13 +127,13 @@ def load_language_model(
     return model.to(device).eval().requires_grad_(False)
 
 
-def reads_language_model(root: Path) -> bool:
+def reads(root: Path) -> bool:
     """Return whether the text of a model at `root` is read by a language model, as FLUX.2's."""
     file = root / ENCODER / "config.json"
     return file.is_file() and read_json(file).get("model_type") in KINDS
 
 
-def language_tokenizer_folder(root: Path, given: "str | PathLike[str] | None" = None) -> Path:
+def tokenizer_folder(root: Path, given: "str | PathLike[str] | None" = None) -> Path:
     """Return the tokenizer's folder, at `root` or in the folder `given`. Raises `CheckpointError` without one."""
     folder = Path(given or root).expanduser() / TOKENIZER
     if not folder.is_dir():
@@ -117,7 +145,7 @@ def load_language_tokenizer(root: Path, given: "str | PathLike[str] | None" = No
     """Load the tokenizer at `root`, or of the folder `given`. Raises `CheckpointError` without one or its template."""
     from transformers import AutoTokenizer
 
-    folder = language_tokenizer_folder(root, given)
+    folder = tokenizer_folder(root, given)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exceptions

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.files import COMPUTE_DTYPES
 from fluxlab.checkpoints.finding import STEM
+from fluxlab.checkpoints.formats import format_of
 from fluxlab.checkpoints.keys import Piece, their_shapes, to_theirs
 from fluxlab.checkpoints.memory import ALIGN, as_bytes
-from fluxlab.checkpoints.networks import architecture_of
 from fluxlab.checkpoints.params import METADATA_KEY, to_metadata
 from fluxlab.files import sync
-from fluxlab.model import AutoEncoder, AutoEncoder2, Flux, Flux2
+from fluxlab.model import AutoEncoder
+from fluxlab.model.protocols import Transformer
 
 MAX_SHARD_SIZE = 10 * 10**9
 _NAMES = {dtype: name for name, dtype in COMPUTE_DTYPES.items()} | {torch.int64: "I64"}  # of a batch norm's counter
@@ -30,7 +31,7 @@ _Tensors = dict[str, tuple[torch.dtype, tuple[int, ...], list[Tensor]]]
 
 
 def save_transformer(
-    model: Flux | Flux2, path: "str | PathLike[str]", layout: str = "bfl", *, max_shard_size: int = MAX_SHARD_SIZE
+    model: Transformer, path: "str | PathLike[str]", layout: str = "bfl", *, max_shard_size: int = MAX_SHARD_SIZE
 ) -> None:
     """Write a transformer as one file of the original layout ("bfl") or as a "diffusers" folder.
 
@@ -43,7 +44,7 @@ def save_transformer(
 
 
 def save_autoencoder(
-    model: AutoEncoder | AutoEncoder2,
+    model: AutoEncoder,
     path: "str | PathLike[str]",
     layout: str = "bfl",
     *,
@@ -73,10 +74,10 @@ def _save(model: nn.Module, path: "str | PathLike[str]", layout: str, max_shard_
             with _atomic(path) as file:
                 _write_tensors(file, tensors, {METADATA_KEY: to_metadata(model.params)})
         else:
-            architecture = architecture_of(model.params)
-            settings = architecture.to_config(model.params)
+            form = format_of(model.params)
+            settings = form.to_config(model.params)
             path.mkdir(parents=True, exist_ok=True)
-            _write_folder(path, _their_tensors(state, architecture.pieces(model.params)), settings, max_shard_size)
+            _write_folder(path, _their_tensors(state, form.pieces(model.params)), settings, max_shard_size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); nothing was replaced") from error
 

@@ -85,7 +85,7 @@ def inpaint(
         "truncate": truncate,
         "unknown_words": unknown_words,
     }
-    channels = 4 * pipe.autoencoder.params.z_channels
+    channels = pipe.family.channels(pipe.autoencoder.params)
     noise = batching.start(batch["seeds"], None, len(batch["prompts"]), channels, grid, pipe.dtype, pipe.family)
     noise = noise.to(pipe.device)
     if path == "inverted":

@@ -120,7 +120,7 @@ def upscale(
         source_prompts=source_prompt,
         source_programs=edits if source_programs is None else batching.read_programs(source_programs),
     )
-    channels = 4 * pipe.autoencoder.params.z_channels
+    channels = pipe.family.channels(pipe.autoencoder.params)
     noise = batching.start(batch["seeds"], None, len(batch["prompts"]), channels, grid, pipe.dtype, pipe.family)
     noise, source = noise.to(pipe.device), torch.stack(batch["images"])
     if path == "inverted":

@@ -6,9 +6,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fluxlab.checkpoints.stored import on_meta
+from fluxlab.families import Family
 from fluxlab.memory.costs import gb, is_modulation, modulation_width, one_block
-from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
 from fluxlab.model.linear import linear
+from fluxlab.model.protocols import AutoEncoderSizes, TransformerSizes
 
 __all__ = ["EFFICIENCY", "decode_flops", "duration", "flop", "forward_flops", "gb", "matmul_speed", "number"]
 
@@ -16,31 +17,32 @@ EFFICIENCY = 0.5
 """Speed of a run as a share of the speed of one matrix product. On a CPU: 0.3 for 64 channels in bf16, 0.9 for 768."""
 
 
-def forward_flops(p: FluxParams | Flux2Params, text: int, image: int) -> float:
+def forward_flops(p: TransformerSizes, text: int, image: int) -> float:
     """Return the FLOPs of one forward of one sample with so many text and image tokens.
 
     2 · parameters · tokens for every layer, and attention's two matrix products.
     """
     d, tokens, blocks = p.hidden_size, text + image, p.depth + p.depth_single_blocks
-    (block,) = on_meta(one_block(p, False)).single_blocks
+    streams = 1 if p.depth_single_blocks else 2  # a token goes through as many weights in single and double blocks
+    model = on_meta(one_block(p, streams == 2))
+    (block,) = [*model.double_blocks, *model.single_blocks]
     matrices = [weight for name, weight in block.named_parameters() if weight.ndim == 2 and not is_modulation(name)]
-    layers = tokens * blocks * sum(weight.numel() for weight in matrices)  # equal in single and double blocks
+    layers = tokens * blocks * sum(weight.numel() for weight in matrices) // streams
     ends = image * d * (p.in_channels + p.out_channels) + text * d * p.context_in_dim
     modulations = d * modulation_width(p)  # once per sample
     return 2 * (layers + ends + modulations) + 4 * tokens**2 * d * blocks
 
 
-def decode_flops(p: AutoEncoderParams | AutoEncoder2Params, height: int, width: int) -> int:
+def decode_flops(family: Family, p: AutoEncoderSizes, height: int, width: int) -> int:
     """Return the FLOPs of decoding one image of height × width pixels, counted on a network without weights."""
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        patch = 2 if isinstance(p, AutoEncoder2Params) else 1  # latent pixels along a side of what is decoded
-        size = [n // (p.factor * patch) for n in (height, width)]
-        latents = torch.empty(1, p.z_channels * patch**2, *size, device="meta")
-        on_meta(p).decode(latents, stripe=None)
+        rows, cols = (n // family.pixels_per_token(p) for n in (height, width))
+        tokens = torch.empty(1, rows * cols, family.channels(p), device="meta")
+        on_meta(p).decode(family.unpack(tokens, rows, cols), stripe=None)
     return counter.get_total_flops()
 
 
-def matmul_speed(p: FluxParams, tokens: int, dtype: torch.dtype, device: torch.device, threads: int) -> float:
+def matmul_speed(p: TransformerSizes, tokens: int, dtype: torch.dtype, device: torch.device, threads: int) -> float:
     """Return the FLOP/s of a matrix product of the model's sizes, measured for 0.1 s."""
     limit = 4096 if device.type == "cuda" else 1024
     rows, width, out = (min(n, limit) for n in (tokens, p.hidden_size, int(p.hidden_size * p.mlp_ratio)))

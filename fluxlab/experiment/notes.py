@@ -19,7 +19,7 @@ def notes(experiment: Experiment, pipe: Pipeline, settings: Settings, most: int 
     those computed at another size (`resample`).
     """
     rows, cols = pipe.grid(settings.height, settings.width)
-    prompts = [experiment.prompts[0]] if pipe.text.has_tokenizer else None
+    prompts = [experiment.prompts[0]] if pipe.text.tokenizer is not None else None
     context = pipe.context(
         prompts,
         settings.max_sequence_length,

@@ -20,6 +20,7 @@ from fluxlab.experiment.outlook import Outlook, outlook
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import find_store
 from fluxlab.experiment.work import unused_images
+from fluxlab.families import family_of
 from fluxlab.loading import pipeline_without_weights, schedule_of, streamed_sizes
 from fluxlab.memory import Memory, ModelSizes, Room, make_plan
 from fluxlab.memory.costs import decode_bytes
@@ -105,7 +106,7 @@ def _model_lines(row: ModelRow, parts: dict[str, Stored], s: Settings) -> list[s
     listed = (
         files("transformer", "transformer"),
         files("autoencoder", "autoencoder"),
-        files("text encoders" if len(texts) > 1 else "language model", *texts),
+        files(family_of(parts["transformer"].params).text_files().TITLE, *texts),
     )
     path = f"{row.name}: {row.path}" if row.name != row.path else row.path
     return [
@@ -169,7 +170,7 @@ def _time_line(s: Settings, pipe: Pipeline, parts: dict[str, Stored], seen: Outl
         return "time       nothing to do"
     speed = EFFICIENCY * matmul_speed(p, tokens * seen.left_together, pipe.dtype, pipe.device, s.threads)
     forward = forward_flops(p, s.max_sequence_length, tokens - s.max_sequence_length)
-    decoding = seen.images * decode_flops(pipe.autoencoder.params, s.height, s.width)
+    decoding = seen.images * decode_flops(pipe.family, pipe.autoencoder.params, s.height, s.width)
     sampling = (seen.rows + seen.picking) * evaluations(s) * forward + decoding
     prompts = len(seen.prompts) + evaluations(s) - 1
     reader = list(parts.values())[-1]  # T5, or the language model
@@ -204,9 +205,9 @@ def _planned_line(
     seen: Outlook,
     streams: bool,
 ) -> str:
-    """Return where a model of FLUX.1 is kept, and what that takes. Word maps need the tokenizer."""
+    """Return where a model is kept, and what that takes. Word maps need the tokenizer."""
     prompts, probes = [cell.prompt for cell in seen.group], 0
-    if experiment.captures and prompts and pipe.text.t5_tokenizer:
+    if experiment.captures and prompts and pipe.text.tokenizer:
         rows, cols = pipe.grid(s.height, s.width)
         context = pipe.context(prompts, s.max_sequence_length, (rows, cols), pipe.schedule.times(s.steps, rows * cols))
         probes = placement.probe_bytes(Probe(experiment.capture), context, len(prompts), pipe.device)
@@ -221,7 +222,7 @@ def _planned_line(
 
 def _attention_lines(experiment: Experiment, s: Settings, pipe: Pipeline, seen: Outlook) -> list[str]:
     """Return what a capture takes of disk and memory; no line without a capture. Words need the tokenizer."""
-    capture, tokenizer = experiment.capture, pipe.text.has_tokenizer
+    capture, tokenizer = experiment.capture, pipe.text.tokenizer is not None
     known = replace(capture, requests=tuple(r for r in capture.requests if tokenizer or not names_words(r.arguments)))
     later = [request.name for request in capture.requests if request not in known.requests]
     lines = [f"{', '.join(later)}: unknown until the tokenizer is downloaded"] if later else []

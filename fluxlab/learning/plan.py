@@ -31,7 +31,7 @@ def needed(pipe: "Pipeline", settings: Sampling, batch: int, objective: str) -> 
     if objective != "sharpness":
         return found
     params, dtype = pipe.autoencoder.params, next(pipe.autoencoder.parameters()).dtype
-    return found.with_decoder(decoder_bytes(params, batch, rows, cols, dtype))
+    return found.with_decoder(decoder_bytes(pipe.family, params, batch, rows, cols, dtype))
 
 
 def keeps_all(pipe: "Pipeline", settings: Sampling, batch: int, objective: str, memory_gb: float | None) -> bool:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fluxlab.checkpoints.networks import architecture_of
-from fluxlab.families import family_of
+from fluxlab.families import Family, architecture_of
 from fluxlab.memory.costs import activation_bytes, gb, one_block
-from fluxlab.model import AutoEncoder2Params, AutoEncoderParams, Flux2Params, FluxParams
+from fluxlab.model.protocols import AutoEncoderSizes, TransformerSizes
 from fluxlab.model.rope import Rotary
 from fluxlab.model.sites import Site
 
@@ -57,7 +56,7 @@ class GradientMemory:
 
 
 def gradient_memory(
-    p: FluxParams | Flux2Params,
+    p: TransformerSizes,
     batch: int,
     text: int,
     image: int,
@@ -86,10 +85,10 @@ def gradient_memory(
 
 
 @lru_cache
-def saved_bytes(
-    p: FluxParams | Flux2Params, batch: int, text: int, image: int, dtype: torch.dtype, double: bool
-) -> int:
+def saved_bytes(p: TransformerSizes, batch: int, text: int, image: int, dtype: torch.dtype, double: bool) -> int:
     """Return the bytes that autograd keeps of one block, its inputs and weights left out, with fused attention."""
+    if not (p.depth if double else p.depth_single_blocks):
+        return 0
     found: dict[int, int] = {}
     with FakeTensorMode(), torch.enable_grad():
         model = architecture_of(p).build(one_block(p, double))
@@ -117,14 +116,12 @@ def saved_bytes(
 
 
 @lru_cache
-def decoder_bytes(
-    p: AutoEncoderParams | AutoEncoder2Params, batch: int, rows: int, cols: int, dtype: torch.dtype
-) -> int:
+def decoder_bytes(family: Family, p: AutoEncoderSizes, batch: int, rows: int, cols: int, dtype: torch.dtype) -> int:
     """Return the bytes that autograd keeps of decoding `rows` × `cols` tokens, weights left out."""
     found: dict[int, int] = {}
     with FakeTensorMode(), torch.enable_grad():
         model = architecture_of(p).build(p).requires_grad_(False)
-        tokens = torch.empty(batch, rows * cols, 4 * p.z_channels).requires_grad_()
+        tokens = torch.empty(batch, rows * cols, family.channels(p)).requires_grad_()
         held, outside = [], {_id(w) for w in (*model.parameters(), *model.buffers())}
 
         def pack(x: Tensor) -> Tensor:
@@ -134,7 +131,7 @@ def decoder_bytes(
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model.decode(family_of(p).unpack(tokens, rows, cols), stripe=None)
+            model.decode(family.unpack(tokens, rows, cols), stripe=None)
     return sum(found.values()) * dtype.itemsize // 4
 
 

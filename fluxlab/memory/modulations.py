@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fluxlab.memory.costs import modulation_width
 from fluxlab.memory.plan import KEPT
-from fluxlab.model import Flux, Flux2
 from fluxlab.model.layers import Modulations
 from fluxlab.model.linear import linear, uses_onednn
+from fluxlab.model.protocols import Transformer
 
 Weights = Callable[[], Iterator[tuple[Tensor, Tensor | None]]]
 """Returns weight and bias of every modulation on the device, one by one, in the order of `modulation_layers`."""
@@ -38,7 +38,7 @@ class Conditions:
 
 
 @torch.no_grad()
-def tables(flux: Flux | Flux2, vectors: Sequence[Tensor], weights: Weights) -> list[Tensor]:
+def tables(flux: Transformer, vectors: Sequence[Tensor], weights: Weights) -> list[Tensor]:
     """Return all modulations `(B, W)` of each conditioning vector `(B, D)`.
 
     Each layer's weights are needed once. The result has the bits of a forward with that vector. Where a row of a
@@ -63,7 +63,7 @@ class KnownModulations:
     They are kept on the host. A batch's own are on the device while it is sampled.
     """
 
-    def __init__(self, flux: Flux | Flux2, weights: Weights):
+    def __init__(self, flux: Transformer, weights: Weights):
         self._flux, self._weights = flux, weights
         self._coming: dict[Hashable, Callable[[], Conditions]] = {}
         self._tables: dict[Hashable, dict[Hashable, Tensor]] = {}

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 import torch
 
 from fluxlab.errors import UserError
+from fluxlab.families import family_of
 from fluxlab.memory import costs
-from fluxlab.memory.costs import Decoder, Params, gb
+from fluxlab.memory.costs import gb
 from fluxlab.memory.request import Memory
 from fluxlab.memory.scatter import most
+from fluxlab.model.protocols import AutoEncoderSizes, TransformerSizes
 
 SPARE = 10**9
 """Bytes of a GPU that stay free if no limit is given: for its kernels' workspaces and other programs."""
@@ -42,8 +44,8 @@ class ModelSizes:
         included.
     """
 
-    transformer: Params
-    autoencoder: Decoder
+    transformer: TransformerSizes
+    autoencoder: AutoEncoderSizes
     dtype: torch.dtype
     stored: torch.dtype
     autoencoder_dtype: torch.dtype
@@ -183,8 +185,8 @@ def make_plan(sizes: ModelSizes, work: Workload, memory: Memory, room: Room, str
 
 def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
     p, size = sizes.transformer, sizes.dtype.itemsize
-    latents = sizes.autoencoder.factor * 2
-    tokens = (work.height // latents) * (work.width // latents) + work.references + work.text
+    side = family_of(p).pixels_per_token(sizes.autoencoder)
+    tokens = (work.height // side) * (work.width // side) + work.references + work.text
     decoder = sizes.autoencoder_dtype.itemsize
     return {
         "text": sizes.text_bytes,

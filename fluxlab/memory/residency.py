@@ -18,7 +18,7 @@ from fluxlab.memory.plan import CPU_DEPTH, CPU_SLOTS, PINNED, SLOTS, Plan
 from fluxlab.memory.ring import Engine, Reader, Ring, engine_for
 from fluxlab.memory.source import Unit, WeightSource
 from fluxlab.memory.turns import Turns
-from fluxlab.model import Flux, Flux2
+from fluxlab.model.protocols import Transformer
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Residency:
 
     def __init__(
         self,
-        flux: Flux | Flux2,
+        flux: Transformer,
         source: WeightSource,
         device: torch.device,
         engine: Engine | None = None,

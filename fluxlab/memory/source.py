@@ -16,7 +16,7 @@ from fluxlab.checkpoints.keys import Recipe
 from fluxlab.checkpoints.networks import OpenNetwork
 from fluxlab.checkpoints.read import OpenWeights
 from fluxlab.memory.costs import aligned, is_modulation
-from fluxlab.model import Flux2Params, FluxParams
+from fluxlab.model.protocols import TransformerSizes
 
 CHUNK = 32 << 20
 """Bytes of one read. Several threads read the chunks of a block."""
@@ -93,7 +93,7 @@ class WeightSource:
     """The units of a transformer in its open files.
 
     Blocks are numbered from 0, double blocks first. The units from `modulations` on have the modulations: those of each
-    block, or in FLUX.2 each layer that blocks share, and those of the final layer.
+    block, or each layer that blocks share, and those of the final layer.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class WeightSource:
         net: OpenNetwork,
         recipe: Recipe,
         shapes: Mapping[str, tuple[int, ...]],
-        params: FluxParams | Flux2Params,
+        params: TransformerSizes,
     ):
         self.path, self.params = net.path, params
         self._files: dict[Path, int] = {}

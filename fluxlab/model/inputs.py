@@ -1,7 +1,6 @@
 """What a transformer is given per block: rotary tables, masks, taps and sites, checked against its sizes."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,19 +9,9 @@ from fluxlab.errors import UserError
 from fluxlab.model.attention import additive_mask
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.layers import BlockTables
+from fluxlab.model.protocols import TransformerSizes
 from fluxlab.model.rope import Rotary, check_ids, rotary_table
 from fluxlab.model.varied import Varied, plain_keys
-
-
-class TransformerSizes(Protocol):
-    """The sizes that the transformers of all families have."""
-
-    hidden_size: int
-    num_heads: int
-    depth: int
-    depth_single_blocks: int
-    axes_dim: tuple[int, ...]
-    theta: float
 
 
 def check_sizes(p: TransformerSizes, *names: str) -> None:

@@ -124,9 +124,13 @@ class TextEncoders:
         return 0
 
     @property
-    def has_tokenizer(self) -> bool:
-        """Whether prompts can be split into tokens: not for a plan of a model that is still to be fetched."""
-        return self.t5_tokenizer is not None
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """T5's: its tokens are what the transformer reads. None in a plan of a model that is still to be fetched."""
+        return self.t5_tokenizer
+
+    def load(self) -> tuple["CLIPTextModel", "T5EncoderModel"]:
+        """Return both encoders, which some kinds load when they are needed."""
+        return self.clip, self.t5
 
     @property
     def widths(self) -> dict[str, int]:

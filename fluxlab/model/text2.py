@@ -59,10 +59,9 @@ class LanguageModelText:
         """The words that it knows, sorted, if its tokenizer has one token per word; else None: it reads any word."""
         return word_list(self.tokenizer)
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether prompts can be split into tokens: not for a plan of a model that is still to be fetched."""
-        return self.tokenizer is not None
+    def load(self) -> "PreTrainedModel":
+        """Return the language model, which some kinds load when it is needed."""
+        return self.encoder
 
     @property
     def width(self) -> int:

@@ -85,7 +85,7 @@ def sequence(
         )
     if not 1 < theta < math.inf:
         raise UserError(f"theta: {theta!r}, expected a finite number above 1")
-    ids = [family.text_ids(text), *(family.image_ids(*size, n) for n, size in enumerate((grid, *references)))]
+    ids = family.ids(text, [grid, *references])
     if isinstance(prompt, str):
         spans = split_words(prompt)[:text]
         prompt = Prompt(prompt, tuple(spans))

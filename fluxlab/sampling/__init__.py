@@ -5,19 +5,17 @@ from fluxlab.sampling.finite import FiniteCheck, finite_samples, sample_names
 from fluxlab.sampling.invert import invert
 from fluxlab.sampling.latents import image_ids, pack, text_ids, unpack
 from fluxlab.sampling.noise import noise
-from fluxlab.sampling.schedule import FLUX2_SCHEDULE, FLUX_SCHEDULE, Schedule, Schedule2, read_schedule, schedule
+from fluxlab.sampling.schedule import FLUX_SCHEDULE, Schedule, read_schedule, schedule
 from fluxlab.sampling.shared import Rows, own_rows, shared_rows
 from fluxlab.settings import Sampling
 
 __all__ = [
-    "FLUX2_SCHEDULE",
     "FLUX_SCHEDULE",
     "FiniteCheck",
     "OnStep",
     "Rows",
     "Sampling",
     "Schedule",
-    "Schedule2",
     "Velocity",
     "euler",
     "finite_samples",

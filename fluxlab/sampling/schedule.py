@@ -57,30 +57,18 @@ class Schedule:
         slope = (self.max_shift - self.base_shift) / (self.max_image_seq_len - self.base_image_seq_len)
         return self.base_shift + slope * (image_seq_len - self.base_image_seq_len)
 
+    def describe(self) -> str:
+        """Return how times are spread, in a few words."""
+        if self.use_dynamic_shifting:
+            return f"times shifted by image size (mu {self.base_shift:g} to {self.max_shift:g})"
+        return "even times" if self.shift == 1 else f"times shifted by {self.shift:g} (mu {math.log(self.shift):.3g})"
+
     def config(self) -> dict:
         """Return the content of a `scheduler_config.json` for Diffusers."""
         return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **asdict(self)}
 
 
 FLUX_SCHEDULE = Schedule(shift=3.0)  # FLUX.1 dev's file has this constant shift, unused with dynamic shifting
-
-
-@dataclass(frozen=True)
-class Schedule2(Schedule):
-    """FLUX.2's schedule: with `use_dynamic_shifting`, μ follows a fit in image tokens and steps, not the shifts."""
-
-    def mu(self, num_steps: int, image_seq_len: int) -> float:
-        """Return μ: linear in tokens at 10 and at 200 steps, and linear in steps between. Above 4300 tokens that of 200
-        steps holds for all.
-        """
-        at_200 = 0.00016927 * image_seq_len + 0.45666666
-        if image_seq_len > 4300:
-            return at_200
-        at_10 = 8.73809524e-05 * image_seq_len + 1.89833333
-        return at_200 + (at_200 - at_10) / 190 * (num_steps - 200)
-
-
-FLUX2_SCHEDULE = Schedule2(shift=3.0)
 
 
 def schedule(

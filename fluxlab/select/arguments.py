@@ -10,23 +10,19 @@ from numbers import Integral, Real
 from typing import Any
 
 from fluxlab.errors import UserError, join, unknown_key, wrong
+from fluxlab.families import FAMILIES, ROLES
 
 ArgumentType = Callable[[Any, str], Any]
 """May have the attribute `words`: all values that it accepts; or `suggestions`: words that it accepts, among others."""
 
 AXES = ("index", "row", "col")
-"""FLUX.1's names of the id axes, in their order. Programs are written down with these names."""
+"""The id axes that every family has, in their order. Programs are written down with these names."""
 
 ORDER = "order"
-"""The fourth axis, which FLUX.2 has: the order of the text."""
+"""The fourth axis, which some families have: the order of the text."""
 
 EVERY_AXIS = (*AXES, ORDER)
 
-_SPELLINGS = {
-    **{name: name for name in EVERY_AXIS},
-    **dict(zip(("t", "h", "w", "l"), EVERY_AXIS, strict=True)),  # FLUX.2's names
-    "kind": "index",  # roles, which are the same for every model
-}
 PLANE = "plane"
 """The role of the two spatial axes."""
 
@@ -37,6 +33,12 @@ LARGEST = float.fromhex("0x1.fffffep127")
 
 LARGEST_INTEGER = 2**63 - 1
 """The largest whole number that torch takes, as an index or a seed."""
+
+
+def spellings() -> dict[str, str]:
+    """Return the axis, one of `EVERY_AXIS`, that each name means: names of the families, and roles."""
+    own = {name: axis for f in FAMILIES.values() for name, axis in zip(f.axes, EVERY_AXIS, strict=False)}
+    return dict(zip(EVERY_AXIS, EVERY_AXIS, strict=True)) | own | dict(zip(ROLES, EVERY_AXIS, strict=True))
 
 
 def number(value: Any, path: str, accepted: str = "a number") -> float:
@@ -144,10 +146,11 @@ def axis(value: Any, path: str) -> str:
     """index, row, col, order, FLUX.2's t, h, w, l, or 0 … 3"""
     if isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < len(EVERY_AXIS):
         return EVERY_AXIS[value]
-    if not isinstance(value, str) or value not in _SPELLINGS:
-        accepted = f"an axis: {', '.join(AXES)}, order, t, h, w, l or 0 … {len(EVERY_AXIS) - 1}"
-        raise wrong(path, value, accepted, tuple(_SPELLINGS))
-    return _SPELLINGS[value]
+    known = spellings()
+    if not isinstance(value, str) or value not in known:
+        names = [name for name in known if name not in ROLES or name in EVERY_AXIS]
+        raise wrong(path, value, f"an axis: {', '.join(names)} or 0 … {len(EVERY_AXIS) - 1}", tuple(known))
+    return known[value]
 
 
 axis.words = EVERY_AXIS
@@ -160,7 +163,8 @@ def named_axes(value: Any, path: str) -> list[str]:
 
 def axis_mask(names: Collection[str], count: int) -> list[bool]:
     """Return for each of a model's `count` axes whether it is named. Raises UserError for one that it lacks."""
-    known = {_SPELLINGS[name] for name in names}
+    spelled = spellings()
+    known = {spelled[name] for name in names}
     if ORDER in known and count < len(EVERY_AXIS):
         raise UserError(f"axis order (l): this model has {', '.join(AXES)}, and no axis for the order of text")
     return [name in known for name in EVERY_AXIS[:count]]
@@ -186,8 +190,9 @@ def per_axis(value: Any, path: str) -> list[float | None]:
         if not value:
             raise wrong(path, dict(value), accepted)
         given: dict[str, float] = {}
+        known = spellings()
         for key in value:
-            if key not in _SPELLINGS and key != PLANE:
+            if key not in known and key != PLANE:
                 raise unknown_key(path, key, value[key], (*AXES, ORDER, PLANE), "axis")
             for name in named_axes(key, path):
                 if name in given:
@@ -206,8 +211,8 @@ def per_axis(value: Any, path: str) -> list[float | None]:
     same = len(set(first)) == 1
     if order is not None:
         return first if same and first[0] == order else numbers
-    flux1 = isinstance(value, Mapping) and set(value) <= set(AXES)
-    return first if flux1 or not same or first[0] is None else numbers
+    plain_axes = isinstance(value, Mapping) and set(value) <= set(AXES)
+    return first if plain_axes or not same or first[0] is None else numbers
 
 
 def across(numbers: Sequence[float | None], count: int) -> list[float | None]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fluxlab import scenes
-from fluxlab.model import AutoEncoder, AutoEncoder2, AutoEncoder2Params
+from fluxlab.model import AutoEncoder
 from fluxlab.training.seeds import numpy_rng
 
 
@@ -67,26 +67,6 @@ def batch_of(seed: int, step: int, count: int, crop: int | None, small_d: bool) 
     size = (64, 64) if crop or rng.random() < 0.75 else scenes.SIZES[int(rng.integers(len(scenes.SIZES)))]
     images, _ = scenes.batch(rng, count, size, small_d=small_d)
     return to_pixels(busiest_crops(images, crop, rng) if crop else images)
-
-
-def as_flux2(model: AutoEncoder) -> AutoEncoder2:
-    """Return the same autoencoder in FLUX.2's form: its latents, packed, are those of FLUX.1's form.
-
-    FLUX.2's additional convolutions are the identity, and the statistics of all channels are the shift and the scale.
-    """
-    if isinstance(model, AutoEncoder2):
-        return model
-    p = model.params
-    params = AutoEncoder2Params(p.resolution, p.in_channels, p.ch, p.out_ch, p.ch_mult, p.num_res_blocks, p.z_channels)
-    made = AutoEncoder2(params).to(next(model.parameters()).device)
-    made.load_state_dict(model.state_dict(), strict=False)
-    with torch.no_grad():
-        for layer in (made.encoder.quant_conv, made.decoder.post_quant_conv):
-            layer.weight.copy_(torch.eye(len(layer.weight))[..., None, None])
-            layer.bias.zero_()
-        made.bn.running_mean.fill_(p.shift_factor)
-        made.bn.running_var.fill_(p.scale_factor**-2 - made.bn.eps)
-    return made.eval().requires_grad_(False)
 
 
 def normalised(model: AutoEncoder, seed: int, device: str, small_d: bool) -> AutoEncoder:

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from fluxlab.errors import UserError
+from fluxlab.families import FAMILIES
 from fluxlab.loading import load_pipeline
-from fluxlab.model import AutoEncoder, AutoEncoder2, AutoEncoderParams
+from fluxlab.model import AutoEncoder, AutoEncoderParams
 from fluxlab.pipeline import Pipeline
 from fluxlab.progress import Progress
 from fluxlab.training import autoencoder as ae
@@ -28,10 +29,7 @@ def autoencoder_of(recipe: Recipe, folder: Path, device: str, tracker: Tracker, 
         model = load_pipeline(start, torch.float32, device, cache="none").autoencoder
     else:
         model = train_autoencoder(recipe, folder, device, tracker)
-    if recipe.family == "flux2":
-        model = ae.as_flux2(model)
-    elif isinstance(model, AutoEncoder2):
-        raise UserError(f"autoencoder.start={start}: FLUX.2's autoencoder; set family=flux2 or name a FLUX.1 model")
+    model = FAMILIES[recipe.family].training().as_own_autoencoder(model, start)
     if model.params.z_channels != recipe.autoencoder.z_channels:
         raise UserError(
             f"autoencoder.z_channels={recipe.autoencoder.z_channels}: the given one has {model.params.z_channels}"

@@ -5,6 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxlab.checkpoints.params import check_class
+from fluxlab.families import FAMILIES
+
 ATTRIBUTES = ("object", "colour", "shape", "place", "sign", "word")
 _MEANINGS = {
     "object": "one thing is in the image",
@@ -60,22 +63,6 @@ What the article saw on FLUX.1 schnell:
 It knows the {words} words of `fluxlab.scenes.VOCABULARY`. It was trained at 48 to 80 pixels per side, with flat colours
 and one font. Its results describe this model. They suggest what to try on {family} and are no evidence about it.
 """
-
-_FAMILIES = {
-    "FluxTransformer2DModel": {
-        "name": "tiny",
-        "family": "FLUX.1",
-        "names": "(index, row, col)",
-        "text": "a small CLIP and T5",
-    },
-    "Flux2Transformer2DModel": {
-        "name": "tiny2",
-        "family": "FLUX.2",
-        "names": "(t, h, w, l)",
-        "text": "a small Qwen3",
-    },
-}
-"""What the card says about a family, by the class of the transformer."""
 
 
 def shown(value: Sequence[float | None] | None, name: str) -> str:
@@ -179,7 +166,7 @@ def card(results: dict, training: dict, folder: Path) -> str:
         commit=training["commit"],
         training=_stages(training),
         start=_start(training.get("start")) + _teacher(training.get("teacher")),
-        **_FAMILIES[transformer["_class_name"]],
+        **FAMILIES[check_class(transformer, "transformer", folder / "transformer")].training().CARD,
         megabytes=size / 1e6,
         curve=_table(
             ["step", *(str(step) for step, _ in training["curve"])],

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from fluxlab import batching
 from fluxlab.errors import UserError, join
-from fluxlab.model import Flux2Params, FluxParams, Rotary
+from fluxlab.model import Rotary
 from fluxlab.model.layers import BlockTables
+from fluxlab.model.protocols import TransformerSizes
 from fluxlab.model.sites import Site
 from fluxlab.positions import OPS, Context, Layout, Program, compile_interventions, compile_programs
 
@@ -42,7 +43,7 @@ class Convention:
 
 
 def convention_for(
-    program: Program, params: FluxParams | Flux2Params, length: int, grid: tuple[int, int], device: str | torch.device
+    program: Program, params: TransformerSizes, length: int, grid: tuple[int, int], device: str | torch.device
 ) -> Convention:
     """Return what a program makes of `length` text tokens and an image of `grid` tokens (rows, columns)."""
     context = batching.context(

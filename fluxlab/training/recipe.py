@@ -143,10 +143,6 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{key}={value}: expected at least 1")
     if recipe.hidden_size % 64:
         raise UserError(f"hidden_size={recipe.hidden_size}: expected a multiple of 64, the width of a head")
-    if recipe.family not in ("flux1", "flux2"):
-        raise UserError(f"family={recipe.family}: expected flux1 or flux2")
-    if recipe.family == "flux2" and recipe.text_layers < 3:
-        raise UserError(f"text_layers={recipe.text_layers}: expected at least 3, FLUX.2 reads the states of three")
     if recipe.hints and not recipe.teacher:
         raise UserError(f"hints={recipe.hints}: the hidden states are a teacher's; set teacher=, or hints=0")
     for key in ("t5_width", "clip_width", "lm_width"):
@@ -174,3 +170,9 @@ def check(recipe: Recipe) -> None:
         )
     if 0 not in recipe.t_mean:
         raise UserError(f"t_mean={recipe.t_mean}: expected a mean for step 0, for instance {{0: 1.6}}")
+    from fluxlab.families import FAMILIES
+
+    trained = [family.name for family in FAMILIES.values() if family.training]
+    if recipe.family not in trained:
+        raise UserError(f"family={recipe.family}: expected {' or '.join(trained)}")
+    FAMILIES[recipe.family].training().check(recipe)

@@ -11,13 +11,15 @@ import torch
 
 from fluxlab import scenes
 from fluxlab.errors import UserError
+from fluxlab.families import FAMILIES
 from fluxlab.loading import load_pipeline
-from fluxlab.model import AutoEncoder, Flux2Params, FluxParams, Rotary
+from fluxlab.model import AutoEncoder, Rotary
+from fluxlab.model.protocols import Text, TransformerSizes
 from fluxlab.pipeline import Pipeline
 from fluxlab.progress import Progress
 from fluxlab.training.autoencoder_stage import autoencoder_of
 from fluxlab.training.guidance import distill
-from fluxlab.training.nets import Nets, Text, new_nets, schedule_of, table_for, text_with
+from fluxlab.training.nets import Nets, new_nets, table_for, text_with
 from fluxlab.training.pool import Pool, build_pool
 from fluxlab.training.program import Convention, convention_for, read_program
 from fluxlab.training.recipe import Recipe
@@ -135,17 +137,18 @@ def train_transformer(
         load_parameters("ema.", average, tensors)
         load_optimizers(chosen, tensors)
         start, curve = notes["step"], notes["curve"]
+    family = FAMILIES[recipe.family].training()
     pipe = Pipeline(
         average.transformer,
         model,
         text_with(text, average),
-        schedule_of(recipe),
+        family.schedule(recipe),
         recipe.sample_steps,
         None,
         recipe.max_sequence_length,
         size_of(recipe),
         recipe.name,
-        distilled=recipe.family == "flux2",
+        distilled=family.DISTILLED,
     )
     teacher = Teacher(recipe.teacher, device) if recipe.teacher else None
     if teacher and recipe.hints:
@@ -234,7 +237,7 @@ def supply(
     recipe: Recipe,
     pools: list[Pool],
     text: Text,
-    params: FluxParams | Flux2Params,
+    params: TransformerSizes,
     device: str,
     teacher: Teacher | None = None,
 ) -> tuple[Batches, dict[tuple[int, int], Rotary | Convention]]:

@@ -14,8 +14,9 @@ from torch import Tensor
 from fluxlab.errors import UserError
 from fluxlab.loading import load_pipeline
 from fluxlab.model import Rotary
+from fluxlab.model.protocols import Text
 from fluxlab.model.sites import Site
-from fluxlab.training.nets import Nets, Text, tokenizers_of, tokens_of
+from fluxlab.training.nets import Nets, tokenizers_of, tokens_of
 
 PREFIX = "teacher_"
 

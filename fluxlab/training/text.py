@@ -1,8 +1,10 @@
 """Text encoders of the embedded model: word-level tokenizers over the vocabulary of the scenes, a small CLIP and T5."""
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from fluxlab.model.text import TextEncoders
 from fluxlab.scenes import VOCABULARY
@@ -10,6 +12,7 @@ from fluxlab.scenes import VOCABULARY
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
+KIND = TextEncoders
 PAD, UNK, BOS, EOS = range(4)
 PUNCTUATION = r"""[\"'.,!?:;()“”‘’]"""
 
@@ -88,6 +91,33 @@ def _bag_of_words(clip: "CLIPTextModel") -> None:
         kind = name.split(".")[-2]
         if kind in scales and parameter.ndim == 2:
             parameter.normal_(0, scales[kind])
+
+
+def networks(text: TextEncoders) -> dict[str, nn.Module]:
+    """Return what is trained."""
+    return {"clip": text.clip, "t5": text.t5}
+
+
+def with_networks(text: TextEncoders, networks: Mapping[str, nn.Module]) -> TextEncoders:
+    """Return text encoders with the tokenizers of `text` and these networks, None for those that are left out."""
+    return TextEncoders(text.clip_tokenizer, networks.get("clip"), text.t5_tokenizer, networks.get("t5"))
+
+
+def tokens(text: TextEncoders, prompts: list[str], length: int) -> dict[str, torch.Tensor]:
+    """Return what the encoders read of some prompts, each tensor with one row per prompt."""
+    return {
+        "t5_ids": token_ids(text.t5_tokenizer, prompts, length),
+        "clip_ids": token_ids(text.clip_tokenizer, prompts, text.clip_tokenizer.model_max_length),
+    }
+
+
+def reader(text: TextEncoders) -> Callable[[nn.Module, Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]:
+    """Return a function of (networks, tokens) that returns text tokens and pooled text, as `TextEncoders.encode`."""
+    return _read
+
+
+def _read(nets: nn.Module, tokens: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return nets.t5(tokens["t5_ids"])[0], nets.clip(tokens["clip_ids"]).pooler_output
 
 
 def token_ids(tokenizer, prompts: list[str], length: int) -> torch.Tensor:

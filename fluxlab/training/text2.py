@@ -1,12 +1,16 @@
 """The text of an embedded FLUX.2: a small Qwen3, and a word-level tokenizer with a chat template."""
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Mapping
+from functools import partial
 
-from fluxlab.model.text2 import STATES, LanguageModelText
+import torch
+from torch import Tensor, nn
+
+from fluxlab.model.text2 import STATES, LanguageModelText, joined
 from fluxlab.scenes import VOCABULARY
 from fluxlab.training.text import PUNCTUATION
 
+KIND = LanguageModelText
 PAD, UNK, USER, END, ANSWER = range(5)
 MARKS = ("<pad>", "<unk>", "<|user|>", "<|end|>", "<|assistant|>")
 TEMPLATE = (
@@ -69,12 +73,33 @@ def language_model(*, length: int, width: int, layers: int) -> LanguageModelText
     return LanguageModelText(tokenizer(length), model, "qwen3")
 
 
-def token_ids(text: LanguageModelText, prompts: list[str], length: int) -> dict[str, Tensor]:
+def networks(text: LanguageModelText) -> dict[str, nn.Module]:
+    """Return what is trained."""
+    return {"lm": text.encoder}
+
+
+def with_networks(text: LanguageModelText, networks: Mapping[str, nn.Module]) -> LanguageModelText:
+    """Return a language model with the tokenizer of `text` and this network, None if it is left out."""
+    return LanguageModelText(text.tokenizer, networks.get("lm"), text.kind)
+
+
+def reader(text: LanguageModelText) -> Callable[[nn.Module, Mapping[str, Tensor]], tuple[Tensor, ...]]:
+    """Return a function of (networks, tokens) that returns text tokens, as `LanguageModelText.encode`."""
+    return partial(_read, layers=text.layers)
+
+
+def _read(nets: nn.Module, tokens: Mapping[str, Tensor], layers: tuple[int, ...]) -> tuple[Tensor, ...]:
+    read = {"input_ids": tokens["lm_ids"], "attention_mask": tokens["lm_mask"]}
+    states = nets.lm.get_decoder()(**read, output_hidden_states=True, use_cache=False).hidden_states
+    return (joined(states, layers),)
+
+
+def tokens(text: LanguageModelText, prompts: list[str], length: int) -> dict[str, Tensor]:
     """Return token ids `(B, L)`, padded and truncated as in sampling, and what each token may attend to.
 
     That are earlier tokens which are not padding, as a mask `(B, 1, L, L)`.
     """
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-    tokens = text.tokenizer([text.template(prompt) for prompt in prompts], **options)
+    read = text.tokenizer([text.template(prompt) for prompt in prompts], **options)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return {"lm_ids": tokens.input_ids, "lm_mask": causal & tokens.attention_mask.bool()[:, None, None]}
+    return {"lm_ids": read.input_ids, "lm_mask": causal & read.attention_mask.bool()[:, None, None]}

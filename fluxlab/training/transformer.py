@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fluxlab.model import Rotary
-from fluxlab.training.nets import Nets, Text, tokenizers_of, tokens_of
+from fluxlab.model.protocols import Text
+from fluxlab.training.nets import Nets, tokenizers_of, tokens_of
 from fluxlab.training.pool import Pool, captions
 from fluxlab.training.program import Convention
 from fluxlab.training.seeds import numpy_rng, torch_rng

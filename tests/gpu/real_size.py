@@ -6,11 +6,12 @@ import torch
 from torch import nn
 
 from fluxlab.checkpoints.random import tokenizers
+from fluxlab.families.flux2 import SCHEDULE as FLUX2_SCHEDULE
 from fluxlab.model import AUTOENCODERS, TRANSFORMERS, TRANSFORMERS2, AutoEncoder, AutoEncoder2, Flux, Flux2
 from fluxlab.model.text import TextEncoders
 from fluxlab.model.text2 import LanguageModelText
 from fluxlab.pipeline import Pipeline
-from fluxlab.sampling import FLUX2_SCHEDULE, Schedule
+from fluxlab.sampling import Schedule
 from tests import tiny2
 from tests.tiny import WORDS
 

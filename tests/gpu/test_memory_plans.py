@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks.fullsize import TINY, TRANSFORMER, encoders, files
-from fluxlab.conditioning import StoredEncoders, Texts
+from fluxlab.conditioning import Texts
+from fluxlab.conditioning.encoders import StoredEncoders
 from fluxlab.config import find_row
 from fluxlab.loading import load_row
 from fluxlab.memory.costs import modulation_width

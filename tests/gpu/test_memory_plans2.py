@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from benchmarks.fullsize import shapes_of
-from fluxlab.checkpoints.flux2_keys import transformer2_pieces
-from fluxlab.checkpoints.flux2_params import transformer2_config
+from fluxlab.checkpoints.flux2 import transformer_config, transformer_pieces
 from fluxlab.checkpoints.keys import their_shapes
 from fluxlab.conditioning import Texts
-from fluxlab.conditioning2 import StoredLanguageModel
+from fluxlab.conditioning.language_model import StoredLanguageModel
 from fluxlab.config import Lora, find_row
 from fluxlab.loading import load_row
 from fluxlab.memory.costs import modulation_width
@@ -35,10 +34,10 @@ def write_model(path: Path, name: str) -> Path:
     with torch.device("meta"):
         transformer, autoencoder = Flux2(params), AutoEncoder2(AUTOENCODERS["flux2"])
         encoder = language_model("mistral3" if dev else "qwen3", params.context_in_dim // 3)
-    shapes = their_shapes(transformer2_pieces(params), shapes_of(transformer))
+    shapes = their_shapes(transformer_pieces(params), shapes_of(transformer))
     for folder in ("transformer", "text_encoder"):
         (path / folder).mkdir()
-    (path / "transformer" / "config.json").write_text(json.dumps(transformer2_config(params)))
+    (path / "transformer" / "config.json").write_text(json.dumps(transformer_config(params)))
     write_shards(path / "transformer" / "diffusion_pytorch_model", shapes)
     write_sparse(path / "ae.safetensors", shapes_of(autoencoder), torch.bfloat16)
     encoder.config.save_pretrained(path / "text_encoder")

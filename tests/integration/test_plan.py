@@ -29,7 +29,7 @@ from fluxlab.model.rope import Rotary
 from fluxlab.positions import Program
 from fluxlab.probes import WORKING, Capture, load, recorder
 from fluxlab.sampling import read_schedule
-from tests import tiny
+from tests import families, tiny
 
 CPU = torch.device("cpu")
 VARIANTS = {
@@ -310,6 +310,13 @@ def test_a_capture_takes_the_memory_and_disk_of_the_run(folder, tmp_path, monkey
     assert line_of(again, "folder").endswith("(holds 14 of 14 images)")
     assert "5 of up to 3 images" in line_of(again, "batches")
     assert "4 of them to do" in line_of(again, "batches")
+
+
+def test_a_capture_is_planned_for_a_language_model(tmp_path):
+    requested = experiment(families.folder("flux2"), capture=Capture.from_config({"where": {"kind": "words"}}))
+    printed = plan(requested, tmp_path / "run")
+    assert line_of(printed, "attention").startswith("attention  where ")
+    assert ", language model " in line_of(printed, "files")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from PIL import Image
 
 import fluxlab
 from fluxlab import batching, run
+from fluxlab.families import FAMILIES
 from tests import tiny
 
 PROMPT = "A cat holding a sign that says hello world"
@@ -78,7 +79,7 @@ def test_the_noise_is_equal_to_the_bit(folder, dtype):
     generator = torch.Generator("cpu").manual_seed(0)
     channels = pipe.transformer.config.in_channels // 4
     theirs, _ = pipe.prepare_latents(1, channels, SIDE, SIDE, dtype, torch.device("cpu"), generator)
-    ours = batching.start([0], None, 1, 4 * channels, (SIDE // 4, SIDE // 4), dtype)
+    ours = batching.start([0], None, 1, 4 * channels, (SIDE // 4, SIDE // 4), dtype, FAMILIES["flux1"])
     assert theirs.dtype == dtype
     assert torch.equal(ours, theirs.float())
 

@@ -148,7 +148,8 @@ def test_transformer_round_trip_is_bit_equal(tmp_path, name, dtype):
 
 @pytest.mark.parametrize("guidance", [True, False])
 def test_the_published_transformers_have_these_names_and_shapes(guidance):
-    from fluxlab.checkpoints.keys import their_shapes, to_ours, to_theirs, transformer_pieces
+    from fluxlab.checkpoints.flux1 import transformer_pieces
+    from fluxlab.checkpoints.keys import their_shapes, to_ours, to_theirs
     from fluxlab.model import TRANSFORMERS as PUBLISHED
 
     params = PUBLISHED["dev" if guidance else "schnell"]
@@ -163,8 +164,8 @@ def test_the_published_transformers_have_these_names_and_shapes(guidance):
 
 
 def test_the_published_autoencoder_has_these_names_and_shapes():
-    from fluxlab.checkpoints.keys import autoencoder_pieces, their_shapes
-    from fluxlab.checkpoints.params import autoencoder_config
+    from fluxlab.checkpoints.flux1 import autoencoder_config, autoencoder_pieces
+    from fluxlab.checkpoints.keys import their_shapes
     from fluxlab.model import AUTOENCODERS as PUBLISHED
 
     with torch.device("meta"):
@@ -276,9 +277,9 @@ def test_unusual_sizes_are_told_by_shapes_alone(tmp_path, changes):
 
 
 def test_the_ratio_gives_back_the_width():
-    from fluxlab.checkpoints.shapes import _ratio
+    from fluxlab.checkpoints.shapes import ratio
 
-    assert all(int(d * _ratio(mlp, d)) == mlp for d in (96, 192, 3072) for mlp in range(1, 15000))
+    assert all(int(d * ratio(mlp, d)) == mlp for d in (96, 192, 3072) for mlp in range(1, 15000))
 
 
 def test_metadata_wins_over_shapes(tmp_path):

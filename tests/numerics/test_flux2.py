@@ -164,17 +164,14 @@ def test_published_sizes(name):
     """Every name and shape of Diffusers' class, and the number of parameters."""
     from diffusers import Flux2Transformer2DModel
 
-    from fluxlab.checkpoints.flux2_keys import transformer2_pieces
-    from fluxlab.checkpoints.flux2_params import transformer2_config
+    from fluxlab.checkpoints.flux2 import transformer_config, transformer_pieces
     from fluxlab.checkpoints.keys import their_shapes
 
     p = TRANSFORMERS2[name]
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in Flux2(p).state_dict().items()}
-        theirs = Flux2Transformer2DModel.from_config(transformer2_config(p)).state_dict()
-    assert their_shapes(transformer2_pieces(p), shapes) == {
-        name: tuple(weight.shape) for name, weight in theirs.items()
-    }
+        theirs = Flux2Transformer2DModel.from_config(transformer_config(p)).state_dict()
+    assert their_shapes(transformer_pieces(p), shapes) == {name: tuple(weight.shape) for name, weight in theirs.items()}
     assert sum(torch.Size(shape).numel() for shape in shapes.values()) == PUBLISHED[name]
 
 
@@ -248,17 +245,16 @@ def test_sizes_of_an_autoencoder_from_shapes(autoencoder, tmp_path):
 def test_the_published_autoencoder():
     import diffusers
 
-    from fluxlab.checkpoints.flux2_keys import autoencoder2_pieces
-    from fluxlab.checkpoints.flux2_params import autoencoder2_config
+    from fluxlab.checkpoints.flux2 import autoencoder_config, autoencoder_pieces
     from fluxlab.checkpoints.keys import their_shapes
 
     p = AUTOENCODERS["flux2"]
     with torch.device("meta"):
         shapes = {name: tuple(weight.shape) for name, weight in AutoEncoder2(p).state_dict().items()}
-        theirs = diffusers.AutoencoderKLFlux2.from_config(autoencoder2_config(p)).state_dict()
+        theirs = diffusers.AutoencoderKLFlux2.from_config(autoencoder_config(p)).state_dict()
         default = diffusers.AutoencoderKLFlux2().state_dict()
     expected = {name: tuple(weight.shape) for name, weight in theirs.items()}
-    assert their_shapes(autoencoder2_pieces(p), shapes) == expected
+    assert their_shapes(autoencoder_pieces(p), shapes) == expected
     assert expected == {name: tuple(weight.shape) for name, weight in default.items()}
 
 

@@ -9,8 +9,8 @@ import torch
 
 import fluxlab
 from fluxlab.errors import UserError
-from fluxlab.families import FLUX2
-from fluxlab.sampling import FLUX2_SCHEDULE, Schedule2
+from fluxlab.families.flux2 import FAMILY as FLUX2
+from fluxlab.families.flux2 import SCHEDULE, Schedule2
 from tests import tiny2
 
 LENGTHS = {"klein": 56, "base": 56, "dev": 256}
@@ -161,7 +161,7 @@ def test_schedule(steps, tokens):
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=compute_empirical_mu(tokens, steps))
-    assert torch.tensor(FLUX2_SCHEDULE.times(steps, tokens)) == pytest.approx(scheduler.sigmas, abs=1e-6)
+    assert torch.tensor(SCHEDULE.times(steps, tokens)) == pytest.approx(scheduler.sigmas, abs=1e-6)
 
 
 def test_words_are_found_in_the_chat_template(ours, which):
@@ -202,9 +202,10 @@ def test_the_text_encoder_is_not_opened_for_a_known_prompt(folder, which, tmp_pa
 
 def test_ids():
     """(t, h, w, l), written out."""
-    assert FLUX2.text_ids(3).tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
-    assert FLUX2.image_ids(2, 2, 0).tolist() == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]]
-    assert FLUX2.image_ids(1, 2, 3).tolist() == [[30, 0, 0, 0], [30, 0, 1, 0]]
+    text, image, *references = FLUX2.ids(3, [(2, 2), (1, 1), (1, 1), (1, 2)])
+    assert text.tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
+    assert image.tolist() == [[0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 1, 1, 0]]
+    assert references[2].tolist() == [[30, 0, 0, 0], [30, 0, 1, 0]]
 
 
 def test_settings_of_a_folder(ours, which):

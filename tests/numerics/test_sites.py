@@ -46,7 +46,7 @@ def inputs(ours):
 def ids_of(ours):
     """Ids of text and image, without a batch axis."""
     family = family_of(ours.params)
-    return family.text_ids(TEXT).double(), family.image_ids(*GRID, 0).double()
+    return tuple(part.double() for part in family.ids(TEXT, [GRID]))
 
 
 def table(ours):

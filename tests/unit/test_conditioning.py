@@ -8,9 +8,10 @@ import torch
 
 import fluxlab
 from fluxlab import cache as caching
-from fluxlab import conditioning, loading
+from fluxlab import loading
 from fluxlab.checkpoints.random import write_random
 from fluxlab.conditioning import Texts
+from fluxlab.conditioning import encoders as conditioning
 from fluxlab.config import ModelRow
 from fluxlab.errors import UserError
 from fluxlab.model.t5_blocks import blockwise_states
@@ -295,12 +296,12 @@ def test_single_files_and_their_other_encoder(folder, tmp_path, cache, opened):
 
 def test_a_language_model_goes_layer_by_layer_where_it_does_not_fit(monkeypatch):
     """FLUX.2's. Equal bits; each layer is checked and let go by itself; who asks for the model gets all of it."""
-    from fluxlab import conditioning2
+    from fluxlab.conditioning import language_model
     from fluxlab.model.layerwise import layer_by_layer
 
     pipe, layered = families.load("flux2"), families.load("flux2")
     calls, used = [], []
-    monkeypatch.setattr(conditioning2, "layer_by_layer", lambda *given: calls.append(1) or layer_by_layer(*given))
+    monkeypatch.setattr(language_model, "layer_by_layer", lambda *given: calls.append(1) or layer_by_layer(*given))
     (size,) = layered.text.size().values()
     layered.text.after_block = used.append
     layered.text.room = size

@@ -55,7 +55,7 @@ def inputs(batch: int = 1, dtype=torch.float32, seed: int = 0) -> dict:
 
 def context(dtype=torch.float32, p=PARAMS, **more) -> Context:
     family = family_of(p)
-    ids = torch.cat((family.text_ids(TEXT), family.image_ids(*GRID, 0)))[None].to(dtype)
+    ids = torch.cat(family.ids(TEXT, [GRID]))[None].to(dtype)
     sizes = (p.axes_dim, p.theta, p.depth, p.depth_single_blocks, p.num_heads)
     return Context(ids, Layout(TEXT, GRID), *sizes, **{"sigmas": (1.0, 0.6, 0.2, 0.0), "prompts": [WORDS], **more})
 
@@ -295,7 +295,7 @@ SMALL = [
 def test_gradcheck(small):
     """Gradients flow through program, table and model."""
     flux, layout, family = of_size(small).double(), Layout(2, (2, 2)), family_of(small)
-    ids = torch.cat((family.text_ids(2), family.image_ids(2, 2, 0)))[None].double()
+    ids = torch.cat(family.ids(2, [(2, 2)]))[None].double()
     ids = ids + 0.1 * torch.rand_like(ids)
     img, txt, y = torch.randn(1, 4, 4).double(), torch.randn(1, 2, 3).double(), torch.randn(1, 3).double()
     edits = {

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from fluxlab.errors import UserError
-from fluxlab.families import FLUX1, FLUX2
+from fluxlab.families.flux1 import FAMILY as FLUX1
+from fluxlab.families.flux2 import FAMILY as FLUX2
 from fluxlab.model import AutoEncoder, AutoEncoder2, AutoEncoderParams
 from fluxlab.scenes import VOCABULARY, sample_scene
 from fluxlab.training import text2
-from fluxlab.training.autoencoder import as_flux2
+from fluxlab.training.flux2 import as_own_autoencoder as as_flux2
 from fluxlab.training.nets import Nets, new_nets, table_for, text_with, tokenizers_of, tokens_of
 from fluxlab.training.pool import Pool
 from fluxlab.training.recipe import AutoencoderRecipe, Recipe, check

@@ -1,8 +1,9 @@
-"""FLUX.2's language model, opened only for prompts that are not known: what `conditioning` is for FLUX.1."""
+"""FLUX.2's language model, opened only for prompts that are not known."""
 
 import gc
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 
 from fluxlab.cache import Cache, read_tensors, write_tensors
 from fluxlab.checkpoints.casting import check_finite, dtype_for
+from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.finding import resolve
 from fluxlab.checkpoints.identity import language_model_fingerprint
 from fluxlab.checkpoints.manifest import verify_manifest
-from fluxlab.checkpoints.memory import free_memory
+from fluxlab.checkpoints.stored import Stored, local
 from fluxlab.checkpoints.text2 import load_language_model, load_language_tokenizer, open_language_model
-from fluxlab.conditioning import ROOM, Texts, computed_by
+from fluxlab.conditioning.silent import SilentEncoder
+from fluxlab.conditioning.texts import Texts, computed_by, fits
+from fluxlab.config import ModelRow
+from fluxlab.model import Flux2Params
 from fluxlab.model.layerwise import Use, layer_by_layer
 from fluxlab.model.text2 import KINDS, LanguageModelText
 
@@ -151,19 +156,12 @@ class StoredLanguageModel(LanguageModelText):
     def _load(self, whole: bool = False) -> "PreTrainedModel":
         if self._model is None:
             verify_manifest(self.root, of_text=True)
-            self._layerwise = not whole and not self._fits()
+            self._layerwise = not whole and not fits(sum(self.size().values()), self.room, self.device)
             self._unread = self._layerwise and self.device.type == "cpu"
             device = torch.device("cpu") if self._layerwise else self.device
             options = {"variant": self._given[0], "check": not self._unread}
             self._model = load_language_model(self._opened, self._dtype, device, **options)
         return self._model
-
-    def _fits(self) -> bool:
-        free = self.room
-        if free is None and self.device.type != "cpu":
-            free = free_memory(self.device)
-            free = None if free is None else int(ROOM * free)
-        return free is None or sum(self.size().values()) <= free
 
     def _key(self, prompt: str, length: int) -> str:
         parts = {
@@ -181,7 +179,7 @@ class StoredLanguageModel(LanguageModelText):
         return language_model_fingerprint(self.root, *self._given, self.cache)
 
 
-def language_model_of(
+def open_text(
     path: "str | PathLike[str]",
     dtype: torch.dtype | None,
     device: torch.device,
@@ -192,3 +190,27 @@ def language_model_of(
     """Return the language model at a folder or hub id. Raises `CheckpointError` if it is missing."""
     root = resolve(path, ("text", "settings"), variant)
     return StoredLanguageModel(root, dtype, device, variant=variant, tokenizers=tokenizers, cache=cache)
+
+
+def check_widths(row: ModelRow, p: Flux2Params, text: LanguageModelText) -> None:
+    """Raise `CheckpointError` for a language model that does not give what the transformer takes."""
+    if text.width != p.context_in_dim:
+        raise CheckpointError(
+            f"{row.text or row.path}: this language model gives {text.width} channels (three states), the "
+            f"transformer takes {p.context_in_dim}\nPass the one that it was trained with."
+        )
+
+
+def silent_text(
+    row: ModelRow, parts: Mapping[str, Stored], p: Flux2Params, dtype: torch.dtype | None, like: Tensor
+) -> LanguageModelText:
+    """Return a language model without weights. parts: of `checkpoints.stored`. like: a tensor on the model's device.
+
+    The tokenizer is None for a model that is still to be fetched.
+    """
+    (kind,) = parts.keys() & KINDS.keys()
+    tokenizer = None
+    if parts[kind].files:
+        tokenizer = load_language_tokenizer(local(row.text or row.path, "text", row.variant), row.tokenizers)
+    width = p.context_in_dim // len(KINDS[kind].layers)
+    return LanguageModelText(tokenizer, SilentEncoder(width, dtype or parts[kind].dtype, like), kind)

@@ -1,15 +1,10 @@
-"""Text encoders that are opened only for prompts that the cache does not have, and that can leave the device again."""
+"""FLUX.1's text encoders, CLIP and T5, opened only for prompts that are not known."""
 
 import gc
 import hashlib
 import json
-import os
-import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cache as once
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +13,17 @@ from torch import Tensor, nn
 
 from fluxlab.cache import Cache, read_tensors, write_tensors
 from fluxlab.checkpoints.casting import check_finite
+from fluxlab.checkpoints.errors import CheckpointError
 from fluxlab.checkpoints.finding import resolve
 from fluxlab.checkpoints.identity import text_fingerprint
 from fluxlab.checkpoints.manifest import verify_manifest
-from fluxlab.checkpoints.memory import free_memory
+from fluxlab.checkpoints.stored import Stored, local
 from fluxlab.checkpoints.text import load_encoders, load_tokenizers, open_encoders, text_encoder_facts
+from fluxlab.checkpoints.tokenizer_files import find_tokenizers, load_tokenizer
+from fluxlab.conditioning.silent import SilentEncoder
+from fluxlab.conditioning.texts import Texts, computed_by, fits
+from fluxlab.config import ModelRow
+from fluxlab.model import FluxParams
 from fluxlab.model.t5_blocks import Use, blockwise_states
 from fluxlab.model.text import TextEncoders
 from fluxlab.progress import Progress
@@ -38,23 +39,7 @@ ENCODING = 1
 GROUP = 32
 """Prompts that go through T5's blocks together: their states stay on the device, 4 MB each for FLUX.1."""
 
-ROOM = 0.9
-"""Share of the device's free memory that T5 may take. The rest is for states, 0.2 GB for FLUX.1."""
-
 Encoded = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """The prompts of a run, negative ones too, and how they are read. They are encoded before the transformer is
-    loaded. max_sequence_length: None means the model's own. words: that a capture compares, encoded too but not checked
-    as prompts are."""
-
-    prompts: tuple[str, ...]
-    max_sequence_length: int | None = None
-    truncate: bool = False
-    unknown_words: str = "error"
-    words: tuple[str, ...] = ()
 
 
 class StoredEncoders(TextEncoders):
@@ -219,7 +204,7 @@ class StoredEncoders(TextEncoders):
             if self.root.is_dir():
                 verify_manifest(self.root, of_text=True)
             clip, t5 = open_encoders(self.root, variant, tokenizers)
-            self._blockwise = not whole and not self._t5_fits()
+            self._blockwise = not whole and not fits(sum(self.size().values()), self.room, self.device)
             t5_device = torch.device("cpu") if self._blockwise else self.device
             self._unread = self._blockwise and self.device.type == "cpu"
             where = f"{self.root}: text encoders"
@@ -229,13 +214,6 @@ class StoredEncoders(TextEncoders):
                 module.eval().requires_grad_(False)
             self._modules = tuple(modules)
         return self._modules
-
-    def _t5_fits(self) -> bool:
-        free = self.room
-        if free is None and self.device.type != "cpu":
-            free = free_memory(self.device)
-            free = None if free is None else int(ROOM * free)
-        return free is None or sum(self.size().values()) <= free
 
     def _key(self, prompt: str, length: int) -> str:
         parts = {
@@ -253,32 +231,7 @@ class StoredEncoders(TextEncoders):
         return text_fingerprint(self.root, *self._given, self.cache)
 
 
-def computed_by(device: torch.device) -> list[str]:
-    """Return what the last bits of a text encoder's output depend on, apart from its files and its input."""
-    precision = torch.get_float32_matmul_precision()
-    libraries = [f"{package} {version(package)}" for package in ("torch", "transformers")]
-    if device.type == "cpu":
-        return [*libraries, precision, f"{torch.get_num_threads()} threads", *_processor()]
-    if device.type == "cuda":
-        return [*libraries, precision, torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}"]
-    return [*libraries, precision, device.type, platform.platform()]
-
-
-@once
-def _processor() -> list[str]:
-    """The processor and the instructions that PyTorch, oneDNN and MKL may use of it."""
-    limits = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
-    described = [platform.machine(), platform.processor()]
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
-        described += [line for line in lines if line.split("\t")[0] in ("model name", "flags", "Features")]
-    except OSError:  # not Linux
-        pass
-    digest = hashlib.sha256("\n".join(described).encode()).hexdigest()[:16]
-    return [digest, torch.backends.cpu.get_cpu_capability(), *(f"{key}={os.environ.get(key)}" for key in limits)]
-
-
-def encoders_of(
+def open_text(
     path: "str | PathLike[str]",
     dtype: torch.dtype | None,
     device: torch.device,
@@ -289,3 +242,30 @@ def encoders_of(
     """Return the text encoders at a folder, file or hub id. Arguments and errors as for `load_text_encoders`."""
     root = resolve(path, ("text", "settings"), variant)
     return StoredEncoders(root, dtype, device, variant=variant, tokenizers=tokenizers, cache=cache)
+
+
+def check_widths(row: ModelRow, p: FluxParams, text: TextEncoders) -> None:
+    """Raise `CheckpointError` for text encoders that do not give what the transformer takes."""
+    widths = text.widths
+    for name, states, width in (("CLIP", widths["clip"], p.vec_in_dim), ("T5", widths["t5"], p.context_in_dim)):
+        if states != width:
+            raise CheckpointError(
+                f"{row.text or row.path}: this {name} gives {states} channels, the transformer takes {width}\n"
+                "Pass the text encoders of FLUX.1: CLIP-L (768) and T5 v1.1 XXL (4096)."
+            )
+
+
+def silent_text(
+    row: ModelRow, parts: Mapping[str, Stored], p: FluxParams, dtype: torch.dtype | None, like: Tensor
+) -> TextEncoders:
+    """Return text encoders without weights. parts: of `checkpoints.stored`. like: a tensor on the model's device.
+
+    Tokenizers are None for a model that is still to be fetched.
+    """
+    clip = SilentEncoder(p.vec_in_dim, dtype or parts["clip"].dtype, like)
+    t5 = SilentEncoder(p.context_in_dim, dtype or parts["t5"].dtype, like)
+    tokenizers = {"clip": None, "t5": None}
+    if parts["t5"].files:
+        folder = find_tokenizers(local(row.text or row.path, "text", row.variant), row.tokenizers)
+        tokenizers = {part: load_tokenizer(folder, part) for part in tokenizers}
+    return TextEncoders(tokenizers["clip"], clip, tokenizers["t5"], t5)
