@@ -16,6 +16,7 @@ from experiments.dose import flatten
 from experiments.sheet import LINES
 from experiments.style import COLUMN, OKABE_ITO, PAGE, figure, out_argument, paper, refusing_parser, save, save_caption
 from fluxlab.compose import guarded
+from fluxlab.drawing.legend import legend_below
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run, read_run
 from fluxlab.measure.summary import CONTROLS
@@ -33,6 +34,16 @@ class Dose(NamedTuple):
     run: Run
     similarity: float
 
+
+UNITS = {
+    "factor": "factor",
+    "by": "tokens",
+    "degrees": "degrees",
+    "std": "std, tokens",
+    "to": "step, tokens",
+    "value": "tokens",
+}
+"""The arguments that are amounts, with what they count."""
 
 Families = dict[str, list[Dose]]
 """The kinds of edit, in words, each with its variants in the order of their amounts."""
@@ -74,17 +85,15 @@ def amount_of(program: Program) -> tuple[str, float] | None:
     numbers = {
         key: value
         for key, value in flat.items()
-        if key[1] in ("factor", "by", "degrees", "std", "to", "value")
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
+        if key[1] in UNITS and isinstance(value, int | float) and not isinstance(value, bool)
     }
     if len(numbers) != 1:
         return None
     ((key, value),) = numbers.items()
     empty = flat.get((*key, "axes"), ())
     axes = [axis for axis, none in zip(("index", "row", "col"), empty, strict=False) if not none]
-    op = program.edits[0].op
-    return f"{op}, {' and '.join(axes)}" if 0 < len(axes) < 3 else op, float(value)
+    name = " ".join([program.edits[0].op, *([", ".join(axes)] if 0 < len(axes) < 3 else [])])
+    return f"{name} ({UNITS[key[1]]})", float(value)
 
 
 def axes_of(run: Run) -> tuple[Sequence[int], float]:
@@ -116,11 +125,11 @@ def similarity(program: Program, run: Run, axes_dim: Sequence[int], theta: float
 
 def draw(runs: Sequence[Run], families: Families, metric: str, width: float) -> "Figure":
     """Return the figure: a panel per kind of edit, the metric in blue and the similarity in orange."""
-    across = 3 if width == PAGE else 1
+    across = 3 if width == PAGE else 2
     down = math.ceil(len(families) / across)
     shown = {run.path: results.effects(run, metric) for run in runs}
     with paper():
-        drawn = figure(width, 0.5 + 1.4 * down)
+        drawn = figure(width, 0.3 + 1.4 * down)
         panels = drawn.subplots(down, across, sharey=True, squeeze=False).ravel()
         for axes, (name, doses) in zip(panels, families.items(), strict=False):
             x = [dose.amount for dose in doses]
@@ -145,7 +154,8 @@ def draw(runs: Sequence[Run], families: Families, metric: str, width: float) -> 
             axes.set_title(name, loc="left")
         for axes in panels[len(families) :]:
             axes.remove()
-        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=4 if across > 1 else 2)
+        lines = legend_below(drawn, *panels[0].get_legend_handles_labels(), columns=4)
+        drawn.set_figheight(drawn.get_figheight() + 0.13 * lines)
         return drawn
 
 
@@ -153,7 +163,7 @@ def caption(runs: Sequence[Run], families: Families, metric: str) -> str:
     """Return the caption with all numbers, and where each kind of edit first falls to the level of another seed."""
     lines = [
         f"{' '.join(map(results.opening, runs))} {results.title(metric)} and RoPE similarity of neighbouring image "
-        f"tokens over the amount of each edit. Means over {', '.join(map(results.all_cells, runs))}; "
+        f"tokens over the amount of each edit. Means over {', '.join(dict.fromkeys(map(results.all_cells, runs)))}; "
         f"{results.INTERVALS}. {results.controls(runs[0])}"
     ]
     for run in runs:

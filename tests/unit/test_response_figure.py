@@ -31,13 +31,13 @@ def test_kinds_and_files(run, tmp_path):
     assert len(first) == 5
     families = response.read_families([run])
     assert {name: [dose.amount for dose in doses] for name, doses in families.items()} == {
-        "scale": [0.5, 2.0],
-        "offset, row": [4.0, 16.0],
+        "scale (factor)": [0.5, 2.0],
+        "offset row (tokens)": [4.0, 16.0],
     }
     panel = response.draw([run], families, "ssim", response.PAGE).axes[0]
     shown = results.effects(run, "ssim")
     assert list(panel.lines[0].get_ydata()) == [shown["half"][0], shown["double"][0]]
-    assert "scale 0.5: " in first["doses-response.txt"].decode()
+    assert "scale (factor) 0.5: " in first["doses-response.txt"].decode()
 
 
 @pytest.mark.parametrize(("factor", "distance"), [(1, 1), (0.5, 0.5), (2, 2), (0, 0)])
