@@ -4,11 +4,8 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +23,8 @@ from fluxlab.experiment.runner import fill
 from fluxlab.experiment.store import open_store
 from fluxlab.pipeline import Pipeline
 from fluxlab.probes import Probe, of_sample, similarity
+from tests import processes
 
-ROOT = Path(__file__).parents[2]
 CAT, DOG = "a cat", "the red dog, a cat"
 # the maps of all words; of one word whose position differs between prompts; and a request with two outputs
 CAPTURE = [
@@ -221,12 +218,10 @@ def test_interruption_at_every_write(model, tmp_path, monkeypatch):
 
 def test_killed_and_resumed(model, finished, tmp_path):
     out = tmp_path / "run"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "fluxlab.run", *arguments(model, f"out={out}", *CAPTURE)]
     threads = f"threads={torch.get_num_threads()}"
-    process = subprocess.Popen([*command, threads], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = processes.start("fluxlab.run", *arguments(model, f"out={out}", *CAPTURE), threads)
     while not list(out.glob("attention/*/*.safetensors")):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.read()
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

@@ -27,8 +27,9 @@ def composed(name: str) -> command_line.RunConfig:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_runs(name, tmp_path):
     out = tmp_path / "run"
-    steps = 10 if name == "step_roles" else 4  # fewer have no step below σ = 0.375
     config = composed(name)
+    steps = 2 if "'steps'" not in str(config.variants) else 4  # some act in one quarter of the steps
+    steps = 10 if name == "step_roles" else steps  # fewer have no step below σ = 0.375
     prompts, size = TWO if name == "trace" else config.prompts[:1], round(64 * (config.enlarge or 1))
     words = [f"prompts={json.dumps(prompts)}", "seeds=1", f"steps={steps}", "tracking=none", f"out={out}"]
     assert command_line.main([f"+exp={name}", *words]) == 0

@@ -4,10 +4,7 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +14,7 @@ from fluxlab.experiment import locks, runner
 from fluxlab.experiment.reading import read_run
 from fluxlab.experiment.shards import Shard, read_shard
 from fluxlab.experiment.store import open_store
-from tests import tiny
-
-ROOT = Path(__file__).parents[2]
+from tests import processes, tiny
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +36,7 @@ def arguments(model, out, *more):
 
 
 def start(*words):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "fluxlab.run", *map(str, words)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return processes.start("fluxlab.run", *words, merged=True)
 
 
 def contents(folder):

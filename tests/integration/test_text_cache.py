@@ -4,7 +4,6 @@ import ctypes
 import ctypes.util
 import os
 import struct
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from fluxlab import run as command_line
 from fluxlab.checkpoints.random import write_random
+from tests import processes
 
 IN_OPEN = 0x20
 
@@ -62,8 +62,8 @@ def run(model, out, *words, process=False):
         *("height=16", "width=16", "steps=2", "seeds=1", "tracking=none", "device=cpu", f"out={out}", *words),
     ]
     if process:
-        ran = subprocess.run([sys.executable, "-m", "fluxlab.run", *arguments], capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
+        ran = processes.start("fluxlab.run", *arguments)
+        assert ran.wait() == 0, ran.read()
     else:
         assert command_line.main(arguments) == 0
     return {file.name: file.read_bytes() for file in sorted((out / "cells").glob("*.png"))}

@@ -1,7 +1,6 @@
 """A training run, whole: killed and resumed, exported, loaded by two libraries; and the model that ships."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from fluxlab.config import config_folder
 from fluxlab.train import main, run
 from fluxlab.training.recipe import Recipe
 from fluxlab.training.state import locked
+from tests import processes
 
 SHIPPED = Path(fluxlab.__file__).parent / "assets" / "tiny"
 MICRO = [
@@ -34,9 +34,8 @@ MICRO = [
 ]  # fmt: skip
 
 
-def start(out: Path, steps: int) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fluxlab.train", *MICRO, f"out={out}", f"steps={steps}"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(out: Path, steps: int) -> processes.Started:
+    return processes.start("fluxlab.train", *MICRO, f"out={out}", f"steps={steps}")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(undisturbed, tmp_path, stage):
     deadline = time.monotonic() + 300
     while not (out / f"{stage}.safetensors").is_file() and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.kill(run.pid, signal.SIGKILL)
+    run.send_signal(signal.SIGKILL)
     run.communicate()
     assert run.returncode == -signal.SIGKILL, "the run was over before it could be killed"
     assert not (out / "pipeline").exists()
