@@ -4,7 +4,8 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 # Processes that run tests, one thread each.
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
+# Compiled files are kept, also where the environment says otherwise: tests start many processes.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: run test test-unit test-versions test-processors figures gpu fullsize lint soak docs clean
 

@@ -7,6 +7,7 @@ They are killed, interrupted and resumed like any other. Starting `python -m flu
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from importlib import import_module
@@ -78,6 +79,13 @@ def start(module: str, *words, cwd: Path = ROOT, merged: bool = False, **env: st
     """Start `python -m module words…`. merged: one text of stdout and stderr."""
     env = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "FLUXLAB_CACHE": os.environ["FLUXLAB_CACHE"], **env}
     return Started(module, [str(word) for word in words], cwd, env, merged)
+
+
+def run(module: str, *words, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """Start `python -m module words…`, wait, and return its exit code and what it wrote."""
+    started = start(module, *words, cwd=cwd, **env)
+    out, errors = started.communicate()
+    return subprocess.CompletedProcess([module, *words], started.returncode, out, errors)
 
 
 def _run(module: str, words: list[str], cwd: Path, env: dict[str, str], files: list[str]) -> None:

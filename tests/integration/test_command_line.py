@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from fluxlab.experiment.reading import read_store
-from tests import tiny
+from tests import processes, tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,27 +66,27 @@ def test_a_folder_of_one_s_own_configs(tmp_path):
     mine = tmp_path / "mine" / "exp"
     mine.mkdir(parents=True)
     (mine / "own.yaml").write_text("# @package _global_\nname: own\ncaption: something of mine\n")
-    done = fluxlab_run("--config-dir", "mine", cwd=tmp_path)
+    done = processes.run("fluxlab.run", "--config-dir", "mine", cwd=tmp_path)
     assert "own             something of mine" in done.stdout
-    done = fluxlab_run("--config-dir", "mine", "+exp=own", "--cfg", "job", cwd=tmp_path)
+    done = processes.run("fluxlab.run", "--config-dir", "mine", "+exp=own", "--cfg", "job", cwd=tmp_path)
     assert yaml.safe_load(done.stdout)["name"] == "own"
-    done = fluxlab_run("--config-dir", "nowhere", "+exp=own", cwd=tmp_path)
+    done = processes.run("fluxlab.run", "--config-dir", "nowhere", "+exp=own", cwd=tmp_path)
     assert done.returncode == 2
     assert "--config-dir nowhere: there is no such folder" in done.stderr
 
 
 def test_a_preset_makes_a_variant(folder, tmp_path):
     preset = ["+op@variants.mine.a=scale", "variants.mine.a.factor=0.8"]
-    done = fluxlab_run(*small(folder), *preset, "seeds=1", "out=s", cwd=tmp_path)
+    done = processes.run("fluxlab.run", *small(folder), *preset, "seeds=1", "out=s", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "factor 0.8" in read_store(tmp_path / "s").describe("mine")
 
 
 def test_every_combination(folder, tmp_path):
-    done = fluxlab_run("-m", *small(folder), "steps=1,2", "seeds=1", cwd=tmp_path)
+    done = processes.run("fluxlab.run", "-m", *small(folder), "steps=1,2", "seeds=1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs" / "hello").iterdir())) == 2
-    done = fluxlab_run("-m", *small(folder), "steps=0,1", "seeds=1", cwd=tmp_path)
+    done = processes.run("fluxlab.run", "-m", *small(folder), "steps=0,1", "seeds=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "steps=0" in done.stderr
     assert "1 of the 2 combinations failed" in done.stderr
@@ -123,7 +123,7 @@ def test_a_shell_completes(tmp_path):
     ],
 )
 def test_misuse_ends_in_three_lines(arguments, message, tmp_path):
-    done = fluxlab_run(*arguments, cwd=tmp_path)
+    done = processes.run("fluxlab.run", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 3
@@ -131,7 +131,7 @@ def test_misuse_ends_in_three_lines(arguments, message, tmp_path):
 
 
 def test_wrong_size_for_the_model(folder, tmp_path):
-    done = fluxlab_run(*small(folder), "height=18", cwd=tmp_path)
+    done = processes.run("fluxlab.run", *small(folder), "height=18", cwd=tmp_path)
     assert done.returncode == 2
     assert "height=18: must be a multiple of 4" in done.stderr
 

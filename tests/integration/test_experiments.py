@@ -17,6 +17,13 @@ NAMES = sorted(
     if not file.stem.startswith("learn_")
 )
 
+STEPS = {
+    "step_roles": 10,  # fewer have no step below σ = 0.375
+    "step_window": 4,  # a quarter of the steps each
+    "trace": 4,
+}
+"""The least in which every edit acts; 2 where nothing is said."""
+
 TWO = ["a red fox on the left holding a sign that says open", "a blue heart on the right holding a sign that says rain"]
 
 
@@ -28,10 +35,8 @@ def composed(name: str) -> command_line.RunConfig:
 def test_every_experiment_runs(name, tmp_path):
     out = tmp_path / "run"
     config = composed(name)
-    steps = 2 if "'steps'" not in str(config.variants) else 4  # some act in one quarter of the steps
-    steps = 10 if name == "step_roles" else steps  # fewer have no step below σ = 0.375
     prompts, size = TWO if name == "trace" else config.prompts[:1], round(64 * (config.enlarge or 1))
-    words = [f"prompts={json.dumps(prompts)}", "seeds=1", f"steps={steps}", "tracking=none", f"out={out}"]
+    words = [f"prompts={json.dumps(prompts)}", "seeds=1", f"steps={STEPS.get(name, 2)}", "tracking=none", f"out={out}"]
     assert command_line.main([f"+exp={name}", *words]) == 0
     run = read_store(out)
     baseline_rows = [row for row in run.metrics if row["variant"] == run.baseline]

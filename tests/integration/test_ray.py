@@ -102,6 +102,7 @@ def arguments(model, out, *more):
         "threads=1",
         "+variants.half={a: {op: slow}, b: {op: scale, factor: 0.5}}",
         "plugins=[slow_op]",
+        "capture=words",
         f"out={out}",
         *more,
     ]
@@ -116,12 +117,12 @@ def contents(folder):
     return {file.relative_to(folder).as_posix(): file.read_bytes() for file in parts}
 
 
-@pytest.fixture(scope="module", params=["none", "words"])
-def inline(model, folder, tmp_path_factory, request):
-    """Return the folder of an undisturbed run in this process, and its capture."""
+@pytest.fixture(scope="module")
+def inline(model, folder, tmp_path_factory):
+    """Return the folder of an undisturbed run in this process."""
     out = tmp_path_factory.mktemp("inline") / "run"
-    assert command_line.main(arguments(model, out, f"capture={request.param}")) == 0
-    return out, request.param
+    assert command_line.main(arguments(model, out)) == 0
+    return out
 
 
 def workers():
@@ -150,7 +151,6 @@ def when_some_images_exist(out, count, act):
 
 
 def test_a_killed_worker_is_replaced(cluster, model, inline, tmp_path):
-    expected, capture = inline
     out, killed = tmp_path / "run", []
 
     def kill():
@@ -159,29 +159,25 @@ def test_a_killed_worker_is_replaced(cluster, model, inline, tmp_path):
         killed.append(victim.pid)
 
     watching = when_some_images_exist(out, 3, kill)
-    assert command_line.main(arguments(model, out, *RAY, f"capture={capture}")) == 0
+    assert command_line.main(arguments(model, out, *RAY)) == 0
     watching.join(5)
     assert killed
-    assert contents(out) == contents(expected)
+    assert contents(out) == contents(inline)
     assert not list(out.rglob("*.part"))
     assert not psutil.wait_procs(workers(), timeout=10)[1]  # none is left when the run has ended
 
 
-@pytest.mark.parametrize("inline", ["words"], indirect=True, scope="module")
 def test_workers_without_the_folder_send_files(cluster, model, inline, tmp_path, monkeypatch):
-    expected, capture = inline
     monkeypatch.setattr(Path, "touch", lambda file: None)  # the file by which workers recognise the folder
     out = tmp_path / "run"
-    assert command_line.main(arguments(model, out, *RAY, f"capture={capture}")) == 0
-    assert contents(out) == contents(expected)
+    assert command_line.main(arguments(model, out, *RAY)) == 0
+    assert contents(out) == contents(inline)
 
 
-@pytest.mark.parametrize("inline", ["none"], indirect=True, scope="module")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.soak)]
 )
 def test_an_interrupted_run_is_continued(cluster, model, inline, tmp_path, capsys, number, code):
-    expected, _ = inline
     out = tmp_path / "run"
     when_some_images_exist(out, 2, lambda: os.kill(os.getpid(), number))
     assert command_line.main(arguments(model, out, *RAY)) == code
@@ -190,12 +186,10 @@ def test_an_interrupted_run_is_continued(cluster, model, inline, tmp_path, capsy
     if number == signal.SIGTERM:
         assert not list(out.rglob("*.part"))  # batches at hand were finished
     assert command_line.main(arguments(model, out)) == 0
-    assert contents(out) == contents(expected)
+    assert contents(out) == contents(inline)
 
 
-@pytest.mark.parametrize("inline", ["none"], indirect=True, scope="module")
 def test_batches_that_keep_failing_are_set_aside(cluster, model, inline, tmp_path, capsys):
-    expected, _ = inline
     out = tmp_path / "run"
     command = arguments(model, out, *RAY, "engine.retries=1", "plugins=[slow_op,failing_batches]")
     assert command_line.main(command) == 1
@@ -210,11 +204,11 @@ def test_batches_that_keep_failing_are_set_aside(cluster, model, inline, tmp_pat
     run = read_store(out)
     assert sum(row["ssim"] != row["ssim"] for row in run.metrics) == 3
     assert command_line.main(arguments(model, out)) == 0
-    assert contents(out) == contents(expected)
+    assert contents(out) == contents(inline)
 
 
 def failed(capsys, model, out, *more):
-    assert command_line.main(arguments(model, out, *RAY, *more)) == 2
+    assert command_line.main(arguments(model, out, "engine=ray", "engine.workers=1", *more)) == 2
     message = capsys.readouterr().err
     assert 1 <= len(message.splitlines()) <= 3
     assert not out.exists()

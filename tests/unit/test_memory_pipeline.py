@@ -165,7 +165,7 @@ def test_the_plan_of_a_run(tmp_path):
 
 
 def velocity_and_gradient(pipe) -> list[torch.Tensor]:
-    prepared = gradients.prepare(pipe, PROMPTS[:1], [0], fluxlab.Sampling(steps=2))
+    prepared = gradients.prepare(pipe, PROMPTS[:1], [0], fluxlab.Sampling(steps=2, height=64, width=64))
     step = gradients.stepping(prepared, gradients.compiled(prepared, Program.from_config({})))
     with gradients.checkpointed(pipe):
         x = prepared.noise.clone().requires_grad_(True)
