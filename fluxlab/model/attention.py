@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxlab.errors import UserError
+from fluxlab.model.operators import operator
 from fluxlab.model.torch_ops import fused_attention_with_lse
 
 SCORE_BYTES = 4 << 20
@@ -158,8 +159,8 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, lse: Tensor | None = None)
     return out
 
 
-# torch.compile reads the schema of an operator from its annotations. This one has no log-sum-exp.
-_dense_attention_op = torch.library.custom_op(
-    "fluxlab::dense_attention", _dense_attention, mutates_args=(), schema="(Tensor q, Tensor k, Tensor v) -> Tensor"
+_dense_attention_op = operator(
+    "dense_attention(Tensor q, Tensor k, Tensor v) -> Tensor",
+    _dense_attention,
+    lambda q, k, v: empty_token_major(q, v.dtype),
 )
-_dense_attention_op.register_fake(lambda q, k, v: empty_token_major(q, v.dtype))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fluxlab.model.attention import Tap, empty_token_major
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.linear import Linear, LinearGELU, ParallelLinear
+from fluxlab.model.operators import operator
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 from fluxlab.model.sites import Site, at
 from fluxlab.model.varied import Keys, joint_attention, plain_keys
@@ -155,8 +156,11 @@ def _norm_and_rotate(x: Tensor, scales: list[Tensor], lengths: list[int], cos: T
 
 
 # One operator for torch.compile too: inductor's code for interleaved pairs is slower.
-_norm_and_rotate_op = torch.library.custom_op("fluxlab::norm_and_rotate", _norm_and_rotate, mutates_args=())
-_norm_and_rotate_op.register_fake(lambda x, scales, lengths, cos, sin: empty_token_major(x, cos.dtype))
+_norm_and_rotate_op = operator(
+    "norm_and_rotate(Tensor x, Tensor[] scales, SymInt[] lengths, Tensor cos, Tensor sin) -> Tensor",
+    _norm_and_rotate,
+    lambda x, scales, lengths, cos, sin: empty_token_major(x, cos.dtype),
+)
 
 
 def block_attention(

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxlab.model.operators import operator
 from fluxlab.model.torch_ops import ONEDNN_DTYPES, onednn_linear
 
 
@@ -34,13 +35,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
-# An operator for torch.compile: inductor would take oneDNN's for one whose weight it has packed itself. It is defined
-# in this way because calls of `torch.library.custom_op` take longer.
-_LIBRARY = torch.library.Library("fluxlab", "FRAGMENT")
-_LIBRARY.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor")
-_LIBRARY.impl("onednn_linear", onednn_linear, "CPU")
-_LIBRARY.impl("onednn_linear", lambda x, weight, bias, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]), "Meta")
-_onednn_linear_op = torch.ops.fluxlab.onednn_linear.default
+# Inductor would take oneDNN's own operator for one whose weight it has packed itself.
+_onednn_linear_op = operator(
+    "onednn_linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
+    onednn_linear,
+    lambda x, weight, bias, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
 
 
 class Linear(nn.Linear):
