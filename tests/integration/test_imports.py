@@ -27,6 +27,15 @@ NEVER = {
 """matplotlib draws programs, and this run has none. scipy.stats takes half a second."""
 ONLY_TO_ENCODE = {"transformers", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
 """What transformers' networks import: about two seconds."""
+OF_FLUX2 = {
+    "fluxlab.checkpoints.flux2",
+    "fluxlab.checkpoints.text2",
+    "fluxlab.conditioning.language_model",
+    "fluxlab.model.text2",
+    "fluxlab.schedules.flux2",
+    "fluxlab.training",
+}
+"""The modules that a family names. A run of FLUX.1 needs its own ones only."""
 BUDGET = 2600
 """Modules of a run whose prompts are known. 2,356 were imported when this was written, and 3,627 without the cache."""
 
@@ -47,6 +56,7 @@ def imported(tmp_path_factory):
 def test_a_run_does_not_import_what_it_does_not_use(imported):
     for modules in imported:
         assert not modules & NEVER
+        assert not modules & OF_FLUX2
 
 
 def test_a_run_whose_prompts_are_known_does_not_import_transformers(imported):

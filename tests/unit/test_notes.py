@@ -154,8 +154,11 @@ SOME = [
 ]
 
 
-def all_tables(edits):
-    ctx = context()
+AXES = st.sampled_from([{}, {"axes_dim": (32,) * 4, "theta": 2000}])  # of FLUX.1, and of FLUX.2
+
+
+def all_tables(edits, axes):
+    ctx = context(**axes)
     compiled = compile_programs([Program.from_config({str(i): e for i, e in enumerate(edits)})], ctx)
     for t in ctx.sigmas[:-1]:
         rotary = compiled.at(t).rotary
@@ -168,19 +171,19 @@ def all_tables(edits):
             yield queries.cos.expand(-1, 2, -1, -1), seen if order is None else seen[:, :, order]
 
 
-def equal(a, b):
-    for one, other in zip(all_tables(a), all_tables(b), strict=True):
+def equal(a, b, axes):
+    for one, other in zip(all_tables(a, axes), all_tables(b, axes), strict=True):
         if not all(torch.equal(x, y) for x, y in zip(one, other, strict=True)):
             return False
     return True
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.sampled_from(SOME), min_size=1, max_size=3))
-def test_an_edit_is_noted_as_without_effect_exactly_if_the_tables_say_so(edits):
-    found = notes(*edits)
+@given(st.lists(st.sampled_from(SOME), min_size=1, max_size=3), AXES)
+def test_an_edit_is_noted_as_without_effect_exactly_if_the_tables_say_so(edits, axes):
+    found = notes(*edits, **axes)
     for n, edit in enumerate(edits):
         noted = any(
             note.startswith(("abc"[n] + ": changes nothing", "abc"[n] + ": has no effect: a")) for note in found
         )
-        assert noted == equal(edits, edits[:n] + edits[n + 1 :]), (edit, found)
+        assert noted == equal(edits, edits[:n] + edits[n + 1 :], axes), (edit, axes, found)

@@ -115,7 +115,9 @@ def pipe():
     return fluxlab.load_pipeline("tiny")
 
 
-def test_what_is_drawn_is_what_generate_returns(pipe):
+@pytest.mark.parametrize("name", ["tiny", "tiny2"])
+def test_what_is_drawn_is_what_generate_returns(name):
+    pipe = fluxlab.load_pipeline(name)
     program = Program.from_config({"a": {"op": "scale", "factor": 0.5}})
     drawn = draw(pipe, PROMPT, 3, program, 2)
     probe = Probe("words")  # all steps and blocks apart

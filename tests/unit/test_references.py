@@ -21,6 +21,11 @@ def pipe():
     return fluxlab.load_pipeline("tiny", dtype=torch.float32)
 
 
+@pytest.fixture(scope="module", params=["tiny", "tiny2"])
+def either(request):
+    return fluxlab.load_pipeline(request.param, dtype=torch.float32)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -81,7 +86,7 @@ def test_words_and_programs_in_groups(pipe):
         assert torch.equal(together[i : i + 1], alone)
 
 
-def test_probe(pipe):
+def test_probe(either):
     """Reference tokens are labelled; samples of different layouts cannot share the arrays of a probe."""
     wide = Image.new("RGB", (32, 16), "blue")
     capture = {
@@ -90,8 +95,8 @@ def test_probe(pipe):
         "some": {"kind": "map", "from": {"indices": [0]}, "to": ["reference[0]", {"indices": [0, 3]}]},
     }
     probe = Probe(capture)
-    images = pipe.generate("a red fox", references=[[SQUARE, wide]], probe=probe, **OPTIONS)
-    assert np.array_equal(images[0], pipe.generate("a red fox", references=[[SQUARE, wide]], **OPTIONS)[0])
+    images = either.generate("a red fox", references=[[SQUARE, wide]], probe=probe, **OPTIONS)
+    assert np.array_equal(images[0], either.generate("a red fox", references=[[SQUARE, wide]], **OPTIONS)[0])
     quadrants = probe.arrays["quadrants"]
     assert quadrants.labels("to") == ["text", "image", "reference 0", "reference 1"]
     assert np.allclose(quadrants.values.sum(-1), 1, atol=1e-5)
@@ -105,7 +110,7 @@ def test_probe(pipe):
     with pytest.raises(
         UserError, match="probe: its arrays have one shape, but the samples differ in the number or size"
     ):
-        pipe.generate("a red fox", [0, 1], references=[[SQUARE], [wide]], probe=Probe(capture), **OPTIONS)
+        either.generate("a red fox", [0, 1], references=[[SQUARE], [wide]], probe=Probe(capture), **OPTIONS)
 
 
 def test_injecting_into_another_layout(pipe):
