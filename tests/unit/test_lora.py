@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,13 @@ def load():
     return checkpoints.load_transformer(TINY)
 
 
+@cache
+def shapes():
+    return {name: weight.shape for name, weight in load().named_parameters()}
+
+
 def tensors(layer=LAYER, rank=4, seed=0, dtype=torch.float32):
-    rows, cols = dict(load().named_parameters())[f"{layer}.weight"].shape
+    rows, cols = shapes()[f"{layer}.weight"]
     generator = torch.Generator().manual_seed(seed)
     down, up = (torch.randn(size, generator=generator).mul(0.1).to(dtype) for size in ((rank, cols), (rows, rank)))
     return {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}

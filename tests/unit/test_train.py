@@ -1,8 +1,6 @@
 """The trainer's parts: what a step trains on, what is kept between two sittings, what a user can get wrong."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -301,11 +299,11 @@ def test_a_recipe_that_makes_no_sense_names_its_key(key, value):
     ("arguments", "said"),
     [(["+train=nope"], "nope"), (["+train=tiny", "stepz=3"], "stepz"), (["+train=tiny", "steps=soon"], "steps")],
 )
-def test_errors_of_use_take_at_most_three_lines_and_exit_2(arguments, said):
-    done = subprocess.run([sys.executable, "-m", "fluxlab.train", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert 1 <= len(done.stderr.splitlines()) <= 3
+def test_errors_of_use_take_at_most_three_lines_and_exit_2(arguments, said, capsys):
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert 1 <= len(errors.splitlines()) <= 3
 
 
 def test_the_usage_has_a_column_of_names(capsys):
