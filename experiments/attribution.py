@@ -121,7 +121,9 @@ def summary(found: dict[str, np.ndarray], tops: Sequence[int] = (5, 10, 20), dra
 
 
 def draw(found: dict[str, np.ndarray], rows: dict[str, list]) -> "Figure":
-    """Return the figure: predicted against measured change of the loss, one point per band, mean over images."""
+    """Return the figure: predicted against measured size of the change, one point per band, mean over images."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     predicted, measured = np.abs(found["predicted"]).mean(0), np.abs(found["measured"]).mean(0)
     axis = np.array([name.split()[4] for name in found["names"]])
     with paper():
@@ -132,10 +134,14 @@ def draw(found: dict[str, np.ndarray], rows: dict[str, list]) -> "Figure":
                 continue
             shown = axis == name
             axes.plot(predicted[shown], measured[shown], lw=0, ms=3, marker=marker, color=OKABE_ITO[colour], label=name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("change of the loss by one backward")
-        axes.set_ylabel("by ablation")
+        axes.axline([float(np.median(measured))] * 2, slope=1, color="0.7", lw=0.8, ls=(0, (4, 2)), zorder=0)
+        axes.set(xscale="log", yscale="log", xlabel="|change of the loss|, by one backward", ylabel="by ablation")
+        for side in (axes.xaxis, axes.yaxis):
+            side.set_major_locator(LogLocator(subs=(1, 3)))
+            side.set_minor_formatter(NullFormatter())
+            side.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+00", ""))
+            )
         mean, low, high = rows["rank correlation"]
         axes.set_title(f"rank correlation {mean:.2f} [{low:.2f}, {high:.2f}]", loc="left")
         axes.legend(frameon=False, title="axis")
