@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxlab.checkpoints import save_transformer
-from fluxlab.families import family_of
-from fluxlab.model import Flux, Flux2, Flux2Params, FluxParams
+from fluxlab.families import architecture_of, family_of
+from fluxlab.model import Flux2Params, FluxParams
 
 SMALL = FluxParams(64, 64, 768, 512, 192, 4.0, 3, 2, 4, (16, 24, 24), 10000, True, True)
 LARGE = replace(SMALL, hidden_size=1024, num_heads=8, axes_dim=(16, 56, 56))
@@ -37,12 +37,11 @@ AGREE = {"fp32": 1e-4, "bf16": 0.1}  # largest difference over the output's spre
 
 def pair_of_models(params: FluxParams | Flux2Params, dtype: torch.dtype, device: str) -> tuple[nn.Module, nn.Module]:
     """Return a random fluxlab model and a Diffusers model with the same weights."""
-    from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
+    import diffusers
 
     torch.manual_seed(0)
-    flux2 = isinstance(params, Flux2Params)
-    flux = (Flux2 if flux2 else Flux)(params).eval()
-    reference = Flux2Transformer2DModel if flux2 else FluxTransformer2DModel
+    architecture = architecture_of(params)
+    flux, reference = architecture.build(params).eval(), getattr(diffusers, architecture.diffusers)
     with tempfile.TemporaryDirectory() as folder:
         save_transformer(flux, folder, layout="diffusers")
         theirs = reference.from_pretrained(folder, torch_dtype=dtype, low_cpu_mem_usage=False).eval()
@@ -56,7 +55,7 @@ def calls(
     g = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(batch, *shape, generator=g).to(device, dtype)  # noqa: E731
     img, txt, family = draw(side * side, params.in_channels), draw(text, params.context_in_dim), family_of(params)
-    pooled = [draw(params.vec_in_dim)] if isinstance(params, FluxParams) else []
+    pooled = [draw(width) for width in family.pooled(params)]
     txt_ids, img_ids = (part.to(device) for part in family.ids(text, [(side, side)]))
     t, guidance = torch.full((batch,), 0.5, device=device), torch.full((batch,), 4.0, device=device)
 

@@ -11,7 +11,7 @@ from fluxlab.positions.at_step import COL, INDEX, ROW, ProgramAtStep, summary, t
 from fluxlab.select.layout import IMAGE, REFERENCE, TEXT
 
 WIDTH, PANEL, LINE = 720, 510, 17  # px: of the figure, height of the axes, height of a line of text
-LEFT, RIGHT, BAR = 46, 4, 86  # px beside the axes; BAR is the room of the colour bar
+LEFT, RIGHT, BAR = 46, 4, 86  # px next to the axes; BAR is the room of the colour bar
 MARGIN = 0.08  # of the axes, on each side of the points
 GREY, DARK = "#bfbfbf", "#4d4d4d"
 CIVIDIS = ["00224e", "083370", "35456c", "4f576c", "666970", "7d7c78"]
@@ -176,7 +176,7 @@ def _colour_bar(low: float, high: float, top: int) -> str:
 
 
 def _note(at: Point, text: str, view: _View) -> str:
-    """Return a text beside a point, on the side where there is more room."""
+    """Return a text next to a point, on the side where there is more room."""
     right = at[0] > (view.box[0] + view.box[2]) / 2
     halo = ' paint-order="stroke" stroke="#fff" stroke-width="5" stroke-linejoin="round"'
     return _text(text, at[0] + (-8 if right else 8), at[1] - 11, anchor="end" if right else "start", more=halo)
