@@ -187,7 +187,7 @@ class Letters:
 
     def encode(self, prompt, max_sequence_length, truncate=False, unknown_words="error"):
         self.check([prompt], max_sequence_length, truncate, unknown_words)
-        numbers = [LETTERS.index(c) for c in prompt.ljust(max_sequence_length)[:max_sequence_length]]
+        numbers = [LETTERS.find(c) for c in prompt.ljust(max_sequence_length)[:max_sequence_length]]
         return (self.table[numbers][None],)
 
 
