@@ -13,6 +13,7 @@ shifts all ids by a constant, and another seed draws the baseline again from dif
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,7 +119,8 @@ def measure(folder: Path, count: int) -> tuple[dict[str, Any], np.ndarray]:
         print(f"{folder.name}, {name}: {found[name]['right'][0]:.2f} right", file=sys.stderr, flush=True)
     again = images_of(pipe, texts, [seed + count for seed in seeds], own)
     found["another seed"] = measured(again, baseline, texts, seeds)
-    facts = {key: training[key] for key in ("steps", "samples", "commit", "command")}
+    facts = {key: training[key] for key in ("steps", "samples", "commit")}
+    facts["command"] = re.sub(r" out=\S+", "", training["command"])
     parameters = sum(p.numel() for part in (pipe.transformer, pipe.text.clip, pipe.text.t5) for p in part.parameters())
     result = {"program": own.to_config(), "weights": sha256_of(made / WEIGHTS)[:12], "parameters": parameters}
     return {**result, "training": facts, "edits": found}, np.concatenate(strip, axis=1)

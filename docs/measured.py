@@ -88,6 +88,27 @@ def text_order() -> str:
     return markdown(["text ids", "SSIM to baseline", "place", "colour", "shape", "letters"], rows)
 
 
+def conventions() -> str:
+    """The small models of `+train=convention*`: the share of images that are right under each edit, and the SSIM."""
+    from experiments.conventions import NAMES
+
+    models = drawn("conventions")["models"]
+    first = next(iter(models.values()))["edits"]
+    rows = []
+    for edit in first:
+        title = f"*control: {edit}*" if edit in ("noise floor", "another seed") else edit
+        shares = [measured_share(model["edits"][edit]["right"]) for model in models.values()]
+        rows.append([title, *shares, *(f"{model['edits'][edit]['ssim'][0]:.2f}" for model in models.values())])
+    heads = [f"{what}, {NAMES[name]}" for what in ("right", "SSIM") for name in models]
+    return markdown(["edit of `img_ids`", *heads], rows)
+
+
+def measured_share(ends: Sequence[float]) -> str:
+    """Return `91 % [86, 95]`."""
+    mean, low, high = (100 * end for end in ends)
+    return f"{mean:.0f} % [{low:.0f}, {high:.0f}]"
+
+
 TEXT_ORDER = ("ssim", "place", "colour", "shape", "letters")
 
 
@@ -107,7 +128,7 @@ IDEAS = {
 }
 """The names of runs in `ideas.md.j2`."""
 
-DRAWN = ("inpaint",)
+DRAWN = ("inpaint", "upscale")
 """Experiments on drawn scenes, whose `docs/<name>.json` is the JSON that `python -m experiments.<name>` writes."""
 
 
@@ -136,7 +157,16 @@ def ideas() -> str:
     page.filters["interval"] = lambda row, digits=2: (
         f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
     )
+    page.filters["share"] = measured_share
+    page.filters["gain"] = lambda row, digits: page.filters["interval"](
+        {end: row[f"paired_{end}"] for end in ("mean", "low", "high")}, digits
+    )
+    page.filters["difference"] = lambda row, digits: page.filters["interval"](
+        {"mean": -row["paired_mean"], "low": -row["paired_high"], "high": -row["paired_low"]}, digits
+    )
     rows = {name: runs[run] for name, run in IDEAS.items()} | {name: drawn(name)["measures"] for name in DRAWN}
+    rows["conventions"] = drawn("conventions")["models"]
+    rows["upscale_flags"] = "" if drawn("upscale")["scenes"] == 64 else f" --scenes {drawn('upscale')['scenes']}"
     return page.from_string((ROOT / "docs" / "ideas.md.j2").read_text()).render(rows).strip()
 
 

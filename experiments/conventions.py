@@ -51,8 +51,9 @@ def draw(results: dict[str, Any], strip: np.ndarray, inches: float) -> "Figure":
     """Return the figure. strip: `(models · SIDE, edits · captions · SIDE, 3)`."""
     models, edits = list(results["models"]), list(results["edits"])
     each = len(results["shown"])
-    drawn = figure(inches, 0.9 + inches * (0.075 * len(models) + 0.3))
-    images, plot = drawn.subplots(2, 1, height_ratios=[len(models), 4], sharex=True)
+    rows, panel = inches * len(models) * (0.078 if inches == PAGE else 0.076), 0.28 * inches
+    drawn = figure(inches, 0.9 + rows + panel)
+    images, plot = drawn.subplots(2, 1, height_ratios=[rows, panel], sharex=True)
     for row in range(len(models)):
         for col in range(len(edits)):
             left = col * each * SIDE
@@ -65,10 +66,10 @@ def draw(results: dict[str, Any], strip: np.ndarray, inches: float) -> "Figure":
     for number, name in enumerate(models):
         found = [results["models"][name]["edits"][edit]["right"] for edit in edits]
         mean, low, high = np.array(found).T
-        at = np.arange(len(edits)) + 0.17 * (number - (len(models) - 1) / 2)
+        at = np.arange(len(edits)) + 0.19 * (number - (len(models) - 1) / 2)
         mark, colour = MARKS[name][0], OKABE_ITO[MARKS[name][1]]
         plot.errorbar(at, mean, np.abs([mean - low, high - mean]), fmt="none", ecolor=colour, elinewidth=0.8)
-        plot.plot(at, mean, mark, color=colour, markersize=3, label=NAMES[name], clip_on=False)
+        plot.plot(at, mean, mark, color=colour, markersize=3 if inches == PAGE else 2, label=NAMES[name], clip_on=False)
     plot.set_xticks(range(len(edits)), edits, rotation=90)
     plot.set(ylim=(0, 1), ylabel="object, colour and\nplace right, share")
     plot.grid(axis="y", linewidth=0.3, alpha=0.5)
@@ -96,20 +97,23 @@ ENDS = ("mean", "low", "high")
 
 
 def caption(results: dict[str, Any]) -> str:
-    """Return the caption: what is shown, the conditions, and each model's share with unchanged ids."""
+    """Return the caption: what is shown, the conditions, and each model's share under every edit and control."""
     models = results["models"]
     training = next(iter(models.values()))["training"]
-    quality = "; ".join(
-        f"{NAMES[name]} {_percent(model['edits']['unchanged']['right'])}" for name, model in models.items()
-    )
-    return (
+    lines = []
+    for edit in next(iter(models.values()))["edits"]:
+        shares = [f"{NAMES[name]} {_percent(model['edits'][edit]['right'])}" for name, model in models.items()]
+        lines.append(f"  {edit}: {'; '.join(shares)}")
+    text = (
         "Small models trained alike but for their position convention, under edits relative to it. Above: "
         f"“{results['shown'][0]}”, seed 0. Below: share of {results['cells']} images with the right object, colour and "
-        f"place, 95 % bootstrap intervals over images. Unchanged: {quality}. {training['samples']:,} training samples "
+        f"place, 95 % bootstrap intervals over images. {training['samples']:,} training samples "
         f"in {training['steps']} steps, one training seed for each convention, {results['steps']} sampling steps, "
         "32 × 32 pixels, 8 × 8 tokens. The sine-cosine table has no index: offsets of the index "
-        "change nothing there. Made by python benchmarks/conventions.py, python -m experiments.conventions."
+        "change nothing there. The noise floor shifts all ids; another seed draws unchanged ids from other noise. Made "
+        f"by python benchmarks/conventions.py at commit {results['commit']}, python -m experiments.conventions."
     )
+    return "\n".join([text, *lines])
 
 
 def _percent(ends: list[float]) -> str:

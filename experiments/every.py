@@ -46,14 +46,15 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "atlas": ("experiments.atlas",),
     "inpaint": ("experiments.inpaint",),
     "upscale": ("experiments.upscale",),
+    "conventions": ("experiments.conventions",),
 }
 """Figure: modules to call after each other. {name} is the folder of the run of `configs/exp/<name>.yaml`.
 
 {runs} is the folder of all runs. Scripts of `experiments` get `-o` too.
 """
 
-WITHOUT_WORDS = ("ids", "schedule")
-"""Figures without any images, for which key=value words have no meaning."""
+WITHOUT_WORDS = ("ids", "schedule", "conventions")
+"""Figures without any images of their own, for which key=value words have no meaning."""
 
 ALONE = ("attribution", "atlas", "inpaint", "upscale")
 """Figures whose scripts load a model themselves. They know the words of `standalone.KEYS`."""

@@ -1,6 +1,6 @@
 """`python -m experiments.upscale -o figures`: images at twice their size through position ids.
 
-About 13 min on one CPU core with model=tiny. Scenes are given to `pipe.upscale` at half the model's size, or at a size
+About 12 min on one CPU core with model=tiny. Scenes are given to `pipe.upscale` at half the model's size, or at a size
 whose double is beyond the model's. The results are compared with the same scenes drawn at twice the size. Next to its
 methods: sampling at that size from the prompt alone, with published methods for larger images, and bicubic enlargement.
 
@@ -134,7 +134,7 @@ def make(loaded: Loaded, options: "Namespace") -> "list[Path]":
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line. Returns 0, or 2 for an error that the user can fix."""
-    counts = {"scenes": (64, "scenes"), "rows": (4, "scenes in the figure")}
+    counts = {"scenes": (64, "scenes"), "rows": (3, "scenes in the figure")}
     return run_alone("upscale", __doc__, arguments, counts, STEPS, make)
 
 

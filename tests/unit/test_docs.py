@@ -130,6 +130,47 @@ def test_the_finding_on_inpainting_follows_from_the_numbers():
     assert inpaint["border only"]["asked"]["high"] == 0
 
 
+def test_the_findings_on_upscaling_follow_from_the_numbers():
+    """Sentences 11 and 12 of docs/ideas.md.j2. If one fails with a new embedded model, rewrite the sentence."""
+    assert measured.drawn("upscale")["steps"] == 6
+    own, beyond = (measured.drawn("upscale")["measures"][name] for name in ("own", "beyond"))
+    letters = {name: row["letters"] for name, row in own.items()}  # 11
+    assert letters["spacing"]["low"] > letters["bicubic"]["high"]
+    assert own["spacing"]["psnr_scene"]["paired_high"] < 0 < own["resized"]["psnr_scene"]["paired_low"]
+    assert (
+        min(letters["spacing, both ways"]["mean"], letters["spacing, until 0.8"]["mean"]) > letters["spacing"]["high"]
+    )
+    assert letters["spacing"]["low"] < letters["spacing, YaRN"]["mean"] < letters["spacing"]["high"]
+    assert own["half steps"]["object"]["high"] < 0.9 < own["half steps, aligned"]["object"]["low"]
+    ids = [row["psnr_scene"]["high"] for name, row in own.items() if name.startswith(("spacing", "half"))]
+    assert own["resized"]["psnr_scene"]["low"] > max(ids)
+    methods = {name: row for name, row in beyond.items() if name.startswith(("spacing", "half", "resized"))}  # 12
+    assert max(row["psnr_scene"]["paired_high"] for row in methods.values()) < -5
+    assert beyond["half steps"]["shape"]["low"] > 0.9
+    for name in ("spacing", "spacing, YaRN", "spacing, DyPE", "half steps, aligned"):
+        assert beyond[name]["shape"]["high"] < 0.6
+    prompted = [row["letters"]["mean"] for name, row in beyond.items() if name.startswith("prompt")]
+    assert max(prompted) < 0.02
+    drawn = {name: row["letters"]["mean"] for name, row in methods.items()}
+    assert max(drawn.values()) == drawn["half steps, aligned"] < 0.1
+
+
+def test_the_finding_on_conventions_follows_from_the_numbers():
+    """Sentence 13 of docs/ideas.md.j2. If it fails with newly trained models, rewrite the sentence."""
+    found = measured.drawn("conventions")
+    assert found["cells"] == 128
+    edits = {name: model["edits"] for name, model in found["models"].items()}
+    assert min(model["unchanged"]["right"][0] for model in edits.values()) > 0.9
+    for name in ("flux1", "index", "text_line"):
+        model = edits[name]
+        assert model["index + 16"]["right"][0] > model["unchanged"]["right"][1]
+        assert model["index + 16"]["ssim"][1] > 0.98 > 0.7 > model["another seed"]["ssim"][2]
+        assert model["× 0.5"]["right"][2] == 0
+        assert model["unchanged"]["shape"][1] < 0.1 < model["unchanged"]["shape"][2]
+        for edit in ("unchanged", "× 1.2", "rows + 1"):  # each is within the interval of FLUX.1's
+            assert edits["flux1"][edit]["right"][1] < model[edit]["right"][0] < edits["flux1"][edit]["right"][2]
+
+
 def test_the_text_on_flux2_follows_from_the_numbers():
     """What docs/flux2.md says about the embedded models. If it fails with new weights, rewrite the text."""
     tiny, tiny2 = (json.loads(file.read_text())["edits"] for file in (measured.EMBEDDED, measured.EMBEDDED2))

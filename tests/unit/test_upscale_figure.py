@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from experiments import enlarge, upscale
 from experiments.enlarge import SETTINGS
 from fluxlab.scenes import held_out, sample_scene
 
+ROOT = Path(__file__).parents[2]
 FIXED = [enlarge.BICUBIC, enlarge.DECODED, enlarge.DRAWN]
 
 
@@ -86,6 +88,32 @@ def test_the_numbers_and_the_figures_are_those_of_the_images(tmp_path, monkeypat
         assert f"{first}: 0 [0, 0], Δ -1 [-1, -1], n = 5" in (tmp_path / f"upscale-{setting}.txt").read_text()
     assert upscale.main(["--scenes", "0"]) == 2
     assert "--scenes 0: expected at least 1" in capsys.readouterr().err
+
+
+QUOTED = [
+    pytest.param(setting, name, marks=() if (setting, name) == ("own", "resized") else pytest.mark.soak)
+    for setting, rows in SETTINGS.items()
+    for name in rows.upscaled
+]
+
+
+@pytest.mark.parametrize(("setting", "name"), QUOTED)
+def test_what_docs_quote_is_what_the_experiment_gives(setting, name):
+    """The first scene again. Other processors round differently."""
+    import torch
+
+    import fluxlab
+
+    quoted = json.loads((ROOT / "docs" / "upscale.json").read_text())
+    pipe = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
+    alone = replace(SETTINGS[setting], prompted={}, upscaled={name: SETTINGS[setting].upscaled[name]})
+    one = enlarge.case(alone, 0)
+    for found, (image,) in enlarge.images_of(pipe, alone, [one], quoted["steps"]):
+        numbers = quoted["measures"][setting][found]
+        for measured, value in enlarge.scores(image, one).items():
+            assert numbers[measured]["n"] == quoted["scenes"] or measured == "letters"
+            near = {"psnr_scene": 0.5, "ssim_scene": 0.01, "sharpness": 0.002, "letters": 0.15}.get(measured, 0)
+            assert value == pytest.approx(numbers[measured]["first"], abs=near), (found, measured)
 
 
 def test_another_model_gets_larger_scenes_and_no_oracle(tmp_path, monkeypatch):
