@@ -84,7 +84,7 @@ def model(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("model"), guidance=True)
 
 
-def arguments(model, out, *more):
+def arguments(model, out, *more, capture="words"):
     """Return the arguments of a run of 2 variants × 2 prompts × 2 seeds and 2 controls, one cell per batch."""
     return [
         "+exp=hello",
@@ -102,7 +102,7 @@ def arguments(model, out, *more):
         "threads=1",
         "+variants.half={a: {op: slow}, b: {op: scale, factor: 0.5}}",
         "plugins=[slow_op]",
-        "capture=words",
+        f"capture={capture}",
         f"out={out}",
         *more,
     ]
@@ -118,10 +118,10 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def inline(model, folder, tmp_path_factory):
-    """Return the folder of an undisturbed run in this process."""
+def inline(model, folder, tmp_path_factory, request):
+    """Return the folder of an undisturbed run in this process, with the parameter as its capture."""
     out = tmp_path_factory.mktemp("inline") / "run"
-    assert command_line.main(arguments(model, out)) == 0
+    assert command_line.main(arguments(model, out, capture=getattr(request, "param", "words"))) == 0
     return out
 
 
@@ -150,7 +150,8 @@ def when_some_images_exist(out, count, act):
     return thread
 
 
-def test_a_killed_worker_is_replaced(cluster, model, inline, tmp_path):
+@pytest.mark.parametrize(("inline", "capture"), [("none", "none"), ("words", "words")], indirect=["inline"])
+def test_a_killed_worker_is_replaced(cluster, model, inline, capture, tmp_path):
     out, killed = tmp_path / "run", []
 
     def kill():
@@ -159,7 +160,7 @@ def test_a_killed_worker_is_replaced(cluster, model, inline, tmp_path):
         killed.append(victim.pid)
 
     watching = when_some_images_exist(out, 3, kill)
-    assert command_line.main(arguments(model, out, *RAY)) == 0
+    assert command_line.main(arguments(model, out, *RAY, capture=capture)) == 0
     watching.join(5)
     assert killed
     assert contents(out) == contents(inline)
