@@ -71,7 +71,9 @@ def upscale(
         "aligned": as half_steps, but each query sees all positions in the spacing of its own group, as in CRPA (arXiv
         2511.19778): known tokens are 1 apart where known ones see them, and `factor` apart where new ones do.
         "resized": all tokens are known, those of the bicubic enlargement, and have the usual positions.
-        None: spacing up to the model's own size, half_steps beyond it, as the embedded model does best.
+        None: spacing up to the model's own size, half_steps beyond it: on the embedded model the better ones of those
+        that edit ids. There "resized", which edits none, is closer to the image up to the model's size, and bicubic
+        enlargement beyond it (`experiments.upscale`).
     until: the noise level, from 0 to below 1, down to which known tokens are on their path and attention is one-way.
         Below it they are sampled like the others. None: 0, and 0.8 with "resized", where 0 would change nothing.
     known: "small": known tokens have the latents of the small image's tokens. "enlarged": those at the same places of
