@@ -73,8 +73,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        # contiguous: flash attention on a CPU takes longer on channels that are not side by side
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
         rows = max(1, self.scores // k.shape[2])
         parts = [F.scaled_dot_product_attention(part, k, v) for part in q.split(rows, dim=2)]
         h = rearrange(torch.cat(parts, dim=2), "b 1 (h w) c -> b c h w", h=x.shape[2])
