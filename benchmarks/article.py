@@ -1,6 +1,7 @@
 """Compare the article's experiment in fluxlab and in Diffusers: pixels, and the time of each whole process.
 
     python benchmarks/article.py                  # about 10 min on 2 CPU cores: pixels, then 3 rounds of both
+    python benchmarks/article.py --dtypes default # about 4 min: both with the dtype that they have by default
     python benchmarks/article.py --scaling        # about 10 min: memory and time for 12 to 1,200 cells
 
 The Diffusers side is what a user would write: one call per image, with img_ids replaced by a patched method. Both read
@@ -16,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "fluxlab" / "assets" / "tiny"
 PROMPTS = ("A cat holding a sign that says hello world", "a red fox on the left holding a sign that says open cafe")
 SEEDS = 4
+DTYPES = ("float32", "bfloat16", "default")
 
 DIFFUSERS = """
 import sys, torch
@@ -98,10 +101,10 @@ def pixels(folder: Path, steps: int, length: int) -> None:
     print(f"pixels, fp32: {count} images, {equal} equal, largest difference {worst}/255 (bound 1)", flush=True)
 
 
-def timings(folder: Path, steps: int, length: int, rounds: int) -> dict:
+def timings(folder: Path, steps: int, length: int, rounds: int, dtypes: Sequence[str]) -> dict:
     """Time whole processes in alternating order. Return the times and the median ratio for each dtype."""
     results = {}
-    for dtype in ("float32", "bfloat16", "default"):
+    for dtype in dtypes:
         ours, theirs = [], []
         for i in range(rounds):
             for side, times in ((fluxlab_run, ours), (diffusers_run, theirs))[:: 1 if i % 2 else -1]:
@@ -136,6 +139,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of the timings; default: all")
     parser.add_argument("--length", type=int, default=24, help="text tokens: what model=tiny has")
     parser.add_argument("--scaling", action="store_true", help="memory and time against the number of cells instead")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
@@ -146,7 +150,7 @@ def main() -> int:
             results = scaling(folder, min(arguments.steps, 4))
         else:
             pixels(folder, arguments.steps, arguments.length)
-            results = timings(folder, arguments.steps, arguments.length, arguments.rounds)
+            results = timings(folder, arguments.steps, arguments.length, arguments.rounds, arguments.dtypes)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
