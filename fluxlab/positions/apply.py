@@ -1,6 +1,5 @@
 """The edits of one sample: resolved against a context, then applied to its ids."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.errors import UserError, join
-from fluxlab.positions.calling import call, check_finite, check_type, head_factor, try_score_factor
+from fluxlab.positions.calling import call, check_finite, check_type
 from fluxlab.positions.region_ops import hidden, region_masks
 from fluxlab.positions.registry import find_op
 from fluxlab.positions.resolved import Resolved
@@ -235,9 +234,14 @@ def blocked(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tenso
         else:
             weight = math.log1p(-strength) if strength < 1 else -math.inf  # fp64: see docs/numerics.md, "Processors"
         bias = torch.where(forbidden, bias + weight, bias)
-        if torch.isneginf(bias).all(1).any():
-            raise UserError(f"{edit.path}: leaves some tokens nothing to attend to, expected at least one key each")
+        check_keys_are_left(torch.isneginf(bias), edit)
     return bias
+
+
+def check_keys_are_left(forbidden: Tensor, edit: Resolved) -> None:
+    """Raise UserError if a query may attend to no key. forbidden: `(N, N)`."""
+    if forbidden.all(1).any():
+        raise UserError(f"{edit.path}: leaves some tokens nothing to attend to, expected at least one key each")
 
 
 def region_bias(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> Tensor:
@@ -262,28 +266,3 @@ def region_bias(edits: Sequence[Resolved], now: Sequence[Now], ids: Tensor) -> T
             bias = torch.where(shown, weight, bias)
         bias = torch.where(~sees & ~plain, -math.inf, bias)
     return bias
-
-
-def try_out(edits: Sequence[Resolved], ids: Tensor, context: Context) -> None:
-    """Call every op once, so that its errors appear before a run and not in the middle of it."""
-    for n, edit in enumerate(edits):
-        if len(edit.tokens):
-            apply_edits(ids.detach(), edits, [(n, 1.0, None)])
-            if edit.acts_on == "scores":
-                try_score_factor(edit, ids.detach())
-            elif edit.acts_on == "heads":
-                head_factor(edit, ids.new_ones(context.heads))
-    windows = [edit for edit in edits if edit.acts_on == "windows"]
-    for first, second in itertools.combinations(windows, 2):
-        if first.blocks & second.blocks and any(a and b for a, b in zip(first.steps, second.steps, strict=True)):
-            raise UserError(f"{second.path}: a second edit of windows in the same step and block as {first.path}")
-    masks = [n for n, edit in enumerate(edits) if edit.acts_on in ("attention", "text")]
-    heads = range(context.heads) if any(edits[n].heads is not None for n in masks) else (None,)
-    at_full_strength = {
-        tuple(n for n in masks if edits[n].strength_in(step, sigma, block, head) == 1)
-        for step, sigma in enumerate(context.sigmas[:-1])
-        for block in range(context.blocks)
-        for head in heads
-    }
-    for together in at_full_strength if masks else ():
-        blocked(edits, [(n, 1.0, None) for n in together], ids)

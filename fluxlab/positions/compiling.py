@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fluxlab.errors import UserError
-from fluxlab.positions.apply import resolve, try_out
+from fluxlab.positions.apply import resolve
 from fluxlab.positions.compiled import Compiled
+from fluxlab.positions.trial import try_out
 from fluxlab.select.layout import Context
 
 if TYPE_CHECKING:

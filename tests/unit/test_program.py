@@ -570,6 +570,16 @@ def test_config_that_does_not_fit_the_context(edit, path, value, accepted, neare
     check_message(error, path, value, accepted, nearest)
 
 
+def test_masks_that_leave_nothing_together():
+    """The second one is named. At other steps, in other blocks or below full strength, they do not act together."""
+    where = context(Layout(10, (4, 4)))
+    first = {"op": "mask", "from": "text", "to": "text", "steps": [0], "blocks": [1]}
+    for other in ({"steps": [1]}, {"blocks": [2]}, {"strength": 0.9}):
+        compile_programs([Program.from_config({"a": first, "b": {**first, "to": "image", **other}})], where)
+    with pytest.raises(UserError, match=r"^b: leaves some tokens nothing to attend to"):
+        compile_programs([Program.from_config({"a": first, "b": {**first, "to": "image"}})], where)
+
+
 def test_words_need_a_prompt():
     with pytest.raises(ValueError, match=r"a.tokens.words: \['cat'\], but no prompt was given"):
         compile_programs([program(tokens={"words": "cat"})], context(prompts=None))
