@@ -6,11 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageColor
 
 from fluxlab.files import write_atomic
 from fluxlab.images import open_image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BUDGET = 3_000_000
 """Bytes of a page's images. Base64 adds a third. With text and position plots a page stays below 5 MB."""
@@ -101,12 +105,18 @@ def fit_image(image: Image.Image, room: tuple[float, float]) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if size >= image.size else Image.Resampling.LANCZOS)
 
 
-def plot_png(png: bytes) -> tuple[bytes, tuple[int, int]]:
-    """Return a plot's PNG with the palette that all plots share, and its (width, height).
+def plot_png(figure: "Figure") -> tuple[bytes, tuple[int, int]]:
+    """Return a plot as PNG with the palette that all plots share, and its (width, height).
 
     A palette per plot would be as small, but would move a colour that only a few pixels have, such as a legend entry's.
+    `savefig` has the same pixels; it lays out and draws everything twice.
     """
-    image = Image.open(io.BytesIO(png)).convert("RGB").quantize(palette=_palette(), dither=Image.Dither.NONE)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    drawn = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    image = drawn.quantize(palette=_palette(), dither=Image.Dither.NONE)
     content = io.BytesIO()
     image.save(content, "png", optimize=True)
     return content.getvalue(), image.size

@@ -268,6 +268,7 @@ class DamagedRecordError(UserError):
 
 
 _KEYS = ("request", "settings", "name", "caption", "command", "digest", "variants", "versions")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first one, in C, is not in every PyYAML
 _REMEDY = "run the command of this store again, or name another out= folder"
 
 
@@ -279,7 +280,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
     file, text = path / EXPERIMENT, ""
     try:
         text = file.read_bytes().decode(errors="replace")
-        record = yaml.safe_load(text)
+        record = yaml.load(text, _LOADER)
         schema = record["schema"]
     except FileNotFoundError:
         raise UserError(f"{path}: not a run folder, it contains no {EXPERIMENT}") from None

@@ -1,6 +1,5 @@
 """The position plot of a variant, for the page and for trackers: where its tokens are after its edits."""
 
-import io
 import json
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -69,8 +68,6 @@ def _draw(
 
         svg, size = positions_svg(state)
         return PositionPlot(svg_url(svg), size)
-    png = io.BytesIO()
     with plot.style(plot.STYLE):
-        plot.draw_positions(state).savefig(png, format="png", dpi=100)
-    content, size = plot_png(png.getvalue())
+        content, size = plot_png(plot.draw_positions(state))
     return PositionPlot(data_url(content, "png"), size)
