@@ -1,10 +1,10 @@
 """`make figures`, or `python -m experiments.every`: every figure, from its runs to its files.
 
-Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes about an
-hour on 2 CPU cores with the embedded model, and a minute once the runs exist. key=value words such as model=schnell
-device=cuda are passed on to the runs, and to the experiments that make their images themselves. Without names, figures
-for which a word has no meaning are left out, and those of the scene oracle if the model was not trained on scenes.
-`--list` shows the commands.
+Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes more
+than an hour on 2 CPU cores with the embedded model, and half of that once the runs exist, for experiments that make
+their images themselves. key=value words such as model=schnell device=cuda are passed on to the runs and to these
+experiments. Without names, figures for which a word has no meaning are left out, and those of the scene oracle if the
+model was not trained on scenes. `--list` shows the commands.
 """
 
 import json
