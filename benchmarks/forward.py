@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fluxlab.checkpoints import save_transformer
 from fluxlab.families import architecture_of, family_of
 from fluxlab.model import Flux2Params, FluxParams
+from fluxlab.model.compiling import compile_options
 
 SMALL = FluxParams(64, 64, 768, 512, 192, 4.0, 3, 2, 4, (16, 24, 24), 10000, True, True)
 LARGE = replace(SMALL, hidden_size=1024, num_heads=8, axes_dim=(16, 56, 56))
@@ -124,7 +125,10 @@ def measure(
         rate = matmul_rate(DTYPES[dtype], device)
         for mode, batch in product(modes, batches[size]):
             torch.compiler.reset()  # a new batch would otherwise compile for any batch
-            models = [torch.compile(m, fullgraph=True) if mode == "compiled" else m for m in (flux, theirs)]
+            models = [flux, theirs]
+            if mode == "compiled":
+                options = compile_options("inductor", device)
+                models = [torch.compile(m, fullgraph=True, options=options) for m in models]
             ours, reference = calls(*models, params, text, side, batch, DTYPES[dtype], device)
             a, b = ours().double(), reference().double()  # compiles, and warms up
             error = ((a - b).abs().max() / b.std()).item()

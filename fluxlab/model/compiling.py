@@ -27,19 +27,36 @@ def compile_blocks(model: nn.Module, on: bool = True, backend: str | Callable = 
     larger ones are compiled separately. Results differ from those of uncompiled blocks in their last bits. backend: of
     `torch.compile`. Raises `UserError` if there is no compiler for the device of the model.
     """
+    device = next(model.parameters()).device.type
     if on and backend == "inductor":
-        _check_compiler(next(model.parameters()).device.type)
+        _check_compiler(device)
     for block in (*model.double_blocks, *model.single_blocks):
         for name in REGIONS:
             if on:
-                setattr(block, name, MethodType(_compiled(getattr(type(block), name), backend), block))
+                setattr(block, name, MethodType(_compiled(getattr(type(block), name), backend, device), block))
             else:
                 block.__dict__.pop(name, None)
 
 
+def compile_options(backend: str | Callable, device: str) -> dict[str, int] | None:
+    """Return the options that `torch.compile` needs in order to give right results on a device.
+
+    Inductor keeps its code in a folder, for other processes. On a CPU the code steps over as many numbers as a vector
+    register holds, but the key under which it is kept does not say how many (PyTorch 2.13). A processor with shorter
+    vectors that finds the code in a shared folder would leave part of each result unwritten. With the length as an
+    option, the key says it.
+    """
+    if backend != "inductor" or device != "cpu":
+        return None
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # loads inductor
+
+    return {"cpp.simdlen": pick_vec_isa().bit_width()}
+
+
 @cache
-def _compiled(region: Callable, backend: str | Callable) -> Callable:
-    return torch.compile(region, dynamic=True, fullgraph=True, backend=backend)
+def _compiled(region: Callable, backend: str | Callable, device: str) -> Callable:
+    options = compile_options(backend, device)
+    return torch.compile(region, dynamic=True, fullgraph=True, backend=backend, options=options)
 
 
 def _check_compiler(device: str) -> None:
