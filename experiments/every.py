@@ -1,20 +1,24 @@
 """`make figures`, or `python -m experiments.every`: every figure, from its runs to its files.
 
-Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes more
-than an hour on 2 CPU cores with the embedded model, and half of that once the runs exist, for experiments that make
-their images themselves. key=value words such as model=schnell device=cuda are passed on to the runs and to these
+Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes about
+an hour on 2 CPU cores with the embedded model, and less than half of that once the runs exist, for experiments that
+make their images themselves. key=value words such as model=schnell device=cuda are passed on to the runs and to these
 experiments. Without names, figures for which a word has no meaning are left out, and those of the scene oracle if the
-model was not trained on scenes. `--list` shows the commands.
+model was not trained on scenes. `--list` shows the commands. With several `--jobs`, what they print is in files of
+`--runs`.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from string import Formatter
+from typing import NamedTuple
 
 from experiments.standalone import KEYS, key_of, read_words
 from experiments.style import out_argument, refusing_parser
@@ -113,6 +117,15 @@ def refusal(name: str, words: Sequence[str]) -> str | None:
     return None
 
 
+def default_jobs(words: Sequence[str]) -> int:
+    """Return how many commands run at the same time: with the embedded model one for each CPU core, at most 4.
+
+    Its images are small, so that two commands with a core each end sooner than one after the other with both cores.
+    Another model or device gets all that there is.
+    """
+    return 1 if words else min(4, os.cpu_count() or 1)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0, 2 for an error that the user can fix, or the exit code of the first command that failed."""
     parser = refusing_parser("every", __doc__)
@@ -121,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--runs", type=Path, default=Path("runs/figures"), help="default: runs/figures")
     parser.add_argument("--list", action="store_true", help="show the commands only")
+    text = "commands at the same time; default: one for each CPU core, at most 4, and 1 with key=value words"
+    parser.add_argument("--jobs", type=int, metavar="N", help=text)
     out_argument(parser)
     code = 0
 
@@ -129,6 +144,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = parser.parse_intermixed_args(arguments)
         words = [word for word in options.words if "=" in word]
         names = [word for word in options.words if "=" not in word]
+        jobs = default_jobs(words) if options.jobs is None else options.jobs
+        if jobs < 1:
+            raise UserError(f"--jobs {jobs}: expected at least 1")
         if unknown := [name for name in names if name not in FIGURES]:
             raise UserError(f"{unknown[0]}: no figure has this name; expected {', '.join(FIGURES)}")
         for name in names:
@@ -136,25 +154,82 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise UserError(f"{name}: {reason}; leave one of them out")
         others = OF_FLUX2 if any(key_of(word) == "model" for word in words) else ()
         chosen = names or [name for name in FIGURES if name not in others and not refusal(name, words)]
-        code = _make(chosen, options.runs, options.out, words, options.list)
+        every = tasks({name: commands(name, options.runs, options.out, words) for name in chosen})
+        if options.list:
+            print(*("python -m " + shlex.join(command) for task in every for command in task.commands), sep="\n")
+            return
+        started = time.monotonic()
+        code = make(every, options.runs, jobs)
+        if not code:
+            print(f"{', '.join(chosen)}: in {options.out}, {(time.monotonic() - started) / 60:.1f} min")
 
     return guarded(work, "interrupted; the same command goes on") or code
 
 
-def _make(names: Sequence[str], runs: Path, out: Path, words: Sequence[str], only_list: bool) -> int:
-    done, started = [], time.monotonic()
-    for name in names:
-        for command in commands(name, runs, out, words):
-            if command in done:
-                continue
-            print("python -m " + shlex.join(command), flush=True)
-            if not only_list and (code := subprocess.run([sys.executable, "-m", *command]).returncode):
-                print(f"figure {name}: the command above ended with exit code {code}", file=sys.stderr)
-                return code
-            done.append(command)
-    if not only_list:
-        print(f"{', '.join(names)}: in {out}, {(time.monotonic() - started) / 60:.1f} min")
+class Task(NamedTuple):
+    """Commands that run one after the other, once the tasks in `needs` are done."""
+
+    name: str
+    commands: list[list[str]]
+    needs: frozenset[str] = frozenset()
+
+
+def tasks(figures: Mapping[str, list[list[str]]]) -> list[Task]:
+    """Return a task for each run, which several figures may need, and one for the scripts of each figure.
+
+    figures: the commands of each. Every task comes after those that it needs.
+    """
+    found: dict[str, Task] = {}
+    for name, every in figures.items():
+        runs = {f"run {c[1].removeprefix('+exp=')}": c for c in every if c[0] == "fluxlab.run"}
+        for run, command in runs.items():
+            found.setdefault(run, Task(run, [command]))
+        found[name] = Task(name, [c for c in every if c[0] != "fluxlab.run"], frozenset(runs))
+    return list(found.values())
+
+
+def make(every: Sequence[Task], runs: Path, jobs: int) -> int:
+    """Run tasks, `jobs` at the same time. Return 0, or the exit code of the first command that failed.
+
+    After a failure no task is started, and those that have been started are finished.
+    """
+    waiting, running, done, failed = list(every), {}, set(), 0
+    with ThreadPoolExecutor(jobs) as pool:
+        while running or (waiting and not failed):
+            ready = [task for task in waiting if task.needs <= done] if not failed else []
+            for task in ready[: jobs - len(running)]:
+                waiting.remove(task)
+                running[pool.submit(_work, task, runs, jobs)] = task
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done.add(running.pop(future).name)
+                failed = failed or future.result()
+    return failed
+
+
+def _work(task: Task, runs: Path, jobs: int) -> int:
+    """Run the commands of a task. Return 0, or the exit code of the one that failed. Several jobs share the cores."""
+    started, log = time.monotonic(), runs / f"{task.name.replace(' ', '-')}.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    runs.mkdir(parents=True, exist_ok=True)
+    for command in task.commands:
+        print("python -m " + shlex.join(command), flush=True)
+        call = [sys.executable, "-m", *command]
+        if jobs == 1:
+            code = subprocess.run(call).returncode
+        else:
+            with open(log, "ab") as file:
+                code = subprocess.run(call, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+        if code:
+            shown = "" if jobs == 1 else "\n".join([f"; {log} ends with", *_last_lines(log, 3)])
+            print(f"{task.name}: python -m {command[0]} ended with exit code {code}{shown}", file=sys.stderr)
+            return code
+    if jobs > 1:
+        print(f"{task.name}: {(time.monotonic() - started) / 60:.1f} min", flush=True)
     return 0
+
+
+def _last_lines(file: Path, count: int) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
 
 
 if __name__ == "__main__":

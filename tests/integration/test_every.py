@@ -70,9 +70,39 @@ def test_the_figures_of_another_model(capsys):
 
 def test_a_script_that_fails_ends_the_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(every.FIGURES, "steps", ("experiments.roles {runs}",))
-    assert every.main(["steps", "--runs", str(tmp_path), "-o", str(tmp_path)]) == 2
-    error = capfd.readouterr().err
-    assert "figure steps: the command above ended with exit code 2" in error
+    monkeypatch.setitem(every.FIGURES, "ids", ("experiments.missing",))
+    for jobs in ("1", "2"):
+        assert every.main(["steps", "--runs", str(tmp_path), "-o", str(tmp_path), "--jobs", jobs]) == 2
+        error = capfd.readouterr().err
+        assert "steps: python -m experiments.roles ended with exit code 2" in error
+        assert f"{tmp_path}: " in error  # what the script says itself, from its log file
+
+
+def test_several_jobs(tmp_path, monkeypatch):
+    """Two figures that need one run and a figure without a run: every command once, after what it needs."""
+    order = tmp_path / "order.txt"
+    (tmp_path / "note.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "time.sleep(0.5 * (sys.argv[1] == 'run'))\n"
+        "with open(pathlib.Path(__file__).with_name('order.txt'), 'a') as file:\n"
+        "    print(sys.argv[1], os.environ['OMP_NUM_THREADS'], file=file)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(every.os, "cpu_count", lambda: 6)
+    run = ["fluxlab.run", "+exp=x"]
+    made = every.tasks({"a": [run, ["note", "a"]], "b": [run, ["note", "b"]], "c": [["note", "c"]]})
+    assert [(task.name, set(task.needs)) for task in made] == [
+        ("run x", set()),
+        ("a", {"run x"}),
+        ("b", {"run x"}),
+        ("c", set()),
+    ]
+    made[0] = made[0]._replace(commands=[["note", "run"]])
+    assert every.make(made, tmp_path / "runs", 2) == 0
+    assert order.read_text().split("\n")[:2] == ["c 3", "run 3"]
+    assert sorted(order.read_text().split()[::2]) == ["a", "b", "c", "run"]
+    assert every.default_jobs([]) == 4
+    assert every.default_jobs(["model=schnell"]) == 1
 
 
 @pytest.mark.parametrize(
