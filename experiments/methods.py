@@ -90,7 +90,7 @@ def draw_page(runs: Sequence[Run], tables: Sequence[Sequence[Row]]) -> "Figure":
             show_images(images, run, rows)
             show_shares(shares, rows)
             show_dots(score, rows, "score", "score")
-            show_dots(sharp, rows, "sharpness", "sharpness (1/px)")
+            show_dots(sharp, rows, "sharpness", "sharpness")
             images.set_title(f"{enlarged(run):g} × the trained size", loc="left")
             for axes in (images, shares, score, sharp):
                 axes.set_ylim(count - 0.5, -0.5)
@@ -134,6 +134,8 @@ def show_shares(axes: "Axes", rows: Sequence[Row]) -> None:
 
 def show_dots(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> None:
     """Draw a metric's mean and interval of every variant, with a line at the baseline's mean."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.axvline(rows[0][metric], color="0.6", lw=0.6, ls=(0, (4, 2)), zorder=1)
     for kind, name in zip(KINDS, NAMES, strict=True):
         at = [i for i, row in enumerate(rows) if row["kind"] == kind]
@@ -141,6 +143,7 @@ def show_dots(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> Non
         mean, low, high = ([rows[i][metric + end] for i in at] for end in ("", "_low", "_high"))
         axes.hlines(at, low, high, color=colour, lw=0.9, zorder=2)
         axes.plot(mean, at, color=colour, marker=marker, ms=2.6, lw=0, label=name, zorder=3)
+    axes.xaxis.set_major_locator(MaxNLocator(2))
     axes.set_xlabel(title)
 
 
