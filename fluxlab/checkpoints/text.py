@@ -22,6 +22,7 @@ from fluxlab.checkpoints.headers import Stored, described
 from fluxlab.checkpoints.memory import check_device, check_fits
 from fluxlab.checkpoints.read import check_tensors
 from fluxlab.checkpoints.recognise import text_encoder_names
+from fluxlab.checkpoints.text_networks import load_network
 from fluxlab.checkpoints.tokenizer_files import FOLDERS as TOKENIZERS
 from fluxlab.checkpoints.tokenizer_files import MissingTokenizer, find_tokenizers, load_tokenizer
 from fluxlab.config import ModelRow
@@ -29,6 +30,8 @@ from fluxlab.config import ModelRow
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
+    from fluxlab.model.clip import ClipText
+    from fluxlab.model.t5 import T5Encoder
     from fluxlab.model.text import TextEncoders
 
 TITLE = "text encoders"
@@ -159,9 +162,17 @@ def save(folder: Path, text: "TextEncoders", distilled: bool) -> dict[str, Any]:
 
 
 def load_encoders(
-    encoders: Sequence[OpenEncoder], dtype: torch.dtype | None, device: torch.device, where: str, check: bool = True
-) -> "list[CLIPTextModel | T5EncoderModel]":
-    """Load open encoders. check: that they fit, and that all weights are finite. Raises `CheckpointError`."""
+    encoders: Sequence[OpenEncoder],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    where: str,
+    check: bool = True,
+    own: bool = False,
+) -> "list[CLIPTextModel | T5EncoderModel | ClipText | T5Encoder]":
+    """Load open encoders. check: that they fit, and that all weights are finite. Raises `CheckpointError`.
+
+    own: as classes of `fluxlab.model` where these know the config, which saves the import of transformers.
+    """
     sizes: Counter[torch.dtype] = Counter()
     mapped = 0
     dtypes = {}
@@ -173,8 +184,14 @@ def load_encoders(
             mapped += size if device.type == "cpu" and entry.dtype == target else 0
     if check:
         check_fits(dict(sizes), device, where, mapped)
-    with _transformers:
-        return [_load(encoder, dtypes[encoder.part], check).to(device) for encoder in encoders]
+    loaded = []
+    for encoder in encoders:
+        network = load_network(encoder, dtypes[encoder.part], check) if own else None
+        if network is None:
+            with _transformers:
+                network = _load(encoder, dtypes[encoder.part], check)
+        loaded.append(network.to(device))
+    return loaded
 
 
 _transformers = threading.Lock()

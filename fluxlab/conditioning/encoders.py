@@ -25,13 +25,16 @@ from fluxlab.conditioning.texts import Texts, computed_by, fits
 from fluxlab.config import ModelRow
 from fluxlab.model import FluxParams
 from fluxlab.model.t5_blocks import Use, blockwise_states
-from fluxlab.model.text import TextEncoders
+from fluxlab.model.text import TextEncoders, last_layer, pooled
 from fluxlab.progress import Progress
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from transformers import CLIPTextModel, T5EncoderModel
+
+    from fluxlab.model.clip import ClipText
+    from fluxlab.model.t5 import T5Encoder
 
 ENCODING = 1
 """Part of the cache's keys: raise it with any change of how prompts become `(txt, y)`."""
@@ -45,8 +48,9 @@ Encoded = tuple[Tensor, Tensor]
 class StoredEncoders(TextEncoders):
     """The text encoders at a folder or file. Their weights are read when a prompt is neither in memory nor in `cache`.
 
-    Tokenizers and sizes are always there, so that prompts can be checked. `clip` and `t5` load the encoders. From then
-    on all prompts are encoded by them, because their weights may have been changed.
+    Tokenizers and sizes are always there, so that prompts can be checked. Prompts are encoded by networks of
+    `fluxlab.model`, to the bits of transformers'. `clip` and `t5` load the encoders as classes of transformers. From
+    then on all prompts are encoded by them, because their weights may have been changed.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class StoredEncoders(TextEncoders):
         self.facts = text_encoder_facts(root, variant, tokenizers, cache)
         self._dtypes = {part: facts.loaded_as(dtype, device, root) for part, facts in self.facts.items()}
         self.clip_tokenizer, self.t5_tokenizer = load_tokenizers(root, tokenizers, self.facts)
-        self._modules: tuple[CLIPTextModel, T5EncoderModel] | None = None
+        self._modules: tuple[ClipText | CLIPTextModel, T5Encoder | T5EncoderModel] | None = None
         self._blockwise = False  # T5 stays in main memory, one block at a time is on the device
         self._unread = False  # T5's weights are checked block by block, so that they need not be in memory together
         self._handed_out = False
@@ -172,10 +176,10 @@ class StoredEncoders(TextEncoders):
         if self._blockwise:
             txts = blockwise_states(t5, ids, self.device, self._before_block, self.after_block)
         else:
-            txts = (t5(tokens.to(self.device))[0] for tokens in ids)
+            txts = (last_layer(t5, tokens.to(self.device)) for tokens in ids)
         encoded = []
         for prompt, txt in zip(prompts, txts, strict=True):
-            y = clip(self.clip_ids(prompt).to(self.device)).pooler_output
+            y = pooled(clip, self.clip_ids(prompt).to(self.device))
             encoded.append((txt.cpu(), y.cpu()))
             if self.cache:
                 write_tensors(self.cache, self._key(prompt, length), {"txt": txt, "y": y})
@@ -190,15 +194,15 @@ class StoredEncoders(TextEncoders):
 
     def _hand_out(self) -> "tuple[CLIPTextModel, T5EncoderModel]":
         if not self._handed_out:
-            if self._blockwise:
-                self._modules = None  # a caller that asks for a network gets all of it, on the device
+            self._modules = None  # a caller that asks for a network gets transformers' class, all of it on the device
             modules = self._load(whole=True)
             self._handed_out = True
             self._kept.clear()
             return modules
         return self._modules
 
-    def _load(self, whole: bool = False) -> "tuple[CLIPTextModel, T5EncoderModel]":
+    def _load(self, whole: bool = False) -> "tuple[ClipText | CLIPTextModel, T5Encoder | T5EncoderModel]":
+        """Return CLIP and T5. whole: as classes of transformers, all of them on the device."""
         if self._modules is None:
             variant, tokenizers = self._given
             if self.root.is_dir():
@@ -208,8 +212,8 @@ class StoredEncoders(TextEncoders):
             t5_device = torch.device("cpu") if self._blockwise else self.device
             self._unread = self._blockwise and self.device.type == "cpu"
             where = f"{self.root}: text encoders"
-            modules = load_encoders([clip], self._dtype, self.device, where)
-            modules += load_encoders([t5], self._dtype, t5_device, where, check=not self._unread)
+            modules = load_encoders([clip], self._dtype, self.device, where, own=not whole)
+            modules += load_encoders([t5], self._dtype, t5_device, where, check=not self._unread, own=not whole)
             for module in modules:
                 module.eval().requires_grad_(False)
             self._modules = tuple(modules)

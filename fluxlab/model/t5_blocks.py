@@ -11,12 +11,14 @@ from torch.func import functional_call
 if TYPE_CHECKING:
     from transformers import T5EncoderModel
 
+    from fluxlab.model.t5 import T5Encoder
+
 Use = Callable[[nn.Module], None]
 
 
 @torch.inference_mode()
 def blockwise_states(
-    t5: "T5EncoderModel",
+    t5: "T5Encoder | T5EncoderModel",
     prompts: Sequence[Int[Tensor, "1 l"]],
     device: torch.device,
     before: Use | None = None,
@@ -39,7 +41,7 @@ def blockwise_states(
         return results
 
     # the embedding is a table: its rows are picked where it is
-    states = [stack.embed_tokens(ids.to(stack.embed_tokens.weight.device)).to(device) for ids in prompts]
+    states = [t5.shared(ids.to(t5.shared.weight.device)).to(device) for ids in prompts]
     biases: list[Tensor | None] = [None] * len(states)
     for block in stack.block:
         # of the arguments (states, attention mask, position bias), only the first block computes the bias

@@ -16,6 +16,9 @@ from fluxlab.errors import UserError, show
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
 
+    from fluxlab.model.clip import ClipText
+    from fluxlab.model.t5 import T5Encoder
+
 
 class UnknownWordsWarning(UserWarning):
     """A prompt has words that a text encoder does not know."""
@@ -160,9 +163,8 @@ class TextEncoders:
 
     def states(self, prompt: str, max_sequence_length: int) -> tuple[Float[Tensor, "1 l t"], Float[Tensor, "1 v"]]:
         """Return what `encode` returns for a prompt that was checked."""
-        txt = self.t5(self.t5_ids(prompt, max_sequence_length).to(self.t5.device))[0]
-        # CLIPTextModel chooses the token to pool: the largest id, or the first end mark (eos_token_id != 2)
-        return txt, self.clip(self.clip_ids(prompt).to(self.clip.device)).pooler_output
+        txt = last_layer(self.t5, self.t5_ids(prompt, max_sequence_length).to(self.t5.device))
+        return txt, pooled(self.clip, self.clip_ids(prompt).to(self.clip.device))
 
     def t5_ids(self, prompt: str, max_sequence_length: int) -> Int[Tensor, "1 l"]:
         """Return the T5 tokens of a prompt, padded or cut to `max_sequence_length`."""
@@ -171,6 +173,18 @@ class TextEncoders:
     def clip_ids(self, prompt: str) -> Int[Tensor, "1 c"]:
         """Return the CLIP tokens of a prompt, padded or cut to the length that CLIP reads."""
         return _ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
+
+
+def last_layer(t5: "T5Encoder | T5EncoderModel", ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l t"]:
+    """Return T5's last layer."""
+    output = t5(ids)
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def pooled(clip: "ClipText | CLIPTextModel", ids: Int[Tensor, "b c"]) -> Float[Tensor, "b v"]:
+    """Return CLIP's vector: its last layer at the largest id, or at the first end mark (eos_token_id != 2)."""
+    output = clip(ids)
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", prompt: str, length: int) -> Int[Tensor, "1 l"]:
