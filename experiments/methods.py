@@ -143,7 +143,8 @@ def show_dots(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> Non
         mean, low, high = ([rows[i][metric + end] for i in at] for end in ("", "_low", "_high"))
         axes.hlines(at, low, high, color=colour, lw=0.9, zorder=2)
         axes.plot(mean, at, color=colour, marker=marker, ms=2.6, lw=0, label=name, zorder=3)
-    axes.xaxis.set_major_locator(MaxNLocator(2))
+    axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(title)
 
 
