@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fluxlab.errors import UserError
+from fluxlab.model.torch_ops import inductor_vector_bits
 
 REGIONS = ("project", "update")
 """The methods of a block that are compiled. Neither sees rotary tables, masks, probes or sites."""
@@ -48,9 +49,7 @@ def compile_options(backend: str | Callable, device: str) -> dict[str, int] | No
     """
     if backend != "inductor" or device != "cpu":
         return None
-    from torch._inductor.cpu_vec_isa import pick_vec_isa  # loads inductor
-
-    return {"cpp.simdlen": pick_vec_isa().bit_width()}
+    return {"cpp.simdlen": inductor_vector_bits()}
 
 
 @cache

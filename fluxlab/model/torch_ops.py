@@ -25,6 +25,13 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) ->
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
 
 
+def inductor_vector_bits() -> int:
+    """Return the length in bits of the vectors for which inductor compiles code on this CPU. 0: it uses none."""
+    from torch._inductor.cpu_vec_isa import pick_vec_isa  # loads inductor
+
+    return pick_vec_isa().bit_width()
+
+
 def lerp_(tensors: list[Tensor], ends: list[Tensor], weight: float | Tensor) -> None:
     """Move each of `tensors` in place towards the tensor in `ends`, by the share `weight` of their difference.
 

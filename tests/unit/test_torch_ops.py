@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxlab
 from fluxlab.model.linear import linear
-from fluxlab.model.torch_ops import ONEDNN_DTYPES, TRIED_VERSIONS, fused_attention_with_lse, lerp_, onednn_linear
+from fluxlab.model.torch_ops import (
+    ONEDNN_DTYPES,
+    TRIED_VERSIONS,
+    fused_attention_with_lse,
+    inductor_vector_bits,
+    lerp_,
+    onednn_linear,
+)
 
 
 def test_this_pytorch_version_has_been_tried():
@@ -67,3 +75,11 @@ def test_private_operators_are_called_in_one_file_only():
     # fake tensors count memory and compute nothing; torch.ops.fluxlab are our own operators
     files = [str(file.relative_to(root)) for file in root.rglob("*.py") if private.search(file.read_text())]
     assert files == ["model/torch_ops.py"]
+
+
+@pytest.mark.skipif(not which("g++"), reason="no g++")
+def test_inductors_vectors_are_those_of_the_processor():
+    bits = {"AVX512": 512, "AVX2": 256}.get(torch.backends.cpu.get_cpu_capability())
+    if bits is None:
+        pytest.skip("another processor")
+    assert inductor_vector_bits() == bits
