@@ -1,7 +1,7 @@
 """`make figures`, or `python -m experiments.every`: every figure, from its runs to its files.
 
 Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes about
-50 minutes on 2 CPU cores with the embedded model, and a fifth of that once the runs exist, for experiments that make
+50 minutes on 2 CPU cores with the embedded model, and a quarter of that once the runs exist, for experiments that make
 their images themselves. key=value words such as model=schnell device=cuda are passed on to the runs and to these
 experiments. Without names, figures for which a word has no meaning are left out, and those of the scene oracle if the
 model was not trained on scenes. `--list` shows the commands. With several `--jobs`, what they print is in files of

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from fluxlab.model.clip import ClipText
     from fluxlab.model.t5 import T5Encoder
 
-ENCODING = 1
+ENCODING = 2
 """Part of the cache's keys: raise it with any change of how prompts become `(txt, y)`."""
 
 GROUP = 32

@@ -23,6 +23,8 @@ def embedding(rows: int, width: int) -> nn.Embedding:
 
 
 class ClipAttention(nn.Module):
+    """Causal self-attention."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -78,7 +80,10 @@ class ClipText(nn.Module):
         )
 
     def forward(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b w"]:
-        """Return the last layer at the end mark of each prompt, the first one if there are several."""
+        """Return the last layer at the end mark of each prompt, the first one if there are several.
+
+        ids: at most as many as the model has positions; more raise IndexError.
+        """
         net = self.text_model
         positions = net.embeddings.position_embedding(torch.arange(ids.shape[1], device=ids.device)[None])
         x = net.embeddings.token_embedding(ids) + positions

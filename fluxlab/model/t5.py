@@ -39,6 +39,8 @@ def gelu_new(x: Tensor) -> Tensor:
 
 
 class T5MLP(nn.Module):
+    """The feed-forward layer: ReLU in T5 1.0, a gated GELU (arXiv 2002.05202) in T5 1.1."""
+
     def __init__(self, width: int, inner: int, gated: bool):
         super().__init__()
         self.gated = gated
@@ -66,6 +68,8 @@ def bucket(distance: Int[Tensor, "n m"], buckets: int, furthest: int) -> Int[Ten
 
 
 class T5Attention(nn.Module):
+    """Self-attention with a bias by distance. first: of the first block, which holds the bias of all blocks."""
+
     def __init__(self, config: Mapping[str, Any], first: bool):
         super().__init__()
         width, self.heads, head = config["d_model"], config["num_heads"], config["d_kv"]
@@ -76,10 +80,13 @@ class T5Attention(nn.Module):
             self.relative_attention_bias = embedding(self.buckets, self.heads)
 
     def bias(self, length: int) -> Float[Tensor, "1 h l l"]:
-        """Return what is added to the scores, by distance. All blocks use that of the first one."""
+        """Return what is added to the scores, by distance. All blocks use that of the first one.
+
+        It is contiguous, because the fused kernels of GPUs take no other mask.
+        """
         places = torch.arange(length, device=self.q.weight.device)
         buckets = bucket(places[None, :] - places[:, None], self.buckets, self.furthest)
-        return self.relative_attention_bias(buckets).permute(2, 0, 1)[None]
+        return self.relative_attention_bias(buckets).permute(2, 0, 1)[None].contiguous()
 
     def forward(self, x: Float[Tensor, "b l w"], bias: Float[Tensor, "1 h l l"]) -> Float[Tensor, "b l w"]:
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))

@@ -70,7 +70,6 @@ def test_the_figures_of_another_model(capsys):
 
 def test_a_script_that_fails_ends_the_command(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(every.FIGURES, "steps", ("experiments.roles {runs}",))
-    monkeypatch.setitem(every.FIGURES, "ids", ("experiments.missing",))
     for jobs in ("1", "2"):
         assert every.main(["steps", "--runs", str(tmp_path), "-o", str(tmp_path), "--jobs", jobs]) == 2
         error = capfd.readouterr().err
@@ -83,8 +82,10 @@ def test_several_jobs(tmp_path, monkeypatch):
     order = tmp_path / "order.txt"
     (tmp_path / "note.py").write_text(
         "import os, pathlib, sys, time\n"
-        "time.sleep(0.5 * (sys.argv[1] == 'run'))\n"
-        "with open(pathlib.Path(__file__).with_name('order.txt'), 'a') as file:\n"
+        "order = pathlib.Path(__file__).with_name('order.txt')\n"
+        "for _ in range(600):\n"  # the run waits until the other job has written, 30 s at most
+        "    time.sleep(0.05 * (sys.argv[1] == 'run' and not order.exists()))\n"
+        "with open(order, 'a') as file:\n"
         "    print(sys.argv[1], os.environ['OMP_NUM_THREADS'], file=file)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

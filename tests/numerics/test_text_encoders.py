@@ -96,6 +96,12 @@ def test_the_bits_are_those_of_transformers(tmp_path, kind, dtype):
         assert agree(blockwise_states(t5, [one], CPU)[0], last_layer(their_t5, one), their_t5)
 
 
+def test_the_bias_can_be_read_by_fused_kernels(tmp_path):
+    """PyTorch's kernels for GPUs reject other masks, and a slower one with other bits is used."""
+    (_, t5), _ = both(write(tmp_path), torch.float32)
+    assert t5.encoder.block[0].layer[0].SelfAttention.bias(9).is_contiguous()
+
+
 @pytest.mark.parametrize(
     ("part", "values"),
     [
