@@ -11,6 +11,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # nor for the cache of whoever runs the tests; commands that a test starts share this one
 os.environ["FLUXLAB_CACHE"] = tempfile.mkdtemp(prefix="fluxlab-cache-")
 
+import pytest
+import torch
 from jaxtyping import install_import_hook
 
 import tests.shapes  # noqa: F401 (the hook takes an attribute of what is imported)
@@ -25,3 +27,12 @@ WITH_SHAPES = [
 install_import_hook(WITH_SHAPES, "tests.shapes.check")
 atexit.register(shutil.rmtree, os.environ["FLUXLAB_CACHE"], ignore_errors=True)
 os.fsync = lambda descriptor: None  # no test cuts the power, and thousands of files are written
+
+
+@pytest.fixture
+def one_thread():
+    """Compute with one thread. Small products can take other bits in another thread (docs/numerics.md)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

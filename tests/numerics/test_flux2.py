@@ -117,7 +117,7 @@ def test_gradients_take_the_same_values(ours, theirs):
 
 
 @torch.inference_mode()
-def test_a_sample_does_not_depend_on_its_batch(ours):
+def test_a_sample_does_not_depend_on_its_batch(ours, one_thread):
     x = inputs(ours)
     alone = {key: value[1:] if len(value) > 1 else value for key, value in x.items()}
     assert torch.equal(ours(**x)[1:], ours(**alone))

@@ -226,7 +226,7 @@ def dense(q, k, v, bias):
 @pytest.mark.parametrize("seen_by", ["all", "image"])
 @pytest.mark.parametrize("mode", ["replace", "append"])
 @pytest.mark.parametrize("heads", ["all", [1]])
-def test_keys_and_values_for_some_queries(heads, mode, seen_by, strength, ours, inputs):
+def test_keys_and_values_for_some_queries(heads, mode, seen_by, strength, ours, inputs, one_thread):
     """Attention of block 2 with a dense softmax over the keys that each query should see."""
     edit = {"op": "inject", "source": FROM, "what": ["keys", "values"], "mode": mode, "blocks": 2, "tokens": "image"}
     edit |= {"seen_by": seen_by, "strength": strength, "heads": heads}
