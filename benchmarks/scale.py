@@ -9,16 +9,19 @@ The cells are 25 variants × prompts × 4 seeds. Their images are made without a
 of another size. Stages:
 list (cells, keys and batches), write (images and JSON, without waiting for the disk), check (which cells are complete,
 every file read), plan (what `plan=true` prints), measure, draw (grid and pages), seal (hash every file), check again
-(by size and time), resume (the run's own command on the finished store, in a process of its own, with imports).
+(by size and time), begin (what a new run checks before its first image), resume (the run's own command on the finished
+store, in a process of its own, with imports).
 
-Each size runs in a process of its own. A stage is linear if its microseconds per cell are equal at all sizes. MB are
-the peak of the process up to the end of the stage, so that only the first stage that needs more memory shows it.
+Each size runs in a process of its own. A stage is linear if its microseconds of CPU time per cell are equal at all
+sizes. MB are the peak of the process during the stage, libraries and what earlier stages have left included.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -39,7 +42,7 @@ from fluxlab.experiment.reading import read_store
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store, open_store
 from fluxlab.experiment.versions import versions
-from fluxlab.experiment.work import every_batch, is_done
+from fluxlab.experiment.work import every_batch, is_done, unused_images
 from fluxlab.loading import load_row
 from fluxlab.report.products import grid, page
 
@@ -77,22 +80,28 @@ def write(experiment: Experiment, settings: Settings, store: Store) -> None:
 
 
 def stages(cells: int, side: int, folder: Path, only_check: bool) -> dict[str, dict[str, float]]:
-    """Return what every stage took: `seconds`, and as `mb` the peak of memory until its end."""
+    """Return what every stage took: `seconds`, of which the processor worked `cpu`, and as `mb` the peak of memory."""
     taken: dict[str, dict[str, float]] = {}
 
     def timed(name: str, work: Callable):
-        start = time.perf_counter()
+        _reset_peak()
+        start, used = time.perf_counter(), time.process_time()
         result = work()
-        seconds = time.perf_counter() - start
-        taken[name] = {"seconds": round(seconds, 3), "mb": _peak("self")}
+        seconds, cpu = time.perf_counter() - start, time.process_time() - used
+        taken[name] = {"seconds": round(seconds, 3), "cpu": round(cpu, 3), "mb": _peak("self")}
         return result
 
     experiment = timed("start", lambda: experiment_of(cells, side))
-    settings = Inline(load_row).settle(experiment_of(100, side), None, None, 1)  # they do not depend on the prompts
+    engine = Inline(load_row)
+    settings = engine.settle(experiment_of(100, side), None, None, 1)  # they do not depend on the prompts
 
     def complete(store: Store) -> bool:
         batches = every_batch(experiment, settings)
         return all(is_done(store, experiment, cell, batch.folder) for batch in batches for cell in batch.cells)
+
+    def begin(store: Store) -> None:
+        engine.check(experiment, settings, fixed=False)
+        unused_images(experiment, settings, store)
 
     def drawn(out: Path) -> None:
         run = read_store(out, check=False)
@@ -114,6 +123,8 @@ def stages(cells: int, side: int, folder: Path, only_check: bool) -> dict[str, d
     with open_store(out) as store:
         assert timed("check again", lambda: complete(store))
     if not only_check:
+        with open_store(folder / "new") as store:
+            timed("begin", lambda: begin(store))
         command = [sys.executable, "-m", "fluxlab.run", *overrides(cells, side), f"out={out}"]
         before = os.stat(out / "manifest.jsonl").st_mtime_ns
         taken["resume"] = _of_process(command)
@@ -123,6 +134,12 @@ def stages(cells: int, side: int, folder: Path, only_check: bool) -> dict[str, d
     return taken
 
 
+def _reset_peak() -> None:
+    """Let the peak of this process start again from what it has now."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak(process: int | str) -> int:
     """Return the most memory that a process has had, in MB; 0 for one that has ended."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
@@ -130,21 +147,27 @@ def _peak(process: int | str) -> int:
 
 
 def _of_process(command: list[str]) -> dict[str, float]:
-    start, peak = time.perf_counter(), 0
+    start, used, peak = time.perf_counter(), _cpu_of_children(), 0
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         peak = max(peak, _peak(process.pid))
         time.sleep(0.02)
     assert process.returncode == 0
-    return {"seconds": round(time.perf_counter() - start, 3), "mb": peak}
+    seconds, cpu = time.perf_counter() - start, _cpu_of_children() - used
+    return {"seconds": round(seconds, 3), "cpu": round(cpu, 3), "mb": peak}
+
+
+def _cpu_of_children() -> float:
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def shown(name: str, values: dict[str, float], cells: int) -> str:
     """Return a line about a stage."""
     if "seconds" not in values:
         return f"  {name:<12} {values['number']} of up to {values['largest_mb']} MB"
-    each = 1e6 * values["seconds"] / cells
-    return f"  {name:<12} {values['seconds']:8.2f} s {each:10.0f} µs per cell {values['mb']:8.0f} MB"
+    each = 1e6 * values["cpu"] / cells
+    times = f"{values['seconds']:8.2f} s, CPU {values['cpu']:8.2f} s {each:10.0f} µs per cell"
+    return f"  {name:<12} {times} {values['mb']:8.0f} MB"
 
 
 def main() -> int:

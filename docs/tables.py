@@ -36,13 +36,13 @@ BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end table -->)", re.DO
 
 
 def scale() -> str:
-    """What large stores cost: milliseconds per cell of every stage, and the peak of memory until its end."""
+    """What large stores cost: milliseconds of CPU time per cell of every stage, and its peak of memory."""
     sizes = json.loads(sorted((ROOT / "benchmarks" / "results").glob("scale-*.json"))[-1].read_text())["cells"]
     stages = [name for name, values in sizes["1000"].items() if "seconds" in values]
     rows = []
     for stage in stages:
         taken = {int(cells): values[stage] for cells, values in sizes.items()}
-        times = [f"{1000 * values['seconds'] / cells:.2f} ms" for cells, values in taken.items()]
+        times = [f"{1000 * values['cpu'] / cells:.2f} ms" for cells, values in taken.items()]
         rows.append([stage, *times, *(f"{values['mb']} MB" for values in taken.values())])
     cells = [f"{int(count):,} cells" for count in sizes]
     return markdown(["stage", *cells, *(f"peak, {count}" for count in cells)], rows)

@@ -39,13 +39,17 @@ def fits(size: int, room: int | None, device: torch.device) -> bool:
 
 def computed_by(device: torch.device) -> list[str]:
     """Return what the last bits of a text encoder's output depend on, apart from its files and its input."""
-    precision = torch.get_float32_matmul_precision()
-    libraries = [f"{package} {version(package)}" for package in ("torch", "transformers")]
+    precision, libraries = torch.get_float32_matmul_precision(), _libraries()
     if device.type == "cpu":
         return [*libraries, precision, f"{torch.get_num_threads()} threads", *_processor()]
     if device.type == "cuda":
         return [*libraries, precision, torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}"]
     return [*libraries, precision, device.type, platform.platform()]
+
+
+@once  # `version` parses files, and this is asked for every prompt
+def _libraries() -> list[str]:
+    return [f"{package} {version(package)}" for package in ("torch", "transformers")]
 
 
 @once

@@ -1,15 +1,17 @@
 """Attention captured in a run: checks before anything is computed, and the index of the arrays afterwards."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from fluxlab.errors import UserError
-from fluxlab.experiment.cells import Settings, at_once, batches, cells, portions
+from fluxlab.experiment.cells import Settings, at_once, batches, cells, each_cell, portions
 from fluxlab.experiment.reference_images import sizes
 from fluxlab.experiment.sources import with_sources_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
+from fluxlab.files import has_content
 from fluxlab.pipeline import Pipeline
 from fluxlab.positions import split_resample
 from fluxlab.probes import INDEX, Probe, index
@@ -46,7 +48,7 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings, fixed: boo
         raise UserError(message if same else f"{message}\nThe prompt is {prompt!r}.")
     message = _first_error(check_prompts, experiment, settings)
     if message:
-        counts = range(at_once(settings, cells(experiment, settings)) - 1, 0, -1)
+        counts = range(at_once(settings, each_cell(experiment, settings)) - 1, 0, -1)
         smaller = (replace(settings, batch_tokens=size * settings.tokens) for size in counts)
         fits = next((s.batch_tokens for s in smaller if not _first_error(check_prompts, experiment, s)), None)
         if fits is None:
@@ -66,15 +68,14 @@ def _error(check_prompts: CheckPrompts, prompts: Sequence[str]) -> str:
 
 def _first_error(check_prompts: CheckPrompts, experiment: Experiment, settings: Settings) -> str:
     """Return why the first batch that cannot be captured cannot; "" if all can."""
-    per_prompt, tried = len(experiment.variants) * len(experiment.seeds), set()
-    for prompts in portions(experiment, per_prompt):
-        for batch in batches(cells(experiment, settings, prompts), settings):
-            composition = tuple(cell.prompt for cell in with_sources_of(batch))
-            if composition not in tried:
-                tried.add(composition)
-                if message := _error(check_prompts, composition):
-                    return message
-    return ""
+    return next(filter(None, (_error(check_prompts, prompts) for prompts in compositions(experiment, settings))), "")
+
+
+def compositions(experiment: Experiment, settings: Settings) -> Iterator[tuple[str, ...]]:
+    """Yield the prompts of every batch of cells with its sources; equal ones of neighbouring batches once."""
+    for prompts in portions(experiment, len(experiment.variants) * len(experiment.seeds)):
+        groups = batches(cells(experiment, settings, prompts), settings)
+        yield from dict.fromkeys(tuple(cell.prompt for cell in with_sources_of(group)) for group in groups)
 
 
 def write_index(experiment: Experiment, settings: Settings, store: Store) -> None:
@@ -82,19 +83,32 @@ def write_index(experiment: Experiment, settings: Settings, store: Store) -> Non
     if not experiment.capture:
         store.remove(INDEX)
         return
-    rows = [
-        {
-            "variant": cell.variant,
-            "prompt": cell.prompt,
-            "seed": cell.seed,
-            "cell": cell.key,
-            "file": store.arrays(cell.key, experiment.captures).relative_to(store.path).as_posix(),
-        }
-        for cell in cells(experiment, settings)
-        if store.arrays(cell.key, experiment.captures).is_file()  # a cell with NaN has none
-    ]
-    content = {"capture": compact(experiment.capture.to_config()), "digest": experiment.captures, "cells": rows}
-    store.write(INDEX, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    content = {"capture": compact(experiment.capture.to_config()), "digest": experiment.captures, "cells": []}
+
+    def text() -> Iterator[str]:
+        return _with_rows(content, _captured(experiment, settings, store))
+
+    if not has_content(store.path / INDEX, map(str.encode, text())):  # a finished run writes nothing
+        store.write(INDEX, text())
+
+
+def _captured(experiment: Experiment, settings: Settings, store: Store) -> Iterator[dict[str, Any]]:
+    """Yield a row for every cell that has arrays. A cell with NaN has none."""
+    for cell in each_cell(experiment, settings):
+        file = store.arrays(cell.key, experiment.captures)
+        if file.is_file():
+            keys = {"variant": cell.variant, "prompt": cell.prompt, "seed": cell.seed, "cell": cell.key}
+            yield {**keys, "file": file.relative_to(store.path).as_posix()}
+
+
+def _with_rows(content: dict[str, Any], rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield JSON, one row at a time. content: ends with an empty list, in which the rows are written."""
+    yield json.dumps(content, indent=1, ensure_ascii=False).removesuffix("]\n}")
+    before, closing = "\n  ", "]\n}\n"
+    for row in rows:
+        yield before + json.dumps(row, indent=1, ensure_ascii=False).replace("\n", "\n  ")
+        before, closing = ",\n  ", "\n ]\n}\n"
+    yield closing
 
 
 def names(experiment: Experiment) -> str:

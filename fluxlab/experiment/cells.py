@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -100,17 +100,25 @@ def cell_key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def cells(experiment: Experiment, settings: Settings, prompts: Sequence[str] | None = None) -> list[Cell]:
-    """Return every cell in the experiment's order: the baseline first, then variants as listed; prompts; seeds.
+def each_cell(
+    experiment: Experiment,
+    settings: Settings,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[Cell]:
+    """Yield the cells in the experiment's order: the baseline first, then variants as listed; prompts; seeds.
 
-    prompts: those whose cells are returned; None means all.
+    prompts, seeds: those whose cells are yielded; None means all.
     """
-    return [
-        _cell(experiment, name, experiment.variants[name], prompt, seed, settings)
-        for name in experiment.names
-        for prompt in (experiment.prompts if prompts is None else prompts)
-        for seed in experiment.seeds
-    ]
+    for name in experiment.names:
+        for prompt in experiment.prompts if prompts is None else prompts:
+            for seed in experiment.seeds if seeds is None else seeds:
+                yield _cell(experiment, name, experiment.variants[name], prompt, seed, settings)
+
+
+def cells(experiment: Experiment, settings: Settings, prompts: Sequence[str] | None = None) -> list[Cell]:
+    """Return the cells of `each_cell` as a list: of some prompts, since a large experiment has millions."""
+    return list(each_cell(experiment, settings, prompts))
 
 
 def references(experiment: Experiment, settings: Settings, prompts: Sequence[str] | None = None) -> list[Cell]:
@@ -194,7 +202,7 @@ def _batches(cells: list[Cell], settings: Settings) -> list[list[Cell]]:
     return batches
 
 
-def at_once(settings: Settings, cells: Sequence[Cell]) -> int:
+def at_once(settings: Settings, cells: Iterable[Cell]) -> int:
     """Return how many samples of a batch are in one forward."""
     most = max((_further_tokens(cell, settings) for cell in cells), default=0)
     return max(1, settings.batch_tokens // (settings.tokens + most))

@@ -4,15 +4,14 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from fluxlab.experiment.cells import Cell, Settings, cells, references
 from fluxlab.experiment.reading import METRICS_FILE, REFERENCES_FILE, SUMMARY_FILE
-from fluxlab.experiment.rows import Row, read_table
+from fluxlab.experiment.rows import Records, Row, Rows, read_table
 from fluxlab.experiment.spec import REFERENCE_NAMES, Experiment
 from fluxlab.experiment.store import CELLS, REFERENCES, Store
 from fluxlab.images import read_pixels
@@ -72,42 +71,40 @@ def measure(
 ) -> None:
     """Compute every metric of every cell and control and write the three tables.
 
-    Images are read from the store, one (prompt, seed) at a time: of a cell only its numbers stay in memory. A cell
-    without an image has a row without values; so has every cell whose baseline has no image.
+    Images are read from the store, one (prompt, seed) at a time. The numbers wait in a temporary file, because the
+    tables are in another order. A cell without an image has a row without values; so has every cell whose baseline has
+    no image.
     """
     names = metric_names(experiment)
-    rows = _Table(experiment, names)
-    control_rows: list[Row] = []
+    prompts, seeds = len(experiment.prompts), len(experiment.seeds)
+    of_cells, of_floor = len(experiment.variants) * prompts * seeds, prompts
+    records = Records([*KEYS, *names])  # the rows of metrics.csv, then those of references.csv
     noise_floor, another_seed = REFERENCE_NAMES
     sample = partial(_sample, store, settings.pixels_per_token, models or {})
-    with Progress("measured", len(rows), every=10, unit="image") as progress:
-        done = 0
-        for prompt in experiment.prompts:
-            of_seed: dict[int, list[Cell]] = {}
-            for cell in cells(experiment, settings, [prompt]):
-                of_seed.setdefault(cell.seed, []).append(cell)
+    with Progress("measured", of_cells, every=10, unit="image") as progress:
+        for p, prompt in enumerate(experiment.prompts):
+            listed = cells(experiment, settings, [prompt])  # all seeds of the first variant, then of the next
             controls = {cell.variant: cell for cell in references(experiment, settings, [prompt])}
-            for n, (seed, column) in enumerate(of_seed.items()):
+            for s, seed in enumerate(experiment.seeds):
+                column = listed[s::seeds]
                 baseline = sample(column[0], CELLS)
-                for cell in column:
+                for v, cell in enumerate(column):
                     image = baseline if cell.key == column[0].key else sample(cell, CELLS)
-                    rows.put(cell, _values(names, image, baseline))
-                if n == 0:
+                    records.put((v * prompts + p) * seeds + s, _row(cell, names, image, baseline))
+                if s == 0:
                     shifted = controls[noise_floor]
-                    control_rows.append(_row(shifted, names, _values(names, sample(shifted, REFERENCES), baseline)))
+                    row = _row(shifted, names, sample(shifted, REFERENCES), baseline)
+                    records.put(of_cells + p, row)
                 other, folder = controls.get(another_seed), REFERENCES
                 if other is None:  # the baseline of the same prompt at the next seed
-                    other, folder = of_seed[experiment.seeds[(n + 1) % len(experiment.seeds)]][0], CELLS
-                control_row = _row(other, names, _values(names, sample(other, folder), baseline))
-                control_rows.append(control_row | {"variant": another_seed, "seed": seed})
-                done += len(column)
-                progress(done)
-    control_rows.sort(key=lambda row: REFERENCE_NAMES.index(row["variant"]))
-    store.write(METRICS_FILE, to_csv(rows))
-    store.write(REFERENCES_FILE, to_csv(control_rows))
-    rows.more = control_rows
-    summarised = summary.summarise(rows, experiment.baseline, names)
-    store.write(SUMMARY_FILE, summary.to_csv(summarised))
+                    other, folder = listed[(s + 1) % seeds], CELLS
+                row = _row(replace(other, variant=another_seed, seed=seed), names, sample(other, folder), baseline)
+                records.put(of_cells + of_floor + p * seeds + s, row)
+                progress((p * seeds + s + 1) * len(column))
+    rows = Rows(records, range(len(records)))
+    store.write(METRICS_FILE, to_csv(rows[:of_cells]))
+    store.write(REFERENCES_FILE, to_csv(rows[of_cells:]))
+    store.write(SUMMARY_FILE, summary.to_csv(summary.summarise(rows, experiment.baseline, names)))
 
 
 def show(store: Store, baseline: str) -> None:
@@ -129,60 +126,23 @@ def _sample(
     return Sample(read_pixels(store.png(cell.key, folder)), cell.prompt, pixels_per_token, models)
 
 
-class _Table(Sequence[Row]):
-    """The rows of metrics.csv in the experiment's order, made when they are asked for: a large run has millions.
-
-    Of a cell only its numbers and 16 bytes of its key are kept. more: rows that follow those of the cells.
-    """
-
-    def __init__(self, experiment: Experiment, names: Sequence[str]):
-        self.variants = experiment.names
-        self.digests = [experiment.variants[name].digest for name in self.variants]
-        self.prompts, self.seeds, self.names, self.more = experiment.prompts, experiment.seeds, names, []
-        shape = len(self.variants), len(self.prompts), len(self.seeds)
-        self.places = [{value: i for i, value in enumerate(part)} for part in (self.variants, self.prompts, self.seeds)]
-        self.values = np.full((*shape, len(names)), math.nan)
-        self.keys = np.zeros((*shape, 16), np.uint8)
-
-    def put(self, cell: Cell, values: Sequence[float]) -> None:
-        """Keep a cell's numbers, nan where there is no value."""
-        parts = zip(self.places, (cell.variant, cell.prompt, cell.seed), strict=True)
-        place = tuple(places[value] for places, value in parts)
-        self.values[place] = values
-        self.keys[place] = list(bytes.fromhex(cell.key))
-
-    def __len__(self) -> int:
-        return self.values[..., 0].size + len(self.more)
-
-    def __getitem__(self, i: int) -> Row:
-        shape = self.keys.shape[:-1]
-        if i >= math.prod(shape):
-            return self.more[i - math.prod(shape)]
-        v, p, s = place = tuple(map(int, np.unravel_index(i, shape)))
-        keys = self.variants[v], self.prompts[p], self.seeds[s], self.digests[v], self.keys[place].tobytes().hex()
-        return dict(zip((*KEYS, *self.names), (*keys, *self.values[place].tolist()), strict=True))
-
-
-def _values(names: Sequence[str], image: Sample | None, baseline: Sample | None) -> list[float]:
+def _row(cell: Cell, names: Sequence[str], image: Sample | None, baseline: Sample | None) -> list[Any]:
+    """Return the values of a row: those of `KEYS`, then the metrics, nan where there is no value."""
+    keys = [cell.variant, cell.prompt, cell.seed, cell.program.digest, cell.key]
     if image is None or baseline is None:
-        return [math.nan] * len(names)
+        return [*keys, *[math.nan] * len(names)]
     registry.check_pair(image.pixels, baseline.pixels)
-    return [registry.evaluate(name, image, baseline) for name in names]
-
-
-def _row(cell: Cell, names: Sequence[str], values: Sequence[float]) -> Row:
-    keys = (cell.variant, cell.prompt, cell.seed, cell.program.digest, cell.key)
-    return dict(zip((*KEYS, *names), (*keys, *values), strict=True))
+    return [*keys, *(registry.evaluate(name, image, baseline) for name in names)]
 
 
 def to_csv(rows: Sequence[Row]) -> Iterator[str]:
     """Yield rows as CSV, some at a time: numbers with 6 digits, empty for nan."""
-    for start in range(0, len(rows), 1000):
+    for start in range(0, len(rows), 100):
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         if start == 0:
             writer.writeheader()
-        for i in range(start, min(start + 1000, len(rows))):
+        for i in range(start, min(start + 100, len(rows))):
             writer.writerow({key: _csv_value(value) for key, value in rows[i].items()})
         yield text.getvalue()
 

@@ -3,17 +3,20 @@
 import json
 import os
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
-
-import numpy as np
 
 from fluxlab.files import sha256_of
 
 MANIFEST = "manifest.jsonl"
 NOT_AS_LISTED = "it is not the file that manifest.jsonl lists"
+
+BLOCK = 64
+"""Lines that are read at once to find one."""
 
 _DAMAGE = (ValueError, KeyError, TypeError)
 
@@ -21,39 +24,33 @@ _DAMAGE = (ValueError, KeyError, TypeError)
 class Manifest:
     """The manifest of a store as it was when this object was made, or none if the store has none.
 
-    Only the place of each line is kept in memory, 16 bytes per file: a large store has millions. The lines themselves
-    are read from the file, which stays open.
+    Its lines are in the order of `files_in`. Only the name and the place of every 64th are kept in memory: a large
+    store has millions. The lines themselves are read from the file, which stays open.
 
     problem: why there is none, in words; "" if there is one.
     """
 
     def __init__(self, folder: Path):
         self.folder, self.problem = folder, ""
-        self._lines: BinaryIO | None = None
-        self._hashes, self._places = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._file: BinaryIO | None = None
+        self._firsts: list[str] = []  # of every block, the key of its first line
+        self._bounds = array("q")  # where every block begins, and where the last one ends
         self._written = 0
-        hashes, places = array("q"), array("q")
         try:
-            self._lines = open(folder / MANIFEST, "rb")  # noqa: SIM115 it stays open
-            self._written = os.fstat(self._lines.fileno()).st_mtime_ns
-            place = 0
-            for line in self._lines:
-                hashes.append(hash(_parsed(line)[0]))
-                places.append(place)
-                place += len(line)
+            self._file = open(folder / MANIFEST, "rb")  # noqa: SIM115 it stays open
+            self._written = os.fstat(self._file.fileno()).st_mtime_ns
+            self._firsts, self._bounds = _blocks(self._file)
         except FileNotFoundError:
             self.problem = f"{MANIFEST} is missing"
         except (OSError, *_DAMAGE):
-            self._lines, self.problem = None, f"{MANIFEST} is damaged"
-        if self._lines:
-            order = np.argsort(hashes, kind="stable")
-            self._hashes, self._places = np.array(hashes)[order], np.array(places)[order]
+            self.problem = f"{MANIFEST} is damaged"
 
     @property
     def names(self) -> Iterator[str]:
         """The files that the manifest lists, relative to the folder."""
-        for place in np.sort(self._places):
-            yield self._line(place)[0]
+        for start, end in pairwise(self._bounds):
+            for line in self._lines(start, end):
+                yield _parsed(line)[0]
 
     def unchanged(self, name: str) -> bool:
         """Return whether a file has the listed size and is older than the manifest. It is not read."""
@@ -87,21 +84,44 @@ class Manifest:
             yield json.dumps({"file": name, "bytes": file.stat().st_size, "sha256": sha256}) + "\n"
 
     def _entry(self, name: str) -> tuple[int, str] | None:
-        """Return the listed size and sha256 of a file; of several lines the last one."""
-        first, end = (int(np.searchsorted(self._hashes, hash(name), side)) for side in ("left", "right"))
-        for place in self._places[first:end][::-1]:
-            listed, *entry = self._line(place)
-            if listed == name:
-                return tuple(entry)
+        """Return the listed size and sha256 of a file."""
+        block = bisect_right(self._firsts, _key(name))
+        if block == 0:
+            return None
+        quoted = json.dumps(name).encode()
+        for line in self._lines(self._bounds[block - 1], self._bounds[block]):
+            if quoted in line:
+                listed, *entry = _parsed(line)
+                if listed == name:
+                    return tuple(entry)
         return None
 
-    def _line(self, place: int) -> tuple[str, int, str]:
-        self._lines.seek(place)
-        return _parsed(self._lines.readline())
+    def _lines(self, start: int, end: int) -> list[bytes]:
+        return os.pread(self._file.fileno(), end - start, start).splitlines()
 
     @cached_property
     def _root(self) -> str:
         return str(self.folder)
+
+
+def _blocks(file: BinaryIO) -> tuple[list[str], array]:
+    """Return the keys of the first lines of all blocks, and their bounds. Raises one of `_DAMAGE`."""
+    firsts, bounds, place, last = [], array("q"), 0, ""
+    for number, line in enumerate(file):
+        key = _key(_parsed(line)[0])
+        if key <= last:
+            raise ValueError(f"{key!r} is listed behind {last!r}")
+        if number % BLOCK == 0:
+            firsts.append(key)
+            bounds.append(place)
+        place, last = place + len(line), key
+    bounds.append(place)
+    return firsts, bounds
+
+
+def _key(name: str) -> str:
+    """Return a text that is ordered as the parts of a file's name are."""
+    return name.replace("/", "\0")
 
 
 def _parsed(line: bytes) -> tuple[str, int, str]:

@@ -35,7 +35,6 @@ class Outlook:
     rows: int = 0
     picking: int = 0
     forwards: int = 0
-    compositions: dict[tuple[str, ...], None] = field(default_factory=dict)
 
     @property
     def every(self) -> int:
@@ -54,8 +53,6 @@ def outlook(experiment: Experiment, settings: Settings, store: Store | None) -> 
         found.together = max(found.together, together)
         if batch.folder == CELLS:
             found.distinct += len(batch.cells)
-            if experiment.captures:
-                found.compositions[tuple(cell.prompt for cell in samples)] = None
         else:
             for cell in batch.cells:
                 found.controls[cell.variant] = found.controls.get(cell.variant, 0) + 1

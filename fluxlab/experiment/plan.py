@@ -238,12 +238,15 @@ def _attention_lines(experiment: Experiment, s: Settings, pipe: Pipeline, seen: 
                 Probe(known).begin(context, len(prompts))
             return memory(resolve(known, context, len(prompts)), context)
 
-        alone = {prompt: bytes_of((prompt,)) for prompt in experiment.prompts}
-        largest = max(map(bytes_of, seen.compositions), key=lambda sizes: sum(sizes.values()))
+        files, disk, most = seen.distinct // len(experiment.prompts), 0, {}  # files of each prompt
+        for prompt in experiment.prompts:
+            alone = bytes_of((prompt,))
+            del alone[WORKING]
+            most = {name: max(size, most.get(name, 0)) for name, size in alone.items()}
+            disk += files * sum(alone.values())
+        largest = max(map(bytes_of, captures.compositions(experiment, s)), key=lambda sizes: sum(sizes.values()))
         working = largest.pop(WORKING)
-        per_image = ", ".join(f"{name} {gb(max(sizes[name] for sizes in alone.values()))}" for name in largest)
-        files = seen.distinct // len(experiment.prompts)  # of each prompt
-        disk = sum(files * alone[prompt][name] for prompt in alone for name in largest)
+        per_image = ", ".join(f"{name} {gb(size)}" for name, size in most.items())
         lines += [
             f"{per_image} per image; {number(seen.distinct, 'file')}, {gb(disk)} on disk"
             + (f", {seen.arrays:,} stored already" if seen.arrays else ""),

@@ -1,8 +1,9 @@
 """Read a finished store: where reports, figures and trackers begin. Nothing here writes."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,18 +114,24 @@ class Run:
     def _array_files(self) -> dict[tuple[str, str, int], str]:
         return {(row["variant"], row["prompt"], row["seed"]): row["file"] for row in self.attention}
 
-    def divided(self, groups: Sequence[Collection[tuple[str, int]]]) -> "list[Run]":
-        """Return one run per group of (prompt, seed) with only its cells. Controls and summary stay those of all."""
-        group = {place: n for n, places in enumerate(groups) for place in places}
-        rows: list[list[int]] = [[] for _ in groups]
-        for i, row in enumerate(self.metrics):
-            rows[group[row["prompt"], row["seed"]]].append(i)
-        parts = [replace(self, metrics=choose(self.metrics, chosen)) for chosen in rows]
-        for part in parts:
-            part.__dict__["attention"] = []
-        for row in self.attention:
-            parts[group[row["prompt"], row["seed"]]].attention.append(row)
-        return parts
+    def part(self, places: range) -> "Run":
+        """Return a run with the cells of some of `places`. Controls and summary stay those of all.
+
+        places: their numbers.
+        """
+        rows = (self._rows[variant, *self.places[p]] for variant in self.variants for p in places)
+        part = replace(self, metrics=choose(self.metrics, rows))
+        attention = (self._captured_at.get(self.places[p], ()) for p in places) if self.attention else ()
+        part.__dict__["attention"] = [self.attention[i] for i in sorted(chain.from_iterable(attention))]
+        return part
+
+    @cached_property
+    def _captured_at(self) -> dict[tuple[str, int], list[int]]:
+        """The numbers of the rows of `attention` of every (prompt, seed)."""
+        found: dict[tuple[str, int], list[int]] = {}
+        for i, row in enumerate(self.attention):
+            found.setdefault((row["prompt"], row["seed"]), []).append(i)
+        return found
 
     def describe(self, variant: str) -> str:
         """Return a variant's program in one line."""

@@ -8,7 +8,7 @@ import torch
 from fluxlab import stopping
 from fluxlab.errors import BatchError, NonFiniteError, UserError, show
 from fluxlab.experiment import captures
-from fluxlab.experiment.cells import Batch, Cell, Settings, at_once, batches, cells
+from fluxlab.experiment.cells import Batch, Cell, Settings, at_once, batches, each_cell
 from fluxlab.experiment.costs import number
 from fluxlab.experiment.engine import Engine
 from fluxlab.experiment.reference_images import opened, sizes, tokens
@@ -228,10 +228,9 @@ def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
     sampling = settings.sampling
     texts = [*experiment.prompts, *([sampling.negative_prompt] if sampling.negative_prompt else [])]
     pipe.text.check(texts, settings.max_sequence_length, sampling.truncate, sampling.unknown_words)
-    seed = experiment.seeds[0]
-    for cell in cells(experiment, settings):
+    for cell in each_cell(experiment, settings, seeds=experiment.seeds[:1]):
         of_words = cell.variant == experiment.baseline or cell.program.names_words
-        if cell.seed == seed and (of_words or experiment.references or cell.prompt == experiment.prompts[0]):
+        if of_words or experiment.references or cell.prompt == experiment.prompts[0]:
             together = with_sources_of([cell])
             given = sizes([one.references for one in together])
             pipe.check([one.prompt for one in together], numbered(together), sampling, references=given)

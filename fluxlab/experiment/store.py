@@ -30,7 +30,7 @@ from fluxlab.experiment.locks import FolderLock, is_lock, locked, make_folder, r
 from fluxlab.experiment.manifest import MANIFEST, NOT_AS_LISTED, Manifest
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import SCHEMA, Experiment
-from fluxlab.files import files_in, sha256_of, sweep, write_atomic
+from fluxlab.files import files_in, in_order, left_over, sha256_of, sweep, write_atomic
 from fluxlab.probes import Captured, is_complete
 from fluxlab.probes import write as write_arrays
 
@@ -157,11 +157,15 @@ class Store:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_arrays(file, arrays)
 
-    def other_cells(self, keys: Collection[str]) -> dict[str, int]:
+    def other_cells(self, keys: Iterable[str]) -> dict[str, int]:
         """Return how many images of each variant are in `cells/` under a key that is not in `keys`."""
         counts: dict[str, int] = {}
-        for file in sorted((self.path / CELLS).glob("*.json")):
-            if file.stem not in keys and file.with_suffix(".png").is_file():
+        folder = self.path / CELLS
+        files = files_in(folder) if folder.is_dir() else ()
+        described = (name for name in files if name.endswith(".json") and "/" not in name)
+        for name in left_over(described, in_order(f"{key}.json" for key in keys)):
+            file = folder / name
+            if file.with_suffix(".png").is_file():
                 try:
                     variant = json.loads(file.read_text(encoding="utf-8"))["variant"]
                 except (OSError, ValueError, KeyError, TypeError):

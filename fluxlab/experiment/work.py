@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
-from fluxlab.experiment.cells import Batch, Cell, Settings, batches, cells, portions, references
+from fluxlab.experiment.cells import Batch, Cell, Settings, batches, cells, each_cell, portions, references
 from fluxlab.experiment.costs import number
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import Experiment
@@ -75,7 +75,7 @@ def lacking(experiment: Experiment, settings: Settings, store: Store) -> int:
 
 def unused_images(experiment: Experiment, settings: Settings, store: Store) -> str:
     """Return a line about images in the store that are not part of the changed experiment; "" if there are none."""
-    counts = store.other_cells({cell.key for cell in cells(experiment, settings)})
+    counts = store.other_cells(cell.key for cell in each_cell(experiment, settings))
     if not counts:
         return ""
     listed = ", ".join(f"{variant} ({count})" for variant, count in counts.items())

@@ -3,8 +3,8 @@
 import csv
 import io
 import math
-from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,14 +41,15 @@ def summarise(rows: Rows, baseline: str, metrics: Sequence[str]) -> list[dict[st
     cell, and infinite numbers other than psnr.
     """
     table = _Table(rows, metrics)
-    if baseline not in table.rows:
-        raise UserError(f"baseline={baseline!r}: not in the rows, which have {', '.join(map(repr, table.rows))}")
+    if baseline not in table.variants:
+        raise UserError(f"baseline={baseline!r}: not in the rows, which have {', '.join(map(repr, table.variants))}")
     unknown = [name for name in metrics if name not in table.found]
     if unknown:
         raise UserError(f"metrics: {unknown[0]!r} is in none of the rows")
     summary: list[dict[str, Any]] = []
-    for variant in table.rows:
-        pairs = [table.values_of(metric, variant, baseline) for metric in metrics]
+    before = table.read(baseline)
+    for variant in table.variants:
+        pairs = list(_pairs(metrics, before if variant == baseline else table.read(variant), before))
         moments = _moments([sample for pair in pairs for sample in pair])
         for metric, (values, differences), alone, paired in zip(
             metrics, pairs, moments[::2], moments[1::2], strict=True
@@ -66,10 +67,15 @@ def complete(summary: Rows, rows: Callable[[], Rows], baseline: str) -> list[dic
     """Return a summary with `paired_n` and `median`, which release 0.1 did not write. rows: gives those it is of."""
     if all("paired_n" in row and "median" in row for row in summary):
         return [dict(row) for row in summary]
-    table, completed = _Table(rows(), list(dict.fromkeys(row["metric"] for row in summary))), []
-    for row in summary:
-        values, differences = table.values_of(row["metric"], row["variant"], baseline)
-        completed.append({**row, "paired_n": len(differences), "median": _median(row["metric"], values)})
+    metrics, completed = list(dict.fromkeys(row["metric"] for row in summary)), []
+    table = _Table(rows(), metrics)
+    before = table.read(baseline)
+    for variant, of_variant in groupby(summary, key=lambda row: row["variant"]):
+        own = before if variant == baseline else table.read(variant)
+        pairs = dict(zip(metrics, _pairs(metrics, own, before), strict=True))
+        for row in of_variant:
+            values, differences = pairs[row["metric"]]
+            completed.append({**row, "paired_n": len(differences), "median": _median(row["metric"], values)})
     return completed
 
 
@@ -145,45 +151,65 @@ def _csv_number(value: Any) -> Any:
     return "" if math.isnan(value) else f"{value:.10g}"
 
 
-class _Table:
-    """The numbers of rows, in arrays, because a large run has millions. The rows are read once and not kept.
+class _Numbers(NamedTuple):
+    """The metrics (cells, metrics) of a variant, nan for no value, and a number for the (prompt, seed) of each cell."""
 
-    rows: the numbers of the rows of each variant. places: the numbers of their (prompt, seed). found: the metrics that
-    a row has.
+    places: np.ndarray
+    values: np.ndarray
+
+
+class _Table:
+    """The numbers of rows, read for one variant at a time, because a large run has millions of rows.
+
+    variants: the numbers of the rows of each variant. found: the metrics that a row has.
     """
 
     def __init__(self, rows: Rows, metrics: Sequence[str]):
-        self.metrics = {name: j for j, name in enumerate(metrics)}
-        self.numbers = np.full((len(rows), len(metrics)), _NAN)
-        self.rows: dict[str, array] = {}
-        self.places: dict[str, array] = {}
+        self.rows, self.metrics = rows, metrics
+        self.variants: dict[str, list[range]] = {}
         self.found: set[str] = set()
-        numbered: dict[tuple, int] = {}
+        self._prompts: dict[str, int] = {}
+        self._seeds: dict[int, int] = {}
         for i, row in enumerate(rows):
-            place = numbered.setdefault((row["prompt"], row["seed"]), len(numbered))
-            self.rows.setdefault(row["variant"], array("q")).append(i)
-            self.places.setdefault(row["variant"], array("q")).append(place)
-            self.found.update(self.metrics.keys() & row.keys())
-            self.numbers[i] = [_value(row, name) for name in metrics]
-        for variant, places in self.places.items():
-            which, counts = np.unique(places, return_counts=True)
-            if counts.max() > 1:
-                prompt, seed = list(numbered)[which[counts.argmax()]]
-                raise UserError(f"rows: variant {variant!r} has prompt {prompt!r} with seed {seed!r} twice")
-        self.count = len(numbered)
+            ranges = self.variants.setdefault(row["variant"], [range(i, i)])
+            if ranges[-1].stop < i:
+                ranges.append(range(i, i))
+            ranges[-1] = range(ranges[-1].start, i + 1)
+            self._prompts.setdefault(row["prompt"], len(self._prompts))
+            self._seeds.setdefault(row["seed"], len(self._seeds))
+            if len(self.found) < len(metrics):
+                self.found.update(name for name in metrics if name in row)
 
-    def values_of(self, metric: str, variant: str, baseline: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return a variant's values of a metric, and the differences to the baseline where both have one."""
-        numbers = self.numbers[:, self.metrics[metric]]
-        values = numbers[self.rows[variant]]
+    def read(self, variant: str) -> _Numbers:
+        """Return the numbers of a variant. Raises UserError for two rows of one cell, and infinite numbers."""
+        ranges = self.variants[variant]
+        count = sum(map(len, ranges))
+        places, values = np.empty(count, np.int64), np.empty((count, len(self.metrics)))
+        for k, i in enumerate(chain.from_iterable(ranges)):
+            row = self.rows[i]
+            places[k] = self._prompts[row["prompt"]] * len(self._seeds) + self._seeds[row["seed"]]
+            values[k] = [_value(row, name) for name in self.metrics]
+        which, counts = np.unique(places, return_counts=True)
+        if counts.max() > 1:
+            prompt, seed = divmod(int(which[counts.argmax()]), len(self._seeds))
+            prompt, seed = list(self._prompts)[prompt], list(self._seeds)[seed]
+            raise UserError(f"rows: variant {variant!r} has prompt {prompt!r} with seed {seed!r} twice")
+        return _Numbers(places, values)
+
+
+def _pairs(metrics: Sequence[str], own: _Numbers, baseline: _Numbers) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield for each metric a variant's values, and the differences to the baseline where both have one."""
+    order = np.argsort(baseline.places)
+    at = order[np.searchsorted(baseline.places, own.places, sorter=order).clip(max=len(order) - 1)]
+    same = baseline.places[at] == own.places
+    for j, metric in enumerate(metrics):
+        values, before = own.values[:, j], baseline.values[at, j]
         here = ~np.isnan(values)
-        if variant == baseline or (metric in METRICS and not METRICS[metric].alone):
-            return values[here], np.array([])
-        of_baseline = np.full(self.count, _NAN)
-        of_baseline[self.places[baseline]] = numbers[self.rows[baseline]]
-        before = of_baseline[self.places[variant]]
-        both = here & ~np.isnan(before)
-        return values[here], values[both] - before[both]
+        if own is baseline or (metric in METRICS and not METRICS[metric].alone):
+            yield values[here], np.array([])
+        else:
+            both = here & same & ~np.isnan(before)
+            yield values[here], values[both] - before[both]
 
 
 def _value(row: Mapping[str, Any], metric: str) -> float:

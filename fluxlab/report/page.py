@@ -67,7 +67,7 @@ def _render(whole: Sequence[Run], parts: Sequence[Part], n: int, budget: int) ->
     """Return page n as HTML. Findings, programs and settings are on page 0 only."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    shown = parts[n].runs
+    shown = parts[n].runs(whole)
     runs = [run for _, run in shown]
     names = run_names(whole)
     titles = [names[i] for i, _ in shown]

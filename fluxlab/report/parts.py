@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from fluxlab.experiment.reading import Run
@@ -9,31 +10,33 @@ from fluxlab.experiment.reading import Run
 CELLS = 2000
 """Cells on one page. A page has more only if there are more variants."""
 
-Place = tuple[str, int]
-
 
 @dataclass(frozen=True)
 class Part:
-    """One page. runs: (number of the run, the run with only the prompts of this page). file: relative to the index
-    page, which is the first part. label: which prompts, in words.
+    """One page. file: relative to the index page, which is the first part. label: which prompts, in words.
+
+    places: (number of the run, which of its places this page shows, None for all).
     """
 
-    runs: list[tuple[int, Run]]
+    places: list[tuple[int, range | None]]
     file: str
     label: str
+
+    def runs(self, whole: Sequence[Run]) -> list[tuple[int, Run]]:
+        """Return (number of the run, the run with only the cells of this page). whole: all runs."""
+        return [(i, whole[i] if places is None else whole[i].part(places)) for i, places in self.places]
 
 
 def divide(runs: Sequence[Run], name: str) -> list[Part]:
     """Return the pages of several runs, of at most `CELLS` cells each. name: that of the index page's file."""
     if sum(len(run.metrics) for run in runs) <= CELLS:
-        return [Part(list(enumerate(runs)), name, "")]
+        return [Part([(i, None) for i in range(len(runs))], name, "")]
     groups = [_groups(run, max(1, CELLS // len(runs))) for run in runs]
-    divided = [run.divided(group) for run, group in zip(runs, groups, strict=True)]
     longest = max(range(len(runs)), key=lambda i: len(groups[i]))
     labels = _labels(runs[longest].places, groups[longest])
     return [
         Part(
-            [(i, parts[n]) for i, parts in enumerate(divided) if n < len(parts)],
+            [(i, of_run[n]) for i, of_run in enumerate(groups) if n < len(of_run)],
             name if n == 0 else f"{folder(name)}/{n + 1:04}.html",
             label,
         )
@@ -54,27 +57,20 @@ def links(parts: Sequence[Part], n: int) -> list[tuple[str, str]]:
     return [(part.label, "" if i == n else f"{up}{part.file}") for i, part in enumerate(parts)]
 
 
-def _groups(run: Run, cells: int) -> list[list[Place]]:
-    """Return the (prompt, seed) of every page. The seeds of a prompt are on one page if they fit on one."""
-    count: dict[str, dict[Place, int]] = {}
-    for row in run.metrics:
-        of_prompt, place = count.setdefault(row["prompt"], {}), (row["prompt"], row["seed"])
-        of_prompt[place] = of_prompt.get(place, 0) + 1
-    groups: list[list[Place]] = []
-    room = 0
-    for of_prompt in count.values():
-        if sum(of_prompt.values()) > room:
-            room = 0
-        for place, needed in of_prompt.items():
-            if not groups or needed > room:
-                groups.append([])
-                room = cells
-            groups[-1].append(place)
-            room -= needed
+def _groups(run: Run, cells: int) -> list[range]:
+    """Return which places are on every page. The seeds of a prompt are on one page if they fit on one."""
+    most = max(1, cells // len(run.variants))
+    groups: list[range] = []
+    for _, of_prompt in groupby(range(len(run.places)), key=lambda p: run.places[p][0]):
+        numbers = list(of_prompt)
+        if groups and len(groups[-1]) + len(numbers) <= most:
+            groups[-1] = range(groups[-1].start, numbers[-1] + 1)
+        else:
+            groups += [range(n, min(n + most, numbers[-1] + 1)) for n in range(numbers[0], numbers[-1] + 1, most)]
     return groups
 
 
-def _labels(places: Sequence[Place], groups: Sequence[Sequence[Place]]) -> list[str]:
+def _labels(places: Sequence[tuple[str, int]], groups: Sequence[range]) -> list[str]:
     """Return which prompts the pages of a run show, and which seeds if those of a prompt are on several pages."""
     seeds: dict[str, list[int]] = {}
     for prompt, seed in places:
@@ -82,7 +78,7 @@ def _labels(places: Sequence[Place], groups: Sequence[Sequence[Place]]) -> list[
     number = {prompt: i + 1 for i, prompt in enumerate(seeds)}
     labels = []
     for group in groups:
-        first, last = group[0], group[-1]
+        first, last = places[group[0]], places[group[-1]]
         if first[0] != last[0]:
             labels.append(f"prompts {number[first[0]]} to {number[last[0]]}")
         elif len(group) == len(seeds[first[0]]):

@@ -17,7 +17,7 @@ def grid(run: Run) -> Path:
     A large run is reduced to its first prompts: those of the first page of `report.html`.
     """
     first = divide([run], PAGE_FILE)[0]
-    ((_, run),) = first.runs
+    ((_, run),) = first.runs([run])
     rows = [(name, run.describe(name)) for name in run.variants]
     title = run.record["name"] + (f": {run.record['caption']}" if run.record["caption"] else "")
     if first.label:

@@ -131,7 +131,9 @@ def test_the_arrays_equal_those_of_generate(model, finished):
 
 def test_the_index_lists_the_files_of_cells(finished):
     made = read_store(finished)
-    index = json.loads((finished / "attention" / "index.json").read_text())
+    text = (finished / "attention" / "index.json").read_text()
+    index = json.loads(text)
+    assert text == json.dumps(index, indent=1, ensure_ascii=False) + "\n"
     assert made.attention == index["cells"]
     places = [(row["variant"], row["prompt"], row["seed"], row["cell"]) for row in made.attention]
     assert places == [(row["variant"], row["prompt"], row["seed"], row["cell"]) for row in made.metrics]

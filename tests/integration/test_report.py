@@ -357,7 +357,7 @@ def test_groups_of_prompts():
         return Run(Path(), {}, rows, [], [])
 
     def sizes(*runs):
-        return [[len(part.metrics) for _, part in page.runs] for page in parts.divide(runs, "report.html")]
+        return [[len(part.metrics) for _, part in page.runs(runs)] for page in parts.divide(runs, "report.html")]
 
     assert sizes(run(1000, 1000)) == [[2000]]
     assert sizes(run(1000, 1000, 1)) == [[2000], [1]]
