@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from fluxlab.model.attention import Tap, empty_token_major
+from fluxlab.model.attention import Tap
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.linear import Linear, LinearGELU, ParallelLinear
-from fluxlab.model.operators import operator
-from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
+from fluxlab.model.norm_rotate import norm_and_rotate
+from fluxlab.model.rope import Rotary, apply_rotary
 from fluxlab.model.sites import Site, at
 from fluxlab.model.varied import Keys, joint_attention, plain_keys
 
@@ -130,37 +129,22 @@ def query_key_value(
     """
     q_table, k_table = tables[0], plain_keys(tables[1])
     k_table = k_table.identity if isinstance(k_table, KeyGroups) else k_table
-    joint = qkvs[0] if len(qkvs) == 1 else torch.cat(list(qkvs), dim=1)
-    lengths = [qkv.shape[1] for qkv in qkvs]
-    q, k, v = rearrange(joint, "B N (K H D) -> K B H N D", K=3, H=num_heads)
+    parts = [qkv.view(*qkv.shape[:2], 3, num_heads, -1) for qkv in qkvs]  # (B, L, 3, H, d)
     if torch.is_grad_enabled():
+        joint = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        q, k, v = joint.permute(2, 0, 3, 1, 4)
+        lengths = [part.shape[1] for part in parts]
         q = torch.cat([n.query_norm(x) for n, x in zip(norms, q.split(lengths, dim=2), strict=True)], dim=2)
         k = torch.cat([n.key_norm(x) for n, x in zip(norms, k.split(lengths, dim=2), strict=True)], dim=2)
         return apply_rotary(q, q_table), apply_rotary(k, k_table), v
-    rotate = _norm_and_rotate_op if torch.compiler.is_compiling() else _norm_and_rotate
-    q = rotate(q, [norm.query_norm.scale for norm in norms], lengths, *q_table)
-    k = rotate(k, [norm.key_norm.scale for norm in norms], lengths, *k_table)
-    return q, k, v
-
-
-def _norm_and_rotate(x: Tensor, scales: list[Tensor], lengths: list[int], cos: Tensor, sin: Tensor) -> Tensor:
-    """Return RMSNorm and rotation of `(B, H, N, d)`, without gradients, in one buffer of the table's dtype.
-
-    1/rms is applied last: a rotation does not change lengths. Scale i applies to the next `lengths[i]` tokens.
-    """
-    out = empty_token_major(x, cos.dtype).copy_(x)
-    rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(1e-6).sqrt_()
-    for scale, part in zip(scales, out.split(lengths, dim=2), strict=True):
-        part.mul_(scale)
-    return apply_rotary_(out, Rotary(cos, sin)).div_(rms)
-
-
-# One operator for torch.compile too: inductor's code for interleaved pairs is slower.
-_norm_and_rotate_op = operator(
-    "norm_and_rotate(Tensor x, Tensor[] scales, SymInt[] lengths, Tensor cos, Tensor sin) -> Tensor",
-    _norm_and_rotate,
-    lambda x, scales, lengths, cos, sin: empty_token_major(x, cos.dtype),
-)
+    v = parts[0][:, :, 2] if len(parts) == 1 else torch.cat([part[:, :, 2] for part in parts], dim=1)
+    scales = [torch.stack((norm.query_norm.scale, norm.key_norm.scale)) for norm in norms]
+    if q_table is k_table:
+        q, k = norm_and_rotate([part[:, :, :2] for part in parts], scales, q_table).unbind(2)
+    else:
+        (q,) = norm_and_rotate([part[:, :, :1] for part in parts], [s[:1] for s in scales], q_table).unbind(2)
+        (k,) = norm_and_rotate([part[:, :, 1:2] for part in parts], [s[1:] for s in scales], k_table).unbind(2)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def block_attention(
@@ -210,7 +194,7 @@ class DoubleStreamBlock(nn.Module):
         txt, img = at(site, "input", txt, img)
         norms = (self.txt_attn.norm, self.img_attn.norm)
         q, k, v = query_key_value(self.project(img, txt, mods), norms, self.img_attn.num_heads, tables)
-        joint = rearrange(block_attention(q, k, v, tables[1], mask, tap, site), "B H L D -> B L (H D)")
+        joint = block_attention(q, k, v, tables[1], mask, tap, site).transpose(1, 2).flatten(2)
         update = self.update if site is None else partial(type(self).update, self, site=site)
         img, txt = update(img, txt, joint, mods)
         txt, img = at(site, "residual", txt, img)
@@ -266,7 +250,7 @@ class SingleStreamBlock(nn.Module):
         (x,) = at(site, "input", x)
         qkv, mlp = self.project(x, mods)
         q, k, v = query_key_value((qkv,), (self.norm,), self.num_heads, tables)
-        attn = rearrange(block_attention(q, k, v, tables[1], mask, tap, site), "B H L D -> B L (H D)")
+        attn = block_attention(q, k, v, tables[1], mask, tap, site).transpose(1, 2).flatten(2)
         (mlp,) = at(site, "mlp", mlp)
         return at(site, "residual", self.update(x, attn, mlp, mods))[0]
 

@@ -71,15 +71,23 @@ def apply_rotary(x: Tensor, table: Rotary) -> Tensor:
     """Return `x` `(B, H, N, d)` with its pairs of channels (2k, 2k+1) rotated, in the dtype of the table."""
     pairs = x.to(table.cos.dtype).unflatten(-1, (-1, 2))
     x0, x1 = pairs[..., 0], pairs[..., 1]
-    rotated = torch.stack((table.cos * x0 - table.sin * x1, table.sin * x0 + table.cos * x1), dim=-1)
-    return rotated.flatten(-2)
+    turned = torch.stack((table.cos * x0 - table.sin * x1, table.sin * x0 + table.cos * x1), dim=-1)
+    return turned.flatten(-2)
 
 
 def apply_rotary_(x: Tensor, table: Rotary) -> Tensor:
     """Rotate `x` in place, and return it. `x` has the dtype of the table.
 
-    One complex product has a quarter of the memory traffic of `apply_rotary`. torch.compile has no code for complex
-    numbers; it fuses the formula of `apply_rotary` itself.
+    One complex product has a quarter of the memory traffic of `apply_rotary`.
     """
-    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.complex(table.cos, table.sin))
+    _pairs(x).mul_(torch.complex(table.cos, table.sin))
     return x
+
+
+def rotated(x: Tensor, table: Rotary) -> Tensor:
+    """Return what `apply_rotary_` does, in a new contiguous tensor. `x` has the dtype of the table."""
+    return torch.view_as_real(_pairs(x.contiguous()) * torch.complex(table.cos, table.sin)).flatten(-2)
+
+
+def _pairs(x: Tensor) -> Tensor:
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))

@@ -216,7 +216,7 @@ def test_a_text_encoder_that_does_not_listen(copy, capsys):
 
 
 def test_ids_that_are_not_used(model, capsys, monkeypatch):
-    monkeypatch.setattr("fluxlab.model.layers.apply_rotary_", lambda x, table: x)
+    monkeypatch.setattr("fluxlab.model.norm_rotate.apply_rotary_", lambda x, table: x)
     assert "The ids are not used" in failed(model, capsys, "ids")
 
 

@@ -10,7 +10,8 @@ from jaxtyping import config as jaxtyping_config
 
 from fluxlab.model import TRANSFORMERS, Flux, FluxParams, rotary_table
 from fluxlab.model.attention import attend
-from fluxlab.model.rope import apply_rotary, apply_rotary_
+from fluxlab.model.norm_rotate import norm_and_rotate
+from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 from fluxlab.model.torch_ops import ONEDNN_DTYPES
 
 PARAMS = FluxParams(8, 6, 12, 10, 32, 4.0, 2, 2, 2, (4, 6, 6), 10000, True, True)
@@ -191,6 +192,33 @@ def test_rotation_in_place_equals_the_formula():
     x, ids = torch.randn(2, 3, 7, 16, generator=g), torch.randn(2, 7, 3, generator=g) * 30
     table = rotary_table(ids, (4, 6, 6), 10000)
     assert (apply_rotary_(x.clone(), table) - apply_rotary(x, table)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("lengths", [(7,), (3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_norm_and_rotate_against_the_formula(dtype, lengths, heads):
+    """Queries and keys at once, of one or two streams, by a table of all heads or one per head. Compiled code too."""
+    g = torch.Generator().manual_seed(5)
+    joint = torch.randn(2, 7, 3, 3, 16, generator=g).to(dtype)  # (B, N, 3, H, d), with the values
+    scales = [torch.randn(2, 16, generator=g).to(dtype) for _ in lengths]
+    ids = torch.randn(heads, 7, 3, generator=g) * 30
+    table = Rotary(*(part.transpose(0, 1) for part in rotary_table(ids, (4, 6, 6), 10000)))
+
+    x = joint[:, :, :2].double()
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    scale = torch.cat([s.double().expand(n, 2, 16) for s, n in zip(scales, lengths, strict=True)])
+    expected = apply_rotary(
+        (normed * scale[None, :, :, None]).permute(2, 0, 3, 1, 4), Rotary(*map(torch.Tensor.double, table))
+    )
+    parts = [part[:, :, :2] for part in joint.split(lengths, dim=1)]
+    compiled = torch.compile(norm_and_rotate, fullgraph=True, backend="aot_eager")
+    for function in (norm_and_rotate, compiled):
+        out = function(parts, scales, table)
+        assert out.dtype == torch.float32
+        assert out.is_contiguous()
+        assert (out.permute(2, 0, 3, 1, 4) - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
