@@ -45,6 +45,16 @@ def test_onednn_linear(dtype, gelu, bias):
     assert (linear(x, weight, b, gelu) - exact).abs().max() <= bound
 
 
+@pytest.mark.parametrize("rows", [1, 2, 33])
+@torch.inference_mode()
+def test_compiled_linear_in_bf16_has_the_bits_of_the_other_one(rows):
+    """`F.linear`, which compiled code calls, takes oneDNN's kernel where there is one."""
+    g = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(shape, generator=g).bfloat16() for shape in ((1, rows, 64), (192, 64)))
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    assert compiled(x, weight, None).equal(linear(x, weight, None))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("backend", [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], ids=lambda b: b.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
