@@ -35,13 +35,13 @@ QUOTED = {
 }
 """Experiment: metrics that are kept. Of those without metrics, and of `methods`, what their figures read instead.
 
-`atlas` is no run: its script makes its images itself. `learn_relocation` is a search.
+`atlas` is two attributions and a run of their ablation. `learn_relocation` is a search.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
     sys.path.insert(0, str(ROOT))
-    from experiments import atlas, every
+    from experiments import every
     from fluxlab import run
     from fluxlab.files import sha256_of
 
@@ -64,14 +64,11 @@ def main(arguments: Sequence[str]) -> int:
                 results[name] = learned(out)
                 continue
             if name == "atlas":
-                code = atlas.main(["-o", str(out), "device=cpu"])
-            else:
-                code = run.main(every.run_of(name, out.parent, ["device=cpu"]))
-            if code:
+                results[name] = atlas(out.parent)
+                continue
+            if code := run.main(every.run_of(name, out.parent, ["device=cpu"])):
                 return code
-            if name == "atlas":
-                results[name] = json.loads((out / "atlas.json").read_text())
-            elif name == "trace":
+            if name == "trace":
                 results[name] = transfers(out)
             elif name == "relocation":
                 results[name] = moved(out)
@@ -79,6 +76,22 @@ def main(arguments: Sequence[str]) -> int:
                 results[name] = (methods if name.startswith("methods") else rows)(out, QUOTED[name])
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def atlas(runs: Path) -> dict[str, Any]:
+    """Run the commands of the figure `atlas` but for its script, and return the numbers that it shows."""
+    from experiments import every
+    from experiments.atlastable import numbers, rounded
+    from fluxlab import ablation, run
+    from fluxlab.experiment.reading import read_store
+    from fluxlab.learning import attribute, read_attribution
+
+    mains = {"fluxlab.attribution": attribute.main, "fluxlab.ablation": ablation.main, "fluxlab.run": run.main}
+    for module, *arguments in every.commands("atlas", runs, runs, ["device=cpu"]):
+        if module in mains and mains[module](arguments):
+            raise SystemExit(f"python -m {module} {' '.join(arguments)}: failed")
+    found = [read_attribution(runs / f"atlas_{name}") for name in ("place", "loss")]
+    return rounded(numbers(*found, read_store(runs / "atlas")))
 
 
 def rows(store: Path, metrics: Sequence[str]) -> dict[str, dict[str, dict[str, float | int | None]]]:

@@ -1,8 +1,8 @@
 """`make figures`, or `python -m experiments.every`: every figure, from its runs to its files.
 
-Runs that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`. It takes about
-50 minutes on 2 CPU cores with the embedded model, and a quarter of that once the runs exist, for experiments that make
-their images themselves. key=value words such as model=schnell device=cuda are passed on to the runs and to these
+Runs and attributions that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`.
+It takes about 50 minutes on 2 CPU cores with the embedded model, and a few once the runs exist, for experiments that
+make their images themselves. key=value words such as model=schnell device=cuda are passed on to the runs and to these
 experiments. Without names, figures for which a word has no meaning are left out, and those of the scene oracle if the
 model was not trained on scenes. `--list` shows the commands. With several `--jobs`, what they print is in files of
 `--runs`.
@@ -46,8 +46,17 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "trace": ("experiments.trace {trace}",),
     "relocation": ("experiments.relocation {relocation}",),
     "methods": ("experiments.methods {methods} {methods_2x}",),
-    "attribution": ("experiments.attribution",),
-    "atlas": ("experiments.atlas",),
+    "attribution": (
+        "fluxlab.attribution +exp=attribution out={runs}/attribution",
+        "experiments.attribution {runs}/attribution",
+    ),
+    "atlas": (
+        "fluxlab.attribution +exp=atlas objective=place out={runs}/atlas_place",
+        "fluxlab.attribution +exp=atlas objective=denoising objective.images=sampled seeds=2 out={runs}/atlas_loss",
+        "fluxlab.ablation {runs}/atlas_place {runs}/atlas_loss",
+        "fluxlab.run --config-dir {runs}/atlas_place +exp=atlas_ablation tracking=none out={runs}/atlas",
+        "experiments.atlas {runs}/atlas_place {runs}/atlas_loss {runs}/atlas",
+    ),
     "inpaint": ("experiments.inpaint",),
     "upscale": ("experiments.upscale",),
     "conventions": ("experiments.conventions",),
@@ -60,8 +69,14 @@ FIGURES: dict[str, tuple[str, ...]] = {
 WITHOUT_WORDS = ("ids", "schedule", "conventions")
 """Figures without any images of their own, for which key=value words have no meaning."""
 
-ALONE = ("attribution", "atlas", "inpaint", "upscale")
+ALONE = ("inpaint", "upscale")
 """Figures whose scripts load a model themselves. They know the words of `standalone.KEYS`."""
+
+GRADIENTS = ("attribution", "atlas")
+"""Figures of derivatives. `fluxlab.attribution` knows the same words, but memory=, since it needs all weights."""
+
+WITH_WORDS = ("fluxlab.run", "fluxlab.attribution")
+"""Modules that get key=value words."""
 
 SCENES = ("words", "trace", "relocation", "methods", "atlas")
 """Figures of what the scene oracle reads: of models that were trained on scenes."""
@@ -97,10 +112,11 @@ def commands(name: str, runs: Path, out: Path, words: Sequence[str] = ()) -> lis
     needed.pop("runs", None)
     places = {"runs": runs, **{run: runs / run for run in needed}}
     found = [["fluxlab.run", *run_of(run, runs, words)] for run in needed]
-    own = words if name in ALONE else ()
     for line in FIGURES[name]:
         module, *arguments = (part.format_map(places) for part in line.split())
-        found.append([module, *arguments, *own, *(["-o", str(out)] if module.startswith("experiments.") else [])])
+        script = module.startswith("experiments.")
+        own = words if module in WITH_WORDS or (script and name in ALONE) else ()
+        found.append([module, *arguments, *own, *(["-o", str(out)] if script else [])])
     return found
 
 
@@ -111,6 +127,9 @@ def refusal(name: str, words: Sequence[str]) -> str | None:
             return f"makes no run, so {word} has no effect on it"
         if name in ALONE and key_of(word) not in KEYS:
             return f"makes its images itself with {', '.join(KEYS)}, so {word} has no effect on it"
+        if name in GRADIENTS and key_of(word) not in set(KEYS) - {"memory"}:
+            known = ", ".join(key for key in KEYS if key != "memory")
+            return f"has gradients with {known}, so {word} has no effect on it"
     model = [word for word in words if key_of(word) == "model"]
     if name in SCENES and model and not read_words(model).model.get("scenes"):
         return f"needs the scene oracle, which does not read the images of {model[0]}"
@@ -181,11 +200,16 @@ def tasks(figures: Mapping[str, list[list[str]]]) -> list[Task]:
     """
     found: dict[str, Task] = {}
     for name, every in figures.items():
-        runs = {f"run {c[1].removeprefix('+exp=')}": c for c in every if c[0] == "fluxlab.run"}
+        runs = {f"run {c[1].removeprefix('+exp=')}": c for c in every if _is_shared(c)}
         for run, command in runs.items():
             found.setdefault(run, Task(run, [command]))
-        found[name] = Task(name, [c for c in every if c[0] != "fluxlab.run"], frozenset(runs))
+        found[name] = Task(name, [c for c in every if not _is_shared(c)], frozenset(runs))
     return list(found.values())
+
+
+def _is_shared(command: Sequence[str]) -> bool:
+    """Return whether a command is a run that several figures may need: one of a file of `configs/exp`."""
+    return command[0] == "fluxlab.run" and command[1].startswith("+exp=")
 
 
 def make(every: Sequence[Task], runs: Path, jobs: int) -> int:

@@ -85,7 +85,6 @@ def prepare(
     noise = noise.to(pipe.device, exact)
     grids = Grids((rows, cols), further=len(regions) * length)
     context = pipe.context(prompts, length, grids, pipe.schedule.times(settings.steps, rows * cols))
-    context = replace(context, ids=context.ids.to(pipe.device))  # arguments with gradients are there, too
     return Prepared(pipe, txt, tuple(pooled), guidance, noise, context, keep, tuple(regions))
 
 
@@ -150,14 +149,14 @@ def stepping(
     gains: `(steps, blocks, H, d/2)`, factors of the queries' rotary tables. A factor g multiplies the part of every
     score that its pair of channels contributes. sites, taps: those of a step.
     """
-    model = prepared.pipe.transformer
+    model, placed = prepared.pipe.transformer, batching.OnDevice(programs, prepared.pipe.device, prepared.pipe.dtype)
     # made here and not in a step: steps are checkpointed, and what is computed again must read the same tables
-    placements = None if programs.sees_latents else [programs.at(t) for t in prepared.sigmas[:-1]]
+    placements = None if programs.sees_latents else [placed.at(t, None, prepared.noise) for t in prepared.sigmas[:-1]]
 
     def velocity(step: int, x: Tensor) -> Tensor:
         placement, chosen = placements and placements[step], sites and sites(step)
         if placement is None:  # edits that see latents are constants of them
-            placement = programs.at(prepared.sigmas[step], latents=x.detach())
+            placement = placed.at(prepared.sigmas[step], None, x.detach())
         if gains is not None:
             assert chosen is None, "gains and sites both act at the sites of a block"
             chosen = [_Gain(gain) for gain in gains[step]]

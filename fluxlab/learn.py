@@ -94,6 +94,7 @@ def read(config: LearnConfig) -> Search:
     from fluxlab.checkpoints.stored import is_local
     from fluxlab.experiment.prompts import read_prompts
     from fluxlab.learning import has_learned, read_objective, read_template
+    from fluxlab.learning.objectives import check_prompts
     from fluxlab.positions import load_plugins
 
     load_plugins(config.plugins)
@@ -120,6 +121,7 @@ def read(config: LearnConfig) -> Search:
     template = read_template(config.variants[name], f"variants.{name}")
     prompts = read_prompts(Path(config.prompts_file)) if config.prompts_file else config.prompts
     prompts, held = list(prompts), list(config.held_out)
+    check_prompts(objective, prompts + held)
     both = [prompt for prompt in held if prompt in prompts]
     if both:
         raise UserError(f"held_out: {show(both[0])} is one of prompts too; held-out prompts are not learned from")

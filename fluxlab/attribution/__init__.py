@@ -80,17 +80,22 @@ def ones(prepared: Prepared) -> Tensor:
     return torch.ones(shape, dtype=prepared.noise.dtype, device=prepared.noise.device)
 
 
+def labels_of_pairs(dims: Sequence[int], theta: float) -> tuple[list[str], list[float]]:
+    """Return the axis of each pair of channels, and its wavelength in tokens. dims: channels of each axis."""
+    axis = [name for name, dim in zip(EVERY_AXIS[: len(dims)], dims, strict=True) for _ in range(dim // 2)]
+    turns = torch.cat([frequencies(dim, theta) for dim in dims])
+    return axis, (2 * torch.pi / turns).tolist()
+
+
 def labelled(values: Tensor, prepared: Prepared) -> Captured:
     context = prepared.context
-    dims = context.axes_dim
-    axis = [name for name, dim in zip(EVERY_AXIS[: len(dims)], dims, strict=True) for _ in range(dim // 2)]
-    turns = torch.cat([frequencies(dim, context.theta) for dim in dims])
+    axis, wavelength = labels_of_pairs(context.axes_dim, context.theta)
     coords = {
         **_coords(context.sigmas, context.double, context.blocks),
         "head": (("head",), list(range(context.heads))),
         "pair": (("pair",), list(range(len(axis)))),
         "axis": (("pair",), axis),
-        "wavelength": (("pair",), (2 * torch.pi / turns).tolist()),
+        "wavelength": (("pair",), wavelength),
     }
     about = {"unit": "score per gain"}
     return Captured(values.detach().cpu().numpy(), ("step", "block", "head", "pair"), coords, about)

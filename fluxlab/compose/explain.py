@@ -11,13 +11,20 @@ def short(text: str) -> str:
     return "\n".join([line for line in text.splitlines() if line.strip()][:3])
 
 
-OF_LEARN = ("objective", "updates", "starts", "rate", "held_out", "variant", "batch", "memory_gb")
-"""Keys of `python -m fluxlab.learn` that a run does not have."""
+OF_LEARN = ("updates", "starts", "rate", "batch", "memory_gb")
+OF_ATTRIBUTION = ("source", "patches", "ablate")
+OF_BOTH = ("objective", "held_out", "variant")
+"""Keys of `python -m fluxlab.learn` and `python -m fluxlab.attribution` that a run does not have."""
 
 
 def unknown_key(key: str, known: Sequence[str]) -> str:
-    if key in OF_LEARN:
-        return f"{key}: a key of python -m fluxlab.learn, which this command does not have"
+    for keys, command in (
+        (OF_LEARN, "python -m fluxlab.learn"),
+        (OF_ATTRIBUTION, "python -m fluxlab.attribution"),
+        (OF_BOTH, "python -m fluxlab.learn and fluxlab.attribution"),
+    ):
+        if key in keys:
+            return f"{key}: a key of {command}, which this command does not have"
     hint = nearest(key, known)
     return f"{key}: there is no such key{hint or '; known: ' + ', '.join(known)}"
 
@@ -51,7 +58,7 @@ def explain(
     refused = re.match(r"Could not (?:override|delete from config\.) '(\S+)'", lines[0])
     where = f"{composing[1]}: " if composing else ""
     of_learn = re.search(r"Could not override '(\w+)'", lines[0])
-    if of_learn and of_learn[1] in OF_LEARN:
+    if of_learn and of_learn[1] in (*OF_LEARN, *OF_ATTRIBUTION, *OF_BOTH):
         return where + unknown_key(of_learn[1], known)
     if refused or re.match(r"Key '.*' (is )?not in ", lines[0]):
         key = refused[1] if refused else full_key

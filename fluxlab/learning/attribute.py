@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,10 @@ class AttributionConfig(_SamplingConfig):
     variant: str | None = None
     source: str | None = None
     patches: list[str] = field(default_factory=list)
+    ablate: int = 0
     prompts: list[str] = field(default_factory=list)
     prompts_file: str | None = None
+    held_out: list[str] = field(default_factory=list)
     seeds: Any = 1
     plugins: list[str] = field(default_factory=list)
     lora: Any = None
@@ -68,7 +71,7 @@ def _main(arguments: list[str]) -> None:
     if asked.cfg:
         print(compose(*config, show=True), end="")
         return
-    attribute(compose(*config))
+    attribute(compose(*config), f"python -m fluxlab.attribution {shlex.join(arguments)}")
 
 
 def read(config: AttributionConfig) -> tuple["Experiment", dict[str, Any], str]:
@@ -76,7 +79,7 @@ def read(config: AttributionConfig) -> tuple["Experiment", dict[str, Any], str]:
     from fluxlab.api import make_experiment
     from fluxlab.checkpoints.stored import is_local
     from fluxlab.experiment.prompts import read_prompts
-    from fluxlab.learning import read_objective
+    from fluxlab.learning.objectives import check_prompts, read_objective
     from fluxlab.model.sites import SITES
     from fluxlab.positions import load_plugins
 
@@ -93,9 +96,14 @@ def read(config: AttributionConfig) -> tuple["Experiment", dict[str, Any], str]:
     if bool(config.patches) != bool(config.source):
         given, lacks = ("patches", "source=<variant>") if config.patches else ("source", "patches=[keys, values]")
         raise UserError(f"{given}: add {lacks}; a patch takes the activations of a site from another variant")
+    if config.ablate < 0 or (config.ablate and config.patches):
+        wanted = "leave out patches, which are no bands" if config.patches else "expected at least 0"
+        raise UserError(f"ablate={config.ablate}: {wanted}")
     row = with_loras(model_row(config.model, f"model {config.model.get('name', '')}".strip()), config.lora)
+    prompts = read_prompts(Path(config.prompts_file)) if config.prompts_file else config.prompts
+    check_prompts(objective, prompts)
     experiment = make_experiment(
-        read_prompts(Path(config.prompts_file)) if config.prompts_file else config.prompts,
+        prompts,
         config.variants,
         config.seeds,
         model=row,
@@ -106,17 +114,18 @@ def read(config: AttributionConfig) -> tuple["Experiment", dict[str, Any], str]:
         identify=not config.plan or is_local(row),
         cache=config.cache,
     )
-    asked = [experiment.digest, objective, config.variant, config.source, list(config.patches)]
+    asked = [experiment.digest, objective, config.variant, config.source, list(config.patches), config.ablate]
     return experiment, objective, hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def attribute(config: AttributionConfig) -> None:
+def attribute(config: AttributionConfig, command: str) -> None:
     """Compute what is missing of an attribution and write its table and figure, or print the plan."""
     from fluxlab.checkpoints import check_device, default_device, dtype_of
     from fluxlab.conditioning import Texts
     from fluxlab.engines.inline import threads
-    from fluxlab.experiment.settings import threads_of
+    from fluxlab.experiment.settings import resolve, threads_of
     from fluxlab.learning.attributed import draw, table
+    from fluxlab.learning.folder import begin, cell_file
     from fluxlab.learning.objectives import Place, make_objective
     from fluxlab.loading import load_row
     from fluxlab.probes import is_complete, load, write
@@ -128,22 +137,20 @@ def attribute(config: AttributionConfig) -> None:
     out = Path(config.out).expanduser() if config.out else Path("runs", e.name, f"attribution-{digest}")
     places = [Place(prompt, seed) for prompt in e.prompts for seed in e.seeds]
     device, dtype = check_device(e.device or default_device()), dtype_of(e.dtype, e.model)
-    settings = replace(e.sampling, dtype=None, device=None)
     if config.plan:
-        return print(_plan(config, e, asked["name"], device, dtype, settings, len(places), out))
-    out.mkdir(parents=True, exist_ok=True)
-    _check_folder(out, digest)
+        return print(_plan(config, e, asked, device, dtype, len(places), out))
     with locked(out), threads(threads_of(str(device), None, config.threads)):
         texts = Texts(e.prompts, e.max_sequence_length, e.truncate, e.unknown_words)
         pipe = load_row(e.model, dtype, device, texts, cache=config.cache)
-        settings = pipe.resolve(settings)
-        objective = make_objective(asked, pipe, e.prompts, places, settings)
-        (out / "digest").write_text(digest)
+        used = resolve(e, pipe, None, None, config.threads)
+        begin(out, _record(config, e, asked, digest, command, used.record()))
+        settings = used.sampling
+        objective = make_objective(asked, pipe, e.prompts, places, settings, e.variants[variant])
         print(f"{e.name}: {objective.title} of {variant}, {len(places)} cells → {out}", flush=True)
         found = []
         with Progress("attribution", len(places), every=5, unit="cell") as progress:
             for n, place in enumerate(places):
-                file = out / f"cell-{n:04}.safetensors"
+                file = cell_file(out, n)
                 if not is_complete(file):
                     write(file, one(config, e, pipe, variant, objective, place, settings))
                 found.append(load(file))
@@ -164,9 +171,27 @@ def attribute(config: AttributionConfig) -> None:
     print(f"{out / TABLE}  {out / FIGURE}")
 
 
-def _check_folder(out: Path, digest: str) -> None:
-    if (out / "digest").is_file() and (out / "digest").read_text() != digest:
-        raise UserError(f"out={out}: holds another attribution; name another folder")
+def _record(
+    config: AttributionConfig, e: "Experiment", objective: dict[str, Any], digest: str, command: str, used: Any
+) -> dict[str, Any]:
+    """Return what `attribution.yaml` says. used: the settings as plain values."""
+    from fluxlab.experiment.versions import versions
+
+    return {
+        "name": e.name,
+        "caption": e.caption,
+        "command": command,
+        "digest": digest,
+        "objective": objective,
+        "variant": config.variant or e.baseline,
+        "source": config.source,
+        "patches": list(config.patches),
+        "ablate": config.ablate,
+        "held_out": list(config.held_out),
+        "request": e.request(),
+        "settings": used,
+        "versions": versions(),
+    }
 
 
 def one(
@@ -178,10 +203,11 @@ def one(
     place: "Place",
     settings: Sampling,
 ) -> dict[str, "Captured"]:
-    """Return the arrays of one cell: `gains`, or one for each site of `patches`."""
+    """Return the arrays of one cell: `gains`, or one for each site of `patches`; for `ablate` see `bands.ablated`."""
     import numpy as np
 
     from fluxlab.attribution import of_gains, of_patches
+    from fluxlab.learning.bands import ablated
 
     program = e.variants[variant]
     if config.patches:
@@ -189,8 +215,11 @@ def one(
         pair = [place, place]
         found = of_patches(pipe, [p.prompt for p in pair], [p.seed for p in pair], objective.score(pair), **given)
     else:
-        score = objective.score([place])
-        found = {"gains": of_gains(pipe, [place.prompt], [place.seed], score, program=program, settings=settings)}
+        batch = pipe, [place.prompt], [place.seed], objective.score([place])
+        how = {"program": program, "settings": settings}
+        found = {"gains": of_gains(*batch, **how)}
+        if config.ablate:
+            found |= ablated(*batch, found["gains"], config.ablate, **how)
     if not all(np.isfinite(array.values).all() for array in found.values()):
         raise NonFiniteError(f"prompt {place.prompt!r}, seed {place.seed}: a derivative is not finite")
     return found
@@ -199,25 +228,31 @@ def one(
 def _plan(
     config: AttributionConfig,
     e: "Experiment",
-    objective: str,
+    objective: dict[str, Any],
     device: Any,
     dtype: Any,
-    settings: Sampling,
     cells: int,
     out: Path,
 ) -> str:
     """Return what an attribution would do: sites, forwards and memory."""
+    from fluxlab.attribution import labels_of_pairs
+    from fluxlab.learning.bands import bands, chosen
+    from fluxlab.learning.objectives import SAMPLED
     from fluxlab.learning.plan import forwards, memory_lines
     from fluxlab.model.sites import OF_HEADS
 
-    batch = 2 if config.patches else 1
+    batch, settings = 2 if config.patches else 1, replace(e.sampling, dtype=None, device=None)
     # 0 GB: activations are always computed again
-    pipe, settings, lines = memory_lines(e.model, dtype, device, settings, batch, objective, 0.0)
+    pipe, settings, lines = memory_lines(e.model, dtype, device, settings, batch, objective["name"], 0.0)
     p = pipe.transformer.params
     blocks = p.depth + p.depth_single_blocks
     per_block = p.num_heads * sum(p.axes_dim) // 2
     if config.patches:
         per_block = sum(p.num_heads if site in OF_HEADS else 1 for site in config.patches)
+    evaluations = int(objective.get("images") == SAMPLED)
+    if config.ablate:
+        every = bands(*labels_of_pairs(p.axes_dim, p.theta), blocks, p.num_heads)
+        evaluations += 1 + len(chosen(every, config.ablate))
     return "\n".join(
         [
             f"{e.name}: {e.caption}".removesuffix(": "),
@@ -225,7 +260,7 @@ def _plan(
             *lines,
             f"sites      {settings.steps * blocks * per_block:,} a cell: {settings.steps} steps × {blocks} blocks × "
             f"{per_block:,}; {cells} cells",
-            f"work       {forwards(cells * batch, settings.steps, 0, 1)}",
+            f"work       {forwards(cells * batch, settings.steps, evaluations, 1)}",
         ]
     )
 
@@ -235,5 +270,6 @@ _USAGE = """python -m fluxlab.attribution +exp=<name> objective=<name> [key=valu
 The derivative of a score by every (step, block, head, frequency) of the rotary tables, in one backward for each cell:
   python -m fluxlab.attribution +exp=hello objective=denoising steps=4 dtype=float32
 With patches=[keys, values] source=<variant>: the first-order effect of taking each activation from another variant.
+With ablate=200: also the measured effect of leaving out each band of one axis in one head, or 200 of them at random.
 Keys: configs/attribution.yaml lists all; plan=true prints the number of sites and the memory.
 The same command again continues with the next cell."""

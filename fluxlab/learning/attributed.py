@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from fluxlab.learning.objectives import Place
     from fluxlab.probes import Captured
 
+BY_BAND = ("predicted", "measured")
+"""Arrays of `bands.ablated`, which are neither in the table nor in the figure."""
+
 
 def table(found: Sequence[Mapping[str, "Captured"]], places: Sequence["Place"]) -> list[dict[str, Any]]:
     """Return the mean effect of each block, head and axis over cells with its 95 % bootstrap interval.
@@ -23,6 +26,8 @@ def table(found: Sequence[Mapping[str, "Captured"]], places: Sequence["Place"]) 
     rows, names = [], {}
     for cell, place in zip(found, places, strict=True):
         for name, array in cell.items():
+            if name in BY_BAND:
+                continue
             per_step = array.values.sum(0)  # block, head, pair; or block, head; or block
             parts = {}
             if name == "gains":
@@ -49,6 +54,8 @@ def draw(found: Sequence[Mapping[str, "Captured"]], title: str) -> "Figure":
 
     panels = {}
     for name, array in found[0].items():
+        if name in BY_BAND:
+            continue
         mean = np.mean([cell[name].values for cell in found], 0).sum(0)
         if name == "gains":
             axis = np.array(array.coords["axis"][1])

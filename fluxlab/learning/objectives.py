@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +14,26 @@ from fluxlab import gradients, scenes
 from fluxlab.errors import UserError, nearest, show, unknown_key
 from fluxlab.experiment.reading import read_run
 from fluxlab.images import open_image
+from fluxlab.learning.place import place, side_of
 from fluxlab.sampling import Sampling
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from fluxlab.pipeline import Pipeline
+    from fluxlab.positions import Program
 
 OBJECTIVES = {
     "denoising": ("minus the denoising loss", ("images", "variant")),
     "likeness": ("minus the squared distance of latents", ("images", "variant", "coarse")),
     "attention": ("share of attention in the box", ("word", "box")),
     "sharpness": ("mean gradient magnitude", ()),
+    "place": ("content towards the side of the prompt, tokens", ()),
 }
 """The title of each score, and the keys of its objective. A score is better the larger it is."""
+
+SCENES, SAMPLED = "scenes", "sampled"
+"""Values of `objective.images` that are no file: drawn from each prompt, and what the model itself samples."""
 
 TRIES = 20_000
 """Scenes that are drawn to find one arranged as a prompt describes."""
@@ -65,7 +72,7 @@ def read_objective(config: Mapping[str, Any]) -> dict[str, Any]:
             raise unknown_key("objective", key, value, known, f"key of {name}")
     given = {key: config.get(key) for key in known}
     needed = {
-        "images": "scenes, a run folder, or a list of files",
+        "images": "scenes, sampled, a run folder, or a list of files",
         "word": "{words: [cat]}",
         "box": "{box: [0, 0, 8, 8]}",
     }
@@ -82,25 +89,43 @@ def read_objective(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, **given}
 
 
+def check_prompts(config: Mapping[str, Any], prompts: Sequence[str]) -> None:
+    """Raise UserError for a prompt that an objective cannot score. config: checked by `read_objective`."""
+    if config["name"] == "place":
+        for prompt in prompts:
+            side_of(prompt)
+
+
 def make_objective(
-    config: Mapping[str, Any], pipe: "Pipeline", prompts: Sequence[str], places: Sequence[Place], settings: Sampling
+    config: Mapping[str, Any],
+    pipe: "Pipeline",
+    prompts: Sequence[str],
+    places: Sequence[Place],
+    settings: Sampling,
+    program: "Program | None" = None,
 ) -> Objective:
     """Return an objective with the images of all its places. prompts: all, in the order of a list of files.
 
-    Raises UserError for an image that is missing or of another size.
+    program: with which images: sampled are made; None for unchanged ids. Raises UserError for an image that is missing
+    or of another size.
     """
     title = OBJECTIVES[config["name"]][0]
+    if config["name"] == "place":
+        return Objective("place", title, lambda batch: place([one.prompt for one in batch]))
     if config["name"] == "attention":
         score = gradients.attention(config["word"], config["box"])
         return Objective("attention", title, lambda batch: score)
     if config["name"] == "sharpness":
         return Objective("sharpness", title, lambda batch: gradients.sharpness())
     size = settings.height, settings.width
-    images = {place: _image(config, prompts, place, size) for place in places}
-    latents = {place: _encoded(pipe, image, size, place) for place, image in images.items()}
+    if config["images"] == SAMPLED:
+        latents = cache(lambda where: _sampled(pipe, where, program, settings))
+    else:
+        images = {where: _image(config, prompts, where, size) for where in places}
+        latents = {where: _encoded(pipe, image, size, where) for where, image in images.items()}.__getitem__
 
     def of(make: Callable[[torch.Tensor], gradients.Score]) -> Callable[[Sequence[Place]], gradients.Score]:
-        return lambda batch: make(torch.cat([latents[place] for place in batch]))
+        return lambda batch: make(torch.cat([latents(where) for where in batch]))
 
     if config["name"] == "denoising":
         return Objective("denoising", title, of(gradients.denoising))
@@ -108,12 +133,12 @@ def make_objective(
 
 
 def _is_folder(images: Any) -> bool:
-    return isinstance(images, str) and images != "scenes"
+    return isinstance(images, str) and images not in (SCENES, SAMPLED)
 
 
 def _image(config: Mapping[str, Any], prompts: Sequence[str], place: Place, size: tuple[int, int]) -> "Image.Image":
     images = config["images"]
-    if images == "scenes":
+    if images == SCENES:
         return rendered(place, size)
     if isinstance(images, str) and Path(images).is_file():
         images = [images]
@@ -130,8 +155,8 @@ def _image(config: Mapping[str, Any], prompts: Sequence[str], place: Place, size
             ) from None
     if not isinstance(images, Sequence) or len(images) not in (1, len(prompts)):
         raise UserError(
-            f"objective.images={show(images)}: expected scenes, a run folder, one file, or {len(prompts)} files, one "
-            "for each prompt, those held out last"
+            f"objective.images={show(images)}: expected scenes, sampled, a run folder, one file, or {len(prompts)} "
+            "files, one for each prompt, those held out last"
         )
     return open_image(Path(images[0 if len(images) == 1 else prompts.index(place.prompt)]).expanduser())
 
@@ -185,3 +210,12 @@ def _encoded(pipe: "Pipeline", image: "Image.Image", size: tuple[int, int], plac
             f"{size[0]} × {size[1]}; set height= and width="
         )
     return pipe.encode([image])[0].clone()
+
+
+def _sampled(pipe: "Pipeline", place: Place, program: "Program | None", settings: Sampling) -> torch.Tensor:
+    """Return the latents that the model samples for a place, `(1, N, C)` in at least fp32, in its own number of steps.
+
+    With few steps the noise of the cell would lead straight to the image, and the loss would be about 0.
+    """
+    latents = pipe.sample([place.prompt], [place.seed], program, replace(settings, steps=None), output="latent")
+    return latents.to(torch.promote_types(latents.dtype, torch.float32), copy=True)

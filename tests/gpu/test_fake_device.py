@@ -4,7 +4,11 @@ import pytest
 import torch
 
 import fluxlab
+from fluxlab.attribution import with_gains
+from fluxlab.learning.objectives import Place, make_objective
+from fluxlab.positions import Program
 from fluxlab.probes import Probe
+from fluxlab.settings import Sampling
 from tests import tiny
 from tests.gpu.fake_device import UNAVAILABLE, available, captured, pretend
 from tests.gpu.real_size import on_meta, pipeline
@@ -38,6 +42,22 @@ def test_mps_gets_no_fp64():
         probe = Probe({"q": {"kind": "quadrants", "blocks": [0]}})
         pipe.generate("a cat", programs=program, steps=1, height=256, width=256, probe=probe)
         assert captured(device)
+
+
+@pytest.mark.parametrize("name", ["place", "denoising", "attention"])
+def test_scores_of_gradients_need_no_fp64(name):
+    """Their velocity, with frequencies that an edit changes. The backward pass runs on real devices only."""
+    on_meta()
+    config = {"name": name, "images": "sampled", "word": {"words": "cat"}, "box": {"box": [0, 0, 8, 8]}}
+    program, place = Program.from_config({"a": {"op": "yarn"}}), Place("a red cat on the left", 0)
+    with pretend("mps"), torch.inference_mode():
+        pipe = pipeline("schnell", "mps")
+        settings = pipe.resolve(Sampling(steps=1, height=256, width=256))
+        objective = make_objective(config, pipe, [place.prompt], [place], settings, program)
+        gains, how = [torch.ones(1, 57, 24, 64)] * 2, {"program": program, "settings": settings}
+        found = with_gains(pipe, [place.prompt], [place.seed], objective.score([place]), gains, **how)
+        assert found.shape == (2, 1)
+        assert found.device.type == "mps"
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

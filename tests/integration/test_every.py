@@ -39,7 +39,8 @@ def test_a_figure_is_made_from_its_runs_and_runs_are_continued(tmp_path):
 def test_every_command_names_a_file_of_the_project():
     for name in every.FIGURES:
         for module, *_ in every.commands(name, Path("runs"), Path("figures")):
-            assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file(), module
+            path = ROOT / Path(*module.split("."))
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
     runs = {key for lines in every.FIGURES.values() for line in lines for key in re.findall(r"{(\w+)}", line)}
     for name in runs - {"runs"} | set(every.MANY):
         assert (config_folder() / "exp" / f"{name}.yaml").is_file(), name
@@ -50,7 +51,7 @@ def test_words_go_to_runs_and_to_experiments_of_their_own():
     for name in every.FIGURES:
         made = every.commands(name, Path("runs"), Path("figures"), () if every.refusal(name, words) else words)
         for module, *arguments in made:
-            has = module == "fluxlab.run" or name in every.ALONE
+            has = module in every.WITH_WORDS or name in every.ALONE
             assert (words[0] in arguments) == has, (name, module)
 
 
@@ -60,12 +61,31 @@ def test_the_figures_of_another_model(capsys):
         assert every.main(["--list", *words]) == 0
         shown[" ".join(words)] = capsys.readouterr().out
     assert "experiments.ids" not in shown["model=tiny2"]
-    assert "experiments.atlas model=tiny2" in shown["model=tiny2"]
+    assert (
+        "fluxlab.attribution +exp=atlas objective=place out=runs/figures/atlas_place model=tiny2"
+        in shown["model=tiny2"]
+    )
+    assert (
+        "+exp=attribution out=runs/figures/attribution model=schnell device=cuda" in shown["model=schnell device=cuda"]
+    )
     assert "experiments.inpaint model=schnell device=cuda -o" in shown["model=schnell device=cuda"]
     assert "experiments.inpaint" not in shown["seeds=1"]
+    assert "experiments.attribution" not in shown["seeds=1"]
     for name in ("trace", "atlas", "methods", "relocation", "words", "text_order"):
         assert name in shown[""]
         assert name not in shown["model=schnell device=cuda"]
+
+
+def test_a_run_that_follows_from_a_script_comes_after_it():
+    """The atlas: its run is of an experiment that `fluxlab.ablation` writes, so it is no task of its own."""
+    made = every.tasks({name: every.commands(name, Path("runs"), Path("figures")) for name in ("atlas", "steps")})
+    assert [(task.name, set(task.needs)) for task in made] == [
+        ("atlas", set()),
+        ("run step_roles", set()),
+        ("steps", {"run step_roles"}),
+    ]
+    modules = [module for module, *_ in made[0].commands]
+    assert modules == [*["fluxlab.attribution"] * 2, "fluxlab.ablation", "fluxlab.run", "experiments.atlas"]
 
 
 def test_a_script_that_fails_ends_the_command(tmp_path, monkeypatch, capfd):
@@ -111,6 +131,10 @@ def test_several_jobs(tmp_path, monkeypatch):
     [
         (["nothing"], "nothing: no figure has this name; expected article"),
         (["ids", "steps=3"], "ids: makes no run, so steps=3 has no effect on it"),
+        (
+            ["atlas", "memory=streamed"],
+            "atlas: has gradients with model, lora, device, dtype, cache, steps, so memory=s",
+        ),
         (["inpaint", "seeds=3"], "inpaint: makes its images itself with model, lora, "),
         (["trace", "model=schnell"], "trace: needs the scene oracle, which does not read the images of model=schnell"),
         (["atlas", "model=schnel"], "model=schnel: there is none; did you mean schnell?"),

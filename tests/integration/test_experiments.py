@@ -14,7 +14,7 @@ from fluxlab.experiment.reading import read_store
 NAMES = sorted(
     file.stem
     for file in (Path(__file__).parents[2] / "configs" / "exp").glob("*.yaml")
-    if not file.stem.startswith("learn_")
+    if not file.stem.startswith("learn_") and file.stem not in ("atlas", "attribution")  # of fluxlab.attribution
 )
 
 STEPS = {

@@ -115,6 +115,21 @@ def test_the_findings_on_relocation_follow_from_the_numbers():
     assert min(learned[name]["in_box"]["n"] for name in ("learned", "mask")) >= 64
 
 
+def test_the_finding_on_the_atlas_follows_from_the_numbers():
+    """Sentence 10 of docs/ideas.md.j2. If it fails with a new embedded model, rewrite the sentence."""
+    found = json.loads(measured.RESULTS.read_text())["atlas"]
+    short = [found["shares"][f"wavelength {band}"] for band in ("below 8", "8 to 32")]
+    assert sum(part["low"] for part in short) > 2 * sum(part["sites"] for part in short)
+    rows = found["ablation"]
+    assert rows["place 2"]["moved"]["low"] > rows["denoising 2"]["moved"]["high"] > rows["random 2"]["moved"]["high"]
+    assert rows["noise floor"]["moved"]["mean"] < 0.05 < rows["random 2"]["moved"]["low"]
+    assert rows["place 4"]["found"]["high"] < rows["denoising 4"]["found"]["low"]
+    assert rows["random 16"]["found"]["mean"] == rows["another seed"]["place"]["mean"] == 1
+    for k in (2, 4, 8, 16, 32):
+        assert rows[f"place {k}"]["place"]["mean"] == rows[f"place {k}"]["found"]["mean"]
+    assert found["agreement"]["correlation"] < 0.2
+
+
 def test_the_finding_on_inpainting_follows_from_the_numbers():
     """What docs/ideas.md.j2 says about it. If it fails with a new embedded model, rewrite the paragraph."""
     assert measured.drawn("inpaint")["steps"] == 8

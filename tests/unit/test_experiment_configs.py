@@ -28,7 +28,14 @@ from fluxlab.positions.picked import example
 from fluxlab.positions.waves import unchanged
 from fluxlab.run import RunConfig
 
-NAMES = sorted(file.stem for file in (config_folder() / "exp").glob("*.yaml") if not file.stem.startswith("learn_"))
+OF_OTHERS = ("atlas", "attribution")
+"""Experiments of `python -m fluxlab.attribution`; those of `python -m fluxlab.learn` begin with learn_."""
+
+NAMES = sorted(
+    file.stem
+    for file in (config_folder() / "exp").glob("*.yaml")
+    if not file.stem.startswith("learn_") and file.stem not in OF_OTHERS
+)
 PRESETS = [
     "extrapolate",
     "extrapolate_2x",

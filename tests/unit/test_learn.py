@@ -218,7 +218,7 @@ def test_scenes_are_what_the_prompt_says():
     ("config", "message"),
     [
         ({"name": "likenes"}, "objective=likenes: expected one of .*did you mean likeness"),
-        ({"name": "likeness"}, r"objective\.images: missing, likeness needs scenes, a run folder"),
+        ({"name": "likeness"}, r"objective\.images: missing, likeness needs scenes, sampled, a run folder"),
         ({"name": "attention", "word": {"words": ["cat"]}}, r"objective\.box: missing"),
         ({"name": "sharpness", "images": "scenes"}, r"objective\.images: 'scenes', unknown key of sharpness"),
         ({"name": "likeness", "images": "a.png", "coarse": 2}, r"objective\.coarse=2: expected a share"),

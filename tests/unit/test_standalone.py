@@ -42,7 +42,7 @@ def test_steps_of_embedded_models_and_of_others():
     assert loaded.conditions.endswith(": the command")
 
 
-@pytest.mark.parametrize("name", ["attribution", "atlas", "inpaint", "upscale"])
+@pytest.mark.parametrize("name", ["inpaint", "upscale"])
 @pytest.mark.parametrize(
     ("words", "message"),
     [
