@@ -66,7 +66,8 @@ def draw(found: Found, numbers: Found, width: float) -> "Figure":
     """Return the figure: a map of frequencies for each block and head, and the ablation next to it or below it."""
     size, side = sizes(found["place"]).mean(0), width == PAGE
     blocks, heads, _ = size.shape
-    tall = 0.72 * blocks if side else 0.5 * blocks + 0.6
+    lines = blocks * len(set(found["axis"]))
+    tall = 0.24 * lines if side else 0.17 * lines + 0.6
     with paper():
         drawn = figure(width, tall + (0.6 if side else 3.2))
         if side:
@@ -88,8 +89,8 @@ def draw(found: Found, numbers: Found, width: float) -> "Figure":
             show_curve(axes, numbers["ablation"], metric)
             axes.set_title(title, loc="left")
         curves[-1].set_xlabel("sites without effect, k")
-        lines = legend_below(drawn, *labelled(curves), columns=3)
-        drawn.set_figheight(drawn.get_figheight() + 0.13 * lines)
+        below = legend_below(drawn, *labelled(curves), columns=3)
+        drawn.set_figheight(drawn.get_figheight() + 0.13 * below)
         return drawn
 
 
