@@ -92,7 +92,7 @@ def conventions() -> str:
     """The small models of `+train=convention*`: the share of images that are right under each edit, and the SSIM."""
     from experiments.conventions import NAMES
 
-    models = drawn("conventions")["models"]
+    models = of_conventions()["models"]
     first = next(iter(models.values()))["edits"]
     rows = []
     for edit in first:
@@ -125,11 +125,11 @@ IDEAS = {
     "methods": "methods",
     "doubled": "methods_2x",
     "atlas": "atlas",
+    "inpaint": "inpaint",
+    "upscale": "upscale",
+    "upscale_beyond": "upscale_beyond",
 }
 """The names of runs in `ideas.md.j2`."""
-
-DRAWN = ("inpaint", "upscale")
-"""Experiments on drawn scenes, whose `docs/<name>.json` is the JSON that `python -m experiments.<name>` writes."""
 
 
 def findings() -> str:
@@ -164,15 +164,14 @@ def ideas() -> str:
     page.filters["difference"] = lambda row, digits: page.filters["interval"](
         {"mean": -row["paired_mean"], "low": -row["paired_high"], "high": -row["paired_low"]}, digits
     )
-    rows = {name: runs[run] for name, run in IDEAS.items()} | {name: drawn(name)["measures"] for name in DRAWN}
-    rows["conventions"] = drawn("conventions")["models"]
-    rows["upscale_flags"] = "" if drawn("upscale")["scenes"] == 64 else f" --scenes {drawn('upscale')['scenes']}"
+    rows = {name: runs[run] for name, run in IDEAS.items()}
+    rows["conventions"] = of_conventions()["models"]
     return page.from_string((ROOT / "docs" / "ideas.md.j2").read_text()).render(rows).strip()
 
 
-def drawn(name: str) -> dict[str, Any]:
-    """The numbers of an experiment on drawn scenes."""
-    return json.loads((ROOT / "docs" / f"{name}.json").read_text())
+def of_conventions() -> dict[str, Any]:
+    """The numbers of `benchmarks/conventions.py`."""
+    return json.loads((ROOT / "docs" / "conventions.json").read_text())
 
 
 def quoted() -> dict[str, Any]:

@@ -31,6 +31,7 @@ QUOTED = {
         ("methods", "methods_2x"), ("score", "things", "place", "letters", "all_right", "size", "sharpness")
     ),
     "atlas": (),
+    **dict.fromkeys(("inpaint", "upscale", "upscale_beyond"), ()),
     **dict.fromkeys(("relocation", "learn_relocation"), ()),
 }
 """Experiment: metrics that are kept. Of those without metrics, and of `methods`, what their figures read instead.
@@ -72,6 +73,8 @@ def main(arguments: Sequence[str]) -> int:
                 results[name] = transfers(out)
             elif name == "relocation":
                 results[name] = moved(out)
+            elif name in ("inpaint", "upscale", "upscale_beyond"):
+                results[name] = worked(out)
             else:
                 results[name] = (methods if name.startswith("methods") else rows)(out, QUOTED[name])
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -163,6 +166,16 @@ def moved(store: Path) -> dict[str, Any]:
             ends = {"mean": effect.value, "low": effect.low, "high": effect.high}
             found["another seed"] = {"n": effect.n, **{key: round(value / side, 6) for key, value in ends.items()}}
     return found
+
+
+def worked(store: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the means of a run with a task, as its figure has them: variant → measure → numbers."""
+    from experiments import inpaint, taskfigure, upscale
+    from fluxlab.experiment.reading import read_store
+
+    run = read_store(store)
+    about = (inpaint if run.record["name"] == "inpaint" else upscale).ABOUT
+    return taskfigure.numbers(run, about)
 
 
 def learned(out: Path) -> dict[str, Any]:

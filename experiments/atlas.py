@@ -17,9 +17,8 @@ import numpy as np
 
 from experiments import atlastable
 from experiments.atlastable import ALL, ORDERS
-from experiments.results import INTERVALS, conditions, controls, mean_text, opening, plain_name
+from experiments.results import INTERVALS, conditions, controls, mean_text, opening, plain_name, value_text
 from experiments.sheet import LINES
-from experiments.standalone import value_text
 from experiments.style import (
     COLUMN,
     OKABE_ITO,
@@ -66,8 +65,7 @@ def draw(found: Found, numbers: Found, width: float) -> "Figure":
     """Return the figure: a map of frequencies for each block and head, and the ablation next to it or below it."""
     size, side = sizes(found["place"]).mean(0), width == PAGE
     blocks, heads, _ = size.shape
-    lines = blocks * len(set(found["axis"]))
-    tall = 0.24 * lines if side else 0.17 * lines + 0.6
+    tall = 0.72 * blocks if side else 0.5 * blocks + 0.6
     with paper():
         drawn = figure(width, tall + (0.6 if side else 3.2))
         if side:
@@ -89,8 +87,8 @@ def draw(found: Found, numbers: Found, width: float) -> "Figure":
             show_curve(axes, numbers["ablation"], metric)
             axes.set_title(title, loc="left")
         curves[-1].set_xlabel("sites without effect, k")
-        below = legend_below(drawn, *labelled(curves), columns=3)
-        drawn.set_figheight(drawn.get_figheight() + 0.13 * below)
+        lines = legend_below(drawn, *labelled(curves), columns=3)
+        drawn.set_figheight(drawn.get_figheight() + 0.13 * lines)
         return drawn
 
 

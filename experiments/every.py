@@ -1,15 +1,15 @@
 """`make figures`, or `python -m experiments.every`: every figure, from its runs to its files.
 
 Runs and attributions that a figure needs are made in `--runs` or continued there, then its script draws it into `-o`.
-It takes about 50 minutes on 2 CPU cores with the embedded model, and a few once the runs exist, for experiments that
-make their images themselves. key=value words such as model=schnell device=cuda are passed on to the runs and to these
-experiments. Without names, figures for which a word has no meaning are left out, and those of the scene oracle if the
-model was not trained on scenes. `--list` shows the commands. With several `--jobs`, what they print is in files of
-`--runs`.
+It takes about 50 minutes on 2 CPU cores with the embedded model, and a few once the runs exist. key=value words such as
+model=schnell device=cuda are passed on to the runs and attributions. Without names, figures for which a word has no
+meaning are left out, and those of the scene oracle if the model was not trained on scenes. `--list` shows the commands.
+With several `--jobs`, what they print is in files of `--runs`.
 """
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,11 +20,11 @@ from pathlib import Path
 from string import Formatter
 from typing import NamedTuple
 
-from experiments.standalone import KEYS, key_of, read_words
 from experiments.style import out_argument, refusing_parser
-from fluxlab.compose import guarded
+from fluxlab.compose import compose, guarded
 from fluxlab.config import config_folder
 from fluxlab.errors import UserError
+from fluxlab.run import RunConfig
 
 MANY = ("step_roles", "step_window", "dose_edits", "dose_response", "freeflux_probe", "text_order")
 """Experiments that get the 8 prompts and 8 seeds of `trace`, so that an interval is over 64 images."""
@@ -57,8 +57,8 @@ FIGURES: dict[str, tuple[str, ...]] = {
         "fluxlab.run --config-dir {runs}/atlas_place +exp=atlas_ablation tracking=none out={runs}/atlas",
         "experiments.atlas {runs}/atlas_place {runs}/atlas_loss {runs}/atlas",
     ),
-    "inpaint": ("experiments.inpaint",),
-    "upscale": ("experiments.upscale",),
+    "inpaint": ("experiments.inpaint {inpaint}",),
+    "upscale": ("experiments.upscale {upscale} {upscale_beyond}",),
     "conventions": ("experiments.conventions",),
 }
 """Figure: modules to call after each other. {name} is the folder of the run of `configs/exp/<name>.yaml`.
@@ -69,11 +69,10 @@ FIGURES: dict[str, tuple[str, ...]] = {
 WITHOUT_WORDS = ("ids", "schedule", "conventions")
 """Figures without any images of their own, for which key=value words have no meaning."""
 
-ALONE = ("inpaint", "upscale")
-"""Figures whose scripts load a model themselves. They know the words of `standalone.KEYS`."""
-
 GRADIENTS = ("attribution", "atlas")
-"""Figures of derivatives. `fluxlab.attribution` knows the same words, but memory=, since it needs all weights."""
+"""Figures of derivatives, which take the words in `OF_GRADIENTS` only: all weights are needed at a time."""
+
+OF_GRADIENTS = ("model", "lora", "device", "dtype", "cache", "steps")
 
 WITH_WORDS = ("fluxlab.run", "fluxlab.attribution")
 """Modules that get key=value words."""
@@ -114,9 +113,8 @@ def commands(name: str, runs: Path, out: Path, words: Sequence[str] = ()) -> lis
     found = [["fluxlab.run", *run_of(run, runs, words)] for run in needed]
     for line in FIGURES[name]:
         module, *arguments = (part.format_map(places) for part in line.split())
-        script = module.startswith("experiments.")
-        own = words if module in WITH_WORDS or (script and name in ALONE) else ()
-        found.append([module, *arguments, *own, *(["-o", str(out)] if script else [])])
+        own = words if module in WITH_WORDS else ()
+        found.append([module, *arguments, *own, *(["-o", str(out)] if module.startswith("experiments.") else [])])
     return found
 
 
@@ -125,15 +123,19 @@ def refusal(name: str, words: Sequence[str]) -> str | None:
     for word in words:
         if name in WITHOUT_WORDS:
             return f"makes no run, so {word} has no effect on it"
-        if name in ALONE and key_of(word) not in KEYS:
-            return f"makes its images itself with {', '.join(KEYS)}, so {word} has no effect on it"
-        if name in GRADIENTS and key_of(word) not in set(KEYS) - {"memory"}:
-            known = ", ".join(key for key in KEYS if key != "memory")
-            return f"has gradients with {known}, so {word} has no effect on it"
+        if name in GRADIENTS and key_of(word) not in OF_GRADIENTS:
+            return f"has gradients with {', '.join(OF_GRADIENTS)}, so {word} has no effect on it"
     model = [word for word in words if key_of(word) == "model"]
-    if name in SCENES and model and not read_words(model).model.get("scenes"):
-        return f"needs the scene oracle, which does not read the images of {model[0]}"
+    if name in SCENES and model:
+        config = compose("config", RunConfig, "schema", ["name=x", "tracking=none", *model])
+        if not config.model.get("scenes"):
+            return f"needs the scene oracle, which does not read the images of {model[0]}"
     return None
+
+
+def key_of(word: str) -> str:
+    """Return the first part of the key that a word of a command line sets: `model` of `model.path=…`."""
+    return re.split(r"[.=]", word, maxsplit=1)[0].lstrip("+~")
 
 
 def default_jobs(words: Sequence[str]) -> int:

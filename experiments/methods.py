@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.methodtable import KINDS, PARTS, HeldOut, Row, enlarged, held_out, scores, table_rows
-from experiments.results import INTERVALS, all_cells, conditions, label, mean_text, opening, plain_name
+from experiments.methodtable import CONTROL, KINDS, PARTS, HeldOut, Row, enlarged, held_out, scores, table_rows
+from experiments.results import INTERVALS, all_cells, conditions, controls, label, mean_text, opening, plain_name
 from experiments.style import (
     COLUMN,
     OKABE_ITO,
@@ -73,14 +73,15 @@ def check(runs: Sequence[Run]) -> None:
 
 
 def sections(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows by kind, in the order of `KINDS`."""
-    return sorted(rows, key=lambda row: KINDS.index(row["kind"]))  # stable: as listed within a kind
+    """Return the rows of variants by kind, in the order of `KINDS`."""
+    variants = [row for row in rows if row["kind"] != CONTROL]
+    return sorted(variants, key=lambda row: KINDS.index(row["kind"]))  # stable: as listed within a kind
 
 
 def draw_page(runs: Sequence[Run], tables: Sequence[Sequence[Row]]) -> "Figure":
     """Return the figure of page width: images, shares, score and sharpness of every variant and size."""
     with paper():
-        count = len(tables[0])
+        count = len(sections(tables[0]))
         drawn = figure(PAGE, ROW * count + 0.75)
         widths = [part for _ in runs for part in (0.5 * len(runs), 2.5, 1.7, 1.2)]
         panels = drawn.subplots(1, len(widths), gridspec_kw={"width_ratios": widths}, squeeze=False)[0]
@@ -151,7 +152,7 @@ def show_dots(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> Non
 def draw_column(runs: Sequence[Run], tables: Sequence[Sequence[Row]]) -> "Figure":
     """Return the figure of column width: the score of every variant, one panel per size."""
     with paper():
-        count = len(tables[0])
+        count = len(sections(tables[0]))
         drawn = figure(COLUMN, 0.115 * count + 0.65)
         panels = drawn.subplots(1, len(runs), sharey=True, squeeze=False)[0]
         for axes, run, table in zip(panels, runs, tables, strict=True):
@@ -174,10 +175,11 @@ def caption(runs: Sequence[Run], tables: Sequence[Sequence[Row]], compared: Sequ
         "names. Colour, shape, place: those of the largest thing are as asked for. Letters: the share that is right, "
         "read in the image and in the image resized to the trained size, whichever has more. Score: the mean of the "
         "five. All right: all five are. bicubic is the image of the trained size, resized; the dashed line is the "
-        f"baseline without a method. Means over {all_cells(runs[0])}, {INTERVALS}."
+        f"baseline without a method. Means over {all_cells(runs[0])}, {INTERVALS}. {controls(runs[0])}"
     ]
     for run, table, found in zip(runs, tables, compared, strict=True):
         lines.append(f"{enlarged(run):g} × the trained size, {run.record['settings']['steps']} steps:")
+        lines += [f"  {row['variant']}: {numbers(row)}" for row in table if row["kind"] == CONTROL]
         lines += [f"  {row['variant']} ({label(run, row['variant'])}): {numbers(row)}" for row in sections(table)]
         lines += [f"  {text}" for text in comparison(found)]
     return "\n".join([*lines, *map(conditions, runs)])

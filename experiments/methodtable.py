@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from experiments.results import every_image
 from fluxlab.errors import UserError
 from fluxlab.experiment.reading import Run
 from fluxlab.images import read_pixels
 from fluxlab.measure.oracle import inspect
-from fluxlab.measure.summary import summarise
+from fluxlab.measure.summary import CONTROLS, summarise
 from fluxlab.positions import OPS, Program
 from fluxlab.scenes import Wanted, parse
 
@@ -26,6 +27,9 @@ METRICS = (*PARTS, "score", "all_right", "size", "sharpness")
 
 KINDS = ("reference", "frequencies", "attention", "composed")
 """What a variant is: the baseline or resized images, one op on frequencies, one on attention, or several."""
+
+CONTROL = "control"
+"""The kind of the noise floor and of another seed."""
 
 Row = dict[str, Any]
 
@@ -51,7 +55,9 @@ class HeldOut(NamedTuple):
 
 
 def kind_of(run: Run, variant: str) -> str:
-    """Return one of `KINDS`."""
+    """Return one of `KINDS`, or `CONTROL`."""
+    if variant in CONTROLS:
+        return CONTROL
     edits = Program.from_config(run.record["variants"][variant]["program"]).edits
     acts = [OPS[edit.op].acts_on for edit in edits]
     if not acts or acts == ["size"]:
@@ -84,10 +90,9 @@ def scores(run: Run) -> list[Row]:
     except UserError as error:
         raise UserError(f"{run.path}: the scene oracle scores captions of scenes only: {error}") from None
     size, rows = _trained(run), []
-    for (variant, prompt, seed), file in run.images.items():
-        row = {"variant": variant, "prompt": prompt, "seed": seed}
-        row["sharpness"] = run.cell(variant, prompt, seed)["sharpness"]
-        rows.append(row | read(read_pixels(file), wanted[prompt], size))
+    for row, file in every_image(run):
+        keys = {key: row[key] for key in ("variant", "prompt", "seed", "sharpness")}
+        rows.append(keys | read(read_pixels(file), wanted[row["prompt"]], size))
     return rows
 
 
@@ -116,7 +121,7 @@ def read(pixels: np.ndarray, wanted: Wanted, trained: tuple[int, int]) -> Row:
 
 
 def table_rows(run: Run, rows: Sequence[Row]) -> list[Row]:
-    """Return a row per variant: its kind, n, and mean, low and high of each of `METRICS`, 95 % over images."""
+    """Return a row per variant and control: kind, n, and mean, low and high of each of `METRICS`, 95 % over images."""
     table: dict[str, Row] = {}
     for row in summarise(rows, run.baseline, METRICS):
         name = row["variant"]

@@ -3,7 +3,7 @@
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from fluxlab.compose import guarded
 from fluxlab.errors import UserError
 from fluxlab.experiment.cells import FLOOR_SHIFT
 from fluxlab.experiment.reading import Run, read_store
+from fluxlab.experiment.rows import Row
+from fluxlab.experiment.store import CELLS, REFERENCES
 from fluxlab.measure.registry import METRICS, about
 from fluxlab.measure.summary import CONTROLS, Effect
 from fluxlab.positions import Program
@@ -150,6 +152,19 @@ def counts(run: Run, metrics: Sequence[str]) -> dict[str, int]:
     return largest
 
 
+def every_image(run: Run) -> list[tuple[Row, Path]]:
+    """Return the rows of metrics.csv and references.csv, each with its image file: every cell, then the controls.
+
+    The control "another seed" may be a cell of the baseline.
+    """
+    rows = [*((row, CELLS) for row in run.metrics), *((row, REFERENCES) for row in run.references)]
+    found = []
+    for row, folder in rows:
+        files = [run.path / where / f"{row['cell']}.png" for where in (folder, CELLS)]
+        found.append((row, next(filter(Path.is_file, files), files[0])))
+    return found
+
+
 def cell_effects(run: Run, variant: str, metric: str) -> list[float]:
     """Return the effect in each cell of a variant that has one."""
     values = []
@@ -219,6 +234,16 @@ def number(value: float) -> str:
 def mean_text(mean: float, low: float, high: float) -> str:
     """Return `0.41 [0.38, 0.44]`."""
     return number(mean) if math.isnan(low) else f"{number(mean)} [{number(low)}, {number(high)}]"
+
+
+def value_text(row: Mapping[str, float]) -> str:
+    """Return `0.91 [0.84, 0.97], Δ 0.02 [-0.03, 0.06], n = 64`, as far as there are values."""
+    parts = []
+    for sign, kind in (("", ""), ("Δ ", "paired_")):
+        if f"{kind}mean" in row:
+            ends = (row.get(f"{kind}{end}", math.nan) for end in ("low", "high"))
+            parts.append(f"{sign}{mean_text(row[f'{kind}mean'], *ends)}")
+    return ", ".join([*parts, f"n = {row['n']}"])
 
 
 def effect_text(effect: Effect) -> str:

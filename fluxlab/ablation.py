@@ -44,8 +44,7 @@ def run(options: argparse.Namespace) -> None:
     folder = options.folders[0]
     file = folder / "exp" / f"{content['name']}.yaml"
     command = f"python -m fluxlab.run --config-dir {folder} +exp={content['name']}"
-    command += f" model={record['request']['model']['name']}"
-    lines = ["# @package _global_", f"# {command}", "# Made from"]
+    lines = ["# @package _global_", f"# {command} model={record['request']['model']['name']}", "# Made from"]
     lines += [f"#   {one.record['command']}" for one in found]
     file.parent.mkdir(exist_ok=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)

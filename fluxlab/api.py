@@ -11,10 +11,12 @@ from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.config import ModelRow, find_row, with_loras
 from fluxlab.errors import UserError, show, text_key
 from fluxlab.experiment.each import all_variants
+from fluxlab.experiment.inputs import read_inputs, read_scenes
 from fluxlab.experiment.reading import Run, read_store
 from fluxlab.experiment.reference_images import read_references
 from fluxlab.experiment.shards import Shard
 from fluxlab.experiment.spec import Experiment, checked, read_seeds, read_variants
+from fluxlab.experiment.tasks import split_tasks
 from fluxlab.memory.request import Memory
 from fluxlab.positions import Program
 from fluxlab.probes import INDEX, Capture
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def make_experiment(
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str] = (),
     variants: Mapping[str, Program | Mapping[str, Any]] | None = None,
     seeds: int | Sequence[int] = 1,
     *,
@@ -42,6 +44,11 @@ def make_experiment(
     dino: str | None = None,
     lora: Any = None,
     references: Any = None,
+    task: Any = None,
+    image: Any = None,
+    mask: Any = None,
+    target: Any = None,
+    scenes: Mapping[str, Any] | None = None,
     identify: bool = True,
     cache: "str | PathLike[str] | None" = None,
 ) -> Experiment:
@@ -59,6 +66,11 @@ def make_experiment(
     name: names the default run folder. clip, dino: checkpoints for similarity metrics.
     lora: merged into the transformer, as in `load_pipeline`.
     references: files of reference images: a list of paths for every prompt, or one list of paths per prompt.
+    task: what makes the images of all variants: "generate", "inpaint", "upscale", "decode" or "resize", or a mapping
+        with its arguments, such as {"name": "inpaint", "path": "inverted"}. The key `task` of a variant changes
+        arguments, or names another task. See docs/tasks.md.
+    image, mask, target: files that tasks work on: a path for every prompt, or a list with one for each prompt.
+    scenes: drawn scenes in place of prompts and files, such as {"kind": "exchange", "count": 64}.
     identify: whether to hash the model's files. A run needs that; a plan does not.
     cache: the folder that notes the hashes of files, or "none"; None means the user's own (see `fluxlab.cache`).
 
@@ -73,10 +85,17 @@ def make_experiment(
     }.items():
         if not isinstance(value, str):
             raise UserError(f"{key}={show(value)}: expected text; write it in quotes: '{value}'")
+    row = with_loras(model if isinstance(model, ModelRow) else find_row(model), lora)
+    files = {"image": image, "mask": mask, "target": target}
+    if scenes is not None:
+        if given := [key for key, value in {"prompts": texts, **files}.items() if value]:
+            empty = ", ".join(f"{key}=[]" if key == "prompts" else f"{key}=null" for key in given)
+            raise UserError(f"scenes: has the prompts and the images; write {empty}, or scenes=null")
+        texts, files = read_scenes(scenes, row.size)
     programs = {text_key("variants", key, "a name"): value for key, value in (variants or {}).items()}
     if baseline not in programs and baseline == "baseline":
         programs = {baseline: {}, **programs}
-    row = with_loras(model if isinstance(model, ModelRow) else find_row(model), lora)
+    programs, tasks = split_tasks(all_variants(programs, row), task)
     settings = sampling or Sampling()
     experiment = checked(
         Experiment(
@@ -84,7 +103,7 @@ def make_experiment(
             caption=caption,
             model=row,
             model_digest="",
-            variants=read_variants(all_variants(programs, row)),
+            variants=read_variants(programs),
             baseline=baseline,
             prompts=tuple(texts),
             seeds=read_seeds(seeds),
@@ -92,6 +111,8 @@ def make_experiment(
             clip=clip,
             dino=dino,
             references=read_references(references, len(texts)),
+            tasks=tasks,
+            inputs=read_inputs(**{"image": None, "mask": None, "target": None, **files}, prompts=len(texts)),
             **{f.name: getattr(settings, f.name) for f in fields(Sampling)},
         )
     )

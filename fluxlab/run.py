@@ -53,6 +53,11 @@ class RunConfig(_SamplingConfig):
     plugins: list[str] = field(default_factory=list)
     lora: Any = None
     references: Any = None
+    task: Any = None
+    image: Any = None
+    mask: Any = None
+    target: Any = None
+    scenes: Any = None
     batch_tokens: int | None = None
     threads: int | None = None
     clip: str | None = None
@@ -180,6 +185,11 @@ def read(config: RunConfig) -> "Experiment":
         clip=config.clip,
         dino=config.dino,
         references=config.references,
+        task=config.task,
+        image=config.image,
+        mask=config.mask,
+        target=config.target,
+        scenes=config.scenes,
         identify=not config.plan or is_local(row),  # a plan downloads nothing
         cache=config.cache,
     )

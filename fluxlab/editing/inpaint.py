@@ -55,8 +55,8 @@ def inpaint(
         (arXiv 2206.02779). "inverted" takes the known tokens from an inversion of the image (`invert`): slower, and
         with few steps or iterations it is too smooth at high noise, so that the hole tends to stay empty
         (`experiments.inpaint`).
-    attention: "one_way" keeps text and known tokens from attending to the hole, in the inversion too. "both_ways"
-        changes nothing.
+    attention: "one_way" keeps text and known tokens from attending to the hole, in the inversion too. "image_one_way"
+        does so for known image tokens only. "both_ways" changes nothing.
     programs: further edits of ids and attention, in the inversion too.
     source_prompt, iterations: of the inversion, by default `prompt` and 3. With path="inverted" only.
     The other arguments: as in `generate`.
@@ -64,10 +64,7 @@ def inpaint(
     Raises `UserError` for a mask of another size, one that covers no or every token, arguments of an inversion without
     one, and for arguments that do not fit the model.
     """
-    check_path(path)
-    check_inversion(path, {"source_prompt": source_prompt, "iterations": iterations})
-    if attention not in ("one_way", "both_ways"):
-        raise UserError(f"attention={attention!r}: expected one_way or both_ways")
+    check_arguments(path, attention, iterations, source_prompt)
     images = image_tensor(image)
     grid = pipe.grid(*images.shape[-2:])
     hole = hole_tokens(mask, tuple(images.shape[-2:]), grid)
@@ -76,7 +73,7 @@ def inpaint(
         images, hole.repeat_interleave(pipe.pixels_per_token, 0).repeat_interleave(pipe.pixels_per_token, 1)
     )
     given = [Program()] if programs is None else batching.read_programs(programs)
-    held = [one + one_way(known) for one in given] if attention == "one_way" else given
+    held = given if attention == "both_ways" else [one + one_way(known, text=attention == "one_way") for one in given]
     batch = batching.zipped(prompts=prompt, seeds=seed, images=images, programs=held, source_prompts=source_prompt)
     settings = {
         "steps": steps,
@@ -107,6 +104,22 @@ def inpaint(
         on_step=hold(latents, known, on_step),
         **settings,
     )
+
+
+ATTENTION = ("one_way", "image_one_way", "both_ways")
+
+
+def check_arguments(
+    path: str = "noised",
+    attention: str = "one_way",
+    iterations: int | None = None,
+    source_prompt: str | Sequence[str] | None = None,
+) -> None:
+    """Raise `UserError` for arguments of `inpaint` that no model accepts."""
+    check_path(path)
+    check_inversion(path, {"source_prompt": source_prompt, "iterations": iterations})
+    if attention not in ATTENTION:
+        raise UserError(f"attention={attention!r}: expected {', '.join(ATTENTION[:-1])} or {ATTENTION[-1]}")
 
 
 def hole_tokens(mask: Any, size: tuple[int, int], grid: tuple[int, int]) -> Bool[Tensor, "rows cols"]:

@@ -17,14 +17,14 @@ Path = list[Tensor]
 """Latents `(B, N, C)` before the first step, then after each step. The last are those of the image."""
 
 
-def one_way(known: Bool[Tensor, " n"], steps: Sequence[int] | None = None) -> Program:
+def one_way(known: Bool[Tensor, " n"], steps: Sequence[int] | None = None, text: bool = True) -> Program:
     """Return the program in which text and known image tokens do not attend to the other image tokens.
 
-    known: which image tokens are known, on the host. steps: in which steps; None for all. Text is included, since it
-    would pass on what it reads in the other tokens.
+    known: which image tokens are known, on the host. steps: in which steps; None for all. text: whether text is
+    included, which would otherwise pass on what it reads in the other tokens.
     """
-    inside, outside = ([int(n) for n in which.nonzero()[:, 0]] for which in (known, ~known))
-    edit = {"op": "mask", "from": ["text", {"indices": inside}], "to": {"indices": outside}}
+    inside, outside = ({"indices": [int(n) for n in which.nonzero()[:, 0]]} for which in (known, ~known))
+    edit = {"op": "mask", "from": ["text", inside] if text else inside, "to": outside}
     if steps is not None:
         edit["steps"] = list(steps)
     return Program.from_config({"one_way": edit})

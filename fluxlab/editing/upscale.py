@@ -88,7 +88,7 @@ def upscale(
 
     Raises `UserError` for arguments that do not fit together or do not fit the model.
     """
-    _check(factor, method, until, known, path, attention)
+    check_arguments(factor, method, until, known, path, attention, iterations)
     images = image_tensor(image)
     grid = tuple(side * factor for side in pipe.grid(*images.shape[-2:]))
     if method is None:
@@ -201,8 +201,16 @@ def enlarged(images: Float[Tensor, "b 3 h w"], factor: int) -> Float[Tensor, "b 
     return F.interpolate(images, scale_factor=factor, mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def _check(factor: int, method: str | None, until: float | None, known: str, path: str | None, attention: str) -> None:
-    """Raise `UserError` for an argument that no model accepts."""
+def check_arguments(
+    factor: int = 2,
+    method: str | None = None,
+    until: float | None = None,
+    known: str = "small",
+    path: str | None = None,
+    attention: str = "one_way",
+    iterations: int = 3,
+) -> None:
+    """Raise `UserError` for arguments of `upscale` that no model accepts."""
     for key, value, names in (
         ("method", method, METHODS),
         ("known", known, KNOWN),

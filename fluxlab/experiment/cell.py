@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from fluxlab.experiment.inputs import Inputs
 from fluxlab.experiment.reference_images import ReferenceImage
+from fluxlab.experiment.tasks import Task
 from fluxlab.positions import Program
 
 
@@ -10,7 +12,8 @@ from fluxlab.positions import Program
 class Cell:
     """One variant, prompt and seed. Cells with equal keys share one image: two variants may have equal programs.
 
-    references: its reference images, in order.
+    references: its reference images, in order. task: what makes its image; None for sampling from the prompt. inputs:
+    what tasks work on, which metrics of every cell compare with.
     takes_from: the key of the source of each `inject` of its program. sources: these cells, without the cell itself.
     """
 
@@ -22,3 +25,5 @@ class Cell:
     takes_from: tuple[str, ...] = ()
     sources: tuple["Cell", ...] = ()
     references: tuple[ReferenceImage, ...] = ()
+    task: Task | None = None
+    inputs: Inputs | None = None

@@ -82,6 +82,7 @@ def cell_key(
     program: Program,
     takes_from: Sequence[str] = (),
     references: Sequence[str] = (),
+    task: Sequence[Any] | None = None,
 ) -> str:
     """Return 32 hex digits of everything that determines an image. Names of variants, files and machines do not."""
     if takes_from:
@@ -97,6 +98,8 @@ def cell_key(
     }
     if references:  # the hashes of reference images; keys without any are those of earlier releases
         parts["references"] = list(references)
+    if task:  # its digest, and the hashes of what it works on
+        parts["task"] = list(task)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -160,10 +163,12 @@ def _cell(experiment: Experiment, variant: str, program: Program, prompt: str, s
         name, *rest = place
         sources.append(_cell(experiment, name, experiment.variants[name], *rest, settings))
         takes_from.append(sources[-1].key)
-    images = experiment.references_of(prompt)
-    key = cell_key(settings, prompt, seed, program, takes_from, [image.sha256 for image in images])
+    images, inputs = experiment.references_of(prompt), experiment.inputs_of(prompt)
+    task = experiment.tasks.get(experiment.baseline if variant in REFERENCE_NAMES else variant)
+    worked_on = [*task.digest, {part: inputs.hashes[part] for part in task.parts}] if task else None
+    key = cell_key(settings, prompt, seed, program, takes_from, [image.sha256 for image in images], worked_on)
     takes_from = [key if source == "itself" else source for source in takes_from]
-    return Cell(variant, prompt, seed, program, key, tuple(takes_from), tuple(sources), images)
+    return Cell(variant, prompt, seed, program, key, tuple(takes_from), tuple(sources), images, task, inputs)
 
 
 def batches(cells: Sequence[Cell], settings: Settings) -> list[list[Cell]]:
@@ -191,7 +196,7 @@ def _batches(cells: list[Cell], settings: Settings) -> list[list[Cell]]:
     acting = _actions(cells, settings)
     alike: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        own = cell.key if has_interventions(cell.program) else acting[cell.program][0]
+        own = cell.key if cell.task or has_interventions(cell.program) else acting[cell.program][0]
         alike.setdefault((cell.prompt, cell.seed, own), []).append(cell)
     batches: list[list[Cell]] = []
     for group in alike.values():
@@ -237,6 +242,8 @@ def picking_rows(batch: Sequence[Cell], settings: Settings) -> list[int]:
 
 def _rows(batch: Sequence[Cell], settings: Settings) -> list[Sequence[int]]:
     """Return the samples that each step of a batch computes."""
+    if any(cell.task for cell in batch):
+        return [[i for i, cell in enumerate(batch) if not cell.task or cell.task.samples]] * settings.steps
     if any(has_interventions(cell.program) for cell in batch):
         return [range(len(batch))] * settings.steps
     acting, starts = _actions(batch, settings), [(cell.prompt, cell.seed) for cell in batch]

@@ -42,7 +42,8 @@ def load_models(experiment: Experiment) -> dict[str, "Similarity"]:
 def metric_names(experiment: Experiment) -> list[str]:
     """Return the metrics that a run of the experiment measures, in the order of the columns."""
     available = {"scenes"} if experiment.model.scenes else set()
-    return registry.columns(available | {kind for kind in ("clip", "dino") if getattr(experiment, kind)})
+    available |= {kind for kind in ("clip", "dino") if getattr(experiment, kind)}
+    return registry.columns(available | {part for one in experiment.inputs for part in one.hashes} - {"image"})
 
 
 def measured(experiment: Experiment, store: Store) -> bool:
@@ -123,7 +124,8 @@ def _sample(
     """Return a cell's image for the metrics; None if the store does not have it."""
     if not store.has(cell, folder):
         return None
-    return Sample(read_pixels(store.png(cell.key, folder)), cell.prompt, pixels_per_token, models)
+    pixels = read_pixels(store.png(cell.key, folder))
+    return Sample(pixels, cell.prompt, pixels_per_token, models, cell.inputs.open if cell.inputs else None)
 
 
 def _row(cell: Cell, names: Sequence[str], image: Sample | None, baseline: Sample | None) -> list[Any]:

@@ -80,6 +80,7 @@ def plan(
             *([f"           {changed}"] if changed else []),
             *_model_lines(experiment.model, parts, resolved),
             *_reference_lines(experiment, resolved),
+            *_input_lines(experiment),
             *_count_lines(experiment, resolved, seen),
             *_headed("notes", notes(experiment, pipe, resolved)),
             _time_line(resolved, pipe, parts, seen, _most_tokens(experiment, resolved)),
@@ -129,6 +130,18 @@ def _reference_lines(experiment: Experiment, s: Settings) -> list[str]:
     return _headed("references", lines)
 
 
+def _input_lines(experiment: Experiment) -> list[str]:
+    """Return what tasks work on, and what the number of forwards leaves out; no line without tasks."""
+    if not experiment.tasks:
+        return []
+    sizes = {"{} × {}".format(*one.image.size): None for one in experiment.inputs}
+    lines = [f"{number(len(experiment.inputs), 'image')} of {', '.join(sizes)} px"]
+    inverted = [name for name, task in experiment.tasks.items() if task.inverts]
+    if inverted:
+        lines.append(f"not counted below: inversions, one for each image of {', '.join(inverted)}")
+    return _headed("inputs", lines)
+
+
 def _most_tokens(experiment: Experiment, s: Settings) -> int:
     """Return the tokens of the longest sequence, with reference images and texts of regions."""
     return s.tokens + runner.most_further_tokens(experiment, s)
@@ -153,9 +166,9 @@ def _count_lines(experiment: Experiment, s: Settings, seen: Outlook) -> list[str
         f"and {number(sum(seen.controls.values()), 'control')}: {', '.join(names)}",
         f"batches    {seen.batches:,} of up to {size} ({seen.together * _most_tokens(experiment, s):,} tokens){to_do}; "
         f"{number(seen.forwards * evaluations(s), 'forward')}",
-        *([shared] if seen.rows < without else []),
+        *([shared] if seen.rows < without and not experiment.tasks else []),
         "variants",
-        *(f"  {name:<{width}}  {program.describe()}" for name, program in experiment.variants.items()),
+        *(f"  {name:<{width}}  {experiment.describe(name)}" for name in experiment.variants),
     ]
 
 

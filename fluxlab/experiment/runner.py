@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
 from fluxlab import stopping
 from fluxlab.errors import BatchError, NonFiniteError, UserError, show
-from fluxlab.experiment import captures
+from fluxlab.experiment import captures, task_images
 from fluxlab.experiment.cells import Batch, Cell, Settings, at_once, batches, each_cell
 from fluxlab.experiment.costs import number
 from fluxlab.experiment.engine import Engine
@@ -187,15 +188,7 @@ def run_batch(
     probe = Probe(experiment.capture) if without_arrays else None
     failures, together = {}, with_sources_of(batch)
     try:
-        images = pipe.sample(
-            [cell.prompt for cell in together],
-            [cell.seed for cell in together],
-            numbered(together),
-            settings.sampling,
-            probe=probe,
-            references=opened([cell.references for cell in together]),
-            at_once=at_once(settings, together),
-        )
+        images = _images(pipe, together, settings, probe)
     except NonFiniteError as error:
         images = error.results or [None] * len(together)
         failures = error.reasons
@@ -216,6 +209,21 @@ def run_batch(
     ]
 
 
+def _images(pipe: Pipeline, cells: Sequence[Cell], settings: Settings, probe: Probe | None) -> Sequence[Any]:
+    """Return the images of cells. Raises `NonFiniteError` with the others if one is not finite."""
+    if all(cell.task is None for cell in cells):
+        return pipe.sample(
+            [cell.prompt for cell in cells],
+            [cell.seed for cell in cells],
+            numbered(cells),
+            settings.sampling,
+            probe=probe,
+            references=opened([cell.references for cell in cells]),
+            at_once=at_once(settings, cells),
+        )
+    return task_images.images_of(pipe, cells, settings)
+
+
 def most_further_tokens(experiment: Experiment, settings: Settings) -> int:
     """Return the largest numbers of tokens that reference images and texts of regions add to a cell."""
     images = max((tokens(images, settings.pixels_per_token) for images in experiment.references), default=0)
@@ -225,6 +233,7 @@ def most_further_tokens(experiment: Experiment, settings: Settings) -> int:
 def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
     """Raise `UserError` for a prompt or program that does not fit the model, before anything is computed."""
     check_kernel(pipe, settings)
+    task_images.check(experiment.tasks, experiment.inputs, pipe, settings)
     sampling = settings.sampling
     texts = [*experiment.prompts, *([sampling.negative_prompt] if sampling.negative_prompt else [])]
     pipe.text.check(texts, settings.max_sequence_length, sampling.truncate, sampling.unknown_words)

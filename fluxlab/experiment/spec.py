@@ -12,10 +12,13 @@ from typing import Any
 from fluxlab.checkpoints import check_device
 from fluxlab.config import ModelRow, read_loras
 from fluxlab.errors import UserError, join, nearest, show
+from fluxlab.experiment import inputs as given
+from fluxlab.experiment.inputs import Inputs
 from fluxlab.experiment.reference_images import PerPrompt, ReferenceImage, from_values
 from fluxlab.experiment.sources import check_sources
+from fluxlab.experiment.tasks import Task, check_tasks, read_task, size_of
 from fluxlab.measure.summary import CONTROLS
-from fluxlab.positions import Program
+from fluxlab.positions import Program, sources_of, split_resample
 from fluxlab.probes import Capture
 from fluxlab.sampling import Sampling
 from fluxlab.select.masks import compact
@@ -42,6 +45,8 @@ class Experiment(Sampling):
     baseline: the variant that the others are compared with.
     clip, dino: checkpoints for similarity metrics. capture: what is stored of attention. Images depend on neither.
     references: reference images, a list per prompt or one for all.
+    tasks: of the variants that do not sample from the prompt alone. inputs: what they work on, for each prompt or for
+        all.
     """
 
     name: str
@@ -56,6 +61,8 @@ class Experiment(Sampling):
     dino: str | None = None
     capture: Capture = field(default_factory=Capture)
     references: PerPrompt = ()
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    inputs: tuple[Inputs, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -68,6 +75,18 @@ class Experiment(Sampling):
             return self.references[0] if self.references else ()
         return self.references[self.prompts.index(prompt)]
 
+    def inputs_of(self, prompt: str) -> Inputs | None:
+        """Return what tasks work on at a prompt; None without tasks."""
+        if len(self.inputs) < 2:
+            return self.inputs[0] if self.inputs else None
+        return self.inputs[self.prompts.index(prompt)]
+
+    def describe(self, variant: str) -> str:
+        """Return the task and the program of a variant in one line."""
+        task, program = self.tasks.get(variant), self.variants[variant]
+        parts = [task.describe()] if task else []
+        return "; ".join([*parts, program.describe()] if program.edits or not parts else parts)
+
     @property
     def sampling(self) -> Sampling:
         """The settings alone."""
@@ -75,7 +94,7 @@ class Experiment(Sampling):
 
     def request(self) -> dict[str, Any]:
         """Return the experiment as plain values for YAML."""
-        left_out = {"model", "variants", "capture", "references", *unchanged(self)}
+        left_out = {"model", "variants", "capture", "references", "tasks", "inputs", *unchanged(self)}
         values = {key: value for key, value in vars(self).items() if key not in left_out}
         model = self.model.values()
         variants = {name: program.to_config() for name, program in self.variants.items()}
@@ -84,6 +103,9 @@ class Experiment(Sampling):
         asked = {**values, **lists, "model": model, "variants": variants, "capture": capture}
         if self.references:
             asked["references"] = [[image.values() for image in images] for images in self.references]
+        if self.tasks:
+            asked["tasks"] = {name: task.values() for name, task in self.tasks.items()}
+            asked["inputs"] = [one.values() for one in self.inputs]
         return asked
 
     @property
@@ -98,6 +120,9 @@ class Experiment(Sampling):
         }
         if self.references:
             asked["references"] = [[image.sha256 for image in images] for images in self.references]
+        if self.tasks:
+            asked["tasks"] = {name: task.digest for name, task in self.tasks.items()}
+            asked["inputs"] = [one.hashes for one in self.inputs]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -109,6 +134,7 @@ class Experiment(Sampling):
 
 _SOURCES = ("autoencoder", "text", "tokenizers", "variant", "scenes", "lora", "references")
 _NOT_IN_DIGEST = ("name", "caption", "model", "model_digest", "variants", "clip", "dino", "capture", "references")
+_NOT_IN_DIGEST += ("tasks", "inputs")
 
 
 FIRST = ("steps", "height", "width", "guidance", "true_cfg", "negative_prompt", "dtype", "device")
@@ -137,6 +163,8 @@ def from_request(request: Mapping[str, Any]) -> Experiment:
         "seeds": tuple(request["seeds"]),
         "capture": Capture.from_config(request["capture"] or None),
         "references": from_values(request.get("references", ())),
+        "tasks": {name: read_task(task, f"variants.{name}.task") for name, task in request.get("tasks", {}).items()},
+        "inputs": given.from_values(request.get("inputs", ())),
     }
     return checked(Experiment(**values))
 
@@ -170,8 +198,36 @@ def checked(experiment: Experiment) -> Experiment:
                 "Or put what is to be compared into one pipe.generate(probe=…)."
             )
     check_sources(experiment.variants, experiment.baseline, experiment.prompts, experiment.seeds)
+    check_tasks(experiment.tasks, experiment.inputs)
+    if experiment.tasks:
+        _check_with_tasks(experiment)
+        experiment = _sized(experiment)
     numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
     return replace(experiment, **numbers)
+
+
+def _check_with_tasks(experiment: Experiment) -> None:
+    """Raise `UserError` for what has no effect in images that a task makes."""
+    if experiment.capture:
+        raise UserError("capture: has no effect on a task; leave out capture=, or task and image")
+    if experiment.references:
+        raise UserError("references: have no effect on a task; leave them out, or task and image")
+    for name, program in experiment.variants.items():
+        for path, _ in sources_of(program):
+            raise UserError(f"{path}: inject takes from cells of its batch, which a task does not have; leave it out")
+        if split_resample(program)[1] is not None:
+            raise UserError(f"variants.{name}: resample does not work in a run with tasks; leave it out")
+
+
+def _sized(experiment: Experiment) -> Experiment:
+    """Return the experiment with the size of its results, which follows from the given images."""
+    height, width = size_of(experiment.tasks, experiment.inputs)
+    if experiment.enlarge is not None:
+        raise UserError(f"enlarge={experiment.enlarge:g}: the given images make the size; leave it out")
+    for key, value, expected in (("height", experiment.height, height), ("width", experiment.width, width)):
+        if value not in (None, expected):
+            raise UserError(f"{key}={value}: the given images make results of {height} × {width} pixels; leave it out")
+    return replace(experiment, height=height, width=width)
 
 
 def check_baseline(baseline: str, variants: Mapping[str, Any]) -> None:

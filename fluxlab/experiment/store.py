@@ -89,7 +89,7 @@ class Store:
             "command": command,
             "digest": experiment.digest,
             "variants": {
-                name: {"program": program.to_config(), "describe": program.describe(), "digest": program.digest}
+                name: {"program": program.to_config(), "describe": experiment.describe(name), "digest": program.digest}
                 for name, program in experiment.variants.items()
             },
             "request": experiment.request(),

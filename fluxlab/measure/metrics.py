@@ -192,6 +192,47 @@ def thing_moved(image: Sample, baseline: Sample) -> float:
     return np.hypot(thing_moved_row(image, baseline), thing_moved_col(image, baseline))
 
 
+# ---- with the given images of a task
+
+
+def _psnr(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio in dB, at most 100, so that means are finite."""
+    error = ((found / 255 - expected / 255) ** 2).mean()
+    return float(-10 * np.log10(max(1e-10, error)))
+
+
+@metric("PSNR outside the mask", "dB", better="higher", shown=3, needs="mask")
+def psnr_outside(image: Sample) -> float:
+    """PSNR to the given image outside of the mask, at most 100."""
+    outside = ~image.given("mask")
+    return _psnr(image.pixels[outside], image.given("image")[outside])
+
+
+@metric("step at the border of the mask", "0..1", better="lower", shown=6, needs="mask")
+def seam(image: Sample) -> float:
+    """Median difference of neighbouring pixels on both sides of the border of the mask.
+
+    The median is that of the background, as long as things cross less than half of the border.
+    """
+    steps, mask = [], image.given("mask").astype(int)
+    for axis in (0, 1):
+        across = np.diff(mask, axis=axis) != 0
+        steps.append(np.abs(np.diff(image.pixels / 255, axis=axis))[across].mean(-1))
+    return float(np.median(np.concatenate(steps)))
+
+
+@metric("PSNR to the target", "dB", better="higher", shown=3, needs="target")
+def psnr_target(image: Sample) -> float:
+    """PSNR to the target, at most 100."""
+    return _psnr(image.pixels, image.given("target"))
+
+
+@metric("SSIM to the target", share=True, better="higher", shown=6, needs="target")
+def ssim_target(image: Sample) -> float:
+    """Structural similarity to the target."""
+    return ssim(image, Sample(image.given("target")))
+
+
 # ---- by a similarity model
 
 

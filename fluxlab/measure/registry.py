@@ -22,7 +22,7 @@ SCENE_SIDE = 256
 """Largest side in px that the oracle reads. Scenes have 48 to 80 px; a grid with twice the tokens doubles that."""
 
 BETTER = ("higher", "lower", "neutral")
-NEEDS = ("", "scenes", "clip", "dino")
+NEEDS = ("", "scenes", "clip", "dino", "mask", "target")
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +30,15 @@ class Sample:
     """An image as metrics see it. What several metrics share is computed once.
 
     pixels: uint8 (H, W, 3). pixels_per_token: side of a token in px. models: the similarity models of the run by kind,
-    "clip" and "dino".
+    "clip" and "dino". given: of a run with tasks, the function that returns the "image", "mask" or "target" of its
+    prompt, each an array or None.
     """
 
     pixels: np.ndarray
     prompt: str = ""
     pixels_per_token: int = 0
     models: Mapping[str, "Similarity"] = field(default_factory=dict)
+    given: Callable[[str], np.ndarray | None] | None = None
 
     @cached_property
     def luma(self) -> np.ndarray:
@@ -86,7 +88,8 @@ class Metric(NamedTuple):
     so that the baseline has a value too and differences to the baseline are paired. share: between 0 and 1, drawn on
     that range. shown: rank in tables that have no room for all metrics, 1 first; 0 for metrics that are shown on
     request only. pooled: what the mean over cells is a mean of, if not of the metric itself. absent: why an image may
-    have no value. needs: "scenes" (a model trained on scenes), "clip" or "dino" (a checkpoint of that kind), or "".
+    have no value. needs: "scenes" (a model trained on scenes), "clip" or "dino" (a checkpoint of that
+    kind), "mask" or "target" (a given image of a run with tasks), or "".
     function: (image) or (image, baseline) → value, both `Sample`; nan if there is nothing to measure.
     """
 

@@ -1,11 +1,17 @@
-"""Experiments that load a model themselves, on a pretended card with FLUX.1 at its real size (see `fake_device`)."""
+"""Tasks of experiments on a pretended card with FLUX.1 at its real size (see `fake_device`)."""
 
-from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from experiments import enlarge, exchange, inpaint
 from fluxlab import batching
+from fluxlab.experiment.cell import Cell
+from fluxlab.experiment.inputs import read_inputs, read_scenes
+from fluxlab.experiment.task_images import images_of
+from fluxlab.experiment.tasks import read_task
+from fluxlab.positions import Program
+from fluxlab.sampling import Sampling
 from tests.gpu.fake_device import UNAVAILABLE, available, pretend
 from tests.gpu.real_size import on_meta, pipeline
 
@@ -19,20 +25,32 @@ def latents_are_finite(monkeypatch):
     monkeypatch.setattr(batching, "start", lambda seeds, x, *rest: start(seeds, x, *rest) if x is None else x.float())
 
 
-def test_inpaint():
-    on_meta()
-    methods = ("noised, text sees", "inverted once, one-way")
-    with pretend("cuda"):
-        images = inpaint.images_of(pipeline("schnell", "cuda"), exchange.case(0, 16), 1, methods)
-        made = {name: image.shape for name, image, _ in images}
-    assert made == dict.fromkeys((inpaint.DRAWN, inpaint.FLOOR, inpaint.ALONE, *methods), (1024, 1024, 3))
+TASKS = {
+    "exchange": [
+        {"name": "inpaint", "attention": "image_one_way"},
+        {"name": "inpaint", "path": "inverted", "iterations": 1},
+        {"name": "decode", "of": "filled"},
+    ],
+    "halved": [
+        {"name": "upscale", "method": "aligned", "iterations": 1},
+        {"name": "upscale", "method": "resized"},
+        {"name": "decode", "of": "enlarged"},
+        "resize",
+        "generate",
+    ],
+}
 
 
-def test_upscale():
+@pytest.mark.parametrize("kind", TASKS)
+def test_tasks(kind):
     on_meta()
-    methods = ({"method": "aligned", "iterations": 1}, {"method": "resized", "until": 0.8})
-    setting = replace(enlarge.SETTINGS["own"], prompted={}, upscaled={one["method"]: one for one in methods})
+    prompts, files = read_scenes({"kind": kind, "count": 1}, (1024, 1024))
+    (inputs,) = read_inputs(**{"mask": None, **files}, prompts=1)
+    cells = [
+        Cell(f"v{n}", prompts[0], 0, Program(), str(n), task=read_task(task, "task"), inputs=inputs)
+        for n, task in enumerate(TASKS[kind])
+    ]
+    settings = SimpleNamespace(sampling=Sampling(steps=1, height=1024, width=1024, unknown_words="warn"))
     with pretend("cuda"):
-        made = dict(enlarge.images_of(pipeline("schnell", "cuda"), setting, [enlarge.case(setting, 0, 16)], 1))
-    assert {images[0].shape for images in made.values()} == {(1024, 1024, 3)}
-    assert {"aligned", "resized"} < set(made)
+        images = images_of(pipeline("schnell", "cuda"), cells, settings)
+    assert [np.asarray(image).shape for image in images] == [(1024, 1024, 3)] * len(cells)

@@ -46,12 +46,12 @@ def test_every_command_names_a_file_of_the_project():
         assert (config_folder() / "exp" / f"{name}.yaml").is_file(), name
 
 
-def test_words_go_to_runs_and_to_experiments_of_their_own():
+def test_words_go_to_runs_and_attributions():
     words = ["model=tiny2", "device=cpu"]
     for name in every.FIGURES:
         made = every.commands(name, Path("runs"), Path("figures"), () if every.refusal(name, words) else words)
         for module, *arguments in made:
-            has = module in every.WITH_WORDS or name in every.ALONE
+            has = module in every.WITH_WORDS
             assert (words[0] in arguments) == has, (name, module)
 
 
@@ -68,8 +68,7 @@ def test_the_figures_of_another_model(capsys):
     assert (
         "+exp=attribution out=runs/figures/attribution model=schnell device=cuda" in shown["model=schnell device=cuda"]
     )
-    assert "experiments.inpaint model=schnell device=cuda -o" in shown["model=schnell device=cuda"]
-    assert "experiments.inpaint" not in shown["seeds=1"]
+    assert "+exp=inpaint" in shown["model=schnell device=cuda"]
     assert "experiments.attribution" not in shown["seeds=1"]
     for name in ("trace", "atlas", "methods", "relocation", "words", "text_order"):
         assert name in shown[""]
@@ -135,7 +134,7 @@ def test_several_jobs(tmp_path, monkeypatch):
             ["atlas", "memory=streamed"],
             "atlas: has gradients with model, lora, device, dtype, cache, steps, so memory=s",
         ),
-        (["inpaint", "seeds=3"], "inpaint: makes its images itself with model, lora, "),
+        (["attribution", "seeds=3"], "attribution: has gradients with model, lora, "),
         (["trace", "model=schnell"], "trace: needs the scene oracle, which does not read the images of model=schnell"),
         (["atlas", "model=schnel"], "model=schnel: there is none; did you mean schnell?"),
         (["--far"], "unrecognized arguments: --far; see --help"),

@@ -36,7 +36,10 @@ def test_every_experiment_runs(name, tmp_path):
     out = tmp_path / "run"
     config = composed(name)
     prompts, size = TWO if name == "trace" else config.prompts[:1], round(64 * (config.enlarge or 1))
-    words = [f"prompts={json.dumps(prompts)}", "seeds=1", f"steps={STEPS.get(name, 2)}", "tracking=none", f"out={out}"]
+    asked = ["scenes.count=1"] if config.scenes else [f"prompts={json.dumps(prompts)}"]
+    if name == "upscale_beyond":
+        size = 96
+    words = [*asked, "seeds=1", f"steps={STEPS.get(name, 2)}", "tracking=none", f"out={out}"]
     assert command_line.main([f"+exp={name}", *words]) == 0
     run = read_store(out)
     baseline_rows = [row for row in run.metrics if row["variant"] == run.baseline]

@@ -89,6 +89,17 @@ def test_shards_in_their_own_folders_are_merged(model, inline, tmp_path, capsys)
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
 
+def test_shards_of_tasks_are_merged(tmp_path):
+    """Each shard draws the scenes of its own cells."""
+    words = ["+exp=inpaint", "scenes.count=2", "steps=1", "batch_tokens=1200", "tracking=none", "device=cpu"]
+    assert command_line.main([*words, f"out={tmp_path / 'run'}"]) == 0
+    folders = [tmp_path / f"part-{i}" for i in range(2)]
+    for i, folder in enumerate(folders):
+        assert command_line.main([*words, f"out={folder}", f"shard={i}/2"]) == 0
+    assert merge.main([*map(str, folders), f"out={tmp_path / 'merged'}"]) == 0
+    assert contents(tmp_path / "merged") == contents(tmp_path / "run")
+
+
 @pytest.mark.parametrize("inline", ["none"], indirect=True)
 def test_a_shard_is_resumed_bit_for_bit(model, inline, tmp_path, monkeypatch):
     expected, _ = inline

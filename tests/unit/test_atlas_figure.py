@@ -141,7 +141,7 @@ def written(folders, *arguments):
 
 def test_the_experiment_of_an_ablation(folders, capsys):
     made = written(folders, "--first", "2,1", "--random", "2")
-    assert "+exp=made_ablation model=tiny" in capsys.readouterr().out
+    assert "+exp=made_ablation" in capsys.readouterr().out
     assert made["prompts"] == ["a green cat on the left", "a red fox on the right"]
     assert made["seeds"] == [4, 5, 6, 7]
     kinds = ("place", "denoising", "random")

@@ -15,9 +15,7 @@ from PIL import Image
 
 import fluxlab
 from docs import architecture, measured, results, tables
-from fluxlab.checkpoints.identity import fingerprint
 from fluxlab.compose import compose
-from fluxlab.config import find_row
 from fluxlab.files import sha256_of
 from fluxlab.positions import Program
 from fluxlab.run import RunConfig
@@ -58,8 +56,6 @@ def test_the_numbers_belong_to_the_embedded_model():
     weights2 = sha256_of(results.WEIGHTS2)[:12]
     assert json.loads(measured.EMBEDDED2.read_text())["weights"] == weights2
     assert json.loads(measured.RESULTS.read_text())["weights of tiny2"] == weights2
-    for name in measured.DRAWN:  # python -m experiments.<name>
-        assert measured.drawn(name)["weights"] == fingerprint(find_row("tiny"))[:12]
     for page in ("learning.md", "interventions.md"):  # +exp=learn_offset, learn_sharpest; experiments.attribution
         assert f"`{weights}`" in (tables.ROOT / "docs" / page).read_text()
 
@@ -132,47 +128,49 @@ def test_the_finding_on_the_atlas_follows_from_the_numbers():
 
 def test_the_finding_on_inpainting_follows_from_the_numbers():
     """What docs/ideas.md.j2 says about it. If it fails with a new embedded model, rewrite the paragraph."""
-    assert measured.drawn("inpaint")["steps"] == 8
-    inpaint = measured.drawn("inpaint")["measures"]
-    noised, inverted, once = (inpaint[f"{name}, one-way"] for name in ("noised", "inverted", "inverted once"))
-    assert noised["asked"]["low"] > inverted["asked"]["high"] >= inverted["asked"]["mean"] > once["asked"]["high"]
+    inpaint = json.loads(measured.RESULTS.read_text())["inpaint"]
+    noised, inverted, once = (inpaint[name] for name in ("baseline", "inverted", "inverted_once"))
+    assert noised["asked"]["n"] == 64
+    assert noised["asked"]["low"] > inverted["asked"]["high"] >= inverted["asked"]["mean"] > once["asked"]["mean"]
     assert inverted["asked_one"]["low"] > inverted["asked_two"]["high"]
     assert all(abs(row["object"]["mean"] - row["asked"]["mean"]) < 0.05 for row in (inverted, once))
     assert max(abs(row["psnr_outside"]["paired_mean"]) for row in (inverted, once)) < 1
-    assert once["spread"]["high"] < noised["spread"]["low"] <= noised["spread"]["high"] < inverted["spread"]["low"]
-    assert abs(inpaint["noised, both ways"]["asked"]["paired_mean"]) < 0.05
+    assert abs(inpaint["both_ways"]["asked"]["paired_mean"]) < 0.05
     assert noised["seam"]["high"] < 0.01
-    assert inpaint["border only"]["asked"]["high"] == 0
+    assert inpaint["filled"]["asked"]["high"] == 0
 
 
 def test_the_findings_on_upscaling_follow_from_the_numbers():
     """Sentences 11 and 12 of docs/ideas.md.j2. If one fails with a new embedded model, rewrite the sentence."""
-    assert measured.drawn("upscale")["steps"] == 6
-    own, beyond = (measured.drawn("upscale")["measures"][name] for name in ("own", "beyond"))
+    own, beyond = (json.loads(measured.RESULTS.read_text())[name] for name in ("upscale", "upscale_beyond"))
     letters = {name: row["letters"] for name, row in own.items()}  # 11
-    assert letters["spacing"]["low"] > letters["bicubic"]["high"]
-    assert own["spacing"]["psnr_scene"]["paired_high"] < 0 < own["resized"]["psnr_scene"]["paired_low"]
-    assert (
-        min(letters["spacing, both ways"]["mean"], letters["spacing, until 0.8"]["mean"]) > letters["spacing"]["high"]
-    )
-    assert letters["spacing"]["low"] < letters["spacing, YaRN"]["mean"] < letters["spacing"]["high"]
-    assert own["half steps"]["object"]["high"] < 0.9 < own["half steps, aligned"]["object"]["low"]
-    ids = [row["psnr_scene"]["high"] for name, row in own.items() if name.startswith(("spacing", "half"))]
-    assert own["resized"]["psnr_scene"]["low"] > max(ids)
-    methods = {name: row for name, row in beyond.items() if name.startswith(("spacing", "half", "resized"))}  # 12
-    assert max(row["psnr_scene"]["paired_high"] for row in methods.values()) < -5
-    assert beyond["half steps"]["shape"]["low"] > 0.9
-    for name in ("spacing", "spacing, YaRN", "spacing, DyPE", "half steps, aligned"):
+    assert own["baseline"]["psnr_target"]["n"] == beyond["baseline"]["psnr_target"]["n"] == 64
+    assert letters["baseline"]["low"] > letters["bicubic"]["high"]
+    assert own["bicubic"]["psnr_target"]["paired_low"] > 0
+    assert min(letters["both_ways"]["paired_low"], letters["freed"]["paired_low"]) > 0
+    assert letters["baseline"]["low"] < letters["yarn"]["mean"] < letters["baseline"]["high"]
+    assert own["half_steps"]["object"]["high"] < 0.9 < own["half_steps_aligned"]["object"]["low"]
+    sampled = [row["psnr_target"]["high"] for name, row in own.items() if name not in UNSAMPLED and name != "resized"]
+    assert own["resized"]["psnr_target"]["low"] > max(sampled)
+    assert own["resized"]["psnr_target"]["mean"] > own["bicubic"]["psnr_target"]["mean"]
+    methods = {name: row for name, row in beyond.items() if name not in UNSAMPLED}  # 12
+    bicubic = beyond["bicubic"]["psnr_target"]["low"]
+    assert max(row["psnr_target"]["high"] for row in methods.values()) < bicubic - 5
+    assert beyond["baseline"]["shape"]["low"] > 0.9
+    for name in ("spacing", "spacing_yarn", "spacing_dype", "aligned"):
         assert beyond[name]["shape"]["high"] < 0.6
     prompted = [row["letters"]["mean"] for name, row in beyond.items() if name.startswith("prompt")]
     assert max(prompted) < 0.02
-    drawn = {name: row["letters"]["mean"] for name, row in methods.items()}
-    assert max(drawn.values()) == drawn["half steps, aligned"] < 0.1
+    given = {name: row["letters"]["mean"] for name, row in methods.items() if not name.startswith("prompt")}
+    assert max(given.values()) == given["enlarged"] < 0.1
+
+
+UNSAMPLED = ("bicubic", "bicubic_decoded", "drawn")
 
 
 def test_the_finding_on_conventions_follows_from_the_numbers():
     """Sentence 13 of docs/ideas.md.j2. If it fails with newly trained models, rewrite the sentence."""
-    found = measured.drawn("conventions")
+    found = measured.of_conventions()
     assert found["cells"] == 128
     edits = {name: model["edits"] for name, model in found["models"].items()}
     assert min(model["unchanged"]["right"][0] for model in edits.values()) > 0.9

@@ -174,7 +174,7 @@ def test_a_drawn_mask_that_cannot_be_meant(tmp_path):
         ({"mask": np.ones((8, 4), bool)}, "mask of 8 × 4 .* 16 × 16 pixels, or 4 × 4 tokens"),
         ({"mask": "nowhere.png"}, "mask: .*nowhere.png"),
         ({"path": "sampled"}, "path='sampled': expected inverted or noised"),
-        ({"attention": "none"}, "attention='none': expected one_way or both_ways"),
+        ({"attention": "none"}, "attention='none': expected one_way, image_one_way or both_ways"),
         ({"image": np.zeros((18, 16, 3), np.uint8)}, "height=18: must be a multiple of 4"),
         ({"prompt": ["a", "b"], "seed": [1, 2, 3]}, "2 prompts, 3 seeds"),
         ({"iterations": 0, "path": "inverted"}, "iterations=0: expected at least 1"),

@@ -372,7 +372,8 @@ def test_every_metric_is_registered_with_its_properties():
     image = scenes.render(scene_with_sign())
     alone = describe(image, 4) | oracle_columns(image, CAPTION)
     against = compare(image, image) | oracle_compare(image, image, CAPTION)
-    similar = {"clip_image": False, "clip_text": True, "dino_image": False}
+    given = dict.fromkeys(("psnr_outside", "seam", "psnr_target", "ssim_target"), True)
+    similar = {"clip_image": False, "clip_text": True, "dino_image": False} | given
     assert {name: m.alone for name, m in METRICS.items()} == dict.fromkeys(alone, True) | dict.fromkeys(
         against, False
     ) | similar
@@ -393,7 +394,8 @@ def test_columns_depend_on_what_the_run_has():
         "spectrum_slope",
         "sawtooth",
     ]
-    assert columns({"scenes", "clip", "dino"}) == list(METRICS)
+    assert columns({"scenes", "mask", "target", "clip", "dino"}) == list(METRICS)
+    assert set(METRICS) - set(columns({"scenes", "target", "clip", "dino"})) == {"psnr_outside", "seam"}
     assert columns({"clip"})[-2:] == ["clip_image", "clip_text"]
     assert shown_metrics()[:3] == ["psnr", "ssim", "word"]
 

@@ -119,6 +119,8 @@ def test_files(run, tmp_path):
     assert [file.read_bytes() for file in files[0]] == [file.read_bytes() for file in files[1]]
     text = files[0][2].read_text()
     assert "1.5 × the trained size" in text
+    assert "\n  noise floor: score " in text
+    assert "\n  another seed: score " in text
     assert "chosen by the first half of the prompts: alone ntk, composed ntk_ultravico" in text
 
 
@@ -127,8 +129,9 @@ def test_the_figure_shows_the_scores(run, rows):
     images, shares, score, _ = methods.draw_page([run], [table]).axes
     drawn = {line.get_label(): line for line in score.lines}
     assert list(drawn["composed"].get_xdata()) == [row["score"] for row in table if row["kind"] == "composed"]
-    assert len(images.images) == 2 * len(table)
-    assert shares.images[0].get_array().shape == (len(table), len(methodtable.PARTS))
+    shown = [row for row in table if row["kind"] != "control"]
+    assert len(images.images) == 2 * len(shown) == 2 * (len(table) - 2)
+    assert shares.images[0].get_array().shape == (len(shown), len(methodtable.PARTS))
 
 
 def test_runs_that_do_not_fit(run, tmp_path, capsys):
