@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,6 +18,7 @@ from fluxlab.experiment.notes import MOST_NOTES, notes
 from fluxlab.experiment.settings import device_of, resolve, threads_of
 from fluxlab.experiment.spec import Experiment
 from fluxlab.experiment.store import Store
+from fluxlab.memory.plan import Plan
 from fluxlab.pipeline import Pipeline
 from fluxlab.positions import region_prompts
 from fluxlab.probes import Probe, concept_words
@@ -30,7 +32,7 @@ class Inline:
     def __init__(self, load: Load):
         self.load = load
         self.pipe: Pipeline | None = None
-        self._said = ""
+        self._said: Plan | None = None
 
     def settle(
         self, experiment: Experiment, known: Settings | None, batch_tokens: int | None, threads: int | None
@@ -97,10 +99,10 @@ class Inline:
         self.pipe.announce(prompts, settings.sampling, most)
         if plan is None:
             return 1
-        line = f"memory: {plan.describe()}"
-        if line != self._said:
-            print(line, flush=True)
-            self._said = line
+        same = replace(plan, phases={}, free=None)  # what the process and others use changes while a run goes on
+        if same != self._said:
+            print(f"memory: {plan.describe()}", flush=True)
+            self._said = same
         return plan.together
 
 

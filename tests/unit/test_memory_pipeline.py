@@ -136,6 +136,14 @@ def experiment() -> Experiment:
     return fluxlab.make_experiment(PROMPTS, half, seeds=1, sampling=sampling, capture="words", cache="none")
 
 
+def test_a_plan_is_printed_once_while_the_memory_in_use_changes(tmp_path, capsys, monkeypatch):
+    used = iter(range(1 << 30, 1 << 40, 1 << 30))
+    monkeypatch.setattr("fluxlab.placement.resident_bytes", lambda: next(used))
+    fluxlab.run_experiment(experiment(), tmp_path / "run", memory="resident", batch_tokens=300, cache="none")
+    assert next(used) > 2 << 30
+    assert capsys.readouterr().out.count("memory: ") == 1
+
+
 def test_a_run_is_the_same_run(tmp_path, capsys):
     asked = experiment()
     options = {"batch_tokens": 300, "cache": "none"}
