@@ -145,6 +145,7 @@ def moved(store: Path) -> dict[str, Any]:
     """
     from experiments.relocationtable import COLUMNS, conditions, targets
     from fluxlab.experiment.reading import read_store
+    from fluxlab.measure.summary import CONTROLS
 
     run = read_store(store)
     chosen, found = targets(run), {}
@@ -161,10 +162,11 @@ def moved(store: Path) -> dict[str, Any]:
         place = (cell[name] for name in ("thing_row", "thing_col"))
         found[row["condition"]]["first"] = [None if math.isnan(value) else round(value, 3) for value in place]
     for effect in run.effects:
-        if effect.metric == "thing_moved" and effect.variant == "another seed":
+        if effect.metric == "thing_moved" and effect.variant in CONTROLS:
             side = run.record["settings"]["width"]
             ends = {"mean": effect.value, "low": effect.low, "high": effect.high}
-            found["another seed"] = {"n": effect.n, **{key: round(value / side, 6) for key, value in ends.items()}}
+            shares = {key: None if math.isnan(value) else round(value / side, 6) for key, value in ends.items()}
+            found[effect.variant] = {"n": effect.n, **shares}
     return found
 
 

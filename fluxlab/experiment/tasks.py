@@ -166,11 +166,11 @@ def check_tasks(tasks: Mapping[str, Task], inputs: Sequence[Inputs]) -> None:
 
 def size_of(tasks: Mapping[str, Task], inputs: Sequence[Inputs]) -> tuple[int, int]:
     """Return the height and width of the results in pixels. Raises `UserError` for inputs of different sizes."""
-    factors = {task.factor for task in tasks.values() if task.name == "upscale"} or {1}
+    factors = {task.factor for task in tasks.values() if task.samples} or {1}
     sizes = {one.image.size for one in inputs}
     if len(factors) > 1 or len(sizes) > 1:
         listed = [f"{h} × {w}" for h, w in sorted(sizes)] if len(sizes) > 1 else sorted(map(str, factors))
-        what = "image: files of" if len(sizes) > 1 else "factor: values of"
+        what = "image: files of" if len(sizes) > 1 else "task: results that are larger than the image by"
         raise UserError(f"{what} {', '.join(listed)}; all images of a run have one size")
     (factor,), ((height, width),) = factors, sizes
     return factor * height, factor * width

@@ -79,6 +79,18 @@ def test_a_variant_changes_the_common_task_or_replaces_it():
     assert split_tasks({"a": Program()}, None) == ({"a": Program()}, {})
 
 
+def test_lists_of_values_and_blocks_are_variants_with_a_task():
+    variants = {
+        "iterations": {"task": {"path": "inverted", "iterations": {"each": [1, 4]}}},
+        "block": {"task": {"attention": "both_ways"}, "a": {"op": "zero", "blocks": "each"}},
+    }
+    scenes = {"kind": "exchange", "count": 1}
+    made = fluxlab.make_experiment(task="inpaint", scenes=scenes, variants=variants, identify=False)
+    assert made.describe("iterations_1") == "inpaint(iterations=4, path=inverted)"
+    assert made.describe("block_5") == "inpaint(attention=both_ways); zero on image, blocks 5"
+    assert len(made.variants) == 1 + 2 + 6
+
+
 def test_a_task_reads_what_it_writes():
     asked = {
         "name": "upscale",
@@ -131,7 +143,11 @@ def test_a_task_reads_what_it_writes():
         ),
         (
             {"task": "upscale", "variants": {"x": {"task": {"factor": 3}}}},
-            "factor: values of 2, 3; all images of a run have one size",
+            "task: results that are larger than the image by 2, 3; all images of a run have one size",
+        ),
+        (
+            {"variants": {"x": {"task": "upscale"}}},
+            "task: results that are larger than the image by 1, 2; all images of a run have one size",
         ),
     ],
 )
