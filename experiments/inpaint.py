@@ -20,8 +20,8 @@ from fluxlab.scenes.cases import Case
 MEASURES = {
     "asked": "the thing asked for",
     "psnr_outside": "PSNR outside, dB",
-    "object": "a thing in the hole",
-    "colour": "with the colour",
+    "in_hole": "a thing in the hole",
+    "coloured": "with the colour",
     "asked_one": "of scenes with one thing",
     "asked_two": "of scenes with two",
     "seam": "step at the border",
@@ -39,8 +39,8 @@ def read(image: np.ndarray, case: Case) -> dict[str, float]:
     coloured = [found for found in things if found.colour == case.asked.colour]
     asked = float(any(found.name == case.asked.name for found in coloured))
     return {
-        "object": float(bool(things)),
-        "colour": float(bool(coloured)),
+        "in_hole": float(bool(things)),
+        "coloured": float(bool(coloured)),
         "asked": asked,
         ("asked_two" if case.number % 2 else "asked_one"): asked,
     }
@@ -68,8 +68,8 @@ ABOUT = About(
     name="inpaint",
     task="inpaint",
     measures=MEASURES,
-    shown=("asked", "psnr_outside", "object", "seam"),
-    shares=("asked", "object", "colour", "asked_one", "asked_two"),
+    shown=("asked", "psnr_outside", "in_hole", "seam"),
+    shares=("asked", "in_hole", "coloured", "asked_one", "asked_two"),
     read=read,
     text=text,
 )

@@ -133,7 +133,7 @@ def test_the_finding_on_inpainting_follows_from_the_numbers():
     assert noised["asked"]["n"] == 64
     assert noised["asked"]["low"] > inverted["asked"]["high"] >= inverted["asked"]["mean"] > once["asked"]["mean"]
     assert inverted["asked_one"]["low"] > inverted["asked_two"]["high"]
-    assert all(abs(row["object"]["mean"] - row["asked"]["mean"]) < 0.05 for row in (inverted, once))
+    assert all(abs(row["in_hole"]["mean"] - row["asked"]["mean"]) < 0.05 for row in (inverted, once))
     assert max(abs(row["psnr_outside"]["paired_mean"]) for row in (inverted, once)) < 1
     assert abs(inpaint["both_ways"]["asked"]["paired_mean"]) < 0.05
     assert noised["seam"]["high"] < 0.01

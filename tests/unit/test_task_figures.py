@@ -54,12 +54,12 @@ def runs(tmp_path_factory) -> dict[str, Run]:
 def test_what_is_read_in_the_hole(number):
     one = cases.case("exchange", number)
     right, given = inpaint.read(one.target, one), inpaint.read(one.image, one)
-    assert (right["object"], right["colour"], right["asked"]) == (1, 1, 1)
-    assert (given["object"], given["colour"], given["asked"]) == (1, 0, 0)
+    assert (right["in_hole"], right["coloured"], right["asked"]) == (1, 1, 1)
+    assert (given["in_hole"], given["coloured"], given["asked"]) == (1, 0, 0)
     assert ("asked_two" if number else "asked_one") in right
     empty = one.target.copy()
     empty[one.mask] = one.image[0, 0]
-    assert inpaint.read(empty, one)["object"] == 0
+    assert inpaint.read(empty, one)["in_hole"] == 0
     large = cases.case("exchange", number, 2)
     assert inpaint.read(large.target, large) == right
     moved = np.roll(one.target, 32, 0 if one.asked.place in ("top", "bottom", "centre") else 1)
@@ -134,6 +134,21 @@ def test_another_model_has_no_oracle(tmp_path):
     assert set(found["baseline"]) == {"psnr_outside", "seam"}
     taskfigure.make(run, inpaint.ABOUT, tmp_path, ["column"], 1)
     assert "oracle" not in (tmp_path / "inpaint.txt").read_text()
+
+
+def test_images_of_the_user_have_no_case(tmp_path):
+    """Columns of metrics.csv are not taken for what the oracle finds in the hole."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    mask = np.zeros((64, 64), bool)
+    mask[:32] = True
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    inputs = read_inputs(str(tmp_path / "red.png"), str(tmp_path / "mask.png"), None, 1)
+    _, tasks = split_tasks({"baseline": {}}, "inpaint")
+    more = {"name": "inpaint", "model": MODEL, "tasks": tasks, "inputs": inputs}
+    run = fluxlab.read_run(make_store(tmp_path / "run", {}, ["a red fox"], (0,), **more))
+    assert {"object", "colour"} < {*run.metrics[0]}
+    assert set(taskfigure.numbers(run, inpaint.ABOUT)["baseline"]) == {"psnr_outside", "seam"}
+    taskfigure.make(run, inpaint.ABOUT, tmp_path, ["page"], 1)
 
 
 def test_wrong_stores_and_options(runs, tmp_path, capsys):
