@@ -71,7 +71,7 @@ def experiments() -> str:
             [
                 f"`{file.stem}`",
                 config["caption"],
-                str(variants * len(config["prompts"]) * seeds),
+                str(variants * (len(config["prompts"]) or config["scenes"]["count"]) * seeds),
                 time[1] if time else "seconds",
             ]
         )

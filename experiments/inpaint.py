@@ -46,22 +46,29 @@ def read(image: np.ndarray, case: Case) -> dict[str, float]:
     }
 
 
-def text(run: Run) -> str:
-    """Return what the caption says of the figure."""
-    scenes = run.record["request"]["model"].get("scenes")
-    oracle = (
-        "In the hole the scene oracle looks for a thing, one in the colour asked for, and one with the colour and the "
-        "name asked for. "
-    )
-    return (
-        "Dashed: the hole; everything outside of it is known. Known tokens are those of the image mixed with noise, "
-        "and text and known tokens do not attend to the hole, except for these variants. Inverted: known tokens are "
-        "those of the path of an inversion with 3 iterations per step, or once with 1. Text sees: only known tokens "
-        "do not attend to the hole. Prompt: sampled without the image. Filled: the hole filled from its border, "
-        "encoded and decoded. Drawn: the target, encoded and decoded, the most that is possible. "
-        f"{oracle if scenes else ''}PSNR outside of the hole is that to the given image. The step at the border is the "
-        "median difference of neighbouring pixels on both sides of it, in 0 … 1."
-    )
+ABOUT_VARIANTS = {
+    "text_sees": "Text sees: only known tokens do not attend to the hole.",
+    "inverted": "Inverted: known tokens are those of the path of an inversion.",
+    "inverted_once": "Once: with one iteration per step in place of 3.",
+    "prompt": "Prompt: sampled without the image.",
+    "filled": "Filled: the hole filled from its border, encoded and decoded.",
+    "drawn": "Drawn: the target, encoded and decoded, the most that is possible.",
+}
+"""What the caption says of variants of +exp=inpaint, if a run has them."""
+
+
+def text(run: Run, oracle: bool) -> str:
+    """Return what the caption says of the figure. oracle: whether it looks into the hole."""
+    read = "In the hole the scene oracle looks for a thing, one in the colour asked for, and that with the name too."
+    parts = [
+        "Dashed: the hole; everything outside of it is known. By default known tokens are those of the image mixed "
+        "with noise, and text and known tokens do not attend to the hole.",
+        *(about for name, about in ABOUT_VARIANTS.items() if name in run.variants),
+        *([read] if oracle else []),
+        "PSNR outside of the hole is that to the given image. The step at the border is the median difference of "
+        "neighbouring pixels on both sides of it, in 0 … 1.",
+    ]
+    return " ".join(parts)
 
 
 ABOUT = About(

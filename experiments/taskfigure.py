@@ -58,7 +58,8 @@ AT_ONCE = (9, 11)
 @dataclass(frozen=True)
 class About:
     """What a figure shows. measures: name → title, in order. shown: those that are drawn, the first in column width.
-    shares: measures between 0 and 1. read: see `Read`. text: of the caption.
+    shares: measures between 0 and 1. read: see `Read`. text: of the caption, by the run and
+    whether the oracle reads it.
     """
 
     name: str
@@ -67,7 +68,7 @@ class About:
     shown: Sequence[str]
     shares: Sequence[str]
     read: Read
-    text: Callable[[Run], str]
+    text: Callable[[Run, bool], str]
 
 
 class Worked:
@@ -78,6 +79,11 @@ class Worked:
         self.inputs = from_values(request.get("inputs", ()))
         self.tasks: Mapping[str, Mapping[str, Any]] = request.get("tasks", {})
         self.prompts = list(request["prompts"])
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the scene oracle reads the images: drawn scenes, of a model that was trained on them."""
+        return bool(self.run.record["request"]["model"].get("scenes")) and self.case(self.prompts[0]) is not None
 
     def given(self, prompt: str) -> Inputs:
         """Return the inputs of a prompt."""
@@ -95,9 +101,8 @@ def rows_of(worked: Worked, about: About) -> list[dict[str, Any]]:
     for row, file in every_image(worked.run):
         keys = {key: row[key] for key in ("variant", "prompt", "seed")}
         values = {name: row[name] for name in about.measures if name in row}
-        case = worked.case(row["prompt"])
-        if case is not None and worked.run.record["request"]["model"].get("scenes") and file.is_file():
-            values |= about.read(read_pixels(file), case)
+        if worked.is_read and file.is_file():
+            values |= about.read(read_pixels(file), worked.case(row["prompt"]))
         rows.append(keys | {name: values.get(name, math.nan) for name in about.measures})
     return rows
 
@@ -144,15 +149,16 @@ def make(run: Run, about: About, folder: Path, widths: Sequence[str], shown: int
         with paper():
             drawn = _page(worked, about, found, places) if width == "page" else _column(worked, about, found)
         written += save(drawn, stem.with_name(f"{stem.name}-{width}"))
-    text = "\n".join([_caption(run, about, len(places)), *measure_lines(found, about.measures), conditions(run)])
+    text = "\n".join([_caption(worked, about, len(places)), *measure_lines(found, about.measures), conditions(run)])
     return [*written, save_caption(text, stem), save_table(rows, stem.with_suffix(".csv"))]
 
 
-def _caption(run: Run, about: About, shown: int) -> str:
+def _caption(worked: Worked, about: About, shown: int) -> str:
+    run = worked.run
     return (
-        f"{opening(run)} {about.text(run)} Baseline: {run.describe(run.baseline)}. Means over {all_cells(run)}, "
-        f"{INTERVALS}; Δ: mean difference to the {run.baseline} at equal prompt and seed. Images: the first "
-        f"{counted(shown, 'prompt')}. {controls(run)}"
+        f"{opening(run)} {about.text(run, worked.is_read)} Baseline: {run.describe(run.baseline)}. Means over "
+        f"{all_cells(run)}, {INTERVALS}; Δ: mean difference to the {run.baseline} at equal prompt and seed. Images: "
+        f"the first {counted(shown, 'prompt')}. {controls(run)}"
     )
 
 
@@ -173,8 +179,8 @@ def label(name: str) -> str:
 def _page(worked: Worked, about: About, found: Means, places: Sequence[tuple[str, int]]) -> "Figure":
     """Return images of some scenes, in lines of at most `AT_ONCE` columns, above a panel for every measure."""
     run = worked.run
-    first = ["given", *(["target"] if worked.inputs[0].target else [])]
-    columns = [*first, *run.variants]
+    first = [("given", "image"), *([("target", "target")] if worked.inputs[0].target else [])]
+    columns = [*first, *((name, None) for name in run.variants)]
     lines, panels = -(-len(columns) // AT_ONCE[1]), 0.13 * len(found) + 0.55
     width = min(len(columns), max(AT_ONCE[0], -(-len(columns) // lines)))
     height = PAGE / width * len(places) + 0.3
@@ -185,30 +191,39 @@ def _page(worked: Worked, about: About, found: Means, places: Sequence[tuple[str
         for axes in grid.flat:
             axes.set_axis_off()
         for n, (prompt, seed) in enumerate(places):
-            for axes, column in zip(grid[n], columns[line * width : (line + 1) * width], strict=False):
+            for axes, (name, part) in zip(grid[n], columns[line * width : (line + 1) * width], strict=False):
                 if n == 0:
-                    axes.set_title(label(column).replace(" ", "\n", 1))
-                _show(axes, worked, column, prompt, seed, outlined=column != "target" and about.task == "inpaint")
-    shown = [name for name in about.shown if any(name in row for row in found.values())]
+                    axes.set_title(label(name).replace(" ", "\n", 1))
+                _show(axes, worked, name, part, (prompt, seed), part != "target" and about.task == "inpaint")
+    shown = _with_values(about, found)
     _panels(parts[-1].subplots(1, len(shown), sharey=True, squeeze=False)[0], about, found, shown, worked.tasks)
     return drawn
+
+
+def _with_values(about: About, found: Means) -> list[str]:
+    """Return the measures that are drawn: those of `shown` that have values, or else the others that do."""
+    known = [name for name in about.measures if any(name in row for row in found.values())]
+    return [name for name in about.shown if name in known] or known
 
 
 def _column(worked: Worked, about: About, found: Means) -> "Figure":
     """Return the panels of the first two measures."""
     drawn = figure(COLUMN, 0.13 * len(found) + 0.55)
-    shown = [name for name in about.shown if any(name in row for row in found.values())][:2]
+    shown = _with_values(about, found)[:2]
     _panels(drawn.subplots(1, len(shown), sharey=True, squeeze=False)[0], about, found, shown, worked.tasks)
     return drawn
 
 
-def _show(axes: "Axes", worked: Worked, column: str, prompt: str, seed: int, outlined: bool) -> None:
-    """Draw an image, if there is one, with the border of its mask as a dashed line."""
-    given = worked.given(prompt)
-    if column in ("given", "target"):
-        image = given.open("image" if column == "given" else "target")
+def _show(axes: "Axes", worked: Worked, variant: str, part: str | None, place: tuple[str, int], outlined: bool) -> None:
+    """Draw a given image, or that of a variant if it has one, with the border of its mask as a dashed line.
+
+    part: of the inputs; None for the variant's image. place: (prompt, seed).
+    """
+    given = worked.given(place[0])
+    if part is not None:
+        image = given.open(part)
     else:
-        file = worked.run.image(column, prompt, seed)
+        file = worked.run.image(variant, *place)
         image = read_pixels(file) if file.is_file() else None
     if image is None:
         return

@@ -40,21 +40,33 @@ def read(image: np.ndarray, case: Case) -> dict[str, float]:
     return {name: found[name] for name in ORACLE if name in found}
 
 
-def text(run: Run) -> str:
-    """Return what the caption says of the figure."""
+ABOUT_VARIANTS = {
+    "both_ways": "Both ways: text and given tokens attend to new ones too.",
+    "freed": "Freed: given tokens are free below the noise level 0.8.",
+    "half_steps_aligned": "Aligned: new queries see all positions twice as far apart.",
+    "aligned": "Aligned: new queries see all positions twice as far apart.",
+    "enlarged": "Enlarged: given tokens are those of the bicubic enlargement, mixed with noise.",
+    "resized": "Resized: that enlargement with noise is sampled from a lower noise level on.",
+    "prompt": "Prompt: sampled at this size from the prompt alone.",
+    "bicubic": "Bicubic: the bicubic enlargement.",
+    "drawn": "Drawn: the scene at this size, encoded and decoded.",
+}
+"""What the caption says of variants of +exp=upscale and upscale_beyond, if a run has them."""
+
+
+def text(run: Run, oracle: bool) -> str:
+    """Return what the caption says of the figure. oracle: whether it reads the images."""
     request = run.record["request"]
     height, width = request["inputs"][0]["image"]["size"]
-    oracle = "The oracle reads shapes, letters, things and colours at the size of the font. "
-    return (
-        f"Images of {height} × {width} px at {request['height']} × {request['width']} px. Blue: pipe.upscale. "
-        "Spacing: tokens of the given image are inverted 2 apart, and lie between new ones that are sampled 1 apart. "
-        "Half steps: they are inverted 1 apart, with new tokens at half steps between. Text and given tokens do not "
-        "attend to new ones, except for both ways. Aligned: new queries see all positions twice as far apart. Freed: "
-        "given tokens are free below the noise level 0.8. Enlarged: given tokens are those of the bicubic "
-        "enlargement, mixed with noise. Resized: that enlargement with noise is sampled from a lower noise level on. "
-        "Grey: sampled at this size from the prompt alone; the bicubic enlargement, the same encoded and decoded, "
-        f"and the scene at this size, encoded and decoded. {oracle if request['model'].get('scenes') else ''}"
-    ).strip()
+    parts = [
+        f"Images of {height} × {width} px at {request['height']} × {request['width']} px. Blue: pipe.upscale. Spacing: "
+        "tokens of the given image are inverted 2 apart, and lie between new ones that are sampled 1 apart. Half "
+        "steps: they are inverted 1 apart, with new tokens at half steps between. Text and given tokens do not attend "
+        "to new ones.",
+        *(about for name, about in ABOUT_VARIANTS.items() if name in run.variants),
+        *(["The oracle reads shapes, letters, things and colours at the size of the font."] if oracle else []),
+    ]
+    return " ".join(parts)
 
 
 ABOUT = About(

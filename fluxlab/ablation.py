@@ -6,6 +6,7 @@ on other seeds. It is written into the first folder, as `exp/<name>_ablation.yam
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -32,6 +33,7 @@ def run(options: argparse.Namespace) -> None:
     """Write the experiment and print the command that runs it."""
     import yaml
 
+    from fluxlab.experiment.costs import number
     from fluxlab.files import write_atomic
     from fluxlab.learning import read_attribution
 
@@ -43,13 +45,15 @@ def run(options: argparse.Namespace) -> None:
     content, record = experiment(found, counts, options.random), found[0].record
     folder = options.folders[0]
     file = folder / "exp" / f"{content['name']}.yaml"
-    command = f"python -m fluxlab.run --config-dir {folder} +exp={content['name']}"
-    lines = ["# @package _global_", f"# {command} model={record['request']['model']['name']}", "# Made from"]
+    words = ["--config-dir", str(folder), f"+exp={content['name']}", f"model={record['request']['model']['name']}"]
+    command = f"python -m fluxlab.run {shlex.join(words)}"
+    lines = ["# @package _global_", f"# {command}", "# Other keys of the model, such as model.path, are those of:"]
     lines += [f"#   {one.record['command']}" for one in found]
     file.parent.mkdir(exist_ok=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
     write_atomic(file, "\n".join(lines) + "\n" + text)
-    print(f"{file}: {len(content['variants'])} variants of {len(content['prompts'])} prompts × {len(content['seeds'])}")
+    counts_of = {"variant": content["variants"], "prompt": content["prompts"], "seed": content["seeds"]}
+    print(f"{file}: {' × '.join(number(len(values), word) for word, values in counts_of.items())}")
     print(command)
 
 
@@ -86,6 +90,7 @@ def experiment(found: "Sequence[Attribution]", counts: Sequence[int], random: in
         "prompts": record["held_out"] or request["prompts"],
         "seeds": [max(seeds) + 1 + n for n in range(len(seeds))],
         **given,
+        **({"lora": request["model"]["lora"]} if request["model"].get("lora") else {}),
         "variants": dict(variants(found, counts, random)),
     }
 

@@ -83,6 +83,7 @@ def cell_key(
     takes_from: Sequence[str] = (),
     references: Sequence[str] = (),
     task: Sequence[Any] | None = None,
+    depends_on_training: bool = False,
 ) -> str:
     """Return 32 hex digits of everything that determines an image. Names of variants, files and machines do not."""
     if takes_from:
@@ -94,7 +95,7 @@ def cell_key(
         "prompt": prompt,
         "seed": int(seed),
         "program": program.digest,
-        **({"trained": settings.trained} if program.depends_on_training else {}),
+        **({"trained": settings.trained} if program.depends_on_training or depends_on_training else {}),
     }
     if references:  # the hashes of reference images; keys without any are those of earlier releases
         parts["references"] = list(references)
@@ -166,7 +167,8 @@ def _cell(experiment: Experiment, variant: str, program: Program, prompt: str, s
     images, inputs = experiment.references_of(prompt), experiment.inputs_of(prompt)
     task = experiment.tasks.get(experiment.baseline if variant in REFERENCE_NAMES else variant)
     worked_on = [*task.digest, {part: inputs.hashes[part] for part in task.parts}] if task else None
-    key = cell_key(settings, prompt, seed, program, takes_from, [image.sha256 for image in images], worked_on)
+    hashes, trained = [image.sha256 for image in images], task is not None and task.depends_on_training
+    key = cell_key(settings, prompt, seed, program, takes_from, hashes, worked_on, trained)
     takes_from = [key if source == "itself" else source for source in takes_from]
     return Cell(variant, prompt, seed, program, key, tuple(takes_from), tuple(sources), images, task, inputs)
 

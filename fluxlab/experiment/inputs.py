@@ -27,7 +27,7 @@ class Inputs:
     """Image files, or names of drawn ones (`fluxlab.scenes.cases`).
 
     image: what the task is given. mask: white where inpainting samples again. target: what the result is compared
-    with; no image depends on it.
+    with. No image depends on it but those of `decode` with `of: target`.
     """
 
     image: ReferenceImage
@@ -51,7 +51,12 @@ class Inputs:
         file = getattr(self, part)
         if file is None:
             return None
-        if _hash(file.path) != file.sha256:
+        try:
+            same = _hash(file.path) == file.sha256
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{part}: {file.path} cannot be read ({reason}); put the file back there") from None
+        if not same:
             raise UserError(f"{file.path}: this image has changed since the run started; run the command again")
         return _pixels(file.path, part)
 
@@ -133,7 +138,8 @@ def _read(value: Any, part: str, where: str) -> ReferenceImage:
         height, width = _pixels(path, part).shape[:2]
         return ReferenceImage(path, _hash(path), (height, width))
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        message = str(error)
+        raise UserError(message if message.startswith(f"{where}: ") else f"{where}: {message}") from None
 
 
 def _pixels(path: str, part: str) -> np.ndarray:

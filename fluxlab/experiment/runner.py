@@ -233,7 +233,7 @@ def most_further_tokens(experiment: Experiment, settings: Settings) -> int:
 def check(experiment: Experiment, pipe: Pipeline, settings: Settings) -> None:
     """Raise `UserError` for a prompt or program that does not fit the model, before anything is computed."""
     check_kernel(pipe, settings)
-    task_images.check(experiment.tasks, experiment.inputs, pipe, settings)
+    task_images.check(experiment.tasks, experiment.inputs, pipe, settings, experiment.prompts[0])
     sampling = settings.sampling
     texts = [*experiment.prompts, *([sampling.negative_prompt] if sampling.negative_prompt else [])]
     pipe.text.check(texts, settings.max_sequence_length, sampling.truncate, sampling.unknown_words)

@@ -16,7 +16,7 @@ from fluxlab.experiment import inputs as given
 from fluxlab.experiment.inputs import Inputs
 from fluxlab.experiment.reference_images import PerPrompt, ReferenceImage, from_values
 from fluxlab.experiment.sources import check_sources
-from fluxlab.experiment.tasks import Task, check_tasks, read_task, size_of
+from fluxlab.experiment.tasks import Task, check_sizes, check_tasks, read_task, size_of
 from fluxlab.measure.summary import CONTROLS
 from fluxlab.positions import Program, sources_of, split_resample
 from fluxlab.probes import Capture
@@ -184,10 +184,6 @@ def checked(experiment: Experiment) -> Experiment:
     if twice:
         raise UserError(f"prompts: {show(twice[0])} occurs twice; its images would be equal")
     experiment.sampling.check()
-    for key, largest in _LARGEST.items():
-        value = getattr(experiment, key)
-        if value is not None and value > largest:
-            raise UserError(f"{key}={value}: expected a whole number from 1 to {largest}")
     if experiment.device:
         check_device(experiment.device)
     for request in experiment.capture.requests:
@@ -202,6 +198,10 @@ def checked(experiment: Experiment) -> Experiment:
     if experiment.tasks:
         _check_with_tasks(experiment)
         experiment = _sized(experiment)
+    for key, largest in _LARGEST.items():
+        value = getattr(experiment, key)
+        if value is not None and value > largest:
+            raise UserError(f"{key}={value}: expected a whole number from 1 to {largest}")
     numbers = {key: _number(key, getattr(experiment, key)) for key in ("guidance", "true_cfg")}
     return replace(experiment, **numbers)
 
@@ -212,7 +212,8 @@ def _check_with_tasks(experiment: Experiment) -> None:
         raise UserError("capture: has no effect on a task; leave out capture=, or task and image")
     if experiment.references:
         raise UserError("references: have no effect on a task; leave them out, or task and image")
-    for name, program in experiment.variants.items():
+    further = {f"{name}.task": task.source_programs for name, task in experiment.tasks.items() if task.source_programs}
+    for name, program in {**experiment.variants, **further}.items():
         for path, _ in sources_of(program):
             raise UserError(f"{path}: inject takes from cells of its batch, which a task does not have; leave it out")
         if split_resample(program)[1] is not None:
@@ -224,6 +225,7 @@ def _sized(experiment: Experiment) -> Experiment:
     height, width = size_of(experiment.tasks, experiment.inputs)
     if experiment.enlarge is not None:
         raise UserError(f"enlarge={experiment.enlarge:g}: the given images make the size; leave it out")
+    check_sizes(experiment.tasks, experiment.inputs, (height, width))
     for key, value, expected in (("height", experiment.height, height), ("width", experiment.width, width)):
         if value not in (None, expected):
             raise UserError(f"{key}={value}: the given images make results of {height} × {width} pixels; leave it out")

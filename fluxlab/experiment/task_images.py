@@ -1,6 +1,7 @@
 """The images of cells that have a task: what is checked before anything is computed, and how they are made."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,26 +24,28 @@ WITHOUT = {"true_cfg": 1, "negative_prompt": None, "timestep_rounding": None, "c
 """Settings that the methods of tasks do not have, and the value that changes nothing."""
 
 
-def check(tasks: Mapping[str, Task], inputs: Sequence[Inputs], pipe: Pipeline, settings: Settings) -> None:
-    """Raise `UserError` for settings and inputs that do not fit the tasks or the model, before anything is computed."""
+def check(tasks: Mapping[str, Task], inputs: Sequence[Inputs], pipe: Pipeline, settings: Settings, prompt: str) -> None:
+    """Raise `UserError` for settings and inputs that do not fit the tasks or the model, before anything is computed.
+
+    prompt: one with which programs are checked.
+    """
     names = sorted({task.name for task in tasks.values() if task.samples})
     for key, neutral in WITHOUT.items():
         value = getattr(settings, key)
         if names and value not in (None, neutral):
             raise UserError(f"{key}={value}: the task {names[0]} does not have it; set {key}={show(neutral)}")
-    size = settings.height, settings.width
-    own_size = [task for task in tasks.values() if task.name == "decode" and task.of != "enlarged"]
-    decoded = {part for task in own_size for part in task.parts}
+    own = pipe.resolve(Sampling()).true_cfg
+    if names and own not in (None, 1):
+        raise UserError(f"true_cfg={own}: the model's own, which the task {names[0]} does not have; use another model")
     for one in inputs:
-        height, width = one.image.size
-        grid = pipe.grid(height, width)
+        grid = pipe.grid(*one.image.size)
         if one.mask is not None:
-            hole_tokens(one.open("mask"), (height, width), grid)
-        for part in ("image", "target"):
-            file = getattr(one, part)
-            if file is not None and file.size != size and (part == "target" or part in decoded):
-                have, expected = (f"{h} × {w} pixels" for h, w in (file.size, size))
-                raise UserError(f"{part}: {file.path} has {have}, but the images of the run have {expected}")
+            hole_tokens(one.open("mask"), one.image.size, grid)
+    for task in tasks.values():
+        if task.source_programs is not None:
+            height, width = inputs[0].image.size
+            small = replace(settings.sampling, height=height, width=width)
+            pipe.check([prompt], [task.source_programs], small)
 
 
 def images_of(pipe: Pipeline, cells: Sequence[Cell], settings: Settings) -> "list[Image.Image]":
@@ -63,7 +66,7 @@ def images_of(pipe: Pipeline, cells: Sequence[Cell], settings: Settings) -> "lis
                 images = MAKE[task.name](pipe, one, dict(task.arguments), settings.sampling)
         except NonFiniteError as error:
             images = [None] * len(chosen)
-            if error.results is not None and not isinstance(error.results[0], torch.Tensor):
+            if error.results is not None and not any(isinstance(one, torch.Tensor) for one in error.results):
                 images = error.results
             steps |= {chosen[i]: step for i, step in error.steps.items()}
             reasons |= {chosen[i]: text for i, text in error.reasons.items()}

@@ -73,6 +73,18 @@ class Task:
         return self.name not in ("decode", "resize")
 
     @property
+    def source_programs(self) -> Program | None:
+        """The program of the inversion, if it has one of its own."""
+        return dict(self.arguments).get("source_programs")
+
+    @property
+    def depends_on_training(self) -> bool:
+        """Whether the image depends on the model's own size, as that of a program may."""
+        own = self.source_programs
+        by_size = self.name == "upscale" and dict(self.arguments).get("method") is None
+        return by_size or (own is not None and own.depends_on_training)
+
+    @property
     def inverts(self) -> bool:
         """Whether the image is inverted first, which takes forwards of its own."""
         given = dict(self.arguments)
@@ -95,7 +107,7 @@ def read_task(value: Any, where: str) -> Task | None:
     if not isinstance(values, Mapping):
         raise UserError(f"{where}={show(value)}: expected a task, such as {{name: inpaint}}")
     names = (GENERATE, *ARGUMENTS)
-    given = {key: v for key, v in values.items() if key != "name"}
+    given = {key: v for key, v in values.items() if key != "name" and v is not None}
     name = values.get("name", GENERATE)
     if name not in names:
         raise UserError(f"{join(where, 'name')}={show(name)}: expected {', '.join(names)}{nearest(str(name), names)}")
@@ -113,7 +125,13 @@ def read_task(value: Any, where: str) -> Task | None:
         _check(name, given)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return Task(name, tuple(sorted(given.items())))
+    task = Task(name, tuple(sorted(given.items())))
+    for key in ("iterations", "source_programs"):
+        if key in given and not task.inverts:
+            raise UserError(
+                f"{join(where, key)}: has no effect without an inversion; leave it out, or set path: inverted"
+            )
+    return task
 
 
 def _check(name: str, given: Mapping[str, Any]) -> None:
@@ -162,6 +180,24 @@ def check_tasks(tasks: Mapping[str, Task], inputs: Sequence[Inputs]) -> None:
         for part in task.parts:
             if not inputs or any(getattr(one, part) is None for one in inputs):
                 raise UserError(f"variants.{name}: {task.describe()} needs {part}=<file>, or scenes that have one")
+
+
+def check_sizes(tasks: Mapping[str, Task], inputs: Sequence[Inputs], size: tuple[int, int]) -> None:
+    """Raise `UserError` for inputs that do not have the size of what they are compared with.
+
+    size: (height, width) of the results in pixels.
+    """
+    own = [task for task in tasks.values() if task.name == "decode" and task.of != "enlarged"]
+    expected = {part: size for task in own for part in task.parts if part != "mask"} | {"mask": size, "target": size}
+    for one in inputs:
+        for part, (height, width) in expected.items():
+            file = getattr(one, part)
+            if file is not None and file.size != (height, width):
+                have = f"{file.size[0]} × {file.size[1]} pixels"
+                raise UserError(
+                    f"{part}: {file.path} has {have}, but the images of the run have {height} × {width} pixels; "
+                    "use a file of the same size"
+                )
 
 
 def size_of(tasks: Mapping[str, Task], inputs: Sequence[Inputs]) -> tuple[int, int]:

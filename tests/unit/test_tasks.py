@@ -299,16 +299,18 @@ def test_a_changed_file_stops_the_run(files, tmp_path):
         ({"sampling": replace(SMALL, true_cfg=3, device="cpu")}, "true_cfg=3.0: the task inpaint .* set true_cfg=1"),
         ({"sampling": replace(SMALL, compile=True, device="cpu")}, "compile=True: the task inpaint does not have it"),
         ({"mask": "all.png"}, "mask covers every token"),
-        ({"target": "large.png"}, "target: .*large.png has 32 × 32 pixels, but the images of the run have 16 × 16"),
         (
-            {"task": "upscale", "variants": {"x": {"task": {"name": "decode", "of": "image"}}}},
-            "image: .*a.png has 16 × 16 pixels, but the images of the run have 32 × 32 pixels",
+            {
+                "task": {"name": "upscale", "source_programs": {"a": {"op": "zero", "blocks": 99}}},
+                "mask": None,
+                "variants": {},
+            },
+            "source_programs.a.blocks: 99, expected a block below 6",
         ),
     ],
 )
 def test_what_does_not_fit_is_found_before_the_first_image(files, tmp_path, change, message):
     Image.new("L", (16, 16), 255).save(files / "all.png")
-    Image.new("RGB", (32, 32)).save(files / "large.png")
     experiment = made(files, **{"sampling": replace(SMALL, device="cpu"), "identify": True, **change})
     with pytest.raises(UserError, match=message):
         fluxlab.run_experiment(experiment, tmp_path / "run")
