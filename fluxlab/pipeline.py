@@ -222,6 +222,8 @@ class Pipeline(Velocities):
         prompts: str | Sequence[str],
         steps: int | None = None,
         guidance: float | None = None,
+        true_cfg: float | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
         *,
         programs: Programs = None,
         references: Any = None,
@@ -234,7 +236,7 @@ class Pipeline(Velocities):
         sigmas: Sequence[float] | None = None,
     ) -> Tensor:
         """Return packed noise `(B, N, C)`, fp32, of which `generate(prompts, latents=noise)` makes the images again,
-        given the same programs and references.
+        given the same guidance, programs and references.
 
         images, value_range: as in `encode`. iterations: as in `sampling.invert`. sigmas: a schedule in place of that of
         this size and number of steps. The other arguments: as in `generate`. Raises `NonFiniteError` if the latents
@@ -245,13 +247,18 @@ class Pipeline(Velocities):
             Sampling(
                 steps=steps,
                 guidance=guidance,
+                true_cfg=true_cfg,
                 max_sequence_length=max_sequence_length,
                 truncate=truncate,
                 unknown_words=unknown_words,
             )
         )
         batch = batching.zipped(
-            prompts=prompts, latents=x, programs=batching.read_programs(programs), references=refs.read(references)
+            prompts=prompts,
+            negative_prompts=negative_prompts,
+            latents=x,
+            programs=batching.read_programs(programs),
+            references=refs.read(references),
         )
         prompts = batch["prompts"]
         extra = batch["references"] and refs.encoded(batch["references"], self.grid, self.encode)
@@ -262,7 +269,9 @@ class Pipeline(Velocities):
             extra, map(positions.region_prompts, batch["programs"] or ()), settings.max_sequence_length
         )
         self.prepare(sized, prompts, references=further)
-        velocity = self._velocity(prompts, None, batch["programs"], settings, (rows, cols), sigmas, None, extra)
+        velocity = self._velocity(
+            prompts, batch["negative_prompts"], batch["programs"], settings, (rows, cols), sigmas, None, extra
+        )
         finite = FiniteCheck(
             sampling.sample_names(prompts), settings.steps, self.dtype, lambda i: self._text_fault(prompts[i], settings)
         )

@@ -34,6 +34,8 @@ def inpaint(
     programs: batching.Programs = None,
     steps: int | None = None,
     guidance: float | None = None,
+    true_cfg: float | None = None,
+    negative_prompts: str | Sequence[str] | None = None,
     iterations: int | None = None,
     output: str = "pil",
     max_sequence_length: int | None = None,
@@ -59,7 +61,7 @@ def inpaint(
         does so for known image tokens only. "both_ways" changes nothing.
     programs: further edits of ids and attention, in the inversion too.
     source_prompt, iterations: of the inversion, by default `prompt` and 3. With path="inverted" only.
-    The other arguments: as in `generate`.
+    true_cfg, negative_prompts: as in `generate`, in the inversion too. The other arguments: as in `generate`.
 
     Raises `UserError` for a mask of another size, one that covers no or every token, arguments of an inversion without
     one, and for arguments that do not fit the model.
@@ -74,10 +76,19 @@ def inpaint(
     )
     given = [Program()] if programs is None else batching.read_programs(programs)
     held = given if attention == "both_ways" else [one + one_way(known, text=attention == "one_way") for one in given]
-    batch = batching.zipped(prompts=prompt, seeds=seed, images=images, programs=held, source_prompts=source_prompt)
+    batch = batching.zipped(
+        prompts=prompt,
+        seeds=seed,
+        images=images,
+        programs=held,
+        source_prompts=source_prompt,
+        negative_prompts=negative_prompts,
+    )
     settings = {
         "steps": steps,
         "guidance": guidance,
+        "true_cfg": true_cfg,
+        "negative_prompts": batch["negative_prompts"],
         "max_sequence_length": max_sequence_length,
         "truncate": truncate,
         "unknown_words": unknown_words,

@@ -49,6 +49,8 @@ def upscale(
     source_programs: batching.Programs = None,
     steps: int | None = None,
     guidance: float | None = None,
+    true_cfg: float | None = None,
+    negative_prompts: str | Sequence[str] | None = None,
     iterations: int = 3,
     output: str = "pil",
     max_sequence_length: int | None = None,
@@ -84,7 +86,8 @@ def upscale(
     programs: further edits of ids and attention on the large grid, after those of the method. source_programs: further
         edits in the inversion; None means `programs`.
     source_prompt: the prompt of the inversion, by default `prompt`. iterations: as in `invert`. Unused with
-        path="noised". The other arguments: as in `generate`.
+        path="noised". true_cfg, negative_prompts: as in `generate`, in the inversion too. The other arguments: as in
+        `generate`.
 
     Raises `UserError` for arguments that do not fit together or do not fit the model.
     """
@@ -104,6 +107,7 @@ def upscale(
         height=height,
         width=width,
         guidance=guidance,
+        true_cfg=true_cfg,
         max_sequence_length=max_sequence_length,
         truncate=truncate,
         unknown_words=unknown_words,
@@ -121,6 +125,7 @@ def upscale(
         programs=[ids + one + mask for one in edits],
         source_prompts=source_prompt,
         source_programs=edits if source_programs is None else batching.read_programs(source_programs),
+        negative_prompts=negative_prompts,
     )
     channels = pipe.family.channels(pipe.autoencoder.params)
     noise = batching.start(batch["seeds"], None, len(batch["prompts"]), channels, grid, pipe.dtype, pipe.family)
@@ -130,6 +135,8 @@ def upscale(
         options = {
             "steps": steps,
             "guidance": guidance,
+            "true_cfg": true_cfg,
+            "negative_prompts": batch["negative_prompts"],
             "max_sequence_length": max_sequence_length,
             "truncate": truncate,
             "unknown_words": unknown_words,
@@ -148,6 +155,7 @@ def upscale(
         0,
         batch["programs"],
         settings,
+        negative_prompts=batch["negative_prompts"],
         latents=latents[held] if given.all() else start(noise, latents, given),
         output=output,
         on_step=hold(latents, given, on_step, steps=held),

@@ -20,7 +20,7 @@ from fluxlab.sampling import Sampling
 if TYPE_CHECKING:
     from PIL import Image
 
-WITHOUT = {"true_cfg": 1, "negative_prompt": None, "timestep_rounding": None, "compile": False}
+WITHOUT = {"timestep_rounding": None, "compile": False}
 """Settings that the methods of tasks do not have, and the value that changes nothing."""
 
 
@@ -34,9 +34,6 @@ def check(tasks: Mapping[str, Task], inputs: Sequence[Inputs], pipe: Pipeline, s
         value = getattr(settings, key)
         if names and value not in (None, neutral):
             raise UserError(f"{key}={value}: the task {names[0]} does not have it; set {key}={show(neutral)}")
-    own = pipe.resolve(Sampling()).true_cfg
-    if names and own not in (None, 1):
-        raise UserError(f"true_cfg={own}: the model's own, which the task {names[0]} does not have; use another model")
     for one in inputs:
         grid = pipe.grid(*one.image.size)
         if one.mask is not None:
@@ -83,11 +80,12 @@ def images_of(pipe: Pipeline, cells: Sequence[Cell], settings: Settings) -> "lis
 
 def _arguments(cells: Sequence[Cell], sampling: Sampling) -> dict[str, Any]:
     """Return the arguments that all methods take."""
-    keys = ("steps", "guidance", "max_sequence_length", "truncate", "unknown_words")
+    keys = ("steps", "guidance", "true_cfg", "max_sequence_length", "truncate", "unknown_words")
     return {
         "prompt": [cell.prompt for cell in cells],
         "seed": [cell.seed for cell in cells],
         "programs": [cell.program for cell in cells],
+        "negative_prompts": sampling.negative_prompt,
         **{key: getattr(sampling, key) for key in keys},
     }
 

@@ -43,8 +43,11 @@ def nearest(image):
     return copy
 
 
-@pytest.mark.parametrize("attention", ["one_way", "both_ways"])
-def test_known_tokens_are_on_the_inverted_path_at_every_step(pipe, image, attention):
+GUIDED = {"true_cfg": 3.0, "negative_prompts": "a dog"}
+
+
+@pytest.mark.parametrize(("attention", "more"), [("one_way", {}), ("both_ways", {}), ("both_ways", GUIDED)])
+def test_known_tokens_are_on_the_inverted_path_at_every_step(pipe, image, attention, more):
     known = torch.from_numpy(~HOLE.flatten())
     program = None
     if attention == "one_way":
@@ -57,8 +60,8 @@ def test_known_tokens_are_on_the_inverted_path_at_every_step(pipe, image, attent
         torch.from_numpy(image).permute(2, 0, 1)[None] / 255, torch.from_numpy(HOLE.repeat(4, 0).repeat(4, 1))
     )
     path = [pipe.encode(clean)[0]]
-    pipe.invert(clean, PROMPT, programs=program, **SETTINGS, on_step=lambda i, t, x: path.append(x.clone()))
-    got = steps_of(pipe, image, attention=attention, path="inverted")
+    pipe.invert(clean, PROMPT, programs=program, **SETTINGS, **more, on_step=lambda i, t, x: path.append(x.clone()))
+    got = steps_of(pipe, image, attention=attention, path="inverted", **more)
     for after, expected in zip(got, path[-2::-1], strict=True):
         assert torch.equal(after[:, known], expected[:, known])
         assert not torch.equal(after[:, ~known], expected[:, ~known])
@@ -75,6 +78,17 @@ def test_known_tokens_are_the_image_mixed_with_noise_at_every_step(pipe, image):
     for after, t in zip(steps_of(pipe, image), sigmas[1:], strict=True):
         expected = ((1 - t) * encoded.double() + t * noise.double())[:, known]
         assert torch.allclose(after[:, known].double(), expected, atol=1e-5)
+
+
+def test_the_hole_is_guided_away_from_the_negative_prompt(pipe, image):
+    """Known tokens are the image mixed with noise all the same. At scale 1 there is no guidance."""
+    known = torch.from_numpy(~HOLE.flatten())
+    plain, one = steps_of(pipe, image), steps_of(pipe, image, true_cfg=1)
+    guided, other = steps_of(pipe, image, **GUIDED), steps_of(pipe, image, true_cfg=3.0)
+    assert torch.equal(plain, one)
+    assert torch.equal(guided[:, :, known], plain[:, :, known])
+    assert not torch.equal(guided[:, :, ~known], plain[:, :, ~known])
+    assert not torch.equal(guided[:, :, ~known], other[:, :, ~known])
 
 
 @pytest.mark.parametrize("path", ["inverted", "noised"])

@@ -51,10 +51,16 @@ def path_of(pipe, image, program, factor, **options):
     return path[::-1]
 
 
-@pytest.mark.parametrize(("method", "factor"), [("spacing", 2), ("half_steps", 3), ("aligned", 2)])
-def test_known_tokens_are_on_the_inverted_path_at_every_step(pipe, image, method, factor):
+GUIDED = {"true_cfg": 3.0, "negative_prompts": "a dog"}
+
+
+@pytest.mark.parametrize(
+    ("method", "factor", "more"),
+    [("spacing", 2, {}), ("half_steps", 3, {}), ("aligned", 2, {}), ("spacing", 2, GUIDED)],
+)
+def test_known_tokens_are_on_the_inverted_path_at_every_step(pipe, image, method, factor, more):
     spaced = {"a": {"op": "scale", "factor": factor, "axes": ["row", "col"]}} if method == "spacing" else None
-    path = path_of(pipe, image, spaced, factor)
+    path = path_of(pipe, image, spaced, factor, **more)
     known = [large(n, factor) for n in range(ROWS * COLS)]
     new = [n for n in range(ROWS * COLS * factor**2) if n not in known]
     seen = []
@@ -67,6 +73,7 @@ def test_known_tokens_are_on_the_inverted_path_at_every_step(pipe, image, method
         output="latent",
         on_step=lambda i, t, x: seen.append((i, t, x.clone())),
         **SETTINGS,
+        **more,
     )
     assert [i for i, _, _ in seen] == [0, 1]
     assert [t for _, t, _ in seen] == pipe.schedule.times(2, len(known) * factor**2)[1:]
