@@ -16,6 +16,11 @@ SCORE_BYTES = 4 << 20
 """Bytes of scores that `dense_attention` computes at a time. With a bf16 copy they fit the cache of two cores."""
 
 
+_CPU = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.10 and newer have it
+BF16_TILES = bool(_CPU.get("amx_bf16")) and torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+"""Whether PyTorch's flash kernel multiplies tiles of bf16 on this CPU (AMX)."""
+
+
 class ScoreFactor(NamedTuple):
     """A factor of scores q·kᵀ/√d, before the mask.
 
@@ -93,9 +98,9 @@ def attend(
     called with what the kernel computed with and its log-sum-exp. `queries` are the positions that it is given.
 
     The kernel depends on device, dtype, length, mask, and whether gradients are recorded. It never depends on `tap`.
-    On the CPU in bf16, with 256 keys or more and without mask and gradients, it is `dense_attention`. Otherwise it is
-    PyTorch's own, which is flash on the CPU. The two differ by rounding only. Below 256 keys flash rounds better and
-    is as fast.
+    On a CPU without AMX in bf16, with 256 keys or more and without mask and gradients, it is `dense_attention`.
+    Otherwise it is PyTorch's own, which is flash on the CPU. The two differ by rounding only. Below 256 keys flash
+    rounds better and is as fast.
     """
     if kernel(v.device.type, v.dtype, v.shape[2]) == "dense" and mask is None and not torch.is_grad_enabled():
         if tap is None:
@@ -112,7 +117,8 @@ def attend(
 
 def kernel(device: str, dtype: torch.dtype, keys: int) -> str:
     """Return the kernel of attention without mask and gradients: "dense" (`dense_attention`) or "sdpa" (PyTorch's)."""
-    return "dense" if device == "cpu" and dtype == torch.bfloat16 and keys >= 256 else "sdpa"
+    by_matmul = device == "cpu" and dtype == torch.bfloat16 and not BF16_TILES
+    return "dense" if by_matmul and keys >= 256 else "sdpa"
 
 
 def empty_token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -124,9 +130,9 @@ def empty_token_major(x: Tensor, dtype: torch.dtype) -> Tensor:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attention by matrix products: scores and softmax in fp32, probabilities rounded to v's dtype once.
 
-    On the CPU PyTorch's flash kernel takes as long in bf16 as in fp32. This takes 0.8 of that time and is as exact.
-    Scores in bf16 would take 0.55, with twice the error. It is one operator for torch.compile, which would otherwise
-    unroll the loops.
+    On a CPU without AMX PyTorch's flash kernel takes as long in bf16 as in fp32. This takes 0.8 of that time and is as
+    exact. Scores in bf16 would take 0.55, with twice the error. (With AMX flash takes a third of this.) It is one
+    operator for torch.compile, which would otherwise unroll the loops.
     """
     return (_dense_attention_op if torch.compiler.is_compiling() else _dense_attention)(q, k, v)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fluxlab.model import layers
-from fluxlab.model.attention import attend
+from fluxlab.model.attention import attend, kernel
 from fluxlab.model.groups import KeyGroups
 from fluxlab.model.rope import apply_rotary
 from fluxlab.probes import PROBES, Probe
@@ -94,7 +94,7 @@ def dense(monkeypatch):
     def attention(q, k, v, keys, mask, tap):
         groups = keys if isinstance(keys, KeyGroups) else None
         scores = torch.empty(*q.shape[:3], k.shape[2], dtype=torch.float64)
-        unrounded = v.dtype == torch.bfloat16 and k.shape[2] >= 256 and mask is None  # as in `dense_attention`
+        unrounded = mask is None and kernel("cpu", v.dtype, k.shape[2]) == "dense"
         wide = q.dtype if unrounded else v.dtype
         for n in range(q.shape[2]):
             table = (

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import config as jaxtyping_config
 
-from fluxlab.model import TRANSFORMERS, Flux, FluxParams, rotary_table
+from fluxlab.model import TRANSFORMERS, Flux, FluxParams, attention, rotary_table
 from fluxlab.model.attention import attend
 from fluxlab.model.norm_rotate import norm_and_rotate
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
@@ -169,8 +169,10 @@ def test_masks(flux):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 33, 33, 16), (1, 5, 700, 1100, 8), (1, 2, 1, 1100, 64), (2, 3, 256, 256, 64)])
+@pytest.mark.parametrize("tiles", [False, True], ids=["without-amx", "amx"])
 @torch.inference_mode()
-def test_attention_against_dense_softmax(shape):
+def test_attention_against_dense_softmax(shape, tiles, monkeypatch):
+    monkeypatch.setattr(attention, "BF16_TILES", tiles)
     B, H, queries, keys, d = shape
     g = torch.Generator().manual_seed(3)
     q = torch.randn(B, H, queries, d, generator=g).bfloat16()
