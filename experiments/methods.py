@@ -145,7 +145,7 @@ def show_dots(axes: "Axes", rows: Sequence[Row], metric: str, title: str) -> Non
         axes.hlines(at, low, high, color=colour, lw=0.9, zorder=2)
         axes.plot(mean, at, color=colour, marker=marker, ms=2.6, lw=0, label=name, zorder=3)
     axes.xaxis.set_major_locator(MaxNLocator(2, steps=[1, 2, 5, 10], min_n_ticks=1))
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}".removeprefix("0") or "0")  # ".02": neighbours must not touch
     axes.set_xlabel(title)
 
 
