@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxlab.model.operators import operator
-from fluxlab.model.rope import Rotary, apply_rotary_, rotated
+from fluxlab.model.rope import Rotary, apply_rotary_, turn_pairs_
 
 
 def norm_and_rotate(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary) -> Tensor:
@@ -34,12 +34,14 @@ def _traced(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary) ->
     exact = [part.to(table.cos.dtype) for part in parts]
     rms = [x.square().mean(-1, keepdim=True).add(1e-6).sqrt() for x in exact]
     normed = [x * scale[:, None] / r for x, scale, r in zip(exact, scales, rms, strict=True)]
-    return _rotated(normed[0] if len(normed) == 1 else torch.cat(normed, dim=1), *table)
+    out = (normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)).contiguous()
+    _rotate_(out, torch.stack(table, dim=-1))  # inductor stacks them once for all blocks
+    return out
 
 
 # One operator for torch.compile too: it has no code for complex numbers, and its code for pairs of channels is slower.
-_rotated = operator(
-    "rotated(Tensor x, Tensor cos, Tensor sin) -> Tensor",
-    lambda x, cos, sin: rotated(x, Rotary(cos, sin)),
-    lambda x, cos, sin: torch.empty_like(x, memory_format=torch.contiguous_format),
+_rotate_ = operator(
+    "rotate_(Tensor(a!) x, Tensor table) -> ()",
+    lambda x, table: turn_pairs_(x, torch.view_as_complex(table)),
+    lambda x, table: None,
 )

@@ -8,10 +8,11 @@ _LIBRARY = torch.library.Library("fluxlab", "FRAGMENT")
 
 
 def operator(schema: str, function: Callable, empty: Callable) -> Callable:
-    """Return a function without gradients as an operator of PyTorch. It must not return or change its arguments.
+    """Return a function without gradients as an operator of PyTorch. It must not return its arguments.
 
-    schema: `name(Tensor x, int n) -> Tensor`. empty: takes the same arguments and returns a tensor of the result's
-    shape, strides and dtype. `torch.library.custom_op` does the same with more work per call.
+    schema: `name(Tensor x, int n) -> Tensor`. It changes an argument that is written as `Tensor(a!) x`. empty: takes
+    the same arguments and returns a tensor of the result's shape, strides and dtype. `torch.library.custom_op` does
+    the same with more work per call.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)

@@ -80,14 +80,10 @@ def apply_rotary_(x: Tensor, table: Rotary) -> Tensor:
 
     One complex product has a quarter of the memory traffic of `apply_rotary`.
     """
-    _pairs(x).mul_(torch.complex(table.cos, table.sin))
+    turn_pairs_(x, torch.complex(table.cos, table.sin))
     return x
 
 
-def rotated(x: Tensor, table: Rotary) -> Tensor:
-    """Return what `apply_rotary_` does, in a new contiguous tensor. `x` has the dtype of the table."""
-    return torch.view_as_real(_pairs(x.contiguous()) * torch.complex(table.cos, table.sin)).flatten(-2)
-
-
-def _pairs(x: Tensor) -> Tensor:
-    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+def turn_pairs_(x: Tensor, turns: Tensor) -> None:
+    """Multiply pairs of channels of `x`, as complex numbers, by `turns` in place."""
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turns)
