@@ -11,6 +11,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 # nor for the cache of whoever runs the tests; commands that a test starts share this one
 os.environ["FLUXLAB_CACHE"] = tempfile.mkdtemp(prefix="fluxlab-cache-")
 
+# PyTorch fails in bf16 attention if oneDNN uses AMX and it must not use AVX-512 itself, as on no real processor
+if os.environ.get("ATEN_CPU_CAPABILITY") in ("avx2", "default"):
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+
 import pytest
 import torch
 from jaxtyping import install_import_hook

@@ -20,6 +20,7 @@ from fluxlab.model.layers import (
     SingleStreamBlock,
     timestep_embedding,
 )
+from fluxlab.model.linear import Linear
 from fluxlab.model.rope import Rotary
 from fluxlab.model.sites import Site
 
@@ -63,8 +64,8 @@ class Flux(nn.Module):
     def __init__(self, params: FluxParams):
         super().__init__()
         p = self.params = params
-        self.img_in = nn.Linear(p.in_channels, p.hidden_size)
-        self.txt_in = nn.Linear(p.context_in_dim, p.hidden_size)
+        self.img_in = Linear(p.in_channels, p.hidden_size)
+        self.txt_in = Linear(p.context_in_dim, p.hidden_size)
         self.time_in = MLPEmbedder(256, p.hidden_size)
         self.vector_in = MLPEmbedder(p.vec_in_dim, p.hidden_size)
         if p.guidance_embed:

@@ -24,6 +24,7 @@ from fluxlab.model.layers import (
     Modulations,
     timestep_embedding,
 )
+from fluxlab.model.linear import Linear
 from fluxlab.model.rope import Rotary
 from fluxlab.model.sites import Site
 
@@ -65,8 +66,8 @@ class Flux2(nn.Module):
     def __init__(self, params: Flux2Params):
         super().__init__()
         p = self.params = params
-        self.img_in = nn.Linear(p.in_channels, p.hidden_size, bias=False)
-        self.txt_in = nn.Linear(p.context_in_dim, p.hidden_size, bias=False)
+        self.img_in = Linear(p.in_channels, p.hidden_size, bias=False)
+        self.txt_in = Linear(p.context_in_dim, p.hidden_size, bias=False)
         self.time_in = MLPEmbedder(256, p.hidden_size, bias=False)
         if p.guidance_embed:
             self.guidance_in = MLPEmbedder(256, p.hidden_size, bias=False)

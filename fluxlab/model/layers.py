@@ -268,7 +268,7 @@ class LastLayer(nn.Module):
 
     def __init__(self, hidden_size: int, out_channels: int, bias: bool = True):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, out_channels, bias)
+        self.linear = Linear(hidden_size, out_channels, bias)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size, bias))
 
     def modulations(self, vec: Tensor) -> Modulations:
