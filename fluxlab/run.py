@@ -1,5 +1,6 @@
 """`python -m fluxlab.run +exp=<name> [overrides]`: compose the configs, check them, run."""
 
+import gc
 import re
 import shlex
 import sys
@@ -28,6 +29,8 @@ from fluxlab.settings import Sampling
 if TYPE_CHECKING:
     from fluxlab.experiment.spec import Experiment
 
+
+INTERRUPTED = "interrupted; finished images are kept, the same command continues from here"
 
 _SamplingConfig = make_dataclass(
     "_SamplingConfig", [(f.name, f.type, field(default=f.default)) for f in fields(Sampling)]
@@ -81,7 +84,13 @@ def main(arguments: list[str] | None = None) -> int:
     `arguments` are the words after `python -m fluxlab.run`; None means those of this process. May be called from a
     notebook, from several threads, and inside another Hydra application.
     """
-    return command_line(arguments, _main, "interrupted; finished images are kept, the same command continues from here")
+    if arguments is None:
+        gc.disable()  # until `run` has imported what it needs
+    try:
+        return command_line(arguments, _main, INTERRUPTED)
+    finally:
+        if arguments is None:
+            gc.enable()
 
 
 def _main(arguments: list[str]) -> None:
@@ -215,6 +224,9 @@ def run(config: RunConfig, command: str) -> None:
     from fluxlab.experiment.store import find_store
     from fluxlab.memory.request import Memory
 
+    if not gc.isenabled():  # searching the 280,000 objects of the imports for garbage takes a tenth of a short run
+        gc.freeze()
+        gc.enable()
     shard, memory = read_shard(config.shard), Memory.from_config(config.memory)
     engines.checked(config.engine)
     experiment = read(config)
