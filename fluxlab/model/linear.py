@@ -23,10 +23,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     """Return x·weightᵀ + bias, passed through a tanh-GELU if `gelu`.
 
     On the CPU oneDNN's operator computes the GELU while the product is in registers, which takes 0.55 of the time of
-    the two operators (1024 → 4096, fp32). In fp32 its product is also 15 % faster than MKL's, which `F.linear` calls,
-    and a row of the result does not depend on how many rows there are. A single row would be the exception. In bf16
-    `F.linear` calls oneDNN too, with the same bits. Compiled code calls `F.linear` without Python in between, which
-    outweighs the faster product, and oneDNN for the GELU only.
+    the two operators (1024 → 4096, fp32). In fp32 a row of the result does not depend on how many rows there are, as it
+    does with MKL, which `F.linear` calls; a single row would be the exception. Which product is faster depends on the
+    processor. In bf16 `F.linear` calls oneDNN too, with the same bits. Compiled code calls `F.linear`, with no Python
+    in between, and oneDNN for the GELU only.
     """
     if uses_onednn(x, weight):
         if x.ndim > 1 and x.numel() == x.shape[-1]:
