@@ -13,6 +13,7 @@ from fluxlab import references as refs
 from fluxlab.batching import Programs
 from fluxlab.errors import UserError
 from fluxlab.model.compiling import compile_blocks
+from fluxlab.model.packing import packed_weights
 from fluxlab.pixels import Images
 from fluxlab.positions import Program
 from fluxlab.probes import Probe
@@ -185,7 +186,8 @@ class Pipeline(Velocities):
         finite = FiniteCheck(
             names, settings.steps, self.dtype, lambda i: self._text_fault(batch["prompts"][i], settings)
         )
-        with Progress("sampling", settings.steps) if progress else nullcontext() as bar:
+        progress_bar = Progress("sampling", settings.steps) if progress else nullcontext()
+        with packed_weights(self.transformer, self.streaming is None), progress_bar as bar:
             x = sampling.euler(velocity, x, sigmas, finite.watch(on_step, bar), first)
         if self.streaming is not None and output != "latent":
             self.streaming.before_decoding()
@@ -275,7 +277,8 @@ class Pipeline(Velocities):
         finite = FiniteCheck(
             sampling.sample_names(prompts), settings.steps, self.dtype, lambda i: self._text_fault(prompts[i], settings)
         )
-        noise = sampling.invert(velocity, x.expand(len(prompts), -1, -1), sigmas, iterations, finite.watch(on_step))
+        with packed_weights(self.transformer, self.streaming is None):
+            noise = sampling.invert(velocity, x.expand(len(prompts), -1, -1), sigmas, iterations, finite.watch(on_step))
         finite.finish(noise)
         return noise
 

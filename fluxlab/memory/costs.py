@@ -10,6 +10,7 @@ from torch import nn
 
 from fluxlab.families import architecture_of, family_of
 from fluxlab.model.autoencoder import STRIPE, WHOLE, AttnBlock
+from fluxlab.model.packing import PACK_BYTES
 from fluxlab.model.protocols import AutoEncoderSizes, TransformerSizes
 
 ALIGN = 256
@@ -88,6 +89,12 @@ def transformer_bytes(p: TransformerSizes, itemsize: int) -> int:
     """Return the bytes of all weights of a transformer."""
     blocks = p.depth * sum(block_counts(p, True)) + p.depth_single_blocks * sum(block_counts(p, False))
     return (blocks + sum(end_counts(p)) + modulation_count(p)) * itemsize
+
+
+def packed_bytes(p: TransformerSizes, itemsize: int, device: str) -> int:
+    """Return the bytes of the packed copies of all weights (`packed_weights`) of a transformer that is resident."""
+    size = transformer_bytes(p, itemsize)
+    return size if device == "cpu" and size <= PACK_BYTES else 0
 
 
 def activation_bytes(p: TransformerSizes, batch: int, tokens: int, itemsize: int) -> int:

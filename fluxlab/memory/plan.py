@@ -203,10 +203,11 @@ def _common(sizes: ModelSizes, work: Workload) -> dict[str, int]:
 def _resident(sizes: ModelSizes, work: Workload, room: Room, free: int | None) -> Plan:
     p, parts = sizes.transformer, _common(sizes, work)
     parts["transformer"] = costs.transformer_bytes(p, sizes.dtype.itemsize)
+    parts["packed"] = costs.packed_bytes(p, sizes.dtype.itemsize, room.device)
     kept = room.used + parts["transformer"] + parts["autoencoder"] + parts["conditioning"] + parts["probes"]
     phases = {
         "text": room.used + parts["text"] + parts["encoding"],
-        "transformer": kept + parts["activations"],
+        "transformer": kept + parts["packed"] + parts["activations"],
         "decoder": kept + parts["decoding"],
     }
     every = tuple(range(sizes.blocks))

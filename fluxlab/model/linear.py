@@ -1,11 +1,13 @@
-"""Linear layers, computed by oneDNN on a CPU where it is faster."""
+"""Linear layers, computed by oneDNN or MKL on a CPU, whichever is faster there."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxlab.model.attention import BF16_TILES
 from fluxlab.model.operators import operator
-from fluxlab.model.torch_ops import ONEDNN_DTYPES, onednn_linear
+from fluxlab.model.packing import for_mkl, for_onednn
+from fluxlab.model.torch_ops import MKL_PACKS, ONEDNN_DTYPES, mkl_linear, onednn_linear, pack_for_mkl
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -24,26 +26,78 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
 
     On the CPU oneDNN's operator computes the GELU while the product is in registers, which takes 0.55 of the time of
     the two operators (1024 → 4096, fp32). In fp32 a row of the result does not depend on how many rows there are, as it
-    does with MKL, which `F.linear` calls; a single row would be the exception. Which product is faster depends on the
-    processor. In bf16 `F.linear` calls oneDNN too, with the same bits. Compiled code calls `F.linear`, with no Python
-    in between, and oneDNN for the GELU only.
+    may with `F.linear`, which calls MKL; a single row would be the exception. In bf16 `F.linear` calls oneDNN too, with
+    the same bits. Compiled code calls MKL in fp32.
     """
     if uses_onednn(x, weight):
-        if x.ndim > 1 and x.numel() == x.shape[-1]:
-            return linear(torch.cat((x, x)), weight, bias, gelu)[: len(x)]
-        if not torch.compiler.is_compiling():
-            return onednn_linear(x, weight, bias, gelu)
-        if gelu:
-            return _onednn_gelu(x, weight, bias)
+        single = x.ndim > 1 and x.numel() == x.shape[-1]
+        if torch.compiler.is_compiling():
+            if gelu or x.dtype != torch.float32 or not single:
+                return _compiled_linear(x, weight, bias, gelu)
+        else:
+            return _single_row(x, weight, bias, gelu) if single else _linear(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
     return F.gelu(y, approximate="tanh") if gelu else y
 
 
+MKL_FIRST = MKL_PACKS and BF16_TILES
+"""Whether fp32 products of samples with many rows are MKL's where code is not compiled.
+
+On processors with AMX they take 0.85 to 0.93 of the time of oneDNN's if weights are packed. On one without they took
+1.15 of it.
+"""
+
+MKL_ROWS = 64
+"""The least rows of a sample for which this is so. With fewer than 32 rows MKL's bits may depend on the thread."""
+
+UNPACKED = (1024, 1 << 20)
+"""From as many rows and elements of a weight on, oneDNN's bf16 products are as fast if it is not packed."""
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    if MKL_FIRST and x.dtype == torch.float32 and not gelu and x.ndim == 3 and x.shape[1] >= MKL_ROWS:
+        return _mkl_linear(x, weight, bias)
+    large = x.numel() >= UNPACKED[0] * x.shape[-1] and weight.numel() >= UNPACKED[1]
+    return onednn_linear(x, weight if large and x.dtype == torch.bfloat16 else for_onednn(weight), bias, gelu)
+
+
+def _single_row(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    return _linear(torch.cat((x, x)), weight, bias, gelu)[: len(x)]
+
+
+_same_bits: dict[tuple[int, ...], bool] = {}
+
+
+def _mkl_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return MKL's product. The bits of a sample of x `(B, L, K)` do not depend on the batch.
+
+    MKL does not promise that. So the first batch of each shape is computed sample by sample too, and if its bits are
+    others than those of one product, all batches are.
+    """
+    samples, rows = x.shape[:2]
+    case = (samples, rows, *weight.shape, torch.get_num_threads())
+    if samples == 1 or _same_bits.get(case):
+        return mkl_linear(x, for_mkl(weight, samples * rows), weight, bias)
+    packed = for_mkl(weight, rows) if case in _same_bits else pack_for_mkl(weight, rows)
+    each = torch.cat([mkl_linear(sample, packed, weight, bias) for sample in x.split(1)])
+    if case not in _same_bits:
+        _same_bits[case] = each.equal(mkl_linear(x, for_mkl(weight, samples * rows), weight, bias))
+    return each
+
+
+def _linear_of_compiled_code(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    if x.numel() == x.shape[-1]:
+        return _single_row(x, weight, bias, gelu)
+    if x.dtype == torch.float32 and MKL_PACKS and not gelu:
+        return mkl_linear(x, for_mkl(weight, x.numel() // x.shape[-1]), weight, bias)
+    return _linear(x, weight, bias, gelu)
+
+
 # Inductor would take oneDNN's own operator for one whose weight it has packed itself.
-_onednn_gelu = operator(
-    "onednn_gelu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    lambda x, weight, bias: onednn_linear(x, weight, bias, gelu=True),
-    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+_compiled_linear = operator(
+    "linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
+    _linear_of_compiled_code,
+    lambda x, weight, bias, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]),
 )
 
 

@@ -17,12 +17,29 @@ TRIED_VERSIONS = ("2.13",)
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_DTYPES = {torch.float32: _ONEDNN, torch.bfloat16: _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
 """The dtypes that oneDNN multiplies on this CPU. bf16 needs AVX-512."""
+MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+"""Whether MKL is there, and multiplies by weights that were packed before."""
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     """Return x·weightᵀ + bias, passed through a tanh-GELU if `gelu`. It has no gradient."""
     attr, algorithm = ("gelu", "tanh") if gelu else ("none", "")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
+
+
+def pack_for_onednn(weight: Tensor) -> Tensor:
+    """Return a weight `(N, K)` in the order in which oneDNN's products read it, for `onednn_linear`."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def pack_for_mkl(weight: Tensor, rows: int) -> Tensor:
+    """Return an fp32 weight `(N, K)` in the order in which MKL's products with `rows` rows read it."""
+    return torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+
+
+def mkl_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x·weightᵀ + bias in fp32. `packed` is the weight, packed for as many rows as x has."""
+    return torch.ops.mkl._mkl_linear(x, packed, weight, bias, x.numel() // x.shape[-1])
 
 
 def inductor_vector_bits() -> int:

@@ -13,12 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fluxlab
 from fluxlab.model.linear import linear
 from fluxlab.model.torch_ops import (
+    MKL_PACKS,
     ONEDNN_DTYPES,
     TRIED_VERSIONS,
     fused_attention_with_lse,
     inductor_vector_bits,
     lerp_,
+    mkl_linear,
     onednn_linear,
+    pack_for_mkl,
+    pack_for_onednn,
 )
 
 
@@ -43,6 +47,20 @@ def test_onednn_linear(dtype, gelu, bias):
     bound = 4 * torch.finfo(dtype).eps * exact.abs().max()
     assert (onednn_linear(x, weight, b, gelu) - exact).abs().max() <= bound
     assert (linear(x, weight, b, gelu) - exact).abs().max() <= bound
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.inference_mode()
+def test_packed_linear(bias):
+    g = torch.Generator().manual_seed(4)
+    x, weight, b = (torch.randn(shape, generator=g) for shape in ((2, 70, 48), (40, 48), (40,)))
+    b = b if bias else None
+    if ONEDNN_DTYPES[torch.float32]:
+        assert onednn_linear(x, pack_for_onednn(weight), b, gelu=False).equal(onednn_linear(x, weight, b, gelu=False))
+    if MKL_PACKS:
+        for part in (x, x[:, 6:]):
+            packed = pack_for_mkl(weight, part.numel() // 48)
+            assert (mkl_linear(part, packed, weight, b) - F.linear(part, weight, b)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("rows", [1, 2, 33])
