@@ -13,30 +13,33 @@ def norm_and_rotate(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Ro
     """Return queries, keys or both after RMSNorm and rotation: `(B, N, S, H, d)`, in the dtype of the table.
 
     parts: `(B, L, S, H, d)` of each stream, with S = 2 for queries and keys. scales: `(S, d)` of each stream.
+
+    The tokens of a head are next to each other in memory, as `(B, S, H, N, d)`: attention takes 0.75 to 0.98 of the
+    time of that on tokens which are H·d numbers apart (flash on a CPU, bf16 and fp32).
     """
-    table = Rotary(*(x.transpose(1, 2)[:, :, None] for x in table))
+    table = Rotary(*(x[:, None] for x in table))
     if torch.compiler.is_compiling():
         return _traced(parts, scales, table)
     # 1/rms is applied last, in the same buffer: a rotation does not change lengths.
-    tokens = [part.shape[1] for part in parts]
-    out = parts[0].new_empty((len(parts[0]), sum(tokens), *parts[0].shape[2:]), dtype=table.cos.dtype)
-    places = out.split(tokens, dim=1)
+    (B, _, S, H, d), tokens = parts[0].shape, [part.shape[1] for part in parts]
+    out = parts[0].new_empty((B, S, H, sum(tokens), d), dtype=table.cos.dtype)
+    places = out.split(tokens, dim=3)
     for part, place in zip(parts, places, strict=True):
-        place.copy_(part)
-    rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(out.shape[-1]).add_(1e-6).sqrt_()
+        place.copy_(part.permute(0, 2, 3, 1, 4))
+    rms = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_().div_(d).add_(1e-6).sqrt_()
     for scale, place in zip(scales, places, strict=True):
-        place.mul_(scale[:, None])
-    return apply_rotary_(out, table).div_(rms)
+        place.mul_(scale[:, None, None])
+    return apply_rotary_(out, table).div_(rms).permute(0, 3, 1, 2, 4)
 
 
 def _traced(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary) -> Tensor:
     """Return the same for torch.compile, which computes the norm in one loop. 1/rms is applied before the rotation."""
-    exact = [part.to(table.cos.dtype) for part in parts]
+    exact = [part.to(table.cos.dtype).permute(0, 2, 3, 1, 4) for part in parts]
     rms = [x.square().mean(-1, keepdim=True).add(1e-6).sqrt() for x in exact]
-    normed = [x * scale[:, None] / r for x, scale, r in zip(exact, scales, rms, strict=True)]
-    out = (normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)).contiguous()
+    normed = [x * scale[:, None, None] / r for x, scale, r in zip(exact, scales, rms, strict=True)]
+    out = (normed[0] if len(normed) == 1 else torch.cat(normed, dim=3)).contiguous()
     _rotate_(out, torch.stack(table, dim=-1))  # inductor stacks them once for all blocks
-    return out
+    return out.permute(0, 3, 1, 2, 4)
 
 
 # One operator for torch.compile too: it has no code for complex numbers, and its code for pairs of channels is slower.
