@@ -3,8 +3,9 @@
 python benchmarks/forward.py [--family flux2] [--quick] [--device cuda] [--json FILE]
 
 Prints the median times, the median ratio fluxlab / Diffusers (of neighbouring runs, so that other work on the machine
-affects both), and the share of the machine's matmul rate, which is measured in the same process. It takes about 12
-minutes on 2 quiet cores; `--quick`, without batch 16 at the large size, about 4.
+affects both), the share of the machine's matmul rate, which is measured in the same process, and the geometric mean of
+the ratios. On a CPU fluxlab's weights are packed, as they are while a run samples. It takes about 12 minutes on 2 quiet
+cores; `--quick`, without batch 16 at the large size, about 4.
 """
 
 import argparse
