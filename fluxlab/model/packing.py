@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from fluxlab.model.torch_ops import pack_for_mkl, pack_for_onednn
+from fluxlab.model.torch_ops import PACKED_BITS, pack_for_mkl, pack_for_onednn
 
 PACK_BYTES = 1 << 30
 """Bytes of the largest model whose weights are kept packed, as a second copy."""
@@ -45,8 +45,8 @@ def packed_weights(model: nn.Module, on: bool = True) -> Iterator[None]:
 
 
 def for_onednn(weight: Tensor) -> Tensor:
-    """Return a weight `(N, K)` packed for `onednn_linear`, or the weight itself if it is not kept packed."""
-    if not _packing:
+    """Return a weight `(N, K)` packed for `onednn_linear`, or itself if it is not kept or the bits would be others."""
+    if not _packing or not PACKED_BITS[weight.dtype]:
         return weight
     key = (weight.data_ptr(), weight.numel(), 0)
     if key not in _packed:

@@ -17,6 +17,8 @@ TRIED_VERSIONS = ("2.13",)
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 ONEDNN_DTYPES = {torch.float32: _ONEDNN, torch.bfloat16: _ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()}
 """The dtypes that oneDNN multiplies on this CPU. bf16 needs AVX-512."""
+PACKED_BITS = {torch.float32: torch.__version__.startswith(TRIED_VERSIONS), torch.bfloat16: True}
+"""Whether oneDNN's products by packed weights have the bits of others. In PyTorch 2.8 they do not in fp32."""
 MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 """Whether MKL is there, and multiplies by weights that were packed before."""
 
