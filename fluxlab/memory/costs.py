@@ -10,6 +10,7 @@ from torch import nn
 
 from fluxlab.families import architecture_of, family_of
 from fluxlab.model.autoencoder import STRIPE, WHOLE, AttnBlock
+from fluxlab.model.linear import MKL_FIRST
 from fluxlab.model.packing import PACK_BYTES
 from fluxlab.model.protocols import AutoEncoderSizes, TransformerSizes
 
@@ -92,9 +93,13 @@ def transformer_bytes(p: TransformerSizes, itemsize: int) -> int:
 
 
 def packed_bytes(p: TransformerSizes, itemsize: int, device: str) -> int:
-    """Return the bytes of the packed copies of all weights (`packed_weights`) of a transformer that is resident."""
+    """Return the bytes of the packed copies of all weights (`packed_weights`) of a transformer that is resident.
+
+    A process in which MKL packs them takes twice their size: measured with the embedded model.
+    """
     size = transformer_bytes(p, itemsize)
-    return size if device == "cpu" and size <= PACK_BYTES else 0
+    copies = 2 if MKL_FIRST and itemsize == 4 else 1
+    return copies * size if device == "cpu" and size <= PACK_BYTES else 0
 
 
 def activation_bytes(p: TransformerSizes, batch: int, tokens: int, itemsize: int) -> int:
