@@ -34,7 +34,7 @@ LARGE2 = replace(SMALL2, hidden_size=1024, num_heads=8, axes_dim=(32, 32, 32, 32
 FAMILIES = {"flux1": (SMALL, LARGE), "flux2": (SMALL2, LARGE2)}
 SHAPES = {"small": (16, 16), "large": (128, 32)}  # text tokens, side of the image in tokens
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-AIM = 0.9  # of the ratio
+AIMS = {"fp32": 0.9, "bf16": 0.75}  # of the ratio of each row
 AGREE = {"fp32": 1e-4, "bf16": 0.1}  # largest difference over the output's spread
 
 
@@ -148,7 +148,7 @@ def measure(
                 time_a, time_b, ratio, pairs = take_turns(ours, reference, device, seconds)
             share = flops(params, text, side, batch) / time_a / rate
             row = {"family": family, "size": size, "dtype": dtype, "mode": mode, "batch": batch, "device": device}
-            row |= {"seconds": time_a, "diffusers_seconds": time_b, "ratio": ratio, "aim": AIM}
+            row |= {"seconds": time_a, "diffusers_seconds": time_b, "ratio": ratio, "aim": AIMS[dtype]}
             row |= {"share_of_matmul": share, "matmul_flops": rate, "pairs": pairs, "error": error}
             rows.append(row)
             print(
@@ -164,9 +164,8 @@ def summary(rows: Sequence[dict], mode: str) -> str:
     ours = [row for row in rows if row["mode"] == mode]
     mean = statistics.geometric_mean(row["ratio"] for row in ours)
     missed = [f"{r['size']} {r['dtype']} batch {r['batch']} {r['ratio']:.3f}" for r in ours if r["ratio"] > r["aim"]]
-    return f"{mode}: geometric mean {mean:.3f}, aim {AIM}; " + (
-        f"above it: {', '.join(missed)}" if missed else "all met"
-    )
+    aims = f"above their aims: {', '.join(missed)}" if missed else "aims met in every row"
+    return f"{mode}: {aims} (geometric mean {mean:.3f})"
 
 
 def main() -> None:
