@@ -95,7 +95,8 @@ def transformer_bytes(p: TransformerSizes, itemsize: int) -> int:
 def packed_bytes(p: TransformerSizes, itemsize: int, device: str) -> int:
     """Return the bytes of the packed copies of all weights (`packed_weights`) of a transformer that is resident.
 
-    A process in which MKL packs them takes twice their size: measured with the embedded model.
+    Those of MKL count twice: they are made between activations, where malloc then cannot join what is freed. Measured
+    with the embedded model.
     """
     size = transformer_bytes(p, itemsize)
     copies = 2 if MKL_FIRST and itemsize == 4 else 1
