@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from fluxlab.errors import UserError
-from fluxlab.model.torch_ops import inductor_vector_bits
+from fluxlab.model.graph_pass import graph_pass
+from fluxlab.model.torch_ops import GRAPH_PASSES, inductor_vector_bits
 
 REGIONS = ("project", "update")
 """The methods of a block that are compiled. Neither sees rotary tables, masks, probes or sites."""
@@ -39,11 +40,11 @@ def compile_blocks(model: nn.Module, on: bool = True, backend: str | Callable = 
                 block.__dict__.pop(name, None)
 
 
-def compile_options(backend: str | Callable, device: str) -> dict[str, int | bool] | None:
+def compile_options(backend: str | Callable, device: str) -> dict[str, object] | None:
     """Return the options of `torch.compile` for a device.
 
     On a CPU the calls of kernels are C++ too, and do not check sizes again: for small models this takes 0.9 of the
-    time, and compiles as fast. One option is needed for right results:
+    time, and compiles as fast. `graph_pass` is applied. One option is needed for right results:
 
     Inductor keeps its code in a folder, for other processes. On a CPU the code steps over as many numbers as a vector
     register holds, but the key under which it is kept does not say how many (PyTorch 2.13). A processor with shorter
@@ -52,7 +53,8 @@ def compile_options(backend: str | Callable, device: str) -> dict[str, int | boo
     """
     if backend != "inductor" or device != "cpu":
         return None
-    return {"cpp.simdlen": inductor_vector_bits(), "cpp_wrapper": True, "size_asserts": False}
+    options = {"cpp.simdlen": inductor_vector_bits(), "cpp_wrapper": True, "size_asserts": False}
+    return options | {"post_grad_custom_pre_pass": graph_pass()} if GRAPH_PASSES else options
 
 
 @cache

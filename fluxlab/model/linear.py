@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fluxlab.model.attention import BF16_TILES
 from fluxlab.model.operators import operator
 from fluxlab.model.packing import for_mkl, for_onednn
-from fluxlab.model.torch_ops import MKL_PACKS, ONEDNN_DTYPES, mkl_linear, onednn_linear, pack_for_mkl
+from fluxlab.model.torch_ops import MKL_PACKS, ONEDNN_DTYPES, mkl_linear, onednn_linear, pack_for_mkl, uses_mkl
 
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -33,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
         single = x.ndim > 1 and x.numel() == x.shape[-1]
         if torch.compiler.is_compiling():
             if gelu or x.dtype != torch.float32 or not single:
-                return _compiled_linear(x, weight, bias, gelu)
+                return compiled_linear(x, weight, bias, gelu)
         else:
             return _single_row(x, weight, bias, gelu) if single else _linear(x, weight, bias, gelu)
     y = F.linear(x, weight, bias)
@@ -50,15 +50,11 @@ On processors with AMX they take 0.85 to 0.93 of the time of oneDNN's if weights
 MKL_ROWS = 64
 """The least rows of a sample for which this is so. With fewer than 32 rows MKL's bits may depend on the thread."""
 
-UNPACKED = (1024, 1 << 20)
-"""From as many rows and elements of a weight on, oneDNN's bf16 products are as fast if it is not packed."""
-
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     if MKL_FIRST and x.dtype == torch.float32 and not gelu and x.ndim == 3 and x.shape[1] >= MKL_ROWS:
         return _mkl_linear(x, weight, bias)
-    large = x.numel() >= UNPACKED[0] * x.shape[-1] and weight.numel() >= UNPACKED[1]
-    return onednn_linear(x, weight if large and x.dtype == torch.bfloat16 else for_onednn(weight), bias, gelu)
+    return onednn_linear(x, for_onednn(weight, x.numel() // x.shape[-1]), bias, gelu)
 
 
 def _single_row(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
@@ -88,13 +84,13 @@ def _mkl_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _linear_of_compiled_code(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
     if x.numel() == x.shape[-1]:
         return _single_row(x, weight, bias, gelu)
-    if x.dtype == torch.float32 and MKL_PACKS and not gelu:
+    if uses_mkl(x.dtype, gelu):
         return mkl_linear(x, for_mkl(weight, x.numel() // x.shape[-1]), weight, bias)
     return _linear(x, weight, bias, gelu)
 
 
 # Inductor would take oneDNN's own operator for one whose weight it has packed itself.
-_compiled_linear = operator(
+compiled_linear = operator(
     "linear(Tensor x, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
     _linear_of_compiled_code,
     lambda x, weight, bias, gelu: x.new_empty(*x.shape[:-1], weight.shape[0]),

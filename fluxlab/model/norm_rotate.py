@@ -35,16 +35,17 @@ def norm_and_rotate(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Ro
 def _traced(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary) -> Tensor:
     """Return the same for torch.compile, which computes the norm in one loop. 1/rms is applied before the rotation."""
     exact = [part.to(table.cos.dtype).permute(0, 2, 3, 1, 4) for part in parts]
-    rms = [x.square().mean(-1, keepdim=True).add(1e-6).sqrt() for x in exact]
-    normed = [x * scale[:, None, None] / r for x, scale, r in zip(exact, scales, rms, strict=True)]
-    out = (normed[0] if len(normed) == 1 else torch.cat(normed, dim=3)).contiguous()
-    _rotate_(out, torch.stack(table, dim=-1))  # inductor stacks them once for all blocks
-    return out.permute(0, 3, 1, 2, 4)
+    inverse = [x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() for x in exact]
+    normed = [x * scale[:, None, None] * r for x, scale, r in zip(exact, scales, inverse, strict=True)]
+    joint = normed[0] if len(normed) == 1 else torch.cat(normed, dim=3)
+    pairs = joint.unflatten(-1, (-1, 2)).contiguous()
+    _rotate_(pairs, torch.stack(table, dim=-1))  # once for all blocks: `graph_pass` shares them
+    return pairs.flatten(-2).permute(0, 3, 1, 2, 4)
 
 
 # One operator for torch.compile too: it has no code for complex numbers, and its code for pairs of channels is slower.
 _rotate_ = operator(
-    "rotate_(Tensor(a!) x, Tensor table) -> ()",
-    lambda x, table: turn_pairs_(x, torch.view_as_complex(table)),
-    lambda x, table: None,
+    "rotate_(Tensor(a!) pairs, Tensor turns) -> ()",
+    turn_pairs_,
+    lambda pairs, turns: None,
 )

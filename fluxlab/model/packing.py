@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from fluxlab.model.torch_ops import PACKED_BITS, pack_for_mkl, pack_for_onednn
@@ -14,8 +15,12 @@ from fluxlab.model.torch_ops import PACKED_BITS, pack_for_mkl, pack_for_onednn
 PACK_BYTES = 1 << 30
 """Bytes of the largest model whose weights are kept packed, as a second copy."""
 
+UNPACKED = (1024, 1 << 20)
+"""From as many rows and elements of a weight on, oneDNN's bf16 products are as fast if it is not packed."""
+
 _storages: Counter[int] = Counter()  # addresses of storages, and in how many contexts their weights are packed
 _packed: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # by address, elements and rows
+_lists: dict[tuple[int, ...], list[Tensor]] = {}  # what `all_packed` returned
 
 
 @contextmanager
@@ -36,13 +41,18 @@ def packed_weights(model: nn.Module, on: bool = True) -> Iterator[None]:
         _storages.subtract(storages)
         for address in [address for address in storages if not _storages[address]]:
             del _storages[address]
+        _lists.clear()
         for key in [key for key, (weight, _) in _packed.items() if not _is_kept(weight)]:
             del _packed[key]
 
 
-def for_onednn(weight: Tensor) -> Tensor:
-    """Return a weight `(N, K)` packed for `onednn_linear`, or itself if it is not kept or the bits would be others."""
-    if not _storages or not PACKED_BITS[weight.dtype]:
+def for_onednn(weight: Tensor, rows: int) -> Tensor:
+    """Return a weight `(N, K)` packed for `onednn_linear`.
+
+    Returns the weight itself if it is not kept, the bits would be others, or the product would not be faster.
+    """
+    large = rows >= UNPACKED[0] and weight.numel() >= UNPACKED[1] and weight.dtype == torch.bfloat16
+    if not _storages or not PACKED_BITS[weight.dtype] or large:
         return weight
     key = (weight.data_ptr(), weight.numel(), 0)
     if key in _packed:
@@ -57,6 +67,17 @@ def for_mkl(weight: Tensor, rows: int) -> Tensor:
         return _packed[key][1]
     packed = pack_for_mkl(weight, rows)
     return _keep(key, weight, packed) if _is_kept(weight) else packed
+
+
+def all_packed(weights: list[Tensor], rows: list[int], mkl: list[bool]) -> list[Tensor]:
+    """Return each weight `(N, K)` packed for a product with so many rows, by MKL or by oneDNN."""
+    key = (*(weight.data_ptr() for weight in weights), *(weight.numel() for weight in weights), *rows, *mkl)
+    if key in _lists:
+        return _lists[key]
+    packed = [(for_mkl if by else for_onednn)(*of) for *of, by in zip(weights, rows, mkl, strict=True)]
+    if all(map(_is_kept, weights)):
+        _lists[key] = packed
+    return packed
 
 
 def _is_kept(weight: Tensor) -> bool:

@@ -6,6 +6,7 @@ its public counterpart, and requires that the installed version is listed here.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,11 @@ PACKED_BITS = {torch.float32: torch.__version__.startswith(TRIED_VERSIONS), torc
 """Whether oneDNN's products by packed weights have the bits of others. In PyTorch 2.8 they do not in fp32."""
 MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
 """Whether MKL is there, and multiplies by weights that were packed before."""
+GRAPH_PASSES = torch.__version__.startswith(TRIED_VERSIONS) and _ONEDNN and MKL_PACKS
+"""Whether graphs of torch.compile are changed before code is generated. It relies on how inductor calls operators."""
+
+STACKS = (torch.ops.aten.unsqueeze.default, torch.ops.aten.cat.default)
+"""What `torch.stack` is in a graph."""
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
@@ -42,6 +48,47 @@ def pack_for_mkl(weight: Tensor, rows: int) -> Tensor:
 def mkl_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return x·weightᵀ + bias in fp32. `packed` is the weight, packed for as many rows as x has."""
     return torch.ops.mkl._mkl_linear(x, packed, weight, bias, x.numel() // x.shape[-1])
+
+
+def uses_mkl(dtype: torch.dtype, gelu: bool) -> bool:
+    """Return whether products in compiled code are MKL's. oneDNN's are slower in fp32, but include the GELU."""
+    return dtype == torch.float32 and MKL_PACKS and not gelu
+
+
+def packed_linear(x: Tensor, packed: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    """Return the product of compiled code by a weight that was packed for it."""
+    return mkl_linear(x, packed, weight, bias) if uses_mkl(x.dtype, gelu) else onednn_linear(x, packed, bias, gelu)
+
+
+def lower_packed_linear(operator: Callable) -> None:
+    """Let inductor call MKL and oneDNN where a graph has `operator`, which is `packed_linear`, without Python.
+
+    Inductor has its own lowerings of their operators, but only for weights that are constants of the graph.
+    """
+    from torch._inductor.lowering import fallback_handler, register_lowering
+
+    mkl = fallback_handler(torch.ops.mkl._mkl_linear.default, add_to_fallback_set=False)
+    onednn = fallback_handler(torch.ops.mkldnn._linear_pointwise.default, add_to_fallback_set=False)
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lowering(x, packed, weight, bias, gelu):
+        if uses_mkl(x.get_dtype(), gelu):
+            return mkl(x, packed, weight, bias, math.prod(x.get_size()[:-1]))
+        return onednn(x, packed, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
+
+
+def inductor_pass(change: Callable[[torch.fx.Graph], None], file: str) -> object:
+    """Return a pass of inductor that calls `change`. Inductor keeps its code until `file` or this file changes."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+    class Pass(CustomGraphPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            change(graph)
+
+        def uuid(self) -> object:
+            return get_hash_for_files((file, __file__))
+
+    return Pass()
 
 
 def inductor_vector_bits() -> int:
