@@ -16,6 +16,7 @@ from torch import nn
 
 from fluxlab.errors import UserError
 from fluxlab.model.graph_pass import graph_pass
+from fluxlab.model.packing import can_be_packed
 from fluxlab.model.torch_ops import GRAPH_PASSES, inductor_vector_bits
 
 REGIONS = ("project", "update")
@@ -29,22 +30,23 @@ def compile_blocks(model: nn.Module, on: bool = True, backend: str | Callable = 
     larger ones are compiled separately. Results differ from those of uncompiled blocks in their last bits. backend: of
     `torch.compile`. Raises `UserError` if there is no compiler for the device of the model.
     """
-    device = next(model.parameters()).device.type
+    device, packed = next(model.parameters()).device.type, can_be_packed(model)
     if on and backend == "inductor":
         _check_compiler(device)
     for block in (*model.double_blocks, *model.single_blocks):
         for name in REGIONS:
             if on:
-                setattr(block, name, MethodType(_compiled(getattr(type(block), name), backend, device), block))
+                setattr(block, name, MethodType(_compiled(getattr(type(block), name), backend, device, packed), block))
             else:
                 block.__dict__.pop(name, None)
 
 
-def compile_options(backend: str | Callable, device: str) -> dict[str, object] | None:
-    """Return the options of `torch.compile` for a device.
+def compile_options(backend: str | Callable, device: str, packed: bool = True) -> dict[str, object] | None:
+    """Return the options of `torch.compile` for a device. packed: whether weights are packed during a run.
 
     On a CPU the calls of kernels are C++ too, and do not check sizes again: for small models this takes 0.9 of the
-    time, and compiles as fast. `graph_pass` is applied. One option is needed for right results:
+    time, and compiles as fast. If weights are packed, `graph_pass` is applied; otherwise it would pack all weights of
+    a graph at once. One option is needed for right results:
 
     Inductor keeps its code in a folder, for other processes. On a CPU the code steps over as many numbers as a vector
     register holds, but the key under which it is kept does not say how many (PyTorch 2.13). A processor with shorter
@@ -54,12 +56,12 @@ def compile_options(backend: str | Callable, device: str) -> dict[str, object] |
     if backend != "inductor" or device != "cpu":
         return None
     options = {"cpp.simdlen": inductor_vector_bits(), "cpp_wrapper": True, "size_asserts": False}
-    return options | {"post_grad_custom_pre_pass": graph_pass()} if GRAPH_PASSES else options
+    return options | {"post_grad_custom_pre_pass": graph_pass()} if GRAPH_PASSES and packed else options
 
 
 @cache
-def _compiled(region: Callable, backend: str | Callable, device: str) -> Callable:
-    options = compile_options(backend, device)
+def _compiled(region: Callable, backend: str | Callable, device: str, packed: bool) -> Callable:
+    options = compile_options(backend, device, packed)
     return torch.compile(region, dynamic=True, fullgraph=True, backend=backend, options=options)
 
 

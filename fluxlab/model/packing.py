@@ -23,17 +23,21 @@ _packed: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # by address, e
 _lists: dict[tuple[int, ...], list[Tensor]] = {}  # what `all_packed` returned
 
 
+def can_be_packed(model: nn.Module) -> bool:
+    """Return whether all weights of a model are on a CPU, and have at most `PACK_BYTES`."""
+    weights = list(model.parameters())
+    return sum(weight.nbytes for weight in weights) <= PACK_BYTES and all(w.device.type == "cpu" for w in weights)
+
+
 @contextmanager
 def packed_weights(model: nn.Module, on: bool = True) -> Iterator[None]:
-    """Keep the weights of a model on a CPU packed, if they have at most `PACK_BYTES`.
+    """Keep the weights of a model packed, if they can be.
 
     A weight is packed at its first product, and the copies are freed at the end. Weights must not be changed in place
     inside. Results have the same bits.
     """
-    weights = list(model.parameters())
-    fits = sum(weight.nbytes for weight in weights) <= PACK_BYTES
-    on = on and fits and all(weight.device.type == "cpu" for weight in weights)
-    storages = Counter({weight.untyped_storage().data_ptr() for weight in weights} if on else ())
+    on = on and can_be_packed(model)
+    storages = Counter({weight.untyped_storage().data_ptr() for weight in model.parameters()} if on else ())
     _storages.update(storages)
     try:
         yield

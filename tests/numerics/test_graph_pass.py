@@ -55,7 +55,7 @@ def test_bits_and_calls(family, dtype, unchecked):  # noqa: F811
     model, inputs = forward_of(MODELS[family], dtype, 2)
     options = compile_options("inductor", "cpu")
     compiled = torch.compile(model, fullgraph=True, options=options)
-    without = {name: value for name, value in options.items() if name != "post_grad_custom_pre_pass"}
+    without = compile_options("inductor", "cpu", packed=False)
     expected = torch.compile(model, fullgraph=True, options=without)(*inputs)
     assert compiled(*inputs).equal(expected)
     with packed_weights(model):
@@ -84,3 +84,15 @@ def test_compiled_blocks():
         assert (latents(*case) - exact).abs().max() < 1e-4
     assert calls(lambda: latents(*cases[0]))["fluxlab::linear"] == 0
     torch._dynamo.reset()
+
+
+def test_weights_that_are_not_kept_are_packed_one_at_a_time(monkeypatch):
+    """Those of a large model: a graph that packs all of its weights first needs a copy of them."""
+    name = "post_grad_custom_pre_pass"
+    seen = []
+    monkeypatch.setattr("fluxlab.model.compiling._compiled", lambda region, *rest: seen.append(rest) or region)
+    pipe = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
+    for limit, packed in ((1 << 30, True), (1000, False)):
+        monkeypatch.setattr(packing, "PACK_BYTES", limit)
+        compile_blocks(pipe.transformer)
+        assert (name in compile_options(*seen[-1])) == packed
