@@ -45,7 +45,7 @@ def _traced(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary) ->
 
 # One operator for torch.compile too: it has no code for complex numbers, and its code for pairs of channels is slower.
 _rotate_ = operator(
-    "rotate_(Tensor(a!) pairs, Tensor turns) -> ()",
-    turn_pairs_,
-    lambda pairs, turns: None,
+    "rotate_(Tensor(a!) pairs, Tensor table) -> ()",
+    lambda pairs, table: turn_pairs_(pairs, torch.view_as_complex(table)),
+    lambda pairs, table: None,
 )
