@@ -64,8 +64,9 @@ def _look_up_together(graph: fx.Graph) -> None:
     with graph.inserting_before(start):
         rows = [_rows(graph, node, sizes) for node in linears]
         mkl = [uses_mkl(node.args[0].meta["val"].dtype, node.args[3]) for node in linears]
-        packed = graph.call_function(_all_packed, (weights, rows, mkl))
-        packed.meta["val"] = [weight.meta["val"] for weight in weights]
+        times = 2 if len(linears) == 1 else 1  # inductor's C++ reads a list of one tensor as a tensor (PyTorch 2.13)
+        packed = graph.call_function(_all_packed, tuple(part * times for part in (weights, rows, mkl)))
+        packed.meta["val"] = [weight.meta["val"] for weight in weights * times]
         items = [graph.call_function(python.getitem, (packed, i)) for i in range(len(weights))]
     for node, weight, item in zip(linears, weights, items, strict=True):
         item.meta["val"] = weight.meta["val"]
