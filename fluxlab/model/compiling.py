@@ -30,9 +30,10 @@ def compile_blocks(model: nn.Module, on: bool = True, backend: str | Callable = 
     larger ones are compiled separately. Results differ from those of uncompiled blocks in their last bits. backend: of
     `torch.compile`. Raises `UserError` if there is no compiler for the device of the model.
     """
-    device, packed = next(model.parameters()).device.type, can_be_packed(model)
+    device = next(model.parameters()).device.type
     if on and backend == "inductor":
         _check_compiler(device)
+    packed = on and can_be_packed(model)
     for block in (*model.double_blocks, *model.single_blocks):
         for name in REGIONS:
             if on:

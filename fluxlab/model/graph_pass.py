@@ -30,7 +30,7 @@ _packed_linear = operator(
 
 
 @cache
-def graph_pass():
+def graph_pass() -> object:
     """Return the pass, for inductor's option `post_grad_custom_pre_pass`."""
     lower_packed_linear(_packed_linear)
     return inductor_pass(_change, __file__)
@@ -53,6 +53,7 @@ def _share(graph: fx.Graph) -> None:
 
 
 def _look_up_together(graph: fx.Graph) -> None:
+    """Let one operator look up the weights of all products whose number of rows is known at the start of the graph."""
     inputs = graph.find_nodes(op="placeholder")
     sizes = {node.meta["val"].node.expr: node for node in inputs if isinstance(node.meta["val"], SymInt)}
     linears = graph.find_nodes(op="call_function", target=compiled_linear)
@@ -78,6 +79,7 @@ def _look_up_together(graph: fx.Graph) -> None:
 
 
 def _batch(node: fx.Node) -> torch.Size:
+    """Return the sizes of the input of a product, without its channels. They may be symbolic."""
     return node.args[0].meta["val"].shape[:-1]
 
 

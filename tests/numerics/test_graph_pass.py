@@ -87,8 +87,8 @@ def test_compiled_blocks():
     torch._dynamo.reset()
 
 
-def test_weights_that_are_not_kept_are_packed_one_at_a_time(monkeypatch):
-    """Those of a large model: a graph that packs all of its weights first needs a copy of them."""
+def test_graphs_of_large_models_are_not_changed(monkeypatch):
+    """Their weights are not kept packed. A graph that packs all of its weights first needs a copy of them."""
     name = "post_grad_custom_pre_pass"
     seen = []
     monkeypatch.setattr("fluxlab.model.compiling._compiled", lambda region, *rest: seen.append(rest) or region)
