@@ -57,7 +57,7 @@ def compile_options(backend: str | Callable, device: str, packed: bool = True) -
     if backend != "inductor" or device != "cpu":
         return None
     options = {"cpp.simdlen": inductor_vector_bits(), "cpp_wrapper": True, "size_asserts": False}
-    return options | {"post_grad_custom_pre_pass": graph_pass()} if GRAPH_PASSES and packed else options
+    return options | {"post_grad_custom_pre_pass": graph_pass(packed)} if GRAPH_PASSES else options
 
 
 @cache

@@ -125,8 +125,8 @@ class Flux(nn.Module):
 
         joint = torch.cat((txt, img), dim=1)
         for block, own in zip(self.single_blocks, inputs[p.depth :], strict=True):
-            joint = block(joint, *own)
-        return self.final_layer(joint[:, txt.shape[1] :], modulations[-1])
+            joint = block(joint, *own, unread=txt.shape[1] if block is self.single_blocks[-1] else 0)
+        return self.final_layer(joint[:, -img.shape[1] :], modulations[-1])
 
     def conditioning(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None) -> Tensor:
         """Return the vector `(B, D)` of time, guidance (if the model is distilled) and pooled text.

@@ -19,15 +19,19 @@ class LinearSwiGLU(nn.Linear):
 
 
 class ParallelSwiGLU(nn.Linear):
-    """One projection for attention and MLP. Returns the first `attention_width` channels, and SwiGLU of the rest."""
+    """One projection for attention and MLP. Returns the first `attention_width` channels, and SwiGLU of the rest.
+
+    SwiGLU is of tokens from `first` on. It is computed first because it takes the most memory for a moment.
+    """
 
     def __init__(self, dim: int, attention_width: int, mlp_width: int):
         super().__init__(dim, attention_width + 2 * mlp_width, bias=False)
         self.widths = (attention_width, 2 * mlp_width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         attention, mlp = self.weight.split(self.widths)
-        return linear(x, attention, None), _swiglu(x, mlp)
+        mlp = _swiglu(x[:, first:] if first else x, mlp)
+        return linear(x, attention, None), mlp
 
 
 def _swiglu(x: Tensor, weight: Tensor) -> Tensor:

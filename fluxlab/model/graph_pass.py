@@ -2,7 +2,7 @@
 
 A call of Python from compiled code takes about 10 µs. `linear` would be such a call for each product, because its
 packed weight is not known before the run. So one operator looks up all packed weights of a graph, and the products are
-calls of C++.
+calls of C++. Queries and keys are normalised, rotated and converted in one loop.
 """
 
 import operator as python
@@ -12,10 +12,20 @@ from math import prod
 import torch
 from torch import SymInt, fx
 
+from fluxlab.model import norm_rotate
 from fluxlab.model.linear import compiled_linear
+from fluxlab.model.norm_rotate import CODE, compiled_norm_rotate
 from fluxlab.model.operators import operator
 from fluxlab.model.packing import all_packed
-from fluxlab.model.torch_ops import STACKS, inductor_pass, lower_packed_linear, packed_linear, uses_mkl
+from fluxlab.model.torch_ops import (
+    CONVERSION,
+    VIEWS,
+    inductor_pass,
+    lower_norm_rotate,
+    lower_packed_linear,
+    packed_linear,
+    uses_mkl,
+)
 
 _all_packed = operator(
     "all_packed(Tensor(a)[] weights, SymInt[] rows, bool[] mkl) -> Tensor(a)[]",
@@ -30,26 +40,36 @@ _packed_linear = operator(
 
 
 @cache
-def graph_pass() -> object:
-    """Return the pass, for inductor's option `post_grad_custom_pre_pass`."""
+def graph_pass(packed: bool) -> object:
+    """Return the pass, for inductor's option `post_grad_custom_pre_pass`. packed: whether weights are looked up."""
     lower_packed_linear(_packed_linear)
-    return inductor_pass(_change, __file__)
+    lower_norm_rotate(compiled_norm_rotate, CODE)
+
+    def change(graph: fx.Graph) -> None:
+        _convert_inside(graph)
+        if packed:
+            _look_up_together(graph)
+
+    return inductor_pass(change, (__file__, norm_rotate.__file__), str(packed))
 
 
-def _change(graph: fx.Graph) -> None:
-    _share(graph)
-    _look_up_together(graph)
-
-
-def _share(graph: fx.Graph) -> None:
-    """Compute equal stacks once: each block stacks cos and sin of the same rotary table."""
-    first: dict[str, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.target in STACKS:
-            same = first.setdefault(str((node.target, node.args, node.kwargs)), node)
-            if same is not node:
-                node.replace_all_uses_with(same)
-                graph.erase_node(node)
+def _convert_inside(graph: fx.Graph) -> None:
+    """Let queries and keys be rotated into the dtype to which all of them are converted later."""
+    for node in graph.find_nodes(op="call_function", target=compiled_norm_rotate):
+        views, users = [node], []
+        for view in views:
+            views += [user for user in view.users if user.target in VIEWS]
+            users += [user for user in view.users if user.target not in VIEWS]
+        dtypes = {user.args[1] if user.target is CONVERSION else None for user in users}
+        if len(dtypes) > 1 or None in dtypes:
+            continue
+        node.args = (*node.args[:-1], *dtypes)
+        for view in views:
+            values = fx.map_arg(view.args, lambda argument: argument.meta["val"])
+            view.meta["val"] = view.target(*values)
+        for user in users:
+            user.replace_all_uses_with(user.args[0])
+            graph.erase_node(user)
 
 
 def _look_up_together(graph: fx.Graph) -> None:

@@ -108,15 +108,18 @@ class LinearGELU(nn.Linear):
 
 
 class ParallelLinear(nn.Linear):
-    """One projection for attention and MLP. Returns its first `attention_width` channels, and the GELU of the rest."""
+    """One projection for attention and MLP. Returns its first `attention_width` channels, and the GELU of the rest.
+
+    The GELU is of tokens from `first` on.
+    """
 
     def __init__(self, dim: int, attention_width: int, mlp_width: int):
         super().__init__(dim, attention_width + mlp_width)
         self.widths = (attention_width, mlp_width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         if not uses_onednn(x, self.weight):
             qkv, mlp = F.linear(x, self.weight, self.bias).split(self.widths, dim=-1)
-            return qkv, F.gelu(mlp, approximate="tanh")
+            return qkv, F.gelu(mlp[:, first:], approximate="tanh")
         (w_qkv, w_mlp), (b_qkv, b_mlp) = self.weight.split(self.widths), self.bias.split(self.widths)
-        return linear(x, w_qkv, b_qkv), linear(x, w_mlp, b_mlp, gelu=True)
+        return linear(x, w_qkv, b_qkv), linear(x[:, first:] if first else x, w_mlp, b_mlp, gelu=True)

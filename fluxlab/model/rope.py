@@ -80,10 +80,5 @@ def apply_rotary_(x: Tensor, table: Rotary) -> Tensor:
 
     One complex product has a quarter of the memory traffic of `apply_rotary`.
     """
-    turn_pairs_(x.unflatten(-1, (-1, 2)), torch.complex(table.cos, table.sin))
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(torch.complex(table.cos, table.sin))
     return x
-
-
-def turn_pairs_(pairs: Tensor, turns: Tensor) -> None:
-    """Multiply pairs of channels `(…, d/2, 2)`, as complex numbers, by complex `turns` `(…, d/2)` in place."""
-    torch.view_as_complex(pairs).mul_(turns)

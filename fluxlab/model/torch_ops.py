@@ -6,7 +6,7 @@ its public counterpart, and requires that the installed version is listed here.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,10 @@ MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_l
 GRAPH_PASSES = torch.__version__.startswith(TRIED_VERSIONS) and _ONEDNN and MKL_PACKS
 """Whether graphs of torch.compile are changed before code is generated. It relies on how inductor calls operators."""
 
-STACKS = (torch.ops.aten.unsqueeze.default, torch.ops.aten.cat.default)
-"""What `torch.stack` is in a graph."""
+VIEWS = (torch.ops.aten.permute.default, torch.ops.aten.select.int)
+"""Views as they are in a graph of torch.compile."""
+CONVERSION = torch.ops.prims.convert_element_type.default
+"""What `Tensor.to(dtype)` is in a graph of torch.compile."""
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
@@ -77,8 +79,60 @@ def lower_packed_linear(operator: Callable) -> None:
         return onednn(x, packed, bias, "gelu" if gelu else "none", [], "tanh" if gelu else "")
 
 
-def inductor_pass(change: Callable[[torch.fx.Graph], None], file: str) -> object:
-    """Return a pass of inductor that calls `change`. Inductor keeps its code until `file` or this file changes."""
+def lower_norm_rotate(operator: Callable, code: str) -> None:
+    """Let inductor generate C++ from a template where a graph has `operator`, which is `compiled_norm_rotate`.
+
+    The operator itself is called for other dtypes than fp32 and bf16, if the channels of a head are not 32·n, and on
+    a processor without vectors.
+    """
+    from torch._inductor import ir
+    from torch._inductor.codegen.cpp import get_export_declaration
+    from torch._inductor.codegen.cpp_template import CppTemplate
+    from torch._inductor.codegen.cpp_utils import cexpr_index
+    from torch._inductor.lowering import fallback_handler, register_lowering
+
+    generic = fallback_handler(operator, add_to_fallback_set=False)
+
+    class Template(CppTemplate):
+        def render(self, kernel, template_buffer_node=None, **_) -> str:
+            *streams, cos, sin = self.input_nodes
+            out = template_buffer_node or self.output_node
+            names = [f"{name}{i}" for i in range(len(streams) // 2) for name in ("x", "scale")] + ["cos", "sin"]
+            signature = kernel.def_kernel(dict(zip(names, self.input_nodes, strict=True)), {"out": out})
+            number = lambda size: cexpr_index(kernel.rename_indexing(size))  # noqa: E731
+            B, S, H, _, d = map(number, out.get_size())
+            angle = ["b" if cos.get_size()[0] != 1 else "0", "h" if cos.get_size()[1] != 1 else "0", "n", "0"]
+            values = {"out": kernel.index(out, ["b", "j", "h", "n", "0"]), "streams": []}
+            values |= {"cos": kernel.index(cos, angle), "sin": kernel.index(sin, angle)}
+            start = 0
+            for x, scale in zip(streams[::2], streams[1::2], strict=True):
+                end = start + x.get_size()[1]
+                places = {"x": kernel.index(x, ["b", "l", "j", "h", "0"]), "scale": kernel.index(scale, ["j", "0"])}
+                values["streams"].append(places | {"start": number(start), "end": number(end)})
+                start = end
+            values |= {"export": get_export_declaration(), "profile": kernel.maybe_codegen_profile()}
+            return self.header().getvalue() + self._template_from_string(code).render(
+                **values, signature=signature, B=B, S=S, H=H, d=d
+            )
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lowering(x, scale, x2, scale2, cos, sin, dtype):
+        tensors = [tensor for tensor in (x, scale, x2, scale2, cos, sin) if tensor is not None]
+        B, L, S, H, d = x.get_size()
+        dtypes = {dtype, *(tensor.get_dtype() for tensor in tensors)}
+        known = dtypes <= {torch.float32, torch.bfloat16} and cos.get_dtype() == torch.float32
+        if not (known and d % 32 == 0 and inductor_vector_bits()):
+            return generic(x, scale, x2, scale2, cos, sin, dtype)
+        size = [B, S, H, L if x2 is None else L + x2.get_size()[1], d]
+        inputs = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(tensor)) for tensor in tensors]
+        template = Template("norm_rotate", inputs, ir.FixedLayout(x.get_device(), dtype, size), torch.get_num_threads())
+        out = template.generate().output_node()
+        out.data.data.allow_epilogue_fusion = False
+        return out
+
+
+def inductor_pass(change: Callable[[torch.fx.Graph], None], files: Sequence[str], key: str) -> object:
+    """Return a pass of inductor that calls `change`. Inductor keeps its code until files, this file or `key` change."""
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Pass(CustomGraphPass):
@@ -86,7 +140,7 @@ def inductor_pass(change: Callable[[torch.fx.Graph], None], file: str) -> object
             change(graph)
 
         def uuid(self) -> object:
-            return get_hash_for_files((file, __file__))
+            return get_hash_for_files((*files, __file__), key)
 
     return Pass()
 

@@ -1,4 +1,4 @@
-"""Products in code of torch.compile: calls of C++ by weights that one operator looks up, with the same bits."""
+"""Code of torch.compile on a CPU: what its products call, with the same bits, and the norm and rotation in C++."""
 
 from collections import Counter
 from dataclasses import replace
@@ -12,8 +12,10 @@ import fluxlab
 from fluxlab.families import architecture_of, family_of
 from fluxlab.model import Flux2Params, packing
 from fluxlab.model.compiling import compile_blocks, compile_options
+from fluxlab.model.norm_rotate import norm_and_rotate
 from fluxlab.model.packing import packed_weights
-from fluxlab.model.torch_ops import GRAPH_PASSES, ONEDNN_DTYPES
+from fluxlab.model.rope import Rotary
+from fluxlab.model.torch_ops import GRAPH_PASSES, ONEDNN_DTYPES, inductor_vector_bits
 from fluxlab.sampling import Sampling
 from tests.unit.test_flux import PARAMS, unchecked  # noqa: F401 (a fixture)
 
@@ -65,6 +67,7 @@ def test_bits_and_calls(family, dtype, unchecked):  # noqa: F811
         made = calls(lambda: compiled(*inputs))
     assert (made["fluxlab::all_packed"], made["fluxlab::linear"]) == (1, 0)
     assert not packing._lists
+    assert "fluxlab::all_packed" not in calls(lambda: torch.compile(model, fullgraph=True, options=without)(*inputs))
     assert (expected - model(*inputs)).abs().max() < (1e-4 if dtype == torch.float32 else 0.1) * expected.std()
     torch._dynamo.reset()
 
@@ -87,13 +90,102 @@ def test_compiled_blocks():
     torch._dynamo.reset()
 
 
-def test_graphs_of_large_models_are_not_changed(monkeypatch):
-    """Their weights are not kept packed. A graph that packs all of its weights first needs a copy of them."""
-    name = "post_grad_custom_pre_pass"
+def test_weights_of_large_models_are_not_looked_up_together(monkeypatch):
+    """They are not kept packed. A graph that packs all of its weights first needs a copy of them."""
     seen = []
     monkeypatch.setattr("fluxlab.model.compiling._compiled", lambda region, *rest: seen.append(rest) or region)
     pipe = fluxlab.load_pipeline("tiny", dtype=torch.float32, device="cpu")
     for limit, packed in ((1 << 30, True), (1000, False)):
         monkeypatch.setattr(packing, "PACK_BYTES", limit)
         compile_blocks(pipe.transformer)
-        assert (name in compile_options(*seen[-1])) == packed
+        assert seen[-1] == ("inductor", "cpu", packed)
+
+
+def heads(g, dtype, d, lengths, batch, heads):
+    """Return arguments of `norm_and_rotate`: parts of a product `(B, L, 3, H, d)`, scales, and a table."""
+    parts = [torch.randn(batch, n, 3, 5, d, generator=g).to(dtype)[:, :, :2] for n in lengths]
+    scales = [torch.randn(2, d, generator=g).to(dtype) for _ in lengths]
+    angles = torch.rand(batch, heads, sum(lengths), d // 2, generator=g) * 30
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    return parts, scales, Rotary(angles.cos().to(exact), angles.sin().to(exact))
+
+
+@torch.inference_mode()
+def test_norm_and_rotation_in_cpp(unchecked):  # noqa: F811
+    """They equal those of uncompiled code. Python is called for dtypes and widths that the C++ has not."""
+    torch._dynamo.reset()
+    g = torch.Generator().manual_seed(0)
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    cases = [
+        (heads(g, fp32, 64, (7,), 2, 1), fp32),
+        (heads(g, fp32, 32, (3, 70), 1, 5), fp32),
+        (heads(g, bf16, 64, (3, 4), 2, 5), bf16),
+        (heads(g, bf16, 32, (9,), 1, 1), fp32),
+        (heads(g, fp64, 32, (7,), 1, 1), fp64),
+        (heads(g, fp32, 16, (3, 4), 2, 1), fp32),
+    ]
+
+    def all_of_them(cases):
+        return [norm_and_rotate(*arguments).to(dtype) for arguments, dtype in cases]
+
+    compiled = torch.compile(all_of_them, fullgraph=True, options=compile_options("inductor", "cpu"))
+    for (_, dtype), out, expected in zip(cases, compiled(cases), all_of_them(cases), strict=True):
+        assert out.dtype == dtype
+        assert out.stride() == expected.stride()
+        assert (out - expected).abs().max() <= max(2e-6, torch.finfo(dtype).eps) * expected.abs().max()
+    made = calls(lambda: compiled(cases))
+    assert made["fluxlab::norm_rotate"] == 2
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("bits", [0, 256])
+@torch.inference_mode()
+def test_norm_and_rotation_with_shorter_vectors(bits, unchecked):  # noqa: F811
+    torch._dynamo.reset()
+    if bits > inductor_vector_bits():
+        pytest.skip("a processor without such vectors")
+    arguments = heads(torch.Generator().manual_seed(2), torch.bfloat16, 32, (3, 4), 2, 1)
+    options = compile_options("inductor", "cpu") | {"cpp.simdlen": bits}
+    out = torch.compile(norm_and_rotate, fullgraph=True, options=options)(*arguments)
+    expected = norm_and_rotate(*arguments)
+    assert (out - expected).abs().max() <= 2e-6 * expected.abs().max()
+    torch._dynamo.reset()
+
+
+@torch.inference_mode()
+def test_queries_in_another_dtype_than_keys(unchecked):  # noqa: F811
+    """The C++ converts queries and keys only if both are converted, to the same dtype."""
+    torch._dynamo.reset()
+    arguments = heads(torch.Generator().manual_seed(1), torch.bfloat16, 32, (9,), 1, 1)
+
+    def queries_converted(arguments):
+        q, k = norm_and_rotate(*arguments).unbind(2)
+        return q.to(torch.bfloat16), k
+
+    q, k = torch.compile(queries_converted, fullgraph=True, options=compile_options("inductor", "cpu"))(arguments)
+    expected = norm_and_rotate(*arguments)
+    assert (q.dtype, k.dtype) == (torch.bfloat16, torch.float32)
+    assert (k - expected[:, :, 1]).abs().max() <= 2e-6 * expected.abs().max()
+    assert (q - expected[:, :, 0]).abs().max() <= 0.01 * expected.abs().max()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.inference_mode()
+def test_compiled_code_leaves_out_what_nobody_reads(family, unchecked):  # noqa: F811
+    """In the last block: text tokens beyond their queries, keys and values, unless something observes the block."""
+    torch._dynamo.reset()
+    model, inputs = forward_of(MODELS[family], torch.float32, 2)
+
+    def weights_of_all_tokens(function, **given) -> set[tuple[int, ...]]:
+        """Return the shapes of the weights by which all 41 tokens are multiplied."""
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as events:
+            function(*inputs, **given)
+        shapes = [event.input_shapes[:2] for event in events.events() if event.name == "fluxlab::linear"]
+        return {tuple(weight) for x, weight in shapes if x[1:-1] == [41]}
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert weights_of_all_tokens(compiled) == {(96, 32)}
+    assert len(weights_of_all_tokens(compiled, mask=torch.zeros(1, 1, 41, 41))) == 3
+    assert (compiled(*inputs) - model(*inputs)).abs().max() < 1e-4
+    torch._dynamo.reset()
