@@ -251,9 +251,10 @@ class SingleStreamBlock(nn.Module):
 
         unread: the first tokens, if nobody reads what they become. Compiled code leaves them out unless something
         observes or changes the block. Elsewhere the last bits of the other tokens would depend on what observes it.
+        Of several samples it would have to copy the rest.
         """
         plain = mask is None and tap is None and site is None and isinstance(tables[1], Rotary)
-        first = unread if torch.compiler.is_compiling() and plain else 0
+        first = unread if torch.compiler.is_compiling() and plain and x.shape[0] == 1 else 0
         mods = self.modulations(vec) if isinstance(vec, Tensor) else vec
         (x,) = at(site, "input", x)
         qkv, mlp = self.project(x, mods, first)

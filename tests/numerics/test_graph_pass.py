@@ -175,7 +175,7 @@ def test_queries_in_another_dtype_than_keys(unchecked):  # noqa: F811
 def test_compiled_code_leaves_out_what_nobody_reads(family, unchecked):  # noqa: F811
     """In the last block: text tokens beyond their queries, keys and values, unless something observes the block."""
     torch._dynamo.reset()
-    model, inputs = forward_of(MODELS[family], torch.float32, 2)
+    model, inputs = forward_of(MODELS[family], torch.float32, 1)
 
     def weights_of_all_tokens(function, **given) -> set[tuple[int, ...]]:
         """Return the shapes of the weights by which all 41 tokens are multiplied."""
