@@ -57,6 +57,17 @@ def finished(model, tmp_path_factory):
     return out
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_a_run_with_compiled_blocks(finished, model, tmp_path):
+    """It ends well, and its images differ from the others by rounding only."""
+    done = processes.run("fluxlab.run", *arguments(model, tmp_path / "run", "compile=true"))
+    assert done.returncode == 0, done.stderr
+    run, plain = read_store(tmp_path / "run"), read_store(finished)
+    for variant in run.variants:
+        a, b = (np.asarray(Image.open(r.image(variant, "a cat", 1))).astype(int) for r in (run, plain))
+        assert abs(a - b).max() <= 1
+
+
 def test_a_store_has_everything(finished):
     run = read_store(finished)
     assert run.variants == ["baseline", "half", "moved"]
