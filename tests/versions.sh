@@ -26,7 +26,8 @@ for set in "${@:-lowest highest}"; do
         # loading and saving (transformers, diffusers), sampling (torch), one run (hydra) with a tracker (wandb)
         "$work/$versions/bin/python" -m pytest -q -p no:cacheprovider \
             tests/numerics/test_checkpoints_text.py tests/unit/test_recognise.py tests/unit/test_schedules.py \
-            tests/unit/test_pipeline.py tests/unit/test_flux.py tests/numerics/test_diffusers.py
+            tests/unit/test_pipeline.py tests/unit/test_flux.py tests/numerics/test_diffusers.py \
+            tests/numerics/test_compiled_model.py
         "$work/$versions/bin/python" -m fluxlab.run +exp=hello steps=2 seeds=1 tracking=wandb "out=$work/$versions-run"
     done
 done

@@ -14,7 +14,6 @@ from torch import SymInt, fx
 
 from fluxlab.model import norm_rotate
 from fluxlab.model.linear import compiled_linear
-from fluxlab.model.norm_rotate import CODE, compiled_norm_rotate
 from fluxlab.model.operators import operator
 from fluxlab.model.packing import all_packed
 from fluxlab.model.torch_ops import (
@@ -42,8 +41,7 @@ _packed_linear = operator(
 @cache
 def graph_pass(packed: bool) -> object:
     """Return the pass, for inductor's option `post_grad_custom_pre_pass`. packed: whether weights are looked up."""
-    lower_packed_linear(_packed_linear)
-    lower_norm_rotate(compiled_norm_rotate, CODE)
+    _lower_operators()
 
     def change(graph: fx.Graph) -> None:
         _convert_inside(graph)
@@ -53,15 +51,21 @@ def graph_pass(packed: bool) -> object:
     return inductor_pass(change, (__file__, norm_rotate.__file__), str(packed))
 
 
+@cache
+def _lower_operators() -> None:
+    lower_packed_linear(_packed_linear)
+    lower_norm_rotate(norm_rotate.compiled_norm_rotate, norm_rotate.CODE)
+
+
 def _convert_inside(graph: fx.Graph) -> None:
     """Let queries and keys be rotated into the dtype to which all of them are converted later."""
-    for node in graph.find_nodes(op="call_function", target=compiled_norm_rotate):
+    for node in graph.find_nodes(op="call_function", target=norm_rotate.compiled_norm_rotate):
         views, users = [node], []
         for view in views:
             views += [user for user in view.users if user.target in VIEWS]
             users += [user for user in view.users if user.target not in VIEWS]
         dtypes = {user.args[1] if user.target is CONVERSION else None for user in users}
-        if len(dtypes) > 1 or None in dtypes:
+        if len(dtypes) != 1 or None in dtypes:
             continue
         node.args = (*node.args[:-1], *dtypes)
         for view in views:
