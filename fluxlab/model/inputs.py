@@ -72,7 +72,7 @@ def block_tables(
     pairs = [(rotary, rotary)] * blocks if isinstance(rotary, Rotary) else rotary
     if len(pairs) != blocks:
         raise UserError(f"rotary has {len(pairs)} pairs of tables, the model has {blocks} blocks")
-    changes = [pair for before, pair in zip([None, *pairs[:-1]], pairs, strict=True) if pair is not before]
+    changes = [pair for i, pair in enumerate(pairs) if i == 0 or pair is not pairs[i - 1]]
     _check_tables(p, changes, batch=len(img), tokens=txt.shape[1] + img.shape[1], dtype=dtype)
     return pairs
 
