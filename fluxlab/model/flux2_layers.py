@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fluxlab.model.layers import DoubleStreamBlock, QKNorm, SelfAttention, SingleStreamBlock
-from fluxlab.model.linear import Linear, linear, uses_onednn
+from fluxlab.model.linear import JoinedLinear, Linear, linear, uses_onednn
 
 
 class LinearSwiGLU(nn.Linear):
@@ -71,5 +71,5 @@ class SingleStreamBlock2(SingleStreamBlock):
         self.num_heads = num_heads
         mlp_hidden = int(hidden_size * mlp_ratio)
         self.linear1 = ParallelSwiGLU(hidden_size, 3 * hidden_size, mlp_hidden)
-        self.linear2 = Linear(hidden_size + mlp_hidden, hidden_size, bias=False)
+        self.linear2 = JoinedLinear(hidden_size + mlp_hidden, hidden_size, bias=False)
         self.norm = QKNorm(hidden_size // num_heads)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fluxlab.model.attention import Tap
 from fluxlab.model.groups import KeyGroups
-from fluxlab.model.linear import Linear, LinearGELU, ParallelLinear
+from fluxlab.model.linear import JoinedLinear, Linear, LinearGELU, ParallelLinear
 from fluxlab.model.norm_rotate import norm_and_rotate
 from fluxlab.model.rope import Rotary, apply_rotary
 from fluxlab.model.sites import Site, at
@@ -229,7 +229,7 @@ class SingleStreamBlock(nn.Module):
         self.num_heads = num_heads
         mlp_hidden = int(hidden_size * mlp_ratio)
         self.linear1 = ParallelLinear(hidden_size, 3 * hidden_size, mlp_hidden)
-        self.linear2 = Linear(hidden_size + mlp_hidden, hidden_size)
+        self.linear2 = JoinedLinear(hidden_size + mlp_hidden, hidden_size)
         self.norm = QKNorm(hidden_size // num_heads)
         self.modulation = Modulation(hidden_size, double=False)
 
@@ -269,7 +269,7 @@ class SingleStreamBlock(nn.Module):
 
     def update(self, x: Tensor, attention: Tensor, mlp: Tensor, mods: Modulations) -> Tensor:
         """Return the sequence after the block."""
-        return clip_fp16(torch.addcmul(x, mods[0].gate, self.linear2(torch.cat((attention, mlp), dim=-1))))
+        return clip_fp16(torch.addcmul(x, mods[0].gate, self.linear2(attention, mlp)))
 
 
 class LastLayer(nn.Module):

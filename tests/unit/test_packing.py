@@ -9,7 +9,7 @@ import fluxlab
 from fluxlab.memory import costs
 from fluxlab.model import linear as linears
 from fluxlab.model import packing
-from fluxlab.model.linear import Linear, linear
+from fluxlab.model.linear import JoinedLinear, Linear, linear
 from fluxlab.model.packing import for_mkl, for_onednn, packed_weights
 from fluxlab.model.torch_ops import MKL_PACKS, ONEDNN_DTYPES, PACKED_BITS
 
@@ -66,6 +66,32 @@ def test_a_sample_of_mkl_has_the_bits_of_its_own_product(monkeypatch):
         with packed_weights(layer):
             assert layer(x).equal(expected)
     assert linears._same_bits == {case: False}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.inference_mode()
+def test_the_projection_of_joined_inputs(dtype, bias):
+    """That of their concatenation, which compiled code does not make in fp32."""
+    torch._dynamo.reset()
+    layer, inputs = JoinedLinear(56, 40, bias).to(dtype), (drawn(2, 33, 24, dtype=dtype), drawn(2, 33, 32, dtype=dtype))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    expected = linear(torch.cat(inputs, dim=-1), layer.weight, layer.bias)
+    assert layer(*inputs).equal(expected)
+    with packed_weights(layer):
+        for _ in range(2):
+            found = compiled(*inputs)
+            assert found.equal(expected) if dtype == torch.bfloat16 else (found - expected).abs().max() < 1e-6
+    (graph,) = graphs
+    assert any(node.target is torch.cat for node in graph.graph.nodes) == (dtype == torch.bfloat16)
+    single = [x[:1, :1] for x in inputs]
+    assert (compiled(*single) - layer(*single)).abs().max() < 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
