@@ -18,7 +18,6 @@ from fluxlab.model.operators import operator
 from fluxlab.model.packing import all_packed
 from fluxlab.model.torch_ops import (
     CONVERSION,
-    VIEWS,
     inductor_pass,
     lower_norm_rotate,
     lower_packed_linear,
@@ -58,21 +57,16 @@ def _lower_operators() -> None:
 
 
 def _convert_inside(graph: fx.Graph) -> None:
-    """Let queries and keys be rotated into the dtype to which all of them are converted later."""
+    """Let queries, or keys, be rotated into the dtype to which they are converted later."""
     for node in graph.find_nodes(op="call_function", target=norm_rotate.compiled_norm_rotate):
-        views, users = [node], []
-        for view in views:
-            views += [user for user in view.users if user.target in VIEWS]
-            users += [user for user in view.users if user.target not in VIEWS]
-        dtypes = {user.args[1] if user.target is CONVERSION else None for user in users}
+        dtypes = {user.args[1] if user.target is CONVERSION else None for user in node.users}
         if len(dtypes) != 1 or None in dtypes:
             continue
-        node.args = (*node.args[:-1], *dtypes)
-        for view in views:
-            values = fx.map_arg(view.args, lambda argument: argument.meta["val"])
-            view.meta["val"] = view.target(*values)
-        for user in users:
-            user.replace_all_uses_with(user.args[0])
+        *others, _, by_token = node.args
+        node.args = (*others, *dtypes, by_token)
+        node.meta["val"] = node.meta["val"].to(*dtypes)
+        for user in list(node.users):
+            user.replace_all_uses_with(node)
             graph.erase_node(user)
 
 

@@ -138,13 +138,9 @@ def query_key_value(
         k = torch.cat([n.key_norm(x) for n, x in zip(norms, k.split(lengths, dim=2), strict=True)], dim=2)
         return apply_rotary(q, q_table), apply_rotary(k, k_table), v
     v = parts[0][:, :, 2] if len(parts) == 1 else torch.cat([part[:, :, 2] for part in parts], dim=1)
-    scales = [torch.stack((norm.query_norm.scale, norm.key_norm.scale)) for norm in norms]
-    if q_table is k_table:
-        q, k = norm_and_rotate([part[:, :, :2] for part in parts], scales, q_table).unbind(2)
-    else:
-        (q,) = norm_and_rotate([part[:, :, :1] for part in parts], [s[:1] for s in scales], q_table).unbind(2)
-        (k,) = norm_and_rotate([part[:, :, 1:2] for part in parts], [s[1:] for s in scales], k_table).unbind(2)
-    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    scales = [(norm.query_norm.scale, norm.key_norm.scale) for norm in norms]
+    q, k = norm_and_rotate(parts, scales, q_table, k_table)
+    return q, k, v.transpose(1, 2)
 
 
 def block_attention(

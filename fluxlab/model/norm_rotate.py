@@ -8,26 +8,44 @@ from torch import Tensor
 from fluxlab.model.operators import operator
 from fluxlab.model.rope import Rotary, apply_rotary, apply_rotary_
 
+FEW_TOKENS = 768
+"""With fewer tokens, flash on a CPU takes blocks of 32 or 64 queries, with more of 256."""
 
-def norm_and_rotate(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary) -> Tensor:
-    """Return queries, keys or both after RMSNorm and rotation: `(B, N, S, H, d)`, in the dtype of the table.
 
-    parts: `(B, L, S, H, d)` of each stream, with S = 2 for queries and keys. scales: `(S, d)` of each stream.
+def norm_and_rotate(
+    parts: Sequence[Tensor], scales: Sequence[tuple[Tensor, Tensor]], q_table: Rotary, k_table: Rotary
+) -> tuple[Tensor, Tensor]:
+    """Return queries and keys after RMSNorm and rotation, each `(B, H, N, d)`, in the dtype of the tables.
 
-    The tokens of a head are next to each other in memory, as `(B, S, H, N, d)`: attention takes 0.75 to 0.98 of the
-    time of that on tokens which are H·d numbers apart (flash on a CPU, bf16 and fp32).
+    parts: `(B, L, 3, H, d)` of each stream: queries, keys and values. scales: `(d,)` for queries and for keys, of each
+    stream.
+
+    The tokens of a head are next to each other in memory: attention takes 0.75 to 0.98 of the time of that on tokens
+    which are H·d numbers apart (flash on a CPU, bf16 and fp32). In compiled code queries of fewer than `FEW_TOKENS`
+    tokens have the order `(B, N, H, d)` instead. Flash gives it to its result, so that nobody has to copy that.
     """
-    if not torch.compiler.is_compiling():
-        out = _in_one_buffer(parts, scales, table)
-    elif parts[0].device.type == "cpu":
-        streams = [tensor for stream in zip(parts, scales, strict=True) for tensor in stream]
-        out = compiled_norm_rotate(*streams, *[None] * (4 - len(streams)), *table, table.cos.dtype)
-    else:
-        out = _traced(parts, scales, table)
-    return out.permute(0, 3, 1, 2, 4)
+    tables = (q_table, k_table)
+    if torch.compiler.is_compiling() and parts[0].device.type == "cpu":
+        few = sum(part.shape[1] for part in parts) < FEW_TOKENS
+        q, k = (
+            _compiled([part[:, :, i] for part in parts], [s[i] for s in scales], table, by_token=few and i == 0)
+            for i, table in enumerate(tables)
+        )
+        return q, k
+    function = _traced if torch.compiler.is_compiling() else _in_one_buffer
+    scales = [torch.stack(pair) for pair in scales]
+    if q_table is k_table:
+        q, k = function([part[:, :, :2] for part in parts], scales, q_table).unbind(1)
+        return q, k
+    q, k = (
+        function([part[:, :, i : i + 1] for part in parts], [s[i : i + 1] for s in scales], table)[:, 0]
+        for i, table in enumerate(tables)
+    )
+    return q, k
 
 
 def _in_one_buffer(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary) -> Tensor:
+    """Return `(B, S, H, N, d)` from parts `(B, L, S, H, d)` and scales `(S, d)`: S = 2 for queries and keys."""
     # 1/rms is applied last, in the same buffer: a rotation does not change lengths.
     (B, _, S, H, d), tokens = parts[0].shape, [part.shape[1] for part in parts]
     out = parts[0].new_empty((B, S, H, sum(tokens), d), dtype=table.cos.dtype)
@@ -50,23 +68,39 @@ def _traced(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary) ->
     return apply_rotary(torch.cat(normed, dim=3), Rotary(*(x[:, None] for x in table)))
 
 
+def _compiled(parts: Sequence[Tensor], scales: Sequence[Tensor], table: Rotary, by_token: bool) -> Tensor:
+    streams = [tensor for stream in zip(parts, scales, strict=True) for tensor in stream]
+    return compiled_norm_rotate(*streams, *[None] * (4 - len(streams)), *table, table.cos.dtype, by_token)
+
+
 def _of_compiled_code(
-    x: Tensor, scale: Tensor, x2: Tensor | None, scale2: Tensor | None, cos: Tensor, sin: Tensor, dtype: torch.dtype
+    x: Tensor,
+    scale: Tensor,
+    x2: Tensor | None,
+    scale2: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    dtype: torch.dtype,
+    by_token: bool,
 ) -> Tensor:
     parts, scales = ([x], [scale]) if x2 is None else ([x, x2], [scale, scale2])
-    return _in_one_buffer(parts, scales, Rotary(cos, sin)).to(dtype)
+    (out,) = _in_one_buffer([part[:, :, None] for part in parts], [s[None] for s in scales], Rotary(cos, sin)).unbind(1)
+    return _empty(x, scale, x2, scale2, cos, sin, dtype, by_token).copy_(out)
 
 
-def _empty(x, scale, x2, scale2, cos, sin, dtype):
-    B, L, S, H, d = x.shape
-    return x.new_empty((B, S, H, L if x2 is None else L + x2.shape[1], d), dtype=dtype)
+def _empty(x, scale, x2, scale2, cos, sin, dtype, by_token):
+    B, L, H, d = x.shape
+    N = L if x2 is None else L + x2.shape[1]
+    if by_token:
+        return x.new_empty((B, N, H, d), dtype=dtype).transpose(1, 2)
+    return x.new_empty((B, H, N, d), dtype=dtype)
 
 
 # One operator for torch.compile on a CPU. Inductor's own code for pairs of channels is not vectorised, and it has none
 # for complex numbers. `CODE` below takes its place.
 compiled_norm_rotate = operator(
-    "norm_rotate(Tensor x, Tensor scale, Tensor? x2, Tensor? scale2, Tensor cos, Tensor sin, ScalarType dtype)"
-    " -> Tensor",
+    "norm_rotate(Tensor x, Tensor scale, Tensor? x2, Tensor? scale2, Tensor cos, Tensor sin, ScalarType dtype,"
+    " bool by_token) -> Tensor",
     _of_compiled_code,
     _empty,
 )
@@ -112,7 +146,6 @@ extern "C" {{export}} {{signature}} {
         #pragma omp for collapse(2) nowait
         for (int64_t b = 0; b < {{B}}; b++)
         for (int64_t n = {{stream.start}}; n < {{stream.end}}; n++)
-        for (int64_t j = 0; j < {{S}}; j++)
         for (int64_t h = 0; h < {{H}}; h++) {
             const int64_t l = n - {{stream.start}};
             norm_rotate(&{{stream.x}}, &{{stream.scale}}, &{{cos}}, &{{sin}}, &{{out}});
@@ -121,4 +154,4 @@ extern "C" {{export}} {{signature}} {
     }
 }
 """
-"""C++ for `compiled_norm_rotate`, as a template of inductor. Elements are expressions in b, n, j, h and l."""
+"""C++ for `compiled_norm_rotate`, as a template of inductor. Elements are expressions in b, n, h and l."""

@@ -25,8 +25,6 @@ MKL_PACKS = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_l
 GRAPH_PASSES = torch.__version__.startswith(TRIED_VERSIONS) and _ONEDNN and MKL_PACKS
 """Whether graphs of torch.compile are changed before code is generated. It relies on how inductor calls operators."""
 
-VIEWS = (torch.ops.aten.permute.default, torch.ops.aten.select.int)
-"""Views as they are in a graph of torch.compile."""
 CONVERSION = torch.ops.prims.convert_element_type.default
 """What `Tensor.to(dtype)` is in a graph of torch.compile."""
 
@@ -100,32 +98,34 @@ def lower_norm_rotate(operator: Callable, code: str) -> None:
             names = [f"{name}{i}" for i in range(len(streams) // 2) for name in ("x", "scale")] + ["cos", "sin"]
             signature = kernel.def_kernel(dict(zip(names, self.input_nodes, strict=True)), {"out": out})
             number = lambda size: cexpr_index(kernel.rename_indexing(size))  # noqa: E731
-            B, S, H, _, d = map(number, out.get_size())
+            B, H, _, d = map(number, out.get_size())
             angle = ["b" if cos.get_size()[0] != 1 else "0", "h" if cos.get_size()[1] != 1 else "0", "n", "0"]
-            values = {"out": kernel.index(out, ["b", "j", "h", "n", "0"]), "streams": []}
+            values = {"out": kernel.index(out, ["b", "h", "n", "0"]), "streams": []}
             values |= {"cos": kernel.index(cos, angle), "sin": kernel.index(sin, angle)}
             start = 0
             for x, scale in zip(streams[::2], streams[1::2], strict=True):
                 end = start + x.get_size()[1]
-                places = {"x": kernel.index(x, ["b", "l", "j", "h", "0"]), "scale": kernel.index(scale, ["j", "0"])}
+                places = {"x": kernel.index(x, ["b", "l", "h", "0"]), "scale": kernel.index(scale, ["0"])}
                 values["streams"].append(places | {"start": number(start), "end": number(end)})
                 start = end
             values |= {"export": get_export_declaration(), "profile": kernel.maybe_codegen_profile()}
             return self.header().getvalue() + self._template_from_string(code).render(
-                **values, signature=signature, B=B, S=S, H=H, d=d
+                **values, signature=signature, B=B, H=H, d=d
             )
 
     @register_lowering(operator, type_promotion_kind=None)
-    def lowering(x, scale, x2, scale2, cos, sin, dtype):
+    def lowering(x, scale, x2, scale2, cos, sin, dtype, by_token):
         tensors = [tensor for tensor in (x, scale, x2, scale2, cos, sin) if tensor is not None]
-        B, L, S, H, d = x.get_size()
+        B, L, H, d = x.get_size()
         dtypes = {dtype, *(tensor.get_dtype() for tensor in tensors)}
         known = dtypes <= {torch.float32, torch.bfloat16} and cos.get_dtype() == torch.float32
         if not (known and d % 32 == 0 and inductor_vector_bits()):
-            return generic(x, scale, x2, scale2, cos, sin, dtype)
-        size = [B, S, H, L if x2 is None else L + x2.get_size()[1], d]
+            return generic(x, scale, x2, scale2, cos, sin, dtype, by_token)
+        N = L if x2 is None else L + x2.get_size()[1]
+        stride = [H * N * d, d, H * d, 1] if by_token else None
         inputs = [ir.ExternKernel.require_stride1(ir.ExternKernel.realize_input(tensor)) for tensor in tensors]
-        template = Template("norm_rotate", inputs, ir.FixedLayout(x.get_device(), dtype, size), torch.get_num_threads())
+        layout = ir.FixedLayout(x.get_device(), dtype, [B, H, N, d], stride)
+        template = Template("norm_rotate", inputs, layout, torch.get_num_threads())
         out = template.generate().output_node()
         out.data.data.allow_epilogue_fusion = False
         return out

@@ -12,7 +12,7 @@ import fluxlab
 from fluxlab.families import architecture_of, family_of
 from fluxlab.model import Flux2Params, packing
 from fluxlab.model.compiling import compile_blocks, compile_options
-from fluxlab.model.norm_rotate import norm_and_rotate
+from fluxlab.model.norm_rotate import FEW_TOKENS, norm_and_rotate
 from fluxlab.model.packing import packed_weights
 from fluxlab.model.rope import Rotary
 from fluxlab.model.torch_ops import GRAPH_PASSES, ONEDNN_DTYPES, inductor_vector_bits
@@ -102,12 +102,13 @@ def test_weights_of_large_models_are_not_looked_up_together(monkeypatch):
 
 
 def heads(g, dtype, d, lengths, batch, heads):
-    """Return arguments of `norm_and_rotate`: parts of a product `(B, L, 3, H, d)`, scales, and a table."""
-    parts = [torch.randn(batch, n, 3, 5, d, generator=g).to(dtype)[:, :, :2] for n in lengths]
-    scales = [torch.randn(2, d, generator=g).to(dtype) for _ in lengths]
+    """Return arguments of `norm_and_rotate`: parts `(B, L, 3, H, d)`, scales, and a table for queries and keys."""
+    parts = [torch.randn(batch, n, 3, 5, d, generator=g).to(dtype) for n in lengths]
+    scales = [tuple(torch.randn(2, d, generator=g).to(dtype)) for _ in lengths]
     angles = torch.rand(batch, heads, sum(lengths), d // 2, generator=g) * 30
     exact = torch.float64 if dtype == torch.float64 else torch.float32
-    return parts, scales, Rotary(angles.cos().to(exact), angles.sin().to(exact))
+    table = Rotary(angles.cos().to(exact), angles.sin().to(exact))
+    return parts, scales, table, table
 
 
 @torch.inference_mode()
@@ -121,20 +122,24 @@ def test_norm_and_rotation_in_cpp(unchecked):  # noqa: F811
         (heads(g, fp32, 32, (3, 70), 1, 5), fp32),
         (heads(g, bf16, 64, (3, 4), 2, 5), bf16),
         (heads(g, bf16, 32, (9,), 1, 1), fp32),
+        (heads(g, bf16, 32, (8, 760), 1, 1), bf16),
         (heads(g, fp64, 32, (7,), 1, 1), fp64),
         (heads(g, fp32, 16, (3, 4), 2, 1), fp32),
     ]
 
     def all_of_them(cases):
-        return [norm_and_rotate(*arguments).to(dtype) for arguments, dtype in cases]
+        return [[x.to(dtype) for x in norm_and_rotate(*arguments)] for arguments, dtype in cases]
 
     compiled = torch.compile(all_of_them, fullgraph=True, options=compile_options("inductor", "cpu"))
-    for (_, dtype), out, expected in zip(cases, compiled(cases), all_of_them(cases), strict=True):
-        assert out.dtype == dtype
-        assert out.stride() == expected.stride()
-        assert (out - expected).abs().max() <= max(2e-6, torch.finfo(dtype).eps) * expected.abs().max()
+    for (_, dtype), outs, both in zip(cases, compiled(cases), all_of_them(cases), strict=True):
+        for out, expected in zip(outs, both, strict=True):
+            assert out.dtype == dtype
+            assert (out - expected).abs().max() <= max(2e-6, torch.finfo(dtype).eps) * expected.abs().max()
+        few = outs[0].shape[2] < FEW_TOKENS
+        assert outs[0].transpose(1, 2).is_contiguous() == few
+        assert all(x.is_contiguous() for x in outs[few:])
     made = calls(lambda: compiled(cases))
-    assert made["fluxlab::norm_rotate"] == 2
+    assert made["fluxlab::norm_rotate"] == 2 * 2
     torch._dynamo.reset()
 
 
@@ -146,25 +151,25 @@ def test_norm_and_rotation_with_shorter_vectors(bits, unchecked):  # noqa: F811
         pytest.skip("a processor without such vectors")
     arguments = heads(torch.Generator().manual_seed(2), torch.bfloat16, 32, (3, 4), 2, 1)
     options = compile_options("inductor", "cpu") | {"cpp.simdlen": bits}
-    out = torch.compile(norm_and_rotate, fullgraph=True, options=options)(*arguments)
-    expected = norm_and_rotate(*arguments)
-    assert (out - expected).abs().max() <= 2e-6 * expected.abs().max()
+    outs = torch.compile(norm_and_rotate, fullgraph=True, options=options)(*arguments)
+    for out, expected in zip(outs, norm_and_rotate(*arguments), strict=True):
+        assert (out - expected).abs().max() <= 2e-6 * expected.abs().max()
     torch._dynamo.reset()
 
 
 @torch.inference_mode()
-def test_queries_in_another_dtype_than_keys(unchecked):  # noqa: F811
-    """The C++ converts queries and keys only if both are converted, to the same dtype."""
+def test_which_conversions_are_in_the_cpp(unchecked):  # noqa: F811
+    """That of queries without that of keys, unless somebody reads what is not converted."""
     torch._dynamo.reset()
     arguments = heads(torch.Generator().manual_seed(1), torch.bfloat16, 32, (9,), 1, 1)
 
-    def queries_converted(arguments):
-        q, k = norm_and_rotate(*arguments).unbind(2)
-        return q.to(torch.bfloat16), k
+    def some_converted(arguments):
+        q, k = norm_and_rotate(*arguments)
+        return q.to(torch.bfloat16), k.to(torch.bfloat16), k
 
-    q, k = torch.compile(queries_converted, fullgraph=True, options=compile_options("inductor", "cpu"))(arguments)
-    expected = norm_and_rotate(*arguments)
-    assert (q.dtype, k.dtype) == (torch.bfloat16, torch.float32)
-    assert (k - expected[:, :, 1]).abs().max() <= 2e-6 * expected.abs().max()
-    assert (q - expected[:, :, 0]).abs().max() <= 0.01 * expected.abs().max()
+    found = torch.compile(some_converted, fullgraph=True, options=compile_options("inductor", "cpu"))(arguments)
+    q, k = norm_and_rotate(*arguments)
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for out, expected, bound in zip(found, (q, k, k), (0.01, 0.01, 2e-6), strict=True):
+        assert (out - expected).abs().max() <= bound * expected.abs().max()
     torch._dynamo.reset()

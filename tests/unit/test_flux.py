@@ -201,26 +201,28 @@ def test_rotation_in_place_equals_the_formula():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_norm_and_rotate_against_the_formula(dtype, lengths, heads):
-    """Queries and keys at once, of one or two streams, by a table of all heads or one per head. Compiled code too."""
+    """Of one or two streams, by a table of all heads or one per head, or two tables. Compiled code too."""
     g = torch.Generator().manual_seed(5)
     joint = torch.randn(2, 7, 3, 3, 16, generator=g).to(dtype)  # (B, N, 3, H, d), with the values
     scales = [torch.randn(2, 16, generator=g).to(dtype) for _ in lengths]
     ids = torch.randn(heads, 7, 3, generator=g) * 30
     table = Rotary(*(part.transpose(0, 1) for part in rotary_table(ids, (4, 6, 6), 10000)))
 
+    other = Rotary(*(part.roll(1, dims=2) for part in table))
     x = joint[:, :, :2].double()
     normed = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     scale = torch.cat([s.double().expand(n, 2, 16) for s, n in zip(scales, lengths, strict=True)])
-    expected = apply_rotary(
-        (normed * scale[None, :, :, None]).permute(2, 0, 3, 1, 4), Rotary(*map(torch.Tensor.double, table))
-    )
-    parts = [part[:, :, :2] for part in joint.split(lengths, dim=1)]
+    q, k = (normed * scale[None, :, :, None]).permute(2, 0, 3, 1, 4)
+    torch._dynamo.reset()
     compiled = torch.compile(norm_and_rotate, fullgraph=True, backend="aot_eager")
-    for function in (norm_and_rotate, compiled):
-        out = function(parts, scales, table)
-        assert out.dtype == torch.float32
-        assert out.permute(0, 2, 3, 1, 4).is_contiguous()
-        assert (out.permute(2, 0, 3, 1, 4) - expected).abs().max() <= 2e-6 * expected.abs().max()
+    for tables in ((table, table), (table, other)):
+        expected = [apply_rotary(x, Rotary(*map(torch.Tensor.double, t))) for x, t in zip((q, k), tables, strict=True)]
+        for function in (norm_and_rotate, compiled):
+            for i, out in enumerate(function(joint.split(lengths, dim=1), [tuple(s) for s in scales], *tables)):
+                assert out.dtype == torch.float32
+                by_token = function is compiled and i == 0
+                assert out.stride()[1:] == ((16, 48, 1) if by_token else (7 * 16, 16, 1))
+                assert (out - expected[i]).abs().max() <= 2e-6 * expected[i].abs().max()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-5), (torch.bfloat16, 0.1)])
