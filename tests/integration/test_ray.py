@@ -251,12 +251,7 @@ def test_too_many_workers(cluster, model, tmp_path, capsys):
 def test_only_this_machine_and_this_run_can_reach_ray(cluster):
     assert not cluster.ray._private.worker.global_worker.node.webui_url  # no dashboard
     processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    listening = [
-        connection.laddr.ip
-        for process in processes
-        for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    ]
+    listening = [address for process in processes for address in _listening(process)]
     assert len(listening) > 3
     assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}
     folder = Path(cluster.ray._private.worker.global_worker.node.get_session_dir_path()).parent.parent
@@ -264,6 +259,14 @@ def test_only_this_machine_and_this_run_can_reach_ray(cluster):
     assert folder.stat().st_mode & 0o777 == 0o700  # nor can other users open its sockets
     assert _joins(cluster, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": cluster_module._TOKEN})
     assert not _joins(cluster, {"RAY_AUTH_MODE": "disabled"})
+
+
+def _listening(process) -> list[str]:
+    """Return the addresses at which a process listens. One that has ended since it was found has none."""
+    try:
+        return [found.laddr.ip for found in process.net_connections() if found.status == psutil.CONN_LISTEN]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _joins(cluster, environment):
